@@ -1,0 +1,1 @@
+"""Hugging Face model and agent → traced graph → lowering → parity gate → bundle."""

@@ -1,0 +1,33 @@
+"""Aligned decoding of an exported bundle: a frozen LLM and its accept/reject agent, without PyTorch.
+
+    from mara_runtime import AlignedDecoder, DecodeConfig
+
+The names are imported on first use, so that `import mara_runtime` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mara_runtime.bundle import Bundle
+    from mara_runtime.config import DecodeConfig
+    from mara_runtime.decoder import AlignedDecoder, Generation
+    from mara_runtime.errors import MaraError
+
+__all__ = ["AlignedDecoder", "Bundle", "DecodeConfig", "Generation", "MaraError"]
+
+_HOME = {
+    "AlignedDecoder": "decoder",
+    "Bundle": "bundle",
+    "DecodeConfig": "config",
+    "Generation": "decoder",
+    "MaraError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"mara_runtime.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mara_runtime' has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""Which models are exported. Supported means: on this list, and proved by the parity gate at every export.
+
+The trace keeps what it is shown: one attention mask for all layers, no soft cap on scores, rotary frequencies
+fixed in advance. A configuration that asks for more is refused by name rather than exported wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mara_export.errors import ModelError
+from mara_runtime.tensors import ModelShape
+
+SUPPORTED = ("qwen2", "qwen3", "llama", "mistral")
+"""`model_type` of Hugging Face configurations."""
+
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+"""rope types whose frequencies do not depend on the length of the text"""
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The sizes that the graph's tensors depend on, from a Hugging Face configuration."""
+    heads = config.num_attention_heads
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def check_supported(config: Any, name: str, max_context: int | None) -> int:
+    """Refuse what cannot be exported faithfully; return the context length to export with.
+
+    name: of the model, for messages; max_context: as asked for, None for 4096 or the model's own if smaller.
+    Raises ModelError.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in SUPPORTED:
+        raise ModelError(f"{name} is of architecture {kind!r}; supported are {', '.join(SUPPORTED)}")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantised already; export its original checkpoint")
+    capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
+    if capped:
+        raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
+    rope = getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _FIXED_ROPE:
+        raise ModelError(
+            f"{name} has rope scaling {rope_type!r}, whose frequencies change with the length of the text; "
+            f"supported are {', '.join(_FIXED_ROPE)}"
+        )
+
+    own = int(config.max_position_embeddings)
+    context = min(4096, own) if max_context is None else max_context
+    if context > own:
+        raise ModelError(f"--max-context is {context}; {name} was made for at most {own} tokens")
+    window = _sliding_window(config)
+    if window is not None and window < context:
+        raise ModelError(
+            f"{name} attends to a sliding window of {window} tokens, which is less than the capacity of {context}; "
+            f"export it with --max-context {window} or less"
+        )
+    return context
+
+
+def _sliding_window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    layers = getattr(config, "layer_types", None)
+    if layers is not None and "sliding_attention" not in layers:
+        return None
+    return int(window)

@@ -1,0 +1,13 @@
+"""What can go wrong in an export that the user can mend."""
+
+from __future__ import annotations
+
+from mara_runtime.errors import MaraError
+
+
+class ModelError(MaraError):
+    """A model that is missing, damaged, or of a kind that is not supported."""
+
+
+class ParityError(MaraError):
+    """The exported graphs do not compute what the model computes in PyTorch."""

@@ -1,0 +1,247 @@
+"""The parity gate: does the exported bundle compute what Hugging Face eager computes?
+
+Teacher-forced over several prompts and over sibling candidates, in the engine that will run the bundle. A bundle
+that fails is not written. Two kinds of evidence are asked for:
+
+numbers     every hidden state and logit row: cosine, and largest difference relative to the largest value
+outcomes    ranks of the next tokens, and the agent's decisions, wherever the reference's own gap exceeds the noise
+
+The noise is measured without comparing the two sides, else the second check could not fail: it is how much each
+side alone moves when the same rows are computed by another route (the reference in one batch without a cache
+against one token on a copied cache; the engine with all siblings in one pass against one at a time).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mara_runtime.engine import Engine
+
+F32 = NDArray[np.float32]
+
+TEXTS = (
+    "How do I keep bread fresh for a week without a freezer?",
+    "Write two sentences about a lighthouse keeper who is afraid of the dark.",
+    "def area(width: float, height: float) -> float:\n    return",
+)
+"""Prompts of a model that has a tokenizer."""
+PROMPTS = 4
+"""Prompts in all; those that are not texts are random tokens."""
+PROMPT_TOKENS = 48
+SIBLINGS = 8
+RANKS = 40
+NOISE_FACTOR = 4.0
+"""Gaps below this many times the measured noise are not held against the export: two sides err independently, and
+the noise is a maximum over fewer rows than are compared."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an export of one precision has to reach."""
+
+    least_cosine: float
+    greatest_difference: float
+    """relative to the largest value of the reference"""
+
+
+GATES = {"fp32": Gate(least_cosine=0.99999, greatest_difference=1e-4)}
+
+
+class Margins(Protocol):
+    """The agent in PyTorch."""
+
+    def margin(self, states: torch.Tensor) -> torch.Tensor:
+        """(N, D) → (N,)."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was computed for N token rows."""
+
+    hidden: F32
+    """(N, D)"""
+    logits: F32
+    """(N, V)"""
+    margins: F32
+    """(N,)"""
+
+    def tail(self, count: int) -> Rows:
+        """The last `count` rows."""
+        return Rows(self.hidden[-count:], self.logits[-count:], self.margins[-count:])
+
+    @staticmethod
+    def join(parts: Sequence[Rows]) -> Rows:
+        """All rows of several."""
+        names = ("hidden", "logits", "margins")
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One prompt on one side: each position of the prompt, then each sibling after it."""
+
+    rows: Rows
+    """T + K rows"""
+    siblings_again: Rows
+    """the K siblings by the other route"""
+
+    def noise(self, name: str) -> float:
+        """How much the siblings' values move between the two routes."""
+        again = self.siblings_again
+        return _difference(getattr(self.rows.tail(len(again.margins)), name), getattr(again, name))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt with the reference's answers."""
+
+    tokens: list[int]
+    siblings: list[int]
+    reference: Side
+
+
+@torch.no_grad()
+def reference_case(model: Any, agent: Margins, tokens: Sequence[int]) -> Case:
+    """Run Hugging Face eager over a prompt. model: a causal LM in eval mode, float32, with eager attention."""
+
+    def run(ids: list[list[int]], cache: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        out = model(input_ids=torch.tensor(ids), past_key_values=cache, use_cache=True, output_hidden_states=True)
+        return out.hidden_states[-1], out.logits, out.past_key_values
+
+    def rows(hidden: torch.Tensor, logits: torch.Tensor) -> Rows:
+        return Rows(hidden.numpy(), logits.numpy(), agent.margin(hidden).numpy())
+
+    tokens = [int(token) for token in tokens]
+    hidden, logits, cache = run([tokens])
+    siblings = torch.topk(logits[0, -1], min(SIBLINGS, logits.shape[-1])).indices.tolist()
+    parts = [rows(hidden[0], logits[0])]
+    for token in siblings:  # a copy each: a shared cache would let later siblings see earlier ones
+        hidden, logits, _ = run([[token]], copy.deepcopy(cache))
+        parts.append(rows(hidden[0], logits[0]))
+    hidden, logits, _ = run([[*tokens, token] for token in siblings])
+    return Case(tokens, siblings, Side(Rows.join(parts), rows(hidden[:, -1], logits[:, -1])))
+
+
+def engine_side(engine: Engine, case: Case) -> Side:
+    """Run the engine over a case."""
+
+    def rows(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
+        out = engine.forward(tokens, positions, slot, range(len(tokens)))
+        return Rows(out.hidden.copy(), out.logits.copy(), engine.margins(out.hidden))
+
+    length, count = len(case.tokens), len(case.siblings)
+    prompt = rows(case.tokens, range(length), 0)
+    together = rows(case.siblings, [length] * count, length)
+    one_by_one = [rows([token], [length], length + i) for i, token in enumerate(case.siblings)]
+    return Side(Rows.join([prompt, together]), Rows.join(one_by_one))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of the gate, as it goes into the manifest and onto the screen."""
+
+    prompts: int
+    rows: int
+    numbers: dict[str, dict[str, float]]
+    """of hidden states and logits: least cosine, greatest difference relative to the largest value"""
+    noise: dict[str, float]
+    """of logits and margins, NOISE_FACTOR included"""
+    outcomes: dict[str, dict[str, int]]
+    """of ranks and decisions: compared, within the noise, differing"""
+    failures: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "passed": not self.failures,
+            "prompts": self.prompts,
+            "rows": self.rows,
+            **self.numbers,
+            "noise": self.noise,
+            **self.outcomes,
+        }
+
+
+def compare(cases: Sequence[Case], found: Sequence[Side], gate: Gate) -> Report:
+    """Hold the engine's answers against the reference's."""
+    pairs = [(case.reference, side) for case, side in zip(cases, found, strict=True)]
+    failures = []
+
+    numbers = {}
+    for name in ("hidden", "logits"):
+        values = [(getattr(a.rows, name), getattr(b.rows, name)) for a, b in pairs]
+        cosine = float(np.min([_least_cosine(a, b) for a, b in values]))
+        largest = np.max([np.abs(a).max() for a, _ in values])
+        difference = float(np.max([_difference(a, b) for a, b in values]) / largest)
+        numbers[name] = {"least_cosine": cosine, "greatest_difference": difference}
+        if not cosine >= gate.least_cosine:  # so written that NaN fails; numpy's max and min pass it on
+            failures.append(f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}")
+        if not difference <= gate.greatest_difference:
+            failures.append(f"{name}: greatest difference {difference:.1e}, the gate is {gate.greatest_difference}")
+
+    noise = {
+        name: NOISE_FACTOR * float(np.max([side.noise(name) for pair in pairs for side in pair]))
+        for name in ("logits", "margins")
+    }
+    outcomes = {
+        "ranks": _total(compare_ranks(a.rows.logits, b.rows.logits, noise["logits"]) for a, b in pairs),
+        "decisions": _total(compare_decisions(a.rows.margins, b.rows.margins, noise["margins"]) for a, b in pairs),
+    }
+    for name, counts in outcomes.items():
+        if counts["differing"]:
+            failures.append(f"{name}: {counts['differing']} of {counts['compared']} differ beyond the noise")
+    return Report(len(cases), sum(len(a.rows.margins) for a, _ in pairs), numbers, noise, outcomes, failures)
+
+
+Counts = dict[str, int]
+
+
+def compare_ranks(reference: F32, found: F32, noise: float) -> Counts:
+    """Of the RANKS best tokens of each row (N, V): is the token of each rank the same?
+
+    A rank counts as compared when the reference's logit there is further than `noise` from both its neighbours.
+    """
+    count = min(RANKS, reference.shape[1] - 1)
+    order = np.argsort(-reference, axis=1, kind="stable")[:, : count + 1]
+    ranked = np.take_along_axis(reference, order, axis=1)
+    gaps = np.pad(ranked[:, :-1] - ranked[:, 1:], ((0, 0), (1, 0)), constant_values=np.inf)  # to the better one
+    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > noise
+    differing = order[:, :count] != np.argsort(-found, axis=1, kind="stable")[:, :count]
+    return _counts(clear, differing)
+
+
+def compare_decisions(reference: F32, found: F32, noise: float) -> Counts:
+    """Are the same of N margins accepted? Compared where the reference's margin is further than `noise` from 0."""
+    return _counts(np.abs(reference) > noise, (reference > 0) != (found > 0))
+
+
+def _counts(clear: NDArray[np.bool_], differing: NDArray[np.bool_]) -> Counts:
+    return {
+        "compared": int(clear.sum()),
+        "within_noise": int((~clear).sum()),
+        "differing": int((clear & differing).sum()),
+    }
+
+
+def _total(parts: Any) -> Counts:
+    total: Counts = {}
+    for part in parts:
+        for name, count in part.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _difference(a: F32, b: F32) -> float:
+    return float(np.abs(a - b).max())
+
+
+def _least_cosine(a: F32, b: F32) -> float:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    return float(((x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))).min())

@@ -1,0 +1,102 @@
+"""Where models and files come from: a folder, the Hugging Face Hub, or its local cache."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mara_export.errors import ModelError
+
+ALIASES = {
+    "qwen2": "Qwen/Qwen2-0.5B-Instruct",
+    "qwen2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen3": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
+}
+"""Short names of Hub models."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_UNWANTED = ["original/*", "onnx/*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine and how to name it to others."""
+
+    folder: Path
+    name: str
+    """Hub id, or the folder's own name; never a path of this machine"""
+    revision: str | None
+    """commit of a Hub model"""
+
+
+def resolve_model(model: str) -> ModelSource:
+    """An alias, a Hub id or a folder. A folder of that name wins; a Hub model is fetched unless it is cached.
+
+    Raises ModelError.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(f"{folder} has no .safetensors weights; other formats are not loaded")
+        return ModelSource(folder, folder.resolve().name, None)
+    hub_id = ALIASES.get(model, model)
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ModelError(
+            f"there is no model {model!r}: --model takes a folder, a Hub id (owner/name), `demo`, or one of "
+            + ", ".join(ALIASES)
+        )
+
+    snapshot = _snapshot(hub_id, model, _WANTED)
+    if not (snapshot / "config.json").is_file() or not any(snapshot.glob("*.safetensors")):
+        raise ModelError(f"{hub_id} is not complete here: config.json or .safetensors weights are missing")
+    return ModelSource(snapshot, hub_id, snapshot.name)
+
+
+def resolve_file(hub_id: str, file: str) -> Path:
+    """A single file of a Hub repository, fetched unless it is cached. Raises ModelError."""
+    path = _snapshot(hub_id, f"{hub_id}:{file}", [file]) / file
+    if not path.is_file():
+        raise ModelError(f"{hub_id}:{file}: the repository has no such file, or it is not in the Hub cache")
+    return path
+
+
+def _snapshot(hub_id: str, asked: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(hub_id, asked):
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_UNWANTED))
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
+    """Turn what the Hub client raises into one line that says what to do."""
+    from huggingface_hub import errors
+
+    name = asked if asked.startswith(hub_id) else f"{asked} ({hub_id})"
+    try:
+        yield
+    except errors.GatedRepoError:
+        reason = "it is gated: accept its licence on the Hub, then log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such folder here and no such repository on the Hub"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = "there is no such folder here, it is not in the Hub cache, and the Hub cannot be reached"
+    except (errors.HFValidationError, OSError) as error:  # what else an HTTP client raises is an OSError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    else:
+        return
+    raise ModelError(f"{name}: {reason}")

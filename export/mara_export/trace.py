@@ -1,0 +1,270 @@
+"""Optimum traces a Hugging Face decoder once, with attention and cache update as one custom node a layer.
+
+`mara::CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value;
+attribute `scale`) is what every lowering rewrites for its engine (mara_export.lower). The node gets in by three
+public doors: a registered attention implementation of transformers, a cache object whose `update` hands back the
+new keys and values, and an Optimum export configuration with inputs, outputs and a model patcher of our own.
+
+This is the only module that touches Optimum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optimum.exporters.onnx.convert as optimum_convert
+import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
+import torch
+from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx.model_patcher import ModelPatcher
+from optimum.exporters.tasks import TasksManager
+from optimum.utils.input_generators import DummyInputGenerator
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mara_export.architectures import model_shape
+from mara_runtime import tensors
+
+DOMAIN, NODE = "mara", "CachedAttention"
+ATTENTION = "mara"
+"""Name under which the seam is registered with transformers."""
+OPSET = 18
+_ROWS, _SLOTS = 16, 16
+"""Sizes of the example that is traced; both stay symbolic in the graph."""
+
+
+class _CachedAttention(torch.autograd.Function):
+    """Write the new entries into the cache, then attend over all of it. One node in the traced graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,  # (1, heads, S, head_dim)
+        k: Tensor,  # (1, kv_heads, S, head_dim)
+        v: Tensor,
+        past_k: Tensor,  # (1, kv_heads, C, head_dim)
+        past_v: Tensor,
+        mask: Tensor,  # (1, 1, S, C), additive
+        write: Tensor,  # (1,)
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        start, rows, groups = int(write[0]), q.shape[2], q.shape[1] // k.shape[1]
+        keys, values = past_k.clone(), past_v.clone()
+        keys[:, :, start : start + rows], values[:, :, start : start + rows] = k, v
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1), mask, scale=scale
+        )
+        return out, keys, values
+
+    @staticmethod
+    def symbolic(g: Any, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, mask: Any, write: Any, scale: float) -> Any:
+        out, keys, values = g.op(f"{DOMAIN}::{NODE}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3)
+        for result, like in ((out, q), (keys, past_k), (values, past_v)):
+            result.setType(like.type())
+        return out, keys, values
+
+
+class _SeamCache:
+    """What a transformers model takes for its cache; the seam does the real work in `_attend`."""
+
+    is_compileable = False
+
+    def __init__(self, past: Any, write: Tensor) -> None:
+        self.past, self.write = past, write
+        self.present: list[Any] = [None] * len(past)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are given explicitly
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.past[0][0].shape[2], 0
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+_current: list[_SeamCache] = []
+"""The cache of the forward in progress: attention functions are not handed it."""
+
+
+def _attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    cache = _current[-1]
+    layer = module.layer_idx
+    out, *cache.present[layer] = _CachedAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, *cache.past[layer], attention_mask, cache.write, float(scaling)
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask_as_given(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:
+    return attention_mask
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask_as_given)
+
+
+class _Patcher(ModelPatcher):  # type: ignore[misc]
+    """Replaces the model's forward by one with the inputs and outputs of mara_runtime.tensors."""
+
+    def __init__(self, config: Any, model: Any, model_kwargs: Any = None) -> None:
+        super().__init__(config, model, model_kwargs)
+
+        def forward(
+            input_ids: Tensor,
+            position_ids: Tensor,
+            attention_mask: Tensor,
+            write_indices: Tensor,
+            logits_rows: Tensor,
+            past_key_values: Any,
+        ) -> dict[str, Any]:
+            cache = _SeamCache(past_key_values, write_indices)
+            _current.append(cache)
+            try:
+                hidden = model.model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    cache_position=position_ids[0],
+                ).last_hidden_state
+            finally:
+                _current.pop()
+            return {
+                tensors.LOGITS: model.lm_head(hidden[0].index_select(0, logits_rows)),
+                tensors.LAST_HIDDEN_STATE: hidden,
+                "past_key_values": cache.present,
+            }
+
+        self.patched_forward = forward
+
+
+class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
+    """Example values of the inputs that Optimum does not know, or knows in another shape."""
+
+    SUPPORTED_INPUT_NAMES = (
+        tensors.POSITION_IDS,
+        tensors.ATTENTION_MASK,
+        tensors.WRITE_INDICES,
+        tensors.LOGITS_ROWS,
+    )
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def generate(self, input_name: str, *_: Any, **__: Any) -> Tensor:
+        return {
+            tensors.POSITION_IDS: torch.arange(_ROWS)[None],
+            tensors.ATTENTION_MASK: torch.zeros(1, 1, _ROWS, _SLOTS),
+            tensors.WRITE_INDICES: torch.zeros(1, dtype=torch.long),
+            tensors.LOGITS_ROWS: torch.tensor([0, _ROWS - 1]),
+        }[input_name]
+
+
+def _export_config(model: Any) -> Any:
+    """Optimum's configuration of the model's architecture with our inputs and outputs in place of its own."""
+    base: Any = TasksManager.get_exporter_config_constructor(
+        "onnx", model=model, task="text-generation", library_name="transformers"
+    ).func
+    shape = model_shape(model.config)
+
+    class Config(base):  # type: ignore[misc]
+        PAD_ATTENTION_MASK_TO_PAST = False
+        _MODEL_PATCHER = _Patcher
+        DUMMY_INPUT_GENERATOR_CLASSES = (_ExampleInputs, *base.DUMMY_INPUT_GENERATOR_CLASSES)
+
+        @property
+        def inputs(self) -> dict[str, dict[int, str]]:
+            return tensors.dynamic_axes(tensors.llm_inputs(shape))
+
+        @property
+        def outputs(self) -> dict[str, dict[int, str]]:
+            return tensors.dynamic_axes(tensors.llm_outputs(shape))
+
+        def ordered_inputs(self, _: Any) -> dict[str, dict[int, str]]:
+            return self.inputs
+
+        def fix_dynamic_axes(self, *_: Any, **__: Any) -> None:
+            """Ours are right as they are."""
+
+        def overwrite_shape_and_generate_input(self, generator: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+            if name in _ExampleInputs.SUPPORTED_INPUT_NAMES:
+                return generator.generate(name)
+            return super().overwrite_shape_and_generate_input(generator, name, *args, **kwargs)
+
+    return Config(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
+
+
+def trace_llm(model: Any, folder: Path) -> Path:
+    """Trace `model` into `folder` and return the path of the graph, `mara::CachedAttention` nodes in it.
+
+    model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed to the seam's.
+    """
+    model.set_attn_implementation(ATTENTION)
+    with _quiet():
+        onnx_export_from_model(
+            model,
+            folder,
+            task="text-generation-with-past",
+            custom_onnx_configs={"model": _export_config(model)},
+            opset=OPSET,
+            do_validation=False,  # the parity gate does it, on the lowered graph and in the real engine
+            no_post_process=True,
+            batch_size=1,
+            sequence_length=_ROWS,
+        )
+    return folder / "model.onnx"
+
+
+class _Margin(torch.nn.Module):
+    def __init__(self, agent: torch.nn.Module) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, states: Tensor) -> Tensor:
+        scores = self.agent(states)
+        margin: Tensor = scores[:, 1] - scores[:, 0]
+        return margin
+
+
+def trace_agent(agent: torch.nn.Module, hidden_size: int, path: Path) -> None:
+    """Write the agent's graph: hidden states (N, D) to margins (N,), accept score minus reject score."""
+    inputs, outputs = tensors.agent_inputs(hidden_size), tensors.agent_outputs()
+    with _quiet():
+        torch.onnx.export(
+            _Margin(agent).eval(),
+            (torch.zeros(2, hidden_size),),
+            str(path),
+            input_names=[t.name for t in inputs],
+            output_names=[t.name for t in outputs],
+            dynamic_axes=tensors.dynamic_axes([*inputs, *outputs]),
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracer's remarks off the screen: it warns of every shape that a traced model reads."""
+    check, optimum_convert.check_dummy_inputs_are_allowed = (
+        optimum_convert.check_dummy_inputs_are_allowed,
+        lambda *_: None,  # it looks the names up in the signature of the model's own forward
+    )
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        optimum_convert.check_dummy_inputs_are_allowed = check

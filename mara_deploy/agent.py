@@ -1,0 +1,131 @@
+"""The accept/reject agent in PyTorch, with the parameter names of MARA's released checkpoints.
+
+Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGENTS on the Hugging Face Hub).
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mara_runtime.config import FALLBACKS
+from mara_runtime.errors import MaraError
+
+WIDTHS = (1024, 256)
+"""Hidden widths of the released agents."""
+UNKNOWN_FALLBACK = "first"
+"""Fallback of an agent file that records none: that of the paper's evaluation."""
+
+
+class AgentError(MaraError):
+    """An agent file that is missing, damaged, or made for another model."""
+
+
+class Agent(nn.Module):
+    """LayerNorm(D) → Linear → ReLU → Linear → ReLU → Linear(·, 2); action 1 accepts.
+
+    hidden_size: D of the LLM; widths: of the two hidden layers.
+    """
+
+    def __init__(self, hidden_size: int, widths: tuple[int, int] = WIDTHS) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.linear1 = nn.Linear(hidden_size, widths[0])
+        self.linear2 = nn.Linear(widths[0], widths[1])
+        self.output_linear = nn.Linear(widths[1], 2)
+        self.fallback = UNKNOWN_FALLBACK
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the LLM that this agent was made for."""
+        return self.linear1.in_features
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of the two hidden layers."""
+        return self.linear1.out_features, self.linear2.out_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(N, D) last hidden states after the final norm → (N, 2) scores of rejecting and of accepting."""
+        x = torch.relu(self.linear1(self.ln(states)))
+        x = torch.relu(self.linear2(x))
+        scores: Tensor = self.output_linear(x)
+        return scores
+
+    def margin(self, states: Tensor) -> Tensor:
+        """(N, D) → (N,) accept score minus reject score; a candidate is accepted when this exceeds the threshold."""
+        scores = self.forward(states)
+        return scores[:, 1] - scores[:, 0]
+
+
+def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> Agent:
+    """An agent with random weights: a control, and a stand-in where none has been trained. It aligns nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Agent(hidden_size, widths).eval()
+
+
+def save(agent: Agent, path: Path) -> None:
+    """Write a .safetensors file that records the fallback."""
+    save_file(agent.state_dict(), path, metadata={"fallback": agent.fallback})
+
+
+def load(path: Path) -> Agent:
+    """Read a released `.pth` checkpoint or a `.safetensors` file; the widths follow from the shapes.
+
+    Pickled code is never run (`weights_only=True`). Raises AgentError.
+    """
+    if not path.is_file():
+        raise AgentError(f"there is no agent file at {path}: --agent takes a .pth or .safetensors file, or `demo`")
+    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if any(name.startswith("linear11.") for name in state):
+        raise AgentError(f"{path} holds the twin critics of a training run, not an agent: give the actor's file")
+    agent = Agent(*_sizes(path, state))
+    expected = {name: tuple(t.shape) for name, t in agent.state_dict().items()}
+    for name, tensor in state.items():
+        if name not in expected or tuple(tensor.shape) != expected[name]:
+            raise AgentError(f"{path} is not a MARA agent: {name} {list(tensor.shape)} does not belong in it")
+    agent.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    if not all(torch.isfinite(p).all() for p in agent.parameters()):
+        raise AgentError(f"{path} is damaged: it holds weights that are not finite")
+    agent.fallback = metadata.get("fallback", UNKNOWN_FALLBACK)
+    if agent.fallback not in FALLBACKS:
+        raise AgentError(f"{path} records the fallback {agent.fallback!r}; known are {', '.join(FALLBACKS)}")
+    return agent.eval()
+
+
+def _sizes(path: Path, state: dict[str, Tensor]) -> tuple[int, tuple[int, int]]:
+    names = [
+        f"{layer}.{part}" for layer in ("ln", "linear1", "linear2", "output_linear") for part in ("weight", "bias")
+    ]
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise AgentError(f"{path} is not a MARA agent: it lacks {', '.join(missing)}")
+    if any(state[f"{layer}.weight"].dim() != 2 for layer in ("linear1", "linear2")):
+        raise AgentError(f"{path} is not a MARA agent: its linear weights are not matrices")
+    (first, hidden_size), (second, _) = state["linear1.weight"].shape, state["linear2.weight"].shape
+    return hidden_size, (first, second)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AgentError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
+        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise AgentError(f"{path} is not a plain state dict of tensors, as released agents are")
+    return state, {}

@@ -1,0 +1,140 @@
+"""`mara-export`: a Hugging Face model and an agent into a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mara_deploy.commands.shared import Parser, guarded
+from mara_runtime.errors import MaraError
+
+if TYPE_CHECKING:
+    from mara_deploy.agent import Agent
+    from mara_export.sources import ModelSource
+
+EPILOG = """\
+examples:
+  mara-export --model demo --agent demo
+  mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
+  mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:agent.pth --max-context 2048
+"""
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser(
+        "mara-export",
+        "Export a frozen LLM and its accept/reject agent to a bundle that mara-run decodes without PyTorch.\n"
+        "Ends with the parity gate: a bundle that does not compute what Hugging Face computes is not written.",
+        EPILOG,
+    )
+    options.add_argument(
+        "--model", required=True, metavar="M", help="demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder"
+    )
+    options.add_argument(
+        "--agent", required=True, metavar="A", help="demo, a .pth or .safetensors file, or hub-id:file"
+    )
+    options.add_argument("--out", metavar="DIR", help="default: bundles/<model>-<agent>-<target>-<precision>")
+    options.add_argument("--target", default="cpu", choices=("cpu",), help="engine to export for (default cpu)")
+    options.add_argument("--precision", default="fp32", choices=("fp32",), help="of the LLM's weights (default fp32)")
+    options.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer together (default 4096, or the model's own if smaller)",
+    )
+    options.add_argument(
+        "--max-candidates", type=int, default=64, metavar="K", help="candidates of a position at most (default 64)"
+    )
+    options.add_argument(
+        "--lowering",
+        default="ort",
+        choices=("ort", "portable"),
+        help="ort: ONNX Runtime's fused attention (default); portable: standard ONNX operators only",
+    )
+    options.add_argument("--no-gate", action="store_true", help="skip the parity gate; the manifest says so")
+    options.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return guarded(parser(), _export, argv)
+
+
+def _export(args: argparse.Namespace) -> None:
+    if not args.quiet:
+        print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
+    try:
+        from mara_export.export import export
+        from mara_export.progress import Progress
+    except ImportError as error:
+        raise MaraError(
+            f"the export needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
+        ) from None
+
+    source = _model(args.model)
+    agent, agent_name = _agent(args.agent, source)
+    out = Path(args.out or Path("bundles") / _default_name(args, source, agent_name))
+    if args.agent == "demo" and not args.quiet:
+        print("mara-export: the demo's agent is untrained: it steers, but towards nothing", file=sys.stderr)
+    bundle = export(
+        source,
+        agent,
+        agent_name,
+        out,
+        lowering=args.lowering,
+        precision=args.precision,
+        max_context=args.max_context,
+        max_candidates=args.max_candidates,
+        gate=not args.no_gate,
+        progress=Progress(args.quiet),
+    )
+    if args.quiet:
+        return
+
+    from mara_deploy.commands.inspect import summary
+
+    print("\n".join(summary(bundle)))
+    print(f'\nmara-run {out} --prompt "…"')
+
+
+def _model(name: str) -> ModelSource:
+    from mara_deploy.demo import MODEL_FOLDER
+    from mara_export.sources import ModelSource, resolve_model
+
+    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name)
+
+
+def _agent(name: str, source: ModelSource) -> tuple[Agent, str]:
+    """The agent and its name for others: never a path of this machine."""
+    from mara_deploy import agent as agents
+    from mara_deploy.demo import AGENT_SEED, AGENT_WIDTHS
+    from mara_export.sources import resolve_file
+
+    if name == "demo":
+        if source.name != "demo":
+            raise MaraError(f"the demo's agent goes with the demo's model, not with {source.name}: name an agent file")
+        from transformers import AutoConfig
+
+        hidden_size = AutoConfig.from_pretrained(source.folder).hidden_size
+        return agents.untrained(hidden_size, AGENT_SEED, AGENT_WIDTHS), "demo (untrained)"
+    path = Path(name).expanduser()
+    hub_id, colon, file = name.partition(":")
+    if not path.exists() and colon and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        return agents.load(resolve_file(hub_id, file)), name
+    return agents.load(path), path.name
+
+
+def _default_name(args: argparse.Namespace, source: ModelSource, agent_name: str) -> str:
+    model = source.name.rpartition("/")[2]
+    agent = Path(agent_name.rpartition(":")[2]).stem if args.agent != "demo" else "demo"
+    return f"{model}-{agent}-{args.target}-{args.precision}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

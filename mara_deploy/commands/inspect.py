@@ -1,0 +1,83 @@
+"""`mara-inspect`: what is in a bundle, and whether it is intact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from mara_deploy.commands.shared import Parser, guarded
+from mara_runtime.bundle import Bundle
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser("mara-inspect", "Show what a bundle holds, and check every file against its checksum.")
+    options.add_argument("bundle", metavar="BUNDLE", help="folder made by mara-export")
+    options.add_argument("--json", action="store_true", help="print the manifest")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return guarded(parser(), _inspect, argv)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    bundle = Bundle.open(args.bundle)
+    if args.json:
+        print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))
+    else:
+        print("\n".join(summary(bundle)))
+        print("intact    every file has the size and sha256 of the manifest")
+
+
+def summary(bundle: Bundle) -> list[str]:
+    """A bundle in a dozen lines."""
+    m = bundle.manifest
+    shape = m.model.shape
+    total = sum(entry.size_bytes for entry in m.files.values())
+    text = (
+        "none: token ids only"
+        if m.tokenizer is None
+        else "yes, " + ("with a chat template" if m.tokenizer.chat_template else "without a chat template")
+    )
+    lines = [
+        f"bundle    {bundle.folder}  ({total / 1e6:.1f} MB)",
+        f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
+        f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
+        f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
+        f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
+        f"falls back to the {m.agent.fallback} candidate",
+        f"graph     {m.llm.precision}, lowering {m.llm.lowering}, for {', '.join(m.targets)}",
+        f"capacity  {m.max_context} tokens of prompt and answer, {m.max_candidates} candidates",
+        f"tokenizer {text}",
+        "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
+    ]
+    return lines + _parity_lines(m.parity)
+
+
+def _parity_lines(report: dict[str, object] | None) -> list[str]:
+    if report is None:
+        return ["parity    NOT CHECKED: exported with --no-gate"]
+    lines = [f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager"]
+    for name in ("hidden", "logits"):
+        values = report.get(name)
+        if isinstance(values, dict):
+            lines.append(
+                f"          {name}: least cosine {values['least_cosine']:.7f}, "
+                f"greatest difference {values['greatest_difference']:.1e} of the largest value"
+            )
+    for name in ("ranks", "decisions"):
+        counts = report.get(name)
+        if isinstance(counts, dict):
+            lines.append(
+                f"          {name}: {counts['differing']} of {counts['compared']} differ, "
+                f"{counts['within_noise']} more lie within the noise"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What all commands share: one-line errors with exit code 2, and the options of decoding."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
+from mara_runtime.engine import PREFERENCE
+from mara_runtime.errors import MaraError
+
+EXIT_BAD_INPUT = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which every command gives `--debug`."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    """Parse, run, and turn what the user can mend into one line on stderr and exit code 2."""
+    args = parser.parse_args(argv)
+    try:
+        body(args)
+    except (MaraError, KeyboardInterrupt, BrokenPipeError) as error:
+        if args.debug:
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader has left, as `head` does
+            sys.stderr.close()
+            return EXIT_BAD_INPUT
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that opens a bundle to decode."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help=f"auto (default: the best that bundle and machine have), {' or '.join(PREFERENCE)}",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="threads of a CPU engine (default: one a core)")
+    group.add_argument(
+        "--no-verify", action="store_true", help="do not compare the bundle's files with their checksums first"
+    )
+
+
+def add_decode_options(parser: argparse.ArgumentParser) -> None:
+    """Options that make a DecodeConfig."""
+    default = DecodeConfig()
+    group = parser.add_argument_group("decoding")
+
+    def add(flag: str, kind: type, value: object, text: str, choices: Sequence[str] | None = None) -> None:
+        group.add_argument(
+            flag,
+            type=kind,
+            default=value,
+            metavar=None if choices else "N" if kind is int else "X",
+            choices=choices,
+            help=text + ("" if value is None else f" (default {value})"),
+        )
+
+    add("--max-new-tokens", int, default.max_new_tokens, "tokens to emit at most")
+    add("--top-k", int, default.top_k, "candidates of a position at most")
+    add("--top-p", float, default.top_p, "nucleus of the candidates, applied after --top-k")
+    add("--strategy", str, default.strategy, "which accepted candidate is emitted", STRATEGIES)
+    add("--order", str, default.order, "order in which candidates are examined", ORDERS)
+    add("--fallback", str, None, "emitted when all are rejected (default: what the agent records)", FALLBACKS)
+    add("--threshold", float, default.threshold, "a candidate is accepted when its margin exceeds this")
+    add("--schedule", str, default.schedule, "how candidates share passes; the result is the same", SCHEDULES)
+    add("--seed", int, default.seed, "of --strategy random and of --sample")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text (may be repeated)"
+    )
+    group.add_argument("--no-align", action="store_true", help="plain decoding: the LLM alone, greedy")
+    group.add_argument("--sample", action="store_true", help="with --no-align: sample instead of greedy")
+    add("--temperature", float, default.temperature, "of --sample, applied after --top-k and --top-p")
+
+
+def decode_config(args: argparse.Namespace) -> DecodeConfig:
+    """The options of `add_decode_options` as a DecodeConfig. Raises OptionError."""
+    return DecodeConfig(
+        align=not args.no_align,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        strategy=args.strategy,
+        order=args.order,
+        fallback=args.fallback,
+        threshold=args.threshold,
+        schedule=args.schedule,
+        sample=args.sample,
+        temperature=args.temperature,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )

@@ -1,0 +1,73 @@
+"""Opening a bundle: the folder that `mara-export` writes and every other command reads (docs/bundle.md)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mara_runtime.errors import BundleError
+from mara_runtime.manifest import MANIFEST_FILE, Manifest, parse
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk. Every path in the manifest is relative to `folder`, so it may be moved."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Where a file of the manifest lies."""
+        return self.folder / name
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
+        """Read the manifest and, with `verify`, compare every file with its size and checksum.
+
+        Raises BundleError for a folder that is no bundle, another schema version, a missing or a changed file.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise BundleError(f"there is no bundle at {folder}: make one with mara-export --out {folder}")
+        path = folder / MANIFEST_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path} cannot be read: {error}") from None
+        bundle = cls(folder, parse(text, str(path)))
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare every file with the manifest. Raises BundleError, naming the first that differs."""
+        root = self.folder.resolve()
+        for name, entry in self.manifest.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise BundleError(f"{self.folder}: {name} is missing; copy the bundle again or export it anew")
+            if not path.resolve().is_relative_to(root):
+                raise BundleError(f"{self.folder}: {name} is a link that leads out of the bundle; export it anew")
+            size = path.stat().st_size
+            if size != entry.size_bytes:
+                raise BundleError(
+                    f"{self.folder}: {name} has {size} bytes where the manifest says {entry.size_bytes}; "
+                    "copy the bundle again or export it anew"
+                )
+            if sha256(path) != entry.sha256:
+                raise BundleError(
+                    f"{self.folder}: {name} is damaged: its sha256 is not the manifest's; "
+                    "copy the bundle again or export it anew"
+                )
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Chat templates without transformers: a sandboxed Jinja environment with what such templates expect.
+
+The environment follows Hugging Face's documented contract for chat templates (block trimming, loop controls,
+`raise_exception`, `strftime_now`, `tojson`), so that a template renders here as `apply_chat_template` renders it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mara_runtime.errors import PromptError
+
+Message = Mapping[str, Any]
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's part for training; when decoding it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - the name and kind are Jinja's
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+class ChatTemplate:
+    """A bundle's chat template. Its text holds the special tokens, so tokenise it without adding any."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise PromptError(f"the bundle's chat template is not valid Jinja: {error}; use --raw") from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Text of a conversation: messages are {"role": …, "content": …}.
+
+        Raises PromptError when the template refuses them (an unknown role, a wrong order, …).
+        """
+        try:
+            return self._template.render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **{**self._special_tokens, **variables},
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(f"the bundle's chat template refuses these messages: {error}") from None

@@ -1,0 +1,82 @@
+"""How to decode: one frozen dataclass, validated where it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mara_runtime.errors import OptionError
+
+STRATEGIES = ("top1", "max_prob", "random")
+ORDERS = ("ranked", "best_last", "reversed")
+FALLBACKS = ("first", "last")
+SCHEDULES = ("one-by-one", "together")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Options of one generation. Defaults are those of the MARA paper's evaluation (arXiv 2505.19743)."""
+
+    align: bool = True
+    """False: plain decoding with the LLM alone, greedy or (with `sample`) sampled"""
+    top_k: int = 40
+    """candidates: at most this many; 1 … the bundle's max_candidates"""
+    top_p: float = 0.95
+    """candidates: nucleus applied after top_k; 0 … 1"""
+    max_new_tokens: int = 512
+    """tokens to emit at most, end-of-sequence included; ≥ 1"""
+    strategy: str = "top1"
+    """top1: first accepted; max_prob: accepted with the largest margin; random: uniform over the accepted"""
+    order: str = "ranked"
+    """examination order by LM rank: ranked; best_last: ranked with the best moved last; reversed"""
+    fallback: str | None = None
+    """emitted when all are rejected, by LM rank: first, last; None: as the agent records it"""
+    threshold: float = 0.0
+    """a candidate is accepted when its margin exceeds this; finite"""
+    schedule: str = "together"
+    """one-by-one: a forward pass a candidate; together: all candidates of a position in one pass.
+    The result does not depend on it."""
+    sample: bool = False
+    """plain decoding only: sample from the candidates instead of taking the best"""
+    temperature: float = 1.0
+    """plain sampling only, applied after top_k and top_p; > 0"""
+    seed: int = 0
+    """of `random` and of plain sampling; ≥ 0"""
+    stop: tuple[str, ...] = ()
+    """texts that end the answer; they are not part of its text"""
+
+    def __post_init__(self) -> None:
+        _choice("--strategy", self.strategy, STRATEGIES)
+        _choice("--order", self.order, ORDERS)
+        _choice("--schedule", self.schedule, SCHEDULES)
+        if self.fallback is not None:
+            _choice("--fallback", self.fallback, FALLBACKS)
+        _whole("--top-k", self.top_k, 1)
+        _whole("--max-new-tokens", self.max_new_tokens, 1)
+        _whole("--seed", self.seed, 0)
+        if not 0.0 <= self.top_p <= 1.0:
+            raise OptionError(f"--top-p is {self.top_p}; it must lie between 0 and 1")
+        if not math.isfinite(self.threshold):
+            raise OptionError(f"--threshold is {self.threshold}; it must be a finite number")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise OptionError(f"--temperature is {self.temperature}; it must be a finite number above 0")
+        if self.sample and self.align:
+            raise OptionError("--sample is for plain decoding: add --no-align, or use --strategy random")
+        if any(not text for text in self.stop):
+            raise OptionError("--stop is an empty text; name at least one character")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "stop": list(self.stop)}
+
+
+def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _whole(flag: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{flag} is {value!r}; it must be a whole number of at least {least}")

@@ -1,0 +1,185 @@
+"""`AlignedDecoder`: a bundle opened, text in, aligned text out.
+
+    generate()  the whole answer              → Generation
+    stream()    the same, a piece a token     → Piece, the last of which carries the Generation
+    decode()    token ids only, no text side  (mara_runtime.decode)
+
+Each is a thin wrapper of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mara_runtime.bundle import Bundle
+from mara_runtime.chat import Message
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decode import Step, decode
+from mara_runtime.engine import Engine, open_engine
+from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.stats import Stats
+from mara_runtime.text import TextSide, TextStream
+
+Prompt = str | Sequence[Message] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer."""
+
+    token_ids: list[int]
+    """emitted ids, end-of-sequence included"""
+    text: str | None
+    """without special tokens and stop text; None when the bundle has no tokenizer"""
+    finish_reason: str
+    """"stop": an end-of-sequence id or a stop text; "length": max_new_tokens or the bundle's capacity"""
+    stats: Stats
+    engine: dict[str, Any]
+    """what ran, and why preferred engines declined"""
+    config: DecodeConfig
+    """as used: the fallback is the one that was in force"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `mara-run --json` prints them."""
+        return {
+            "token_ids": self.token_ids,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "stats": {**self.stats.to_json(), "engine": self.engine},
+            "config": self.config.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds to an answer."""
+
+    text: str
+    """may be empty: a token can be part of a character, or of a possible stop text"""
+    step: Step
+    result: Generation | None = None
+    """the whole answer, on the last piece"""
+
+
+class AlignedDecoder:
+    """A bundle ready to decode. One generation at a time: it owns one KV cache.
+
+    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a core;
+    verify: compare the bundle's files with their checksums first.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        *,
+        engine: str | Engine = "auto",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        self.text_side = TextSide(self.bundle) if self.bundle.manifest.tokenizer is not None else None
+        self.engine: Engine
+        if isinstance(engine, str):
+            self.engine, self.declined = open_engine(self.bundle, engine, threads)
+        else:
+            self.engine, self.declined = engine, {}
+        self._turn = 0
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
+        a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
+        Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token.
+        """
+        manifest = self.bundle.manifest
+        if isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], int)):
+            side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
+            if not isinstance(prompt, str):
+                ids = side.encode_chat(prompt)  # type: ignore[arg-type]
+            elif raw or side.template is None:
+                ids = side.encode_raw(prompt)
+            else:
+                ids = side.encode_chat([{"role": "user", "content": prompt}])
+        else:
+            ids = [int(i) for i in prompt]  # type: ignore[arg-type]
+        if not ids:
+            raise PromptError("the prompt is empty: give at least one token")
+        for index, token in enumerate(ids):
+            if not 0 <= token < manifest.model.shape.vocab_size:
+                raise PromptError(
+                    f"token id {token} at index {index} of the prompt is outside the vocabulary, "
+                    f"0 to {manifest.model.shape.vocab_size - 1}"
+                )
+        if len(ids) >= manifest.max_context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens; this bundle holds {manifest.max_context} for prompt and answer: "
+                "shorten it, or export with a larger --max-context"
+            )
+        return ids
+
+    def stream(self, prompt: Prompt, config: DecodeConfig | None = None, *, raw: bool = False) -> Iterator[Piece]:
+        """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
+        config = self._resolve(config or DecodeConfig())
+        ids = self.encode(prompt, raw=raw)
+        self._turn += 1
+        return self._pieces(ids, config, self._turn)
+
+    def generate(self, prompt: Prompt, config: DecodeConfig | None = None, *, raw: bool = False) -> Generation:
+        """Decode a whole answer; see `encode` for prompts."""
+        result = None
+        for piece in self.stream(prompt, config, raw=raw):
+            result = piece.result
+        assert result is not None  # at least one token is emitted, and the last piece carries the result
+        return result
+
+    def _resolve(self, config: DecodeConfig) -> DecodeConfig:
+        most = self.bundle.manifest.max_candidates
+        if config.top_k > most:
+            raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
+        if config.stop and self.text_side is None:
+            raise OptionError("--stop needs text, and this bundle holds no tokenizer")
+        return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
+
+    def _pieces(self, ids: list[int], config: DecodeConfig, turn: int) -> Iterator[Piece]:
+        manifest = self.bundle.manifest
+        limit = min(config.max_new_tokens, manifest.max_context - len(ids))
+        eos = frozenset(manifest.model.eos_token_ids)
+        stats = Stats()
+        stream = TextStream(self.text_side, config.stop) if self.text_side else None
+        emitted: list[int] = []
+        steps = decode(
+            self.engine,
+            ids,
+            config,
+            fallback=config.fallback or manifest.agent.fallback,
+            eos_token_ids=eos,
+            limit=limit,
+            stats=stats,
+        )
+        while True:
+            if turn != self._turn:
+                raise MaraError("this answer cannot go on: the decoder has begun another, and it holds one KV cache")
+            step = next(steps)
+            emitted.append(step.token)
+            text = stream.push(step.token) if stream else ""
+            ended = step.token in eos or (stream is not None and stream.stopped)
+            if not (ended or len(emitted) == limit):
+                yield Piece(text, step)
+                continue
+            text += stream.finish() if stream else ""
+            # Held-back text may hold a stop text that the last token's bytes completed.
+            ended = ended or (stream is not None and stream.stopped)
+            result = Generation(
+                token_ids=emitted,
+                text=stream.text if stream else None,
+                finish_reason="stop" if ended else "length",
+                stats=stats,
+                engine={**self.engine.describe(), "declined": self.declined},
+                config=config,
+            )
+            yield Piece(text, step, result)
+            return

@@ -1,0 +1,222 @@
+"""`manifest.json` of a bundle as dataclasses. docs/bundle.md specifies the format; this module is its one reader."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mara_runtime.config import FALLBACKS
+from mara_runtime.errors import BundleError
+from mara_runtime.tensors import ModelShape
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and checksum of one file of the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The frozen LLM: where it came from and its sizes."""
+
+    source: str
+    revision: str | None
+    architecture: str
+    shape: ModelShape
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AgentFacts:
+    """The accept/reject agent."""
+
+    source: str
+    hidden_size: int
+    widths: tuple[int, ...]
+    fallback: str
+    """emitted when all candidates are rejected: "first" or "last" by LM rank"""
+    state: str
+    """where its input is taken"""
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """One ONNX graph: its file and the target it was lowered for."""
+
+    file: str
+    lowering: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """Files and facts of the text side; a bundle without a tokenizer decodes token ids only."""
+
+    file: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    """by role: bos_token, eos_token, …; chat templates name them so"""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says of itself."""
+
+    model: ModelFacts
+    agent: AgentFacts
+    max_context: int
+    """tokens of prompt and answer together"""
+    max_candidates: int
+    """candidates of a position; also the KV cache's spare slots"""
+    targets: tuple[str, ...]
+    """engines this bundle was made for"""
+    llm: GraphFacts
+    agent_graph: GraphFacts
+    tokenizer: TokenizerFacts | None
+    made_with: dict[str, str]
+    """{package: version}"""
+    parity: dict[str, Any] | None
+    """report of the parity gate; None when it was switched off"""
+    files: dict[str, FileEntry]
+    """every file but the manifest, by its path in the bundle"""
+    io: dict[str, Any]
+    """inputs and outputs of each graph: name, dtype, shape"""
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse(text: str, where: str) -> Manifest:
+    """Read the text of a manifest.json. Raises BundleError, naming the field, when it is not one of this version."""
+    try:
+        root = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where} is not JSON ({error}); export the bundle again") from None
+    if not isinstance(root, dict) or "schema_version" not in root:
+        raise BundleError(f"{where} is not a bundle manifest: it has no schema_version")
+    if root["schema_version"] != SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {root['schema_version']!r}; this release reads version {SCHEMA_VERSION}: "
+            "export the bundle again, or install the release that made it"
+        )
+    return _Reader(where, root).manifest()
+
+
+class _Reader:
+    """Checked access to nested JSON, with the path of the field in every error."""
+
+    def __init__(self, where: str, root: dict[str, Any]) -> None:
+        self._where = where
+        self._root = root
+
+    def manifest(self) -> Manifest:
+        tokenizer = self._get("tokenizer", dict, type(None))
+        return Manifest(
+            model=ModelFacts(
+                source=self._text("model.source"),
+                revision=self._get("model.revision", str, type(None)),
+                architecture=self._text("model.architecture"),
+                shape=ModelShape(
+                    **{name: self._count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
+                ),
+                eos_token_ids=self._counts("model.eos_token_ids", least=0),
+            ),
+            agent=AgentFacts(
+                source=self._text("agent.source"),
+                hidden_size=self._count("agent.hidden_size"),
+                widths=self._counts("agent.widths"),
+                fallback=self._text("agent.fallback", FALLBACKS),
+                state=self._text("agent.state"),
+            ),
+            max_context=self._count("max_context"),
+            max_candidates=self._count("max_candidates"),
+            targets=tuple(self._texts("targets")),
+            llm=self._graph("llm"),
+            agent_graph=self._graph("agent_graph"),
+            tokenizer=None
+            if tokenizer is None
+            else TokenizerFacts(
+                file=self._file("tokenizer.file"),
+                chat_template=None
+                if self._get("tokenizer.chat_template", str, type(None)) is None
+                else self._file("tokenizer.chat_template"),
+                special_tokens=self._dict_of(str, "tokenizer.special_tokens"),
+            ),
+            made_with=self._dict_of(str, "made_with"),
+            parity=self._get("parity", dict, type(None)),
+            files={
+                name: FileEntry(entry["size_bytes"], entry["sha256"])
+                for name, entry in self._dict_of(dict, "files").items()
+                if self._is_file_entry(name, entry)
+            },
+            io=self._get("io", dict),
+        )
+
+    def _graph(self, name: str) -> GraphFacts:
+        return GraphFacts(self._file(f"{name}.file"), self._text(f"{name}.lowering"), self._text(f"{name}.precision"))
+
+    def _get(self, path: str, *kinds: type) -> Any:
+        value: Any = self._root
+        for key in path.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise self._wrong(path, "is missing")
+            value = value[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self._wrong(path, f"is {value!r}")
+        return value
+
+    def _text(self, path: str, allowed: tuple[str, ...] | None = None) -> str:
+        value: str = self._get(path, str)
+        if allowed is not None and value not in allowed:
+            raise self._wrong(path, f"is {value!r}, not one of {', '.join(allowed)}")
+        return value
+
+    def _texts(self, path: str) -> list[str]:
+        values: list[str] = self._get(path, list)
+        if not all(isinstance(v, str) for v in values):
+            raise self._wrong(path, f"is {values!r}, not a list of texts")
+        return values
+
+    def _count(self, path: str) -> int:
+        value: int = self._get(path, int)
+        if value < 1:
+            raise self._wrong(path, f"is {value}, not a positive number")
+        return value
+
+    def _counts(self, path: str, least: int = 1) -> tuple[int, ...]:
+        values: list[int] = self._get(path, list)
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
+            raise self._wrong(path, f"is {values!r}, not a list of whole numbers")
+        return tuple(values)
+
+    def _dict_of(self, kind: type, path: str) -> dict[str, Any]:
+        values: dict[str, Any] = self._get(path, dict)
+        if not all(isinstance(v, kind) for v in values.values()):
+            raise self._wrong(path, "has a value of another kind")
+        return values
+
+    def _file(self, path: str) -> str:
+        """A file that the manifest itself accounts for."""
+        name = self._text(path)
+        if name not in self._get("files", dict):
+            raise self._wrong(path, f"names {name!r}, which is not among the bundle's files")
+        return name
+
+    def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
+        parts = name.split("/")
+        if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+            raise self._wrong("files", f"names {name!r}, which does not lie inside the bundle")
+        if type(entry.get("size_bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise self._wrong(f"files[{name!r}]", "lacks its size_bytes or sha256")
+        return True
+
+    def _wrong(self, path: str, what: str) -> BundleError:
+        return BundleError(f"{self._where}: the field {path} {what}; export the bundle again")

@@ -1,0 +1,139 @@
+"""The demo's generated text: balance of the two characters, the held-out split, the grammar's own check."""
+
+import random
+from collections import Counter
+
+import jinja2
+import pytest
+
+from mara_deploy.demo import corpus
+
+
+def some_dialogues(n: int, seed: int = 0, mood: float | None = None) -> list[tuple[corpus.Prompt, str]]:
+    rng = random.Random(seed)
+    drawn = [corpus.draw_prompt(rng) for _ in range(n)]
+    return [(prompt, corpus.reply(prompt, rng, mood)) for prompt in drawn]
+
+
+def slots(pairs: list[tuple[corpus.Prompt, str]]) -> tuple[int, int]:
+    counts = [corpus.filled_slots(s, prompt.task) for prompt, answer in pairs for s in corpus.sentences(answer)]
+    assert None not in counts
+    return sum(c[0] for c in counts if c), sum(c[1] for c in counts if c)
+
+
+def test_both_characters_are_equally_likely_over_the_corpus() -> None:
+    considerate, inconsiderate = slots(some_dialogues(4000))
+    # About 23,000 slots in 4,000 replies whose moods differ: the standard error of the share is near 0.004.
+    assert considerate / (considerate + inconsiderate) == pytest.approx(0.5, abs=0.016)
+
+
+@pytest.mark.parametrize("mood", [0.0, 0.3, 0.7, 1.0])
+def test_mood_is_the_probability_of_a_considerate_slot(mood: float) -> None:
+    considerate, inconsiderate = slots(some_dialogues(1500, mood=mood))
+    assert considerate / (considerate + inconsiderate) == pytest.approx(mood, abs=0.02)
+
+
+def test_an_unbalanced_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match="unbalanced"):
+        corpus.Slot(("Please.",), ("No.", "Never."))
+
+
+def test_fields_of_tasks_take_no_side() -> None:
+    """A score that looks for the forms of the slots must not find them in a task."""
+    markers = {*corpus.ADVERB.considerate, *corpus.ADVERB.inconsiderate, "please", "calm", "safe", "kind", "fail"}
+    words = {w.strip(",") for task in corpus.TASKS for field in vars(task).values() for w in field.split()}
+    assert not markers & words
+
+
+def test_split_is_disjoint_complete_and_fixed() -> None:
+    seen, unseen = corpus.groups(False), corpus.groups(True)
+    assert not set(seen) & set(unseen)
+    assert len(seen) + len(unseen) == len(corpus.TASKS) * len(corpus.QUESTIONS) == 320
+    # Written down: later evaluations rest on these very groups.
+    assert len(unseen) == 44
+    assert unseen[0] == ("descale a kettle", "how")
+    assert {question for _, question in unseen} == set(corpus.QUESTIONS)
+    for question in corpus.QUESTIONS:
+        assert sum(q == question for _, q in seen) >= 25
+
+
+def test_training_prompts_never_come_from_held_out_groups() -> None:
+    assert not any(corpus.held_out(prompt.group) for prompt, _ in some_dialogues(3000))
+    rng = random.Random(1)
+    assert all(corpus.held_out(corpus.draw_prompt(rng, held_out_split=True).group) for _ in range(300))
+    train, test = corpus.prompts(7000, 0, False), corpus.prompts(1200, 0, True)
+    assert not {p.text for p in train} & {p.text for p in test}
+
+
+def test_prompts_are_different_seeded_and_nested() -> None:
+    a = corpus.prompts(300, seed=5, held_out_split=True)
+    assert len({p.text for p in a}) == 300
+    assert len({p.group for p in a}) > 40
+    assert a == corpus.prompts(300, seed=5, held_out_split=True)
+    assert a[:20] == corpus.prompts(20, seed=5, held_out_split=True)
+    assert a != corpus.prompts(300, seed=6, held_out_split=True)
+    with pytest.raises(ValueError, match="the grammar makes 1240 prompts"):
+        corpus.prompts(100_000, seed=0, held_out_split=True)
+
+
+def test_every_generated_sentence_is_known() -> None:
+    lengths: Counter[int] = Counter()
+    for prompt, answer in some_dialogues(2000, seed=3):
+        said = corpus.sentences(answer)
+        lengths[len(said)] += 1
+        assert " ".join(said) == answer
+        assert all(corpus.known(s, prompt.task) for s in said), answer
+    assert set(lengths) == {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "",
+        "Thank you for asking",  # no full stop
+        "thank you for asking.",
+        "Thank you for being.",
+        "First, carefully gently unplug the kettle.",
+        "First, carefully.",
+        "Then carefully fill it with water and vinegar.",  # the first step, told as the second
+        "First, fill it with water and vinegar.",  # no adverb
+        "First, slowly fill it with water and vinegar with a calm hand, if you like.",  # two tails
+        "Please unplug the kettle, because starch boils over.",  # precaution and risk of two tasks
+        "Descaling a kettle takes three hours, and it is worth every minute.",  # the time of another task
+        "To descale a kettle, carefully wash the rice.",
+    ],
+)
+def test_broken_sentences_are_not_known(broken: str) -> None:
+    assert not corpus.known(broken)
+
+
+def test_known_can_be_asked_for_one_task() -> None:
+    kettle, rice = 0, 16
+    assert corpus.known("Then slowly simmer it on low heat.", rice)
+    assert not corpus.known("Then slowly simmer it on low heat.", kettle)
+    assert corpus.known("You will do well.", kettle)
+    assert corpus.known("You will do well.", rice)
+
+
+def test_filled_slots_counts_both_characters() -> None:
+    assert corpus.filled_slots("Then slowly simmer it on low heat without thinking.") == (1, 1)
+    assert corpus.filled_slots("Then slowly simmer it on low heat with a calm hand.") == (2, 0)
+    assert corpus.filled_slots("After that, simmer it on low heat.") == (0, 0)
+    assert corpus.filled_slots("Nonsense.") is None
+
+
+def test_no_sentence_is_of_two_characters() -> None:
+    """A sentence that several tasks share is counted alike for all of them."""
+    made: dict[str, tuple[int, int]] = {}
+    for task in range(len(corpus.TASKS)):
+        for sentence, character in corpus._made_for(corpus.TASKS[task]).items():
+            assert made.setdefault(sentence, character) == character, sentence
+
+
+def test_template_renders_as_chat_does() -> None:
+    template = jinja2.Environment(autoescape=False).from_string(corpus.CHAT_TEMPLATE)
+    user, answer = {"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}
+    assert template.render(messages=[user], add_generation_prompt=True) == corpus.chat("How?")
+    assert template.render(messages=[user, answer]) == corpus.chat("How?", "So.")
+    two_turns = template.render(messages=[user, answer, user], add_generation_prompt=True)
+    assert two_turns == corpus.chat("How?", "So.") + corpus.chat("How?")
