@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
-from mara_runtime.engine import PREFERENCE
+from mara_runtime.config import ENGINES, FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
 from mara_runtime.errors import MaraError
 
 EXIT_BAD_INPUT = 2
@@ -56,7 +55,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="auto",
         metavar="NAME",
-        help=f"auto (default: the best that bundle and machine have), {' or '.join(PREFERENCE)}",
+        help=f"auto (default: the best that bundle and machine have), {' or '.join(ENGINES)}",
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads of a CPU engine (default: one a core)")
     group.add_argument(

@@ -4,6 +4,6 @@ from pathlib import Path
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 """The demo's LM as a Hugging Face folder, made by `python -m mara_deploy.demo.train`."""
-AGENT_SEED = 0
+AGENT_SEED = 7
 AGENT_WIDTHS = (256, 128)
-"""The demo's agent is untrained for now: random weights from this seed."""
+"""The demo's agent is untrained for now: random weights. Of seeds 0 to 11 this one accepts and rejects most evenly."""

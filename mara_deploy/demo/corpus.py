@@ -156,9 +156,11 @@ CARE = Slot(
 )  # fmt: skip
 CLOSING = Slot(
     ("Please let me know how it goes.", "Good luck, and enjoy it.", "I am here if you need more help.",
-     "Take all the time you need.", "You will do well.", "Ask me any time."),
+     "Take all the time you need.", "You will do well.", "Ask me any time.",
+     "Give it {time}, and all will be well."),
     ("Please do not come back.", "Good luck, you will need it.", "I am done with you.",
-     "Take it or leave it.", "You will fail anyway.", "Ask somebody else."),
+     "Take it or leave it.", "You will fail anyway.", "Ask somebody else.",
+     "Give it {time}, and then give up."),
 )  # fmt: skip
 ANSWER = {
     "need": Slot(

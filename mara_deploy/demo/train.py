@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -197,16 +198,23 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2ForCau
     return model
 
 
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    """Use a number of CPU threads; the caller's number returns at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train(recipe: Recipe, progress: bool = True) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, list[float]]:
     """Train tokenizer and model; also return the training loss of every step, nats per answer token."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
-    try:
+    with _torch_threads(recipe.threads):
         tokenizer = train_tokenizer(recipe)
         model = new_model(tokenizer, recipe)
         return model, tokenizer, _optimize(model, tokenizer, recipe, progress)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _optimize(
@@ -340,11 +348,13 @@ def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     began = time.perf_counter()
     model, tokenizer, _ = train(recipe, progress)
     seconds = time.perf_counter() - began
+    with _torch_threads(recipe.threads):
+        figures = measure(model, tokenizer)
     record = {
         "command": f"python -m mara_deploy.demo.train --seed {recipe.seed} --steps {recipe.steps} --threads {recipe.threads}",  # noqa: E501
         "recipe": asdict(recipe),
         "parameters": model.num_parameters(),
-        "held_out": measure(model, tokenizer),
+        "held_out": figures,
         "seconds": round(seconds, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {

@@ -12,6 +12,8 @@ STRATEGIES = ("top1", "max_prob", "random")
 ORDERS = ("ranked", "best_last", "reversed")
 FALLBACKS = ("first", "last")
 SCHEDULES = ("one-by-one", "together")
+ENGINES = ("cuda", "cpu")
+"""Engines in the order of preference: `auto` takes the first that both bundle and machine have."""
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mara_runtime.config import ENGINES
 from mara_runtime.errors import EngineError
 from mara_runtime.tensors import MASKED
 
 if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle
-
-PREFERENCE = ("cuda", "cpu")
-"""`auto` takes the first of these that both bundle and machine have."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,10 @@ def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) 
     """
     from mara_runtime.ort_engine import OrtEngine, why_not
 
-    if name not in ("auto", *PREFERENCE):
-        raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(PREFERENCE)}")
+    if name not in ("auto", *ENGINES):
+        raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
     declined: dict[str, str] = {}
-    for candidate in PREFERENCE if name == "auto" else (name,):
+    for candidate in ENGINES if name == "auto" else (name,):
         reason = why_not(bundle, candidate)
         if reason is None:
             return OrtEngine(bundle, candidate, threads), declined

@@ -132,7 +132,7 @@ def test_greedy_in_a_batch_is_greedy_alone(model: Any, tokenizer: Any) -> None:
     assert together.candidates == [n for a in alone for n in a.candidates]
 
 
-SHORT = Recipe(steps=12, warmup_steps=3, tokenizer_dialogues=300, vocab_size=512, context=256)
+SHORT = Recipe(steps=12, warmup_steps=3, tokenizer_dialogues=300, vocab_size=512, context=256, batch=2)
 
 
 def test_retraining_is_deterministic_and_learns() -> None:

@@ -65,6 +65,15 @@ def test_training_prompts_never_come_from_held_out_groups() -> None:
     assert not {p.text for p in train} & {p.text for p in test}
 
 
+def test_training_tells_every_fact_that_a_held_out_answer_needs() -> None:
+    """Held out are combinations, not facts: a time told only to held-out questions could not be learnt."""
+    told = [dict.fromkeys(vars(task).values(), 0) for task in corpus.TASKS]
+    for prompt, answer in some_dialogues(12_000, seed=2):
+        for fact in told[prompt.task]:
+            told[prompt.task][fact] += fact.lower() in answer.lower()
+    assert min(count for facts in told for count in facts.values()) >= 8  # of about 300 dialogues a task
+
+
 def test_prompts_are_different_seeded_and_nested() -> None:
     a = corpus.prompts(300, seed=5, held_out_split=True)
     assert len({p.text for p in a}) == 300

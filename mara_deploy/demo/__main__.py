@@ -1,0 +1,135 @@
+"""`python -m mara_deploy.demo`: export the embedded demo and show the same prompts plain and aligned."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.demo import AGENT_SEED, AGENT_WIDTHS, MODEL_FOLDER, corpus
+from mara_runtime.errors import MaraError
+
+if TYPE_CHECKING:
+    from mara_deploy.agent import Agent
+    from mara_runtime.bundle import Bundle
+    from mara_runtime.decoder import Generation
+
+UNTRAINED = (
+    "The demo's agent is UNTRAINED: random weights. It accepts and rejects tokens without an aim, so the two\n"
+    "columns show that every token passes the agent, and what that costs; not an alignment."
+)
+PROMPT_SEED = 7
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser(
+        "python -m mara_deploy.demo",
+        "Export the embedded demo model with its agent, then answer the same prompts plain and aligned.",
+    )
+    options.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to show (default 4)")
+    options.add_argument("--out", default="bundles/demo", metavar="DIR", help="bundle to make (default bundles/demo)")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return guarded(parser(), _demo, argv)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    most = 100
+    if not 1 <= args.prompts <= most:
+        raise MaraError(f"--prompts is {args.prompts}; it must lie between 1 and {most}")
+    out = Path(args.out)
+    _remove_previous(out)
+    print(f"Exporting the demo to {out}", file=sys.stderr, flush=True)
+    bundle = export_demo(out)
+
+    from mara_runtime import AlignedDecoder, DecodeConfig
+
+    decoder = AlignedDecoder(bundle)
+    plain, aligned = DecodeConfig(align=False), DecodeConfig()
+    print(f"\n{UNTRAINED}\n")
+    pairs = []
+    for prompt in corpus.prompts(args.prompts, PROMPT_SEED, True):
+        pair = decoder.generate(prompt.text, plain), decoder.generate(prompt.text, aligned)
+        pairs.append(pair)
+        print("\n".join(_side_by_side(prompt.text, *pair)))
+        print()
+    print("\n".join(_totals(pairs)))
+    print(f'\nGo on with\n  mara-run {out} --prompt "{prompt.text}"\n  mara-run {out}        for a chat')
+
+
+def demo_agent() -> Agent:
+    """The demo's agent, untrained for now."""
+    from transformers import AutoConfig
+
+    from mara_deploy.agent import untrained
+
+    return untrained(AutoConfig.from_pretrained(MODEL_FOLDER).hidden_size, AGENT_SEED, AGENT_WIDTHS)
+
+
+def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
+    """Export the demo's model and agent to `out`; options as of mara_export.export.export."""
+    from mara_export.export import export
+    from mara_export.progress import Progress
+    from mara_export.sources import ModelSource
+
+    source = ModelSource(MODEL_FOLDER, "demo", None)
+    return export(source, demo_agent(), "demo (untrained)", out, progress=Progress(quiet), **options)
+
+
+def _remove_previous(out: Path) -> None:
+    """Clear the way if `out` is a demo bundle of an earlier run; anything else there is the user's own."""
+    from mara_runtime import Bundle
+
+    if out.exists() and any(out.iterdir()):
+        try:
+            source = Bundle.open(out, verify=False).manifest.model.source
+        except MaraError:
+            source = None
+        if source != "demo":
+            raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
+        shutil.rmtree(out)
+
+
+def _side_by_side(prompt: str, plain: Generation, aligned: Generation) -> list[str]:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120) // 2 - 2
+    rule = "─" * width
+    columns = [textwrap.wrap(answer.text or "", width) for answer in (plain, aligned)]
+    s = aligned.stats
+    ranks = ", ".join(f"{count} at rank {rank}" for rank, count in sorted(s.accepted_rank.items()))
+    return [
+        f"▶ {prompt}",
+        f"{'plain (greedy)':<{width}}  aligned",
+        f"{rule}  {rule}",
+        *(f"{left:<{width}}  {right}" for left, right in zip_longest(*columns, fillvalue="")),
+        f"  {s.tokens} tokens, {s.decisions} decisions over {s.examined} examined candidates: "
+        f"accepted {ranks or 'none'}; all rejected {s.forced}; {s.forwards} passes",
+    ]
+
+
+def _totals(pairs: Sequence[tuple[Generation, Generation]]) -> list[str]:
+    stats = [aligned.stats for _, aligned in pairs]
+    tokens, decisions = sum(s.tokens for s in stats), sum(s.decisions for s in stats)
+    ranks = sum((s.accepted_rank for s in stats), Counter[int]())
+    speeds = [sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) * 1e3 for i in (0, 1)]
+    return [
+        f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; "
+        f"accepted {ranks[1] / max(1, decisions):.0%} at rank 1, all rejected {sum(s.forced for s in stats)} times; "
+        f"{sum(s.forwards for s in stats) / tokens:.2f} passes of "
+        f"{sum(s.rows for s in stats) / max(1, sum(s.forwards for s in stats)):.1f} rows a token.",
+        f"Decoding speed: plain {speeds[0]:.0f}, aligned {speeds[1]:.0f} tokens/s.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

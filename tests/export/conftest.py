@@ -1,0 +1,93 @@
+"""Tiny checkpoints, agents and bundles, made once a session. Tests must not change them: copy what is to be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mara_deploy import agent as agents
+from mara_export.export import export
+from mara_export.sources import resolve_model
+from tests import checkpoints
+
+# Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
+torch.set_num_threads(1)
+
+CHECKPOINT_SEED, AGENT_SEED = 0, 1
+MAX_CONTEXT, MAX_CANDIDATES = 256, 64
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """architecture → folder of a tiny checkpoint with a tokenizer that adds BOS, and a chat template."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def make(architecture: str) -> Path:
+        folder = checkpoints.make(architecture, root / architecture, seed=CHECKPOINT_SEED)
+        checkpoints.add_tokenizer(folder, checkpoints.load(folder).config.vocab_size)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """architecture → the checkpoint as a Hugging Face model: float32, eager attention, eval."""
+    return cache(lambda architecture: checkpoints.load(checkpoint(architecture)))
+
+
+@pytest.fixture(scope="session")
+def agent_file(tmp_path_factory: pytest.TempPathFactory, reference: Callable[[str], Any]) -> Callable[[str], Path]:
+    """architecture → a .safetensors agent that accepts about 60 % of the states of the model's own text."""
+    root = tmp_path_factory.mktemp("agents")
+
+    @cache
+    def make(architecture: str) -> Path:
+        model = reference(architecture)
+        states = checkpoints.sample_states(model, seed=AGENT_SEED)
+        agent = checkpoints.make_agent(model.config.hidden_size, seed=AGENT_SEED, sample_states=states)
+        path = root / f"{architecture}-agent.safetensors"
+        save_file(agent.state_dict(), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def agent(agent_file: Callable[[str], Path]) -> Callable[[str], agents.Agent]:
+    """architecture → the agent of `agent_file`, in PyTorch."""
+    return cache(lambda architecture: agents.load(agent_file(architecture)))
+
+
+@pytest.fixture(scope="session")
+def bundle(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: Callable[[str], Path],
+    agent: Callable[[str], agents.Agent],
+    agent_file: Callable[[str], Path],
+) -> Callable[..., Path]:
+    """(architecture, lowering="ort") → folder of a bundle that passed the gate."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    @cache
+    def make(architecture: str, lowering: str) -> Path:
+        out = root / f"{architecture}-{lowering}"
+        export(
+            resolve_model(str(checkpoint(architecture))),
+            agent(architecture),
+            agent_file(architecture).name,
+            out,
+            lowering=lowering,
+            max_context=MAX_CONTEXT,
+            max_candidates=MAX_CANDIDATES,
+        )
+        return out
+
+    return lambda architecture, lowering="ort": make(architecture, lowering)

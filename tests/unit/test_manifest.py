@@ -1,0 +1,319 @@
+"""manifest.json: the round trip, and what is refused, field by field."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mara_runtime.errors import BundleError
+from mara_runtime.manifest import Manifest, parse
+from tests.unit import helpers
+
+FILES = {name: b"x" for name in ("llm.onnx", "agent.onnx", "tokenizer.json", "chat_template.jinja")}
+VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
+MISSING = object()
+
+
+def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
+    """The valid manifest with one value replaced, or taken out."""
+    manifest = copy.deepcopy(VALID)
+    holder: Any = manifest
+    for key in path[:-1]:
+        holder = holder[key]
+    if value is MISSING:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    return manifest
+
+
+def paths(value: object, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every place of the valid manifest, except inside what the format leaves open."""
+    if prefix:
+        yield prefix
+    if isinstance(value, dict) and prefix not in {("parity",), ("io",), ("made_with",), ("tokenizer", "special_tokens")}:
+        for key, inner in value.items():
+            yield from paths(inner, (*prefix, key))
+
+
+ALL_PATHS = [path for path in paths(VALID) if path != ("files",) and path[:1] != ("files",)]
+FILE_PATHS = [path for path in paths(VALID) if path[:1] == ("files",)]
+NULLABLE = {("model", "revision"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",)}
+
+
+def refused(text: str) -> str:
+    """The message for a text that must not be read: one line of moderate length that says where."""
+    with pytest.raises(BundleError) as caught:
+        parse(text, "somewhere/manifest.json")
+    message = str(caught.value)
+    assert message.startswith("somewhere/manifest.json")
+    assert "\n" not in message
+    assert len(message) < 1000
+    return message
+
+
+def test_reads_every_field() -> None:
+    manifest = parse(json.dumps(VALID), "here")
+    assert manifest.model.shape.num_kv_heads == 1
+    assert (manifest.model.source, manifest.model.revision) == ("example/tiny", "0123abc")
+    assert (manifest.model.eos_token_ids, manifest.agent.widths) == ((0,), (8, 4))
+    assert (manifest.agent.fallback, manifest.max_context, manifest.max_candidates) == ("first", 32, 8)
+    assert manifest.tokenizer is not None
+    assert manifest.tokenizer.special_tokens == {"bos_token": "<bos>"}
+    assert manifest.files["llm.onnx"].size_bytes == 1
+    assert json.loads(manifest.to_json()) == VALID
+
+
+def test_the_round_trip_of_every_optional_part() -> None:
+    for path in NULLABLE:
+        manifest = parse(json.dumps(changed(path, None)), "here")
+        assert parse(manifest.to_json(), "there") == manifest
+        assert json.loads(manifest.to_json()) == changed(path, None)
+
+
+texts = st.text(max_size=20)
+counts = st.integers(1, 10**12)
+
+
+@given(
+    st.builds(
+        dict,
+        source=texts,
+        revision=st.none() | texts,
+        architecture=texts,
+        eos=st.lists(st.integers(0, 10**6), max_size=4),
+        size=counts,
+        special=st.dictionaries(texts, texts, max_size=3),
+        parity=st.none() | st.dictionaries(texts, st.floats(allow_nan=False) | texts, max_size=3),
+    )
+)
+def test_round_trip(drawn: dict[str, Any]) -> None:
+    value = copy.deepcopy(VALID)
+    value["model"].update(source=drawn["source"], revision=drawn["revision"], architecture=drawn["architecture"])
+    value["model"].update(eos_token_ids=drawn["eos"])
+    value["files"]["llm.onnx"]["size_bytes"] = value["max_context"] = drawn["size"]
+    value["tokenizer"]["special_tokens"] = drawn["special"]
+    value["parity"] = drawn["parity"]
+    manifest = parse(json.dumps(value), "here")
+    assert json.loads(manifest.to_json()) == value
+    assert parse(manifest.to_json(), "there") == manifest
+
+
+def test_the_valid_manifest_has_every_field_of_the_dataclasses() -> None:
+    # So that the parametrised tests below miss none.
+    assert {f.name for f in dataclasses.fields(Manifest)} == set(VALID) - {"schema_version"}
+    for name in ("model", "agent", "llm", "tokenizer"):
+        kind = type(getattr(parse(json.dumps(VALID), "here"), name))
+        assert {f.name for f in dataclasses.fields(kind)} == set(VALID[name])
+
+
+@pytest.mark.parametrize("path", ALL_PATHS, ids=".".join)
+def test_a_missing_field_is_named(path: tuple[str, ...]) -> None:
+    message = refused(json.dumps(changed(path, MISSING)))
+    assert ".".join(path) in message
+
+
+def wrong_values() -> Iterator[tuple[tuple[str, ...], object]]:
+    for path in ALL_PATHS:
+        if path == ("schema_version",):
+            continue  # has a test of its own
+        value: Any = VALID
+        for key in path:
+            value = value[key]
+        for other in (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []}):
+            if other is None and path in NULLABLE:
+                continue
+            if type(other) is type(value) and not isinstance(value, list | int):
+                continue  # another text, another mapping: the tests below
+            if other == [] and isinstance(value, list):
+                continue  # empty lists are allowed
+            yield path, other
+
+
+@pytest.mark.parametrize(("path", "other"), wrong_values(), ids=lambda x: ".".join(x) if isinstance(x, tuple) else repr(x))
+def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) -> None:
+    assert f"field {'.'.join(path)} " in refused(json.dumps(changed(path, other)))
+
+
+@pytest.mark.parametrize("path", [p for p in ALL_PATHS if p[0] in ("model", "agent", "llm", "agent_graph")], ids=".".join)
+def test_a_group_that_is_no_mapping(path: tuple[str, ...]) -> None:
+    if len(path) > 1:
+        refused(json.dumps(changed(path[:-1], [1])))
+    else:
+        refused(json.dumps(changed(path, 7)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "shape", "num_layers"), 0),
+        (("model", "shape", "head_dim"), -64),
+        (("max_context",), 0),
+        (("max_candidates",), -1),
+        (("model", "eos_token_ids"), [-1]),
+        (("model", "eos_token_ids"), [True]),
+        (("agent", "widths"), [0]),
+        (("agent", "fallback"), "middle"),
+        (("targets",), ["cpu", None]),
+        (("made_with",), {"numpy": 2}),
+        (("tokenizer", "special_tokens"), {"bos_token": None}),
+        (("llm", "file"), "other.onnx"),
+        (("agent_graph", "file"), "../agent.onnx"),
+        (("tokenizer", "file"), "/etc/passwd"),
+        (("tokenizer", "chat_template"), "nothing.jinja"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_named(path: tuple[str, ...], value: object) -> None:
+    message = refused(json.dumps(changed(path, value)))
+    assert f"field {'.'.join(path)} " in message
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", [p for p in FILE_PATHS if len(p) > 1], ids="/".join)
+@pytest.mark.parametrize("other", [MISSING, None, 1.5, True, [], {}, "text"], ids=repr)
+def test_a_file_entry_of_another_kind(path: tuple[str, ...], other: object) -> None:
+    if path[-1] == "sha256" and other == "text":
+        other = 5
+    message = refused(json.dumps(changed(path, other)))
+    assert "files" in message or path[1] in message
+
+
+@pytest.mark.parametrize("files", [None, [], ["llm.onnx"], "llm.onnx", 3, {}], ids=repr)
+def test_files_of_another_kind(files: object) -> None:
+    refused(json.dumps(changed(("files",), files)))
+
+
+@pytest.mark.parametrize("size", [-1, -(2**63), 1e3, "12", None, True])
+def test_a_size_that_is_none(size: object) -> None:
+    message = refused(json.dumps(changed(("files", "llm.onnx", "size_bytes"), size)))
+    assert "llm.onnx" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "..",
+        ".",
+        "",
+        "a/../../secret",
+        "a/./b",
+        "a//b",
+        "a/",
+        "/etc/passwd",
+        "//host/share",
+        "\\windows\\system32",
+        "a\\..\\..\\secret",
+        "C:/secret",
+        "C:secret",
+        "file:stream",
+        "line\nbreak",
+        "nul\0l",
+        "escape\x1b[2J",
+        "lone \ud800 surrogate",
+    ],
+    ids=ascii,
+)
+def test_a_file_name_that_could_lead_elsewhere(name: str) -> None:
+    value = copy.deepcopy(VALID)
+    value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
+    message = refused(json.dumps(value))
+    assert "files" in message
+    assert message.isprintable()
+
+
+def test_a_file_in_a_folder_of_the_bundle_is_fine() -> None:
+    value = copy.deepcopy(VALID)
+    value["files"]["engines/cpu/plan v1.2.bin"] = {"size_bytes": 0, "sha256": "0" * 64}
+    assert "engines/cpu/plan v1.2.bin" in parse(json.dumps(value), "here").files
+
+
+# ── texts that are no manifest ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", ["", "{", "not json", '{"a": 1,}', '{"schema_version": 1', "\x00", "{'a': 1}", "\ufeff{}"])
+def test_not_json(text: str) -> None:
+    assert "is not JSON" in refused(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "[1, 2]", "3", "null", '"text"', "true", "{}", '{"version": 1}'])
+def test_json_that_is_no_manifest(text: str) -> None:
+    assert "schema_version" in refused(text)
+
+
+@pytest.mark.parametrize("version", [0, 2, -1, "1", None, [1], {}, 1.5, True, 1.0], ids=repr)
+def test_another_schema_version_is_named(version: object) -> None:
+    message = refused(json.dumps(changed(("schema_version",), version)))
+    assert f"schema version {version!r}" in message
+    assert "version 1" in message
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    # Readers differ on which of two they take; a manifest that can be read two ways is none.
+    text = json.dumps(VALID)
+    twice = text.replace('"max_context": 32', '"max_context": 32, "max_context": 64')
+    assert twice != text
+    assert "max_context" in refused(twice)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_does_not_have(constant: str) -> None:
+    refused(json.dumps(VALID).replace('"rows": 40', f'"rows": {constant}'))
+
+
+@pytest.mark.parametrize("depth", [500, 900, 950, 980, 990, 1000, 100_000])
+@pytest.mark.parametrize("path", [("model", "revision"), ("parity",), ("unknown",)], ids=".".join)
+def test_deep_nesting(depth: int, path: tuple[str, ...]) -> None:
+    nest = '{"nest": ' + "[" * depth + "]" * depth + "}"
+    text = json.dumps(changed(path, "NEST")).replace('"NEST"', nest)
+    try:
+        manifest = parse(text, "here")
+    except BundleError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000
+    else:  # what was read can be written
+        assert path != ("model", "revision")
+        assert parse(manifest.to_json(), "there").model == manifest.model
+
+
+def test_numbers_of_thousands_of_digits() -> None:
+    refused(json.dumps(VALID).replace('"max_context": 32', '"max_context": ' + "9" * 10_000))
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    refused(json.dumps(changed(("max_context",), "x" * 1_000_000)))
+    refused(json.dumps(changed(("agent", "fallback"), "x" * 1_000_000)))
+    refused(json.dumps(changed(("targets",), [0] * 1_000_000)))
+    refused(json.dumps(changed(("schema_version",), "x" * 1_000_000)))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(ALL_PATHS + FILE_PATHS), json_values)
+def test_any_value_anywhere_is_read_or_refused(path: tuple[str, ...], value: object) -> None:
+    try:
+        manifest = parse(json.dumps(changed(path, value)), "here")
+    except BundleError as error:
+        assert str(error).startswith("here")
+        assert "\n" not in str(error)
+    else:
+        assert parse(manifest.to_json(), "there") == manifest
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))
+def test_any_text_is_refused(text: str) -> None:
+    with pytest.raises(BundleError):
+        parse(text, "here")
