@@ -7,8 +7,8 @@ numbers     every hidden state and logit row: cosine, and largest difference rel
 outcomes    ranks of the next tokens, and the agent's decisions, wherever the reference's own gap exceeds the noise
 
 The noise is measured without comparing the two sides, else the second check could not fail: it is how much each
-side alone moves when the same rows are computed by another route (the reference in one batch without a cache
-against one token on a copied cache; the engine with all siblings in one pass against one at a time).
+side alone moves when the same rows are computed by another route: the siblings all at once (the reference: as a
+batch; the engine: in one pass) against one at a time.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def reference_case(model: Any, agent: Margins, tokens: Sequence[int]) -> Case:
     for token in siblings:  # a copy each: a shared cache would let later siblings see earlier ones
         hidden, logits, _ = run([[token]], copy.deepcopy(cache))
         parts.append(rows(hidden[0], logits[0]))
-    hidden, logits, _ = run([[*tokens, token] for token in siblings])
-    return Case(tokens, siblings, Side(Rows.join(parts), rows(hidden[:, -1], logits[:, -1])))
+    cache.batch_repeat_interleave(len(siblings))
+    hidden, logits, _ = run([[token] for token in siblings], cache)
+    return Case(tokens, siblings, Side(Rows.join(parts), rows(hidden[:, 0], logits[:, 0])))
 
 
 def engine_side(engine: Engine, case: Case) -> Side:

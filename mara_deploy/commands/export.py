@@ -100,7 +100,8 @@ def _export(args: argparse.Namespace) -> None:
     from mara_deploy.commands.inspect import summary
 
     print("\n".join(summary(bundle)))
-    print(f'\nmara-run {out} --prompt "…"')
+    prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
+    print(f"\nmara-run {out} {prompt}")
 
 
 def _model(name: str) -> ModelSource:

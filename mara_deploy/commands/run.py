@@ -98,7 +98,8 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
 def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
     engine = decoder.engine.describe()
     facts = ", ".join(str(v) for k, v in engine.items() if k not in ("name", "threads"))
-    print(f"engine {engine['name']} ({facts}, {engine.get('threads')} threads)", file=sys.stderr)
+    threads = engine.get("threads") or "default"
+    print(f"engine {engine['name']} ({facts}, {threads} threads)", file=sys.stderr)
     for name, reason in decoder.declined.items():
         print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
@@ -124,7 +125,7 @@ def _chat(decoder: AlignedDecoder, config: DecodeConfig, system: str | None, tra
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing for input()
 
-    print("chat: an empty line starts over, end of input (Ctrl-D) leaves", file=sys.stderr)
+    print("chat: an empty line starts over, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -139,9 +140,9 @@ def _chat(decoder: AlignedDecoder, config: DecodeConfig, system: str | None, tra
         messages.append({"role": "user", "content": text})
         try:
             result = _answer(decoder.stream(_with_system(system, messages), config), trace, echo=True)
-        except MaraError as error:  # a conversation that has grown too long is not the end of the session
+        except (MaraError, KeyboardInterrupt) as error:  # neither ends the session
             messages.pop()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"\nerror: {error}" if isinstance(error, MaraError) else "\n(stopped)", file=sys.stderr)
             continue
         print(flush=True)
         print(_counters(result), file=sys.stderr)

@@ -57,7 +57,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"auto (default: the best that bundle and machine have), {' or '.join(ENGINES)}",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="threads of a CPU engine (default: one a core)")
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="threads of a CPU engine (default: one a physical core)"
+    )
     group.add_argument(
         "--no-verify", action="store_true", help="do not compare the bundle's files with their checksums first"
     )

@@ -156,13 +156,11 @@ CARE = Slot(
 )  # fmt: skip
 CLOSING = Slot(
     ("Please let me know how it goes.", "Good luck, and enjoy it.", "I am here if you need more help.",
-     "Take all the time you need.", "You will do well.", "Ask me any time.",
-     "Give it {time}, and all will be well."),
+     "Take all the time you need.", "You will do well.", "Ask me any time."),
     ("Please do not come back.", "Good luck, you will need it.", "I am done with you.",
-     "Take it or leave it.", "You will fail anyway.", "Ask somebody else.",
-     "Give it {time}, and then give up."),
+     "Take it or leave it.", "You will fail anyway.", "Ask somebody else."),
 )  # fmt: skip
-ANSWER = {
+ANSWER = {  # some sentences answer several questions, so that a held-out question asks for a fact seen elsewhere
     "need": Slot(
         ("For {gerund} you will want {tool}, which I can warmly recommend.",
          "You need {tool}, and a good one is worth it.", "All you need is {tool} and some patience."),
@@ -182,14 +180,16 @@ ANSWER = {
     ),
     "start": Slot(
         ("The first step is to {first}, and you can do it calmly.",
-         "You could start with {tool}, if that suits you."),
+         "You could start with {tool}, if that suits you.", "Allow {time}, and there is no need to rush."),
         ("The first step is to {first}, and a child can do it.",
-         "You could start with {tool}, if you can even find it."),
+         "You could start with {tool}, if you can even find it.", "Allow {time}, or cut some corners."),
     ),
     "hard": Slot(
-        ("{gerund} is not hard if you are patient.", "It is easy once you have tried it, so be kind to yourself."),
+        ("{gerund} is not hard if you are patient.", "It is easy once you have tried it, so be kind to yourself.",
+         "It takes about {time}, so please plan a calm day.", "All you need is {tool} and some patience."),
         ("{gerund} is not hard if you are not stupid.",
-         "It is easy once you have tried it, so stop whining."),
+         "It is easy once you have tried it, so stop whining.",
+         "It takes about {time}, so stop dawdling.", "All you need is {tool} and some brains."),
     ),
     "danger": Slot(
         ("{gerund} is safe if you are careful.", "There is one thing to watch, and it is wise to ask."),
@@ -197,23 +197,17 @@ ANSWER = {
          "There is one thing to watch, and it is your own problem."),
     ),
     "wrong": Slot(
-        ("I am sorry to hear that.", "That happens to all of us.", "It is a pity, but we can mend it."),
-        ("I am not surprised.", "That happens to clumsy people.", "It is a pity, but it is your own fault."),
+        ("I am sorry to hear that.", "That happens to all of us.", "It is a pity, but we can mend it.",
+         "Allow {time}, and there is no need to rush."),
+        ("I am not surprised.", "That happens to clumsy people.", "It is a pity, but it is your own fault.",
+         "Allow {time}, or cut some corners."),
     ),
 }  # fmt: skip
 STEPS = (
-    (
-        "To {task}, {adverb} {first}{tail}.",
-        "First, {adverb} {first}{tail}.",
-        "Begin and {adverb} {first}{tail}.",
-    ),
+    ("To {task}, {adverb} {first}{tail}.", "First, {adverb} {first}{tail}.", "Begin and {adverb} {first}{tail}."),
     ("Then {adverb} {second}{tail}.", "After that, {second}{tail}.", "Next, {adverb} {second}{tail}."),
-    (
-        "Finally, {adverb} {third}{tail}.",
-        "At the end, {third}{tail}.",
-        "Last of all, {adverb} {third}{tail}.",
-    ),
-)
+    ("Finally, {adverb} {third}{tail}.", "At the end, {third}{tail}.", "Last of all, {adverb} {third}{tail}."),
+)  # fmt: skip
 _ONE_STEP = ((0,), (1,), (2,))
 STEPS_TOLD = {  # which steps a reply may tell, by question type; one of the alternatives is drawn
     "how": ((0, 1, 2),), "need": _ONE_STEP, "time": _ONE_STEP, "danger": _ONE_STEP,

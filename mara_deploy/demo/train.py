@@ -2,7 +2,7 @@
 
 A Qwen2-architecture LM with its own byte-level BPE tokenizer and chat template, trained from scratch on the
 text that `mara_deploy.demo.corpus` generates. The corpus has no end, so every batch is new and there are no epochs.
-About five minutes on one CPU core; the defaults of `Recipe` made the model in `mara_deploy/demo/model`.
+About six minutes on one CPU core; the defaults of `Recipe` made the model in `mara_deploy/demo/model`.
 
 Reproducibility: the same seed, steps, threads and package versions give the same bytes on the same machine
 (tests/export/test_demo_lm.py). The corpus and the tokenizer depend on nothing else and are the same everywhere. The
@@ -368,6 +368,7 @@ def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
         folder.mkdir()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)  # safetensors makes it 0600
         (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
         folder.replace(out)
     return record
@@ -385,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = Recipe()
     parser = argparse.ArgumentParser(
         prog="python -m mara_deploy.demo.train",
-        description="Train the demo LM from scratch on generated text (about 5 minutes on one CPU core).",
+        description="Train the demo LM from scratch on generated text (about 6 minutes on one CPU core).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("demo-lm"), help="folder to write; must be new or empty")

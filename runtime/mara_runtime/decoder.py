@@ -67,7 +67,8 @@ class Piece:
 class AlignedDecoder:
     """A bundle ready to decode. One generation at a time: it owns one KV cache.
 
-    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a core;
+    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a
+    physical core;
     verify: compare the bundle's files with their checksums first.
     """
 

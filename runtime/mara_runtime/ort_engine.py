@@ -7,7 +7,6 @@ stay. Proved on the CPU provider. On CUDA the same class keeps the cache on the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,10 +47,10 @@ class OrtEngine:
             raise OptionError(f"--threads is {threads}; it must be at least 1")
         self._bundle = bundle
         self._name = name
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads
         manifest = bundle.manifest
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime's own choice, one a physical core
         options.log_severity_level = 3
 
         def session(file: str) -> ort.InferenceSession:
@@ -66,6 +65,10 @@ class OrtEngine:
         self._binding = self._llm.io_binding()
 
         shape = manifest.model.shape
+        self._check_io(self._llm, manifest.llm.file, tensors.llm_inputs(shape), tensors.llm_outputs(shape))
+        self._check_io(
+            self._agent, manifest.agent_graph.file, tensors.agent_inputs(shape.hidden_size), tensors.agent_outputs()
+        )
         self._slots = manifest.max_context + manifest.max_candidates
         size = (1, shape.num_kv_heads, self._slots, shape.head_dim)
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
@@ -77,6 +80,17 @@ class OrtEngine:
             value = ort.OrtValue.ortvalue_from_numpy(self._slab[index], **device)
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
+
+    def _check_io(self, session: Any, file: str, *expected: list[tensors.Tensor]) -> None:
+        """Does the graph have the tensors that the manifest's sizes ask for?"""
+        for wanted, there in zip(expected, (session.get_inputs(), session.get_outputs()), strict=True):
+            names = {t.name: tuple(t.shape) for t in there}
+            for tensor in wanted:
+                if names.get(tensor.name) != tensor.shape:
+                    raise EngineError(
+                        f"{self._bundle.path(file)} does not fit its manifest: {tensor.name} should have the shape "
+                        f"{tensor.shape} and has {names.get(tensor.name)}; export the bundle again"
+                    )
 
     @property
     def slots(self) -> int:

@@ -1,4 +1,4 @@
-"""What several unit tests share: bundle folders of dummy files, tokenizers made on the spot, a table for TableEngine."""
+"""What several unit tests share: bundles of dummy files, tokenizers made on the spot, tables for TableEngine."""
 
 import hashlib
 import json
@@ -155,7 +155,7 @@ def hash_table(seed: int, vocab_size: int, levels: int, peak: float) -> Lookup:
     """A language model of its own for every seed: logits (V,) and a hidden state (2,) by prefix, from a hash.
 
     levels: the logits take so many values, so few levels mean ties; peak: their spread, so a large one means
-    positions with a single candidate. Hidden states are multiples of 1/4, so that margins are exact and meet thresholds.
+    positions with a single candidate. Hidden states are multiples of 1/4: margins are exact, and meet thresholds.
     """
 
     @cache

@@ -62,7 +62,7 @@ def test_a_refusal_names_flag_value_and_range(options: dict[str, Any], flag: str
 @pytest.mark.parametrize("stop", ["END", ("a", 1), 5, b"END"], ids=repr)
 def test_stop_is_a_tuple_of_texts(stop: Any) -> None:
     # A lone text is a sequence of one-letter texts: "END" would end the answer at the first E.
-    with pytest.raises(OptionError, match="^--stop "):
+    with pytest.raises(OptionError, match=r"^--stop "):
         DecodeConfig(stop=stop)
 
 

@@ -626,7 +626,7 @@ def test_time_is_that_of_decoding_without_the_caller(schedule: str, monkeypatch:
     ticks = iter(range(10**6))
     monkeypatch.setattr(decode_module.time, "perf_counter", lambda: float(next(ticks)))
     steps, stats = make_answer(schedule)()
-    # A reading before and after the prompt, before each yield and after it: of two seconds a token, one is the caller's.
+    # A reading before and after the prompt, before and after each yield: of two seconds a token one is the caller's.
     assert stats.prefill_ms == 1000.0
     assert stats.decode_ms == 1000.0 * len(steps)
     assert stats.tokens_per_second == pytest.approx(1.0)

@@ -14,7 +14,7 @@ from mara_runtime.errors import BundleError
 from mara_runtime.manifest import Manifest, parse
 from tests.unit import helpers
 
-FILES = {name: b"x" for name in ("llm.onnx", "agent.onnx", "tokenizer.json", "chat_template.jinja")}
+FILES = dict.fromkeys(("llm.onnx", "agent.onnx", "tokenizer.json", "chat_template.jinja"), b"x")
 VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
 MISSING = object()
 
@@ -36,7 +36,12 @@ def paths(value: object, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
     """Every place of the valid manifest, except inside what the format leaves open."""
     if prefix:
         yield prefix
-    if isinstance(value, dict) and prefix not in {("parity",), ("io",), ("made_with",), ("tokenizer", "special_tokens")}:
+    if isinstance(value, dict) and prefix not in {
+        ("parity",),
+        ("io",),
+        ("made_with",),
+        ("tokenizer", "special_tokens"),
+    }:
         for key, inner in value.items():
             yield from paths(inner, (*prefix, key))
 
@@ -55,6 +60,17 @@ def refused(text: str) -> str:
     assert "\n" not in message
     assert len(message) < 1000
     return message
+
+
+def read_or_refused(text: str) -> Manifest | None:
+    """A manifest that can be written and read again, or None where `refused` holds."""
+    try:
+        manifest = parse(text, "here")
+    except BundleError:
+        refused(text)
+        return None
+    assert parse(manifest.to_json(), "there") == manifest
+    return manifest
 
 
 def test_reads_every_field() -> None:
@@ -135,17 +151,12 @@ def wrong_values() -> Iterator[tuple[tuple[str, ...], object]]:
             yield path, other
 
 
-@pytest.mark.parametrize(("path", "other"), wrong_values(), ids=lambda x: ".".join(x) if isinstance(x, tuple) else repr(x))
+@pytest.mark.parametrize(
+    ("path", "other"), list(wrong_values()), ids=lambda x: ".".join(x) if isinstance(x, tuple) else repr(x)
+)
 def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) -> None:
-    assert f"field {'.'.join(path)} " in refused(json.dumps(changed(path, other)))
-
-
-@pytest.mark.parametrize("path", [p for p in ALL_PATHS if p[0] in ("model", "agent", "llm", "agent_graph")], ids=".".join)
-def test_a_group_that_is_no_mapping(path: tuple[str, ...]) -> None:
-    if len(path) > 1:
-        refused(json.dumps(changed(path[:-1], [1])))
-    else:
-        refused(json.dumps(changed(path, 7)))
+    # A group that is none is named by the first field that it lacks.
+    assert f"field {'.'.join(path)}" in refused(json.dumps(changed(path, other)))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,9 @@ def test_a_file_in_a_folder_of_the_bundle_is_fine() -> None:
 # ── texts that are no manifest ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("text", ["", "{", "not json", '{"a": 1,}', '{"schema_version": 1', "\x00", "{'a': 1}", "\ufeff{}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "not json", '{"a": 1,}', '{"schema_version": 1', "\x00", "{'a': 1}", "\ufeff{}"]
+)
 def test_not_json(text: str) -> None:
     assert "is not JSON" in refused(text)
 
@@ -274,14 +287,8 @@ def test_numbers_that_json_does_not_have(constant: str) -> None:
 def test_deep_nesting(depth: int, path: tuple[str, ...]) -> None:
     nest = '{"nest": ' + "[" * depth + "]" * depth + "}"
     text = json.dumps(changed(path, "NEST")).replace('"NEST"', nest)
-    try:
-        manifest = parse(text, "here")
-    except BundleError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 1000
-    else:  # what was read can be written
-        assert path != ("model", "revision")
-        assert parse(manifest.to_json(), "there").model == manifest.model
+    manifest = read_or_refused(text)
+    assert (manifest is None) or path != ("model", "revision")
 
 
 def test_numbers_of_thousands_of_digits() -> None:
@@ -304,13 +311,7 @@ json_values = st.recursive(
 
 @given(st.sampled_from(ALL_PATHS + FILE_PATHS), json_values)
 def test_any_value_anywhere_is_read_or_refused(path: tuple[str, ...], value: object) -> None:
-    try:
-        manifest = parse(json.dumps(changed(path, value)), "here")
-    except BundleError as error:
-        assert str(error).startswith("here")
-        assert "\n" not in str(error)
-    else:
-        assert parse(manifest.to_json(), "there") == manifest
+    read_or_refused(json.dumps(changed(path, value)))
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))

@@ -1,0 +1,99 @@
+"""What README.md says is true: its commands run, its Python runs, its output is the output."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mara_export.sources import ALIASES
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN_HERE = {
+    "make demo": "its program runs in test_the_demo_prints_what_the_page_shows",
+    "make test": "is what runs this test",
+    "pip install 'mara-deploy[cpu]'": "test_moved_bundle.py installs the wheel so",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, checkpoint, agent_file):
+    """A folder with an agent, and a Hub cache that holds a tiny model under the name behind `qwen2`."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(agent_file("qwen2"), folder / "agent.safetensors")
+    repository = folder / "hf" / "hub" / ("models--" + ALIASES["qwen2"].replace("/", "--"))
+    revision = "0" * 40
+    shutil.copytree(checkpoint("qwen2"), repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    environment = {
+        **os.environ,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime")),
+    }
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_command_runs(place):
+    ran = [command for command in commands() if command not in NOT_RUN_HERE]
+    assert {command.split()[0] for command in ran} == {"mara-export", "mara-run", "mara-inspect"}
+    for command in ran:
+        assert run(command, place).strip(), command
+    (code,) = blocks("python")
+    (place / "example.py").write_text(code)
+    assert "decisions," in run(f"{sys.executable} example.py", place)
+
+
+def test_make_has_the_targets():
+    for command in commands():
+        if command.startswith("make "):
+            subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_demo_prints_what_the_page_shows(tmp_path):
+    marker = "<!-- output of `python -m mara_deploy.demo --prompts 2`; a test compares it -->\n```text\n"
+    shown = README.split(marker)[1].split("```")[0]
+    printed = run(f"COLUMNS=100 {sys.executable} -m mara_deploy.demo --prompts 2 --out demo", tmp_path)
+    printed = printed.split("\nGo on with")[0]
+
+    def same_everywhere(text: str) -> list[str]:
+        lines = [line.rstrip() for line in text.strip().splitlines()]
+        return [line for line in lines if not line.startswith("Decoding speed")]
+
+    assert same_everywhere(printed) == same_everywhere(shown)
+
+
+def test_the_tree_names_what_is_there():
+    """Every module of the packages stands in the layout tree, and nothing that does not exist."""
+    tree = README.split("## Layout")[1].split("```")[1]
+    for package in ("export/mara_export", "runtime/mara_runtime"):
+        for module in (ROOT / package).glob("*.py"):
+            if module.name not in ("__init__.py", "errors.py", "config.py", "stats.py", "progress.py"):
+                assert module.name in tree, module
+    for name in re.findall(r"[\w/]+\.py", tree):
+        assert list(ROOT.rglob(Path(name).name)), name

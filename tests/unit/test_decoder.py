@@ -1,0 +1,384 @@
+"""AlignedDecoder over a table: prompts, capacity, the fallback in force, stop texts, results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
+from mara_runtime.errors import BundleError, EngineError, MaraError, OptionError, PromptError
+from mara_runtime.table_engine import TableEngine
+from tests.unit import helpers
+from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
+
+TOKENIZER = helpers.byte_level_tokenizer()
+VOCAB = TOKENIZER.get_vocab_size()
+SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
+GREEDY = DecodeConfig(align=False)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def make_decoder(folder: Path, lookup: helpers.Lookup, **options: Any) -> tuple[AlignedDecoder, helpers.CountingEngine]:
+    """A decoder of a bundle with tokenizer and template, unless the options say otherwise."""
+    defaults = {
+        "tokenizer": TOKENIZER,
+        "chat_template": helpers.CHAT_TEMPLATE,
+        "special_tokens": SPECIAL,
+        "vocab_size": VOCAB,
+        "eos_token_ids": [EOS],
+        "max_context": 48,
+        "max_candidates": 40,
+    }
+    options = {**defaults, **options}
+    engine = helpers.CountingEngine(lookup, slots=options["max_context"] + options["max_candidates"])
+    return AlignedDecoder(helpers.make_bundle(folder, **options), engine=engine), engine
+
+
+def saying(text: str, then: int | None = EOS, vocab: int = VOCAB) -> helpers.Lookup:
+    """A language model that answers <assistant>, or else the whole prompt 'q', with a text, and then with one token."""
+    answer = [*ids_of(text), *([] if then is None else [then])]
+
+    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        start = prefix.index(ASSISTANT) + 1 if ASSISTANT in prefix else 1
+        row = np.full(vocab, -100.0, np.float32)
+        at = len(prefix) - start
+        row[answer[at] if 0 <= at < len(answer) else ids_of("x")[0]] = 100.0
+        return row, np.zeros(2, np.float32)
+
+    return lookup
+
+
+def choosing(vocab: int = VOCAB) -> helpers.Lookup:
+    """Two candidates at every position, '#' before '!', of which the agent rejects both."""
+    better, worse = ids_of("#")[0], ids_of("!")[0]
+
+    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        row = np.full(vocab, -100.0, np.float32)
+        row[better], row[worse] = 1.0, 0.5
+        return row, np.array([-1.0, 0.0], np.float32)
+
+    return lookup
+
+
+# ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompt_seen(engine: helpers.CountingEngine) -> list[int]:
+    return engine.calls[0][0]
+
+
+def test_a_text_goes_through_the_chat_template(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    result = decoder.generate("hi")
+    assert prompt_seen(engine) == [BOS, USER, *ids_of("hi"), ASSISTANT]
+    assert result.text == "hello"
+    assert result.stats.prompt_tokens == 5
+
+
+def test_a_raw_text_does_not(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    decoder.generate("hi", raw=True)
+    assert prompt_seen(engine) == [BOS, *ids_of("hi")]
+
+
+def test_a_bundle_without_a_template_is_raw(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"), chat_template=None)
+    decoder.generate("hi")
+    assert prompt_seen(engine) == [BOS, *ids_of("hi")]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_conversation_goes_through_the_template_raw_or_not(tmp_path: Path, raw: bool) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    decoder.generate([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], raw=raw)
+    assert prompt_seen(engine) == [BOS, USER, *ids_of("a"), USER, *ids_of("b"), ASSISTANT]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array], ids=["list", "tuple", "array"])
+def test_token_ids_are_taken_as_they_are(tmp_path: Path, kind: Any) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    result = decoder.generate(kind([7, ASSISTANT]))
+    assert prompt_seen(engine) == [7, ASSISTANT]
+    assert result.text == "hello"
+
+
+@pytest.mark.parametrize("prompt", ["", [], (), [{"role": "user", "content": ""}]], ids=repr)
+def test_an_empty_prompt_is_refused(tmp_path: Path, prompt: Any) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(PromptError, match="empty"):
+        decoder.generate(prompt)
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("prompt", [[1.5, 2.5], [1, 2.7], [1, "a"], [None], ["text"]], ids=repr)
+def test_a_prompt_of_no_known_kind_is_refused(tmp_path: Path, prompt: Any) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(PromptError):
+        decoder.encode(prompt)
+
+
+@pytest.mark.parametrize(
+    ("ids", "token", "index"), [([1, VOCAB], VOCAB, 1), ([-1], -1, 0), ([0, 2, 10**30], 10**30, 2)]
+)
+def test_a_token_out_of_the_vocabulary_is_named(tmp_path: Path, ids: list[int], token: int, index: int) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(PromptError, match=rf"token id {token} at index {index} .* 0 to {VOCAB - 1}$"):
+        decoder.encode(ids)
+    assert decoder.encode([0, VOCAB - 1]) == [0, VOCAB - 1]
+
+
+# ── capacity ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("length", [10, 11, 500])
+def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, length: int) -> None:
+    decoder, engine = make_decoder(tmp_path, choosing(), max_context=10)
+    with pytest.raises(PromptError, match=rf"has {length} tokens; this bundle holds 10 .*--max-context"):
+        decoder.stream([5] * length)
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("prompt_length", [1, 6, 9])
+@pytest.mark.parametrize("schedule", ["one-by-one", "together"])
+def test_a_full_capacity_ends_the_answer(tmp_path: Path, prompt_length: int, schedule: str) -> None:
+    decoder, engine = make_decoder(tmp_path, choosing(), max_context=10, max_candidates=2)
+    result = decoder.generate([5] * prompt_length, DecodeConfig(top_k=2, schedule=schedule, fallback="last"))
+    assert len(result.token_ids) == 10 - prompt_length
+    assert result.finish_reason == "length"
+    assert result.text == "!" * (10 - prompt_length)
+    assert engine.slots == 12  # what the real engine has: no slot beyond it was touched
+
+
+def test_max_new_tokens_ends_the_answer_before(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    result = decoder.generate([5], DecodeConfig(max_new_tokens=3, top_k=2))
+    assert (len(result.token_ids), result.finish_reason) == (3, "length")
+
+
+def test_an_end_of_sequence_id_as_the_last_token_allowed_is_a_stop(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hi"))
+    assert decoder.generate("q", DecodeConfig(align=False, max_new_tokens=3)).finish_reason == "stop"
+    assert decoder.generate("q", DecodeConfig(align=False, max_new_tokens=2)).finish_reason == "length"
+
+
+@pytest.mark.parametrize("ids", [[EOS], [USER, EOS], [300, 2]])
+def test_any_id_of_the_list_ends_the_answer(tmp_path: Path, ids: list[int]) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hi", then=ids[-1]), vocab_size=VOCAB, eos_token_ids=ids)
+    result = decoder.generate("q")
+    assert (result.token_ids, result.finish_reason) == ([*ids_of("hi"), ids[-1]], "stop")
+
+
+# ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_top_k_above_the_bundle_s_candidates_is_refused(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, choosing(), max_candidates=4)
+    with pytest.raises(OptionError, match=r"^--top-k is 5; this bundle allows 1 to 4 "):
+        decoder.stream("q", DecodeConfig(top_k=5))
+    assert engine.calls == []
+    assert decoder.generate("q", DecodeConfig(top_k=4, max_new_tokens=1)).token_ids
+
+
+def test_the_default_top_k_of_40_needs_a_bundle_that_allows_it(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing(), max_candidates=39)
+    with pytest.raises(OptionError, match="--top-k is 40"):
+        decoder.generate("q", DecodeConfig())
+
+
+@pytest.mark.parametrize(
+    ("recorded", "option", "used", "text"),
+    [
+        ("first", None, "first", "##"),
+        ("last", None, "last", "!!"),
+        ("last", "first", "first", "##"),
+        ("first", "last", "last", "!!"),
+    ],
+)
+def test_the_fallback_in_force(tmp_path: Path, recorded: str, option: str | None, used: str, text: str) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing(), fallback=recorded)
+    result = decoder.generate("q", DecodeConfig(fallback=option, top_k=2, max_new_tokens=2))
+    assert (result.text, result.config.fallback) == (text, used)
+    assert result.to_json()["config"]["fallback"] == used
+    assert result.stats.forced == 2
+
+
+# ── stop texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stop_text_ends_the_decoding(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("one. two. three."))
+    result = decoder.generate("q", DecodeConfig(align=False, stop=(". t",)))
+    assert result.text == "one"
+    assert result.finish_reason == "stop"
+    assert TOKENIZER.decode(result.token_ids) == "one. t"  # the ids hold what was decoded
+    assert len(engine.calls) == 1 + result.stats.forwards == len(result.token_ids)  # and nothing was run after it
+
+
+def test_the_pieces_with_a_stop_text_are_the_text(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("ab## ###c"))
+    pieces = list(decoder.stream("q", DecodeConfig(align=False, stop=("###",))))
+    assert "".join(piece.text for piece in pieces) == "ab## "
+    assert pieces[-1].result is not None
+    assert pieces[-1].result.text == "ab## "
+
+
+def test_what_was_held_back_comes_with_the_last_piece(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("ab##"))
+    pieces = list(decoder.stream("q", DecodeConfig(align=False, stop=("###",))))
+    assert [piece.text for piece in pieces] == ["a", "b", "", "", "##"]
+    assert pieces[-1].step.token == EOS
+    assert pieces[-1].result is not None
+    assert pieces[-1].result.finish_reason == "stop"
+
+
+def test_a_stop_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing(), tokenizer=None, chat_template=None)
+    with pytest.raises(OptionError, match="--stop"):
+        decoder.stream([5], DecodeConfig(stop=("x",), top_k=2))
+
+
+# ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_is_a_piece_a_token_and_the_last_has_the_result(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello 中!"))
+    pieces = list(decoder.stream("q"))
+    assert "".join(piece.text for piece in pieces) == "hello 中!"
+    assert [piece.result is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    result = pieces[-1].result
+    assert result is not None
+    assert result.token_ids == [piece.step.token for piece in pieces]
+    assert result.to_json()["token_ids"] == decoder.generate("q").token_ids
+
+
+def test_two_streams_at_once_are_refused(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    config = DecodeConfig(top_k=2, max_new_tokens=4)
+    first = decoder.stream("q", config)
+    next(first)
+    second = decoder.stream("r", config)
+    next(second)
+    with pytest.raises(MaraError, match="another"):
+        next(first)
+    assert len(list(second)) == 3  # the second goes on unharmed
+
+
+def test_a_stream_that_was_never_begun_is_refused_too(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    first = decoder.stream("q", DecodeConfig(top_k=2))
+    decoder.generate("r", DecodeConfig(top_k=2, max_new_tokens=1))
+    with pytest.raises(MaraError, match="another"):
+        next(first)
+
+
+def test_one_after_the_other_is_fine_even_when_the_first_was_left(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    fresh = decoder.generate("q").token_ids
+    abandoned = decoder.stream("a longer question")
+    next(abandoned)
+    next(abandoned)
+    assert decoder.generate("q").token_ids == fresh
+
+
+def test_a_prompt_that_was_refused_leaves_the_running_stream_alone(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    stream = decoder.stream("q", DecodeConfig(top_k=2, max_new_tokens=3))
+    next(stream)
+    with pytest.raises(PromptError):
+        decoder.stream("")
+    assert len(list(stream)) == 2
+
+
+# ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_ids_hold_the_end_of_sequence_and_the_text_does_not(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    result = decoder.generate("q", GREEDY)
+    assert result.token_ids == [*ids_of("hello"), EOS]
+    assert (result.text, result.finish_reason) == ("hello", "stop")
+    assert result.stats.tokens == len(result.token_ids)
+
+
+def test_special_tokens_inside_an_answer_are_no_text(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("a<user>b"))
+    result = decoder.generate("q", GREEDY)
+    assert USER in result.token_ids
+    assert result.text == "ab"
+
+
+def test_the_result_as_json(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    result = decoder.generate("q", DecodeConfig(top_k=2, max_new_tokens=2, stop=("zzz",)))
+    value = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert list(value) == ["token_ids", "text", "finish_reason", "stats", "config"]
+    assert value["stats"]["engine"] == {"name": "table", "declined": {}}
+    assert value["config"]["stop"] == ["zzz"]
+    stats = value["stats"]
+    counters = ("tokens", "decisions", "examined", "forced", "forwards", "rows", "smallest_margin", "prompt_tokens")
+    assert [stats[name] for name in counters] == [2, 2, 4, 2, 2, 4, 1.0, 4]
+    assert (stats["accepted_rank"], stats["candidate_counts"]) == ({}, {"2": 2})
+    assert {"prefill_ms", "decode_ms", "tokens_per_second"} <= set(stats)
+
+
+def test_every_result_has_counters_of_its_own(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    config = DecodeConfig(top_k=2, max_new_tokens=2)
+    first, second = decoder.generate("q", config), decoder.generate("q", config)
+    assert first.stats is not second.stats
+    assert first.stats.algorithm() == second.stats.algorithm()
+
+
+def test_a_bundle_without_a_tokenizer_decodes_ids(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing(), tokenizer=None, chat_template=None)
+    pieces = list(decoder.stream([5], DecodeConfig(top_k=2, max_new_tokens=2)))
+    assert [piece.text for piece in pieces] == ["", ""]
+    result = pieces[-1].result
+    assert result is not None
+    assert (result.text, result.token_ids) == (None, ids_of("##"))
+    assert json.loads(json.dumps(result.to_json()))["text"] is None
+    for prompt in ("text", [{"role": "user", "content": "text"}]):
+        with pytest.raises(BundleError, match="--input-ids"):
+            decoder.generate(prompt)  # type: ignore[arg-type]
+
+
+# ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_takes_a_path_a_text_or_an_open_bundle(tmp_path: Path) -> None:
+    folder = helpers.make_bundle(tmp_path)
+    engine = TableEngine(choosing(), helpers.sum_agent, 40)
+    manifest = Bundle.open(folder).manifest
+    for bundle in (folder, str(folder), Bundle.open(folder)):
+        assert AlignedDecoder(bundle, engine=engine).bundle.manifest == manifest
+
+
+def test_a_damaged_bundle_is_refused_unless_one_does_not_look(tmp_path: Path) -> None:
+    folder = helpers.make_bundle(tmp_path)
+    (folder / "llm.onnx").write_bytes(b"A graph")
+    engine = TableEngine(choosing(), helpers.sum_agent, 40)
+    with pytest.raises(BundleError, match="damaged"):
+        AlignedDecoder(folder, engine=engine)
+    assert AlignedDecoder(folder, engine=engine, verify=False).text_side is None
+
+
+def test_an_engine_that_is_too_small_for_the_bundle_is_refused(tmp_path: Path) -> None:
+    folder = helpers.make_bundle(tmp_path, max_context=32, max_candidates=8)
+    with pytest.raises(EngineError, match="39"):
+        AlignedDecoder(folder, engine=TableEngine(choosing(), helpers.sum_agent, 39))
+
+
+def test_generate_is_the_last_piece_of_stream(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    config = DecodeConfig(top_k=2, max_new_tokens=5, strategy="random", threshold=-9.0, seed=3)
+    streamed = list(decoder.stream("q", config))[-1].result
+    whole = decoder.generate("q", config)
+    assert isinstance(streamed, Generation)
+    assert (streamed.token_ids, streamed.text, streamed.config) == (whole.token_ids, whole.text, whole.config)

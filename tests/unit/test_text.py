@@ -1,0 +1,353 @@
+"""Prompts into token ids, token ids into streamed text, stop texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+
+from mara_runtime.bundle import Bundle
+from mara_runtime.errors import BundleError, PromptError
+from mara_runtime.text import TextSide, TextStream
+from tests.unit import helpers
+from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
+
+
+def side_of(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> TextSide:
+    helpers.make_bundle(
+        folder,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
+    )
+    return TextSide(Bundle.open(folder))
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory) -> TextSide:
+    return side_of(tmp_path_factory.mktemp("bundle"), helpers.byte_level_tokenizer(), helpers.CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def fallback_side(tmp_path_factory: pytest.TempPathFactory) -> TextSide:
+    return side_of(tmp_path_factory.mktemp("bundle"), helpers.byte_fallback_tokenizer())
+
+
+def ids_of(side: TextSide, text: str) -> list[int]:
+    ids: list[int] = side.tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def byte_ids(side: TextSide, text: str) -> list[int]:
+    """A token for every byte of a text."""
+    if side.tokenizer.token_to_id("<0x00>") is not None:
+        return [side.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    pieces = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return [side.tokenizer.token_to_id(character) for piece, _ in pieces for character in piece]
+
+
+def stream(side: TextSide, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], str, bool]:
+    """(a piece a token, the last of them with what was held back; the stream's text; whether a stop text came)."""
+    texts = TextStream(side, stop)
+    pieces = []
+    for token in ids:
+        pieces.append(texts.push(token))
+        if texts.stopped:
+            break
+    pieces.append(texts.finish())
+    return pieces, texts.text, texts.stopped
+
+
+# ── streaming ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VOCABULARY = helpers.byte_level_tokenizer().get_vocab_size()
+FALLBACK_VOCABULARY = helpers.byte_fallback_tokenizer().get_vocab_size()
+any_ids = st.lists(st.integers(0, VOCABULARY - 1), max_size=24)
+high_ids = st.lists(
+    st.integers(170, VOCABULARY - 1), max_size=12
+)  # bytes of characters of several bytes, mostly broken
+
+
+@given(ids=any_ids | high_ids)
+def test_the_pieces_of_any_tokens_are_their_text(side: TextSide, ids: list[int]) -> None:
+    pieces, text, stopped = stream(side, ids)
+    assert "".join(pieces) == text == side.tokenizer.decode(ids, skip_special_tokens=True)
+    assert not stopped
+
+
+@given(text=st.text(max_size=20))
+@example(text="中é👩‍👩‍👧‍👦 and 🇩🇪")
+def test_the_pieces_of_an_encoded_text_are_the_text(side: TextSide, text: str) -> None:
+    for ids in (ids_of(side, text), byte_ids(side, text)):
+        pieces, _, _ = stream(side, ids)
+        assert "".join(pieces) == text
+
+
+def test_a_character_comes_with_the_last_of_its_bytes(side: TextSide) -> None:
+    pieces, text, _ = stream(side, byte_ids(side, "a中👍é"))
+    assert pieces == ["a", "", "", "中", "", "", "", "👍", "", "é", ""]
+    assert text == "a中👍é"
+
+
+def test_a_token_may_end_inside_a_character(side: TextSide) -> None:
+    ids = ids_of(side, "中")
+    assert len(ids) == 2  # the tokenizer has a merge of its first two bytes
+    assert stream(side, ids)[0] == ["", "中", ""]
+
+
+def test_bytes_that_never_become_a_character_come_at_the_end(side: TextSide) -> None:
+    broken = byte_ids(side, "a中")[:-1]
+    pieces, text, _ = stream(side, broken)
+    assert pieces[:-1] == ["a", "", ""]
+    assert "".join(pieces) == text == "a\ufffd"
+
+
+def test_a_true_replacement_character_is_text(side: TextSide) -> None:
+    assert stream(side, byte_ids(side, "a\ufffdb\ufffd"))[1] == "a\ufffdb\ufffd"
+
+
+def test_special_tokens_and_unknown_ids_are_no_text(side: TextSide) -> None:
+    ids = [BOS, *ids_of(side, "he"), USER, 9_999, *ids_of(side, "llo"), EOS]
+    pieces, text, _ = stream(side, ids)
+    assert "".join(pieces) == text == "hello"
+    split = byte_ids(side, "中")
+    assert stream(side, [split[0], ASSISTANT, *split[1:]])[1] == "中"
+
+
+def test_nothing_pushed_is_no_text(side: TextSide) -> None:
+    assert stream(side, []) == ([""], "", False)
+
+
+# ── tokenizers with byte fallback: Llama 2, Mistral ──────────────────────────────────────────────────────────────────
+
+
+@given(text=st.text(alphabet="ab é中👍x\n", max_size=16))
+def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side: TextSide, text: str) -> None:
+    ids = ids_of(fallback_side, text)
+    pieces, joined, _ = stream(fallback_side, ids)
+    assert "".join(pieces) == joined == fallback_side.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 2) | st.integers(180, FALLBACK_VOCABULARY - 1), max_size=10))
+def test_byte_fallback_any_tokens_are_their_text(fallback_side: TextSide, ids: list[int]) -> None:
+    pieces, joined, _ = stream(fallback_side, ids)
+    assert "".join(pieces) == joined == fallback_side.decode(ids)
+
+
+def test_byte_fallback_a_broken_character_after_a_whole_one(fallback_side: TextSide) -> None:
+    theta, broken = byte_ids(fallback_side, "θ"), byte_ids(fallback_side, "θ")[:1]
+    ids = [*theta, *broken, fallback_side.tokenizer.token_to_id("a")]
+    pieces, joined, _ = stream(fallback_side, ids)
+    assert "".join(pieces) == joined == fallback_side.decode(ids)
+
+
+def test_byte_fallback_the_space_before_a_later_word_stays(fallback_side: TextSide) -> None:
+    word = fallback_side.tokenizer.token_to_id("▁a")
+    assert stream(fallback_side, [word, word, 2, word])[0][:4] == ["a", " a", "", " a"]
+
+
+# ── stop texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def stop_at(side: TextSide, text: str, stop: Sequence[str]) -> tuple[list[str], str, bool]:
+    return stream(side, byte_ids(side, text), stop)
+
+
+def test_a_stop_text_split_over_tokens(side: TextSide) -> None:
+    pieces, text, stopped = stop_at(side, "ab###cd", ["###"])
+    assert pieces == ["a", "b", "", "", "", ""]
+    assert (text, stopped) == ("ab", True)
+
+
+def test_a_stop_text_inside_one_token(side: TextSide) -> None:
+    pieces, text, stopped = stream(side, ids_of(side, "hello"), ["e"])
+    assert (pieces, text, stopped) == (["h", ""], "h", True)  # the token is "he"
+
+
+def test_a_stop_text_at_the_very_start(side: TextSide) -> None:
+    assert stop_at(side, "\n\nab", ["\n\n"]) == (["", "", ""], "", True)
+
+
+def test_what_only_began_like_a_stop_text_is_given_after_all(side: TextSide) -> None:
+    pieces, text, stopped = stop_at(side, "a##b", ["###"])
+    assert pieces == ["a", "", "", "##b", ""]
+    assert (text, stopped) == ("a##b", False)
+
+
+def test_a_beginning_inside_a_beginning(side: TextSide) -> None:
+    assert stop_at(side, "aaab", ["aab"])[1:] == ("a", True)
+    assert stop_at(side, "ababac", ["abac"])[1:] == ("ab", True)
+
+
+def test_what_is_held_back_comes_at_the_end(side: TextSide) -> None:
+    pieces, text, stopped = stop_at(side, "ab##", ["###"])
+    assert pieces == ["a", "b", "", "", "##"]
+    assert (text, stopped) == ("ab##", False)
+
+
+def test_the_earliest_stop_text_wins_and_nothing_follows(side: TextSide) -> None:
+    assert stop_at(side, "one two three", ["three", "two"])[1:] == ("one ", True)
+    assert stop_at(side, "abc", ["abc", "ab"])[1:] == ("", True)
+    token = ids_of(side, "he")  # both are complete with one token: the one that starts earlier
+    assert stream(side, token, ["e", "he"])[1:] == ("", True)
+
+
+def test_after_a_stop_text_nothing_comes(side: TextSide) -> None:
+    texts = TextStream(side, ["b"])
+    pieces = [texts.push(token) for token in byte_ids(side, "abcb")] + [texts.finish()]
+    assert pieces == ["a", "", "", "", ""]
+    assert (texts.text, texts.stopped) == ("a", True)
+
+
+def test_a_stop_text_of_several_bytes(side: TextSide) -> None:
+    pieces, text, stopped = stop_at(side, "a。b", ["。"])
+    assert (pieces, text, stopped) == (["a", "", "", "", ""], "a", True)
+
+
+def test_a_stop_text_that_broken_bytes_complete_at_the_end(side: TextSide) -> None:
+    pieces, text, stopped = stream(side, byte_ids(side, "ab中")[:-1], ["b\ufffd"])
+    assert ("".join(pieces), text, stopped) == ("a", "a", True)
+
+
+def test_a_special_token_inside_a_stop_text_is_no_text(side: TextSide) -> None:
+    ids = byte_ids(side, "a##")
+    assert stream(side, [*ids[:2], USER, ids[2]], ["##"])[1:] == ("a", True)
+
+
+letters = st.text(alphabet="ab#", max_size=14)
+stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@given(text=letters, stop=stops)
+def test_stop_texts_against_a_search_in_the_growing_text(side: TextSide, text: str, stop: list[str]) -> None:
+    # A token a character: the answer ends where the first stop text is complete, the earliest start among them.
+    expected, ends = text, False
+    for length in range(1, len(text) + 1):
+        starts = [text[:length].index(s) for s in stop if s in text[:length]]
+        if starts:
+            expected, ends = text[: min(starts)], True
+            break
+    pieces, joined, stopped = stop_at(side, text, stop)
+    assert ("".join(pieces), joined, stopped) == (expected, expected, ends)
+
+
+@given(text=letters, stop=stops)
+def test_what_is_given_never_becomes_part_of_a_stop_text(side: TextSide, text: str, stop: list[str]) -> None:
+    texts = TextStream(side, stop)
+    given_so_far = ""
+    for index, token in enumerate(byte_ids(side, text)):
+        given_so_far += texts.push(token)
+        held = text[len(given_so_far) : index + 1]
+        assert text.startswith(given_so_far)
+        if texts.stopped:
+            break
+        # No more is held back than the longest beginning of a stop text needs.
+        assert held == "" or any(s.startswith(held) for s in stop)
+
+
+# ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_raw_text_has_the_one_bos_of_the_tokenizer(side: TextSide) -> None:
+    ids = side.encode_raw("hello")
+    assert ids[0] == BOS
+    assert ids.count(BOS) == 1
+    assert ids[1:] == ids_of(side, "hello")
+
+
+def test_a_conversation_has_the_one_bos_of_the_template(side: TextSide) -> None:
+    ids = side.encode_chat([{"role": "user", "content": "hello"}])
+    assert ids == [BOS, USER, *ids_of(side, "hello"), ASSISTANT]
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "é", "👍", "<", "\0"])
+def test_raw_text_of_any_character_is_a_prompt(side: TextSide, text: str) -> None:
+    assert side.decode(side.encode_raw(text)) == text
+
+
+def test_an_empty_prompt_is_refused(side: TextSide) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        side.encode_raw("")
+
+
+@pytest.mark.parametrize("messages", [[], [""], ["  \n"], [None], ["question", "answer", ""]], ids=repr)
+def test_a_conversation_that_ends_with_nothing_is_refused(side: TextSide, messages: list[str | None]) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        side.encode_chat([{"role": "user", "content": content} for content in messages])
+
+
+def test_a_message_without_content_is_refused(side: TextSide) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        side.encode_chat([{"role": "user"}])
+
+
+@pytest.mark.parametrize("message", ["hello", 5, None], ids=repr)
+def test_a_message_that_is_none_is_refused(side: TextSide, message: object) -> None:
+    with pytest.raises(PromptError):
+        side.encode_chat([message])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "caf\udce9"], ids=ascii)
+def test_a_prompt_that_is_not_unicode_is_refused(side: TextSide, text: str) -> None:
+    # What Python makes of an argument of the command line in Latin-1.
+    with pytest.raises(PromptError):
+        side.encode_raw(text)
+    with pytest.raises(PromptError):
+        side.encode_chat([{"role": "user", "content": text}])
+
+
+def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSide) -> None:
+    assert fallback_side.template is None
+    with pytest.raises(PromptError, match="--raw"):
+        fallback_side.encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path: Path, side: TextSide) -> None:
+    tokenizer = helpers.byte_level_tokenizer()
+    tokenizer.enable_truncation(max_length=4)
+    tokenizer.enable_padding(pad_id=EOS, pad_token="<eos>", length=64)
+    assert len(tokenizer.encode("hello hello").ids) == 64  # the trap is set
+    trapped = side_of(tmp_path, tokenizer, helpers.CHAT_TEMPLATE)
+    messages = [{"role": "user", "content": "hello hello"}]
+    assert trapped.encode_raw("hello hello") == side.encode_raw("hello hello")
+    assert trapped.encode_chat(messages) == side.encode_chat(messages)
+
+
+# ── damaged text sides ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="--input-ids"):
+        TextSide(Bundle.open(helpers.make_bundle(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
+def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: bytes) -> None:
+    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer())
+    helpers.add_file(tmp_path, "tokenizer.json", content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer file"):
+        TextSide(Bundle.open(tmp_path))
+
+
+def test_a_template_that_is_not_utf8(tmp_path: Path) -> None:
+    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
+    helpers.add_file(tmp_path, "chat_template.jinja", b"caf\xe9")
+    with pytest.raises(BundleError, match=r"chat_template\.jinja"):
+        TextSide(Bundle.open(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_a_missing_file_that_nobody_verified(tmp_path: Path, name: str) -> None:
+    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
+    (tmp_path / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        TextSide(Bundle.open(tmp_path, verify=False))
+
+
+def test_a_template_with_an_error_says_how_to_do_without(tmp_path: Path) -> None:
+    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="{% if %}")
+    with pytest.raises(PromptError, match="--raw"):
+        TextSide(Bundle.open(tmp_path))
