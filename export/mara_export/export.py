@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from mara_export import parity
 from mara_export.architectures import check_supported, model_shape
 from mara_export.errors import ModelError, ParityError
+from mara_export.folder import whole_or_absent
 from mara_export.lower import LOWERINGS, lower
 from mara_export.progress import Progress
 from mara_export.sources import ModelSource
@@ -28,7 +26,7 @@ from mara_export.tokenizer import load_tokenizer, write_tokenizer
 from mara_export.trace import trace_agent, trace_llm
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle, sha256
-from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.errors import OptionError
 from mara_runtime.manifest import (
     MANIFEST_FILE,
     AgentFacts,
@@ -91,7 +89,7 @@ def export(
             f"{source.name} has {shape.hidden_size}: take an agent trained for this model"
         )
 
-    with _whole_or_absent(out) as folder:
+    with whole_or_absent(out) as folder:
         tokenizer = load_tokenizer(source.folder)
         with progress.stage(f"load {source.name}"):
             model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation="eager").eval()
@@ -172,42 +170,6 @@ def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
         if type(error).__name__ == "SafetensorError":
             raise ModelError(f"{source.name} cannot be loaded: its weights are damaged ({error})") from None
         raise
-
-
-@contextlib.contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` on success and vanishes otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MaraError(f"{out} exists already and is not empty: remove it, or choose another --out")
-    new_parents = [parent for parent in out.parents if not parent.exists()]  # the deepest first
-    done = False
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise MaraError(f"cannot write to {out.parent}: {error.strerror}") from None
-    try:
-        yield folder
-        _open_to_others(folder)
-        folder.replace(out)
-        done = True
-    except OSError as error:
-        raise MaraError(f"cannot write {out}: {error}") from error
-    finally:
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in new_parents:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-
-
-def _open_to_others(folder: Path) -> None:
-    """Undo the private modes of temporary files: what a user makes follows their umask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _save(graph: onnx.ModelProto, path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import shutil
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -101,34 +100,42 @@ def _remove_previous(out: Path) -> None:
         shutil.rmtree(out)
 
 
+def _columns() -> int:
+    return min(shutil.get_terminal_size((100, 24)).columns, 120)
+
+
 def _side_by_side(prompt: str, plain: Generation, aligned: Generation) -> list[str]:
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120) // 2 - 2
+    width = _columns() // 2 - 2
     rule = "─" * width
     columns = [textwrap.wrap(answer.text or "", width) for answer in (plain, aligned)]
     s = aligned.stats
     ranks = ", ".join(f"{count} at rank {rank}" for rank, count in sorted(s.accepted_rank.items()))
+    counters = (
+        f"{s.tokens} tokens, {s.decisions} decisions over {s.examined} examined candidates: "
+        f"accepted {ranks or 'none'}; all rejected {s.forced}; {s.forwards} passes"
+    )
     return [
         f"▶ {prompt}",
         f"{'plain (greedy)':<{width}}  aligned",
         f"{rule}  {rule}",
         *(f"{left:<{width}}  {right}" for left, right in zip_longest(*columns, fillvalue="")),
-        f"  {s.tokens} tokens, {s.decisions} decisions over {s.examined} examined candidates: "
-        f"accepted {ranks or 'none'}; all rejected {s.forced}; {s.forwards} passes",
+        *textwrap.wrap(counters, _columns(), initial_indent="  ", subsequent_indent="  "),
     ]
 
 
 def _totals(pairs: Sequence[tuple[Generation, Generation]]) -> list[str]:
     stats = [aligned.stats for _, aligned in pairs]
-    tokens, decisions = sum(s.tokens for s in stats), sum(s.decisions for s in stats)
-    ranks = sum((s.accepted_rank for s in stats), Counter[int]())
-    speeds = [sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) * 1e3 for i in (0, 1)]
-    return [
-        f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; "
-        f"accepted {ranks[1] / max(1, decisions):.0%} at rank 1, all rejected {sum(s.forced for s in stats)} times; "
-        f"{sum(s.forwards for s in stats) / tokens:.2f} passes of "
-        f"{sum(s.rows for s in stats) / max(1, sum(s.forwards for s in stats)):.1f} rows a token.",
-        f"Decoding speed: plain {speeds[0]:.0f}, aligned {speeds[1]:.0f} tokens/s.",
-    ]
+    tokens, decisions, forwards = (sum(getattr(s, n) for s in stats) for n in ("tokens", "decisions", "forwards"))
+    first = sum(s.accepted_rank[1] for s in stats)
+    forced = sum(s.forced for s in stats)
+    text = (
+        f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
+        f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}; "
+        f"{forwards / tokens:.2f} passes a token, of {sum(s.rows for s in stats) / max(1, forwards):.1f} rows."
+    )
+    plain, aligned = (sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) for i in (0, 1))
+    speed = f"Decoding speed: plain {plain * 1e3:.0f}, aligned {aligned * 1e3:.0f} tokens/s."
+    return [*textwrap.wrap(text, _columns()), speed]
 
 
 if __name__ == "__main__":

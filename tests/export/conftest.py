@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,3 +96,39 @@ def bundle(
         return out
 
     return lambda architecture, lowering="ort": make(architecture, lowering)
+
+
+@dataclass
+class Outcome:
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """("run", argument, …, stdin="") → Outcome; the command runs in this process, its standard input is no terminal."""
+
+    def run(name: str, *argv: object, stdin: str = "") -> Outcome:
+        main = importlib.import_module(f"mara_deploy.commands.{name}").main
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in argv])
+        except SystemExit as left:
+            code = left.code
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def bundle_copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """(architecture="qwen2", lowering="ort") → a copy that a test may damage."""
+
+    def copy(architecture: str = "qwen2", lowering: str = "ort") -> Path:
+        return Path(shutil.copytree(bundle(architecture, lowering), tmp_path / "copied-bundle"))
+
+    return copy

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mara_deploy.demo
-from mara_deploy.demo import corpus, train
-from mara_deploy.demo.train import Recipe
+from mara_deploy.demo import corpus, lm, measure, train
+from mara_deploy.demo.recipe import Recipe
 
 MODEL = Path(mara_deploy.demo.__file__).parent / "model"
 PERPLEXITY_BOUND = 1.5
@@ -45,7 +45,7 @@ def recipe() -> dict[str, Any]:
 
 
 def held_out_perplexity(model: Any, tokenizer: Any) -> float:
-    return math.exp(train.validation_loss(model, tokenizer, n=100, seed=1))
+    return math.exp(measure.validation_loss(model, tokenizer, n=100, seed=1))
 
 
 def test_folder_holds_exactly_the_model_and_is_small() -> None:
@@ -68,7 +68,7 @@ def test_is_qwen2_in_fp32_with_a_list_of_end_tokens(model: Any, tokenizer: Any) 
     assert model.config.max_position_embeddings == 512
     ends = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
-    assert model.generation_config.eos_token_id == ends == train.end_ids(tokenizer)
+    assert model.generation_config.eos_token_id == ends == lm.end_ids(tokenizer)
 
 
 def test_recipe_matches_the_model_and_the_defaults(model: Any, recipe: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def test_recipe_matches_the_model_and_the_defaults(model: Any, recipe: dict[str,
 
 
 def test_shipped_tokenizer_is_the_one_that_the_recipe_makes(tokenizer: Any) -> None:
-    assert train.train_tokenizer(Recipe()).get_vocab() == tokenizer.get_vocab()
+    assert lm.train_tokenizer(Recipe()).get_vocab() == tokenizer.get_vocab()
 
 
 def test_chat_template_and_any_bytes_survive_the_tokenizer(tokenizer: Any) -> None:
@@ -113,9 +113,9 @@ def test_the_perplexity_bound_catches_a_model_loaded_wrongly(mistake: dict[str, 
 
 def test_greedy_answers_end_are_grammatical_and_full_of_decisions(model: Any, tokenizer: Any) -> None:
     prompts = corpus.prompts(40, seed=7, held_out_split=True)
-    result = train.greedy(model, tokenizer, prompts)
+    result = measure.greedy(model, tokenizer, prompts)
     assert all(result.finished)
-    assert max(result.lengths) < train.MAX_NEW_TOKENS
+    assert max(result.lengths) < measure.MAX_NEW_TOKENS
     pairs = zip(prompts, result.answers, strict=True)
     said = [corpus.known(s, prompt.task) for prompt, answer in pairs for s in corpus.sentences(answer)]
     assert len(said) > 3 * len(prompts)
@@ -127,8 +127,8 @@ def test_greedy_answers_end_are_grammatical_and_full_of_decisions(model: Any, to
 
 def test_greedy_in_a_batch_is_greedy_alone(model: Any, tokenizer: Any) -> None:
     prompts = corpus.prompts(4, seed=8, held_out_split=True)
-    together = train.greedy(model, tokenizer, prompts)
-    alone = [train.greedy(model, tokenizer, [p]) for p in prompts]
+    together = measure.greedy(model, tokenizer, prompts)
+    alone = [measure.greedy(model, tokenizer, [p]) for p in prompts]
     assert together.answers == [a.answers[0] for a in alone]
     assert together.lengths == [a.lengths[0] for a in alone]
     assert together.candidates == [n for a in alone for n in a.candidates]
@@ -138,10 +138,10 @@ SHORT = Recipe(steps=12, warmup_steps=3, tokenizer_dialogues=300, vocab_size=512
 
 
 def test_retraining_is_deterministic_and_learns() -> None:
-    first, _, losses = train.train(SHORT, progress=False)
+    first, _, losses = lm.train(SHORT, progress=False)
     torch.manual_seed(123)  # the caller's random state must not matter
-    second, _, again = train.train(SHORT, progress=False)
-    other, _, different = train.train(replace(SHORT, seed=1), progress=False)
+    second, _, again = lm.train(SHORT, progress=False)
+    other, _, different = lm.train(replace(SHORT, seed=1), progress=False)
     assert losses == again
     for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
@@ -152,17 +152,17 @@ def test_retraining_is_deterministic_and_learns() -> None:
 
 
 def test_only_answers_are_predicted(tokenizer: Any) -> None:
-    endless = train.dialogues(random.Random(0))
-    ids, wanted = next(train.pack(train.encode(tokenizer, endless), Recipe()))
+    endless = lm.dialogues(random.Random(0))
+    ids, wanted = next(lm.pack(lm.encode(tokenizer, endless), Recipe()))
     assert ids.shape == wanted.shape == (Recipe().batch, Recipe().context)
     text = tokenizer.decode(ids[0][wanted[0]])
-    expected = [answer + "<|im_end|>" for _, answer in train.dialogues(random.Random(0), n=4)]
+    expected = [answer + "<|im_end|>" for _, answer in lm.dialogues(random.Random(0), n=4)]
     assert text.startswith("".join(expected))
     assert "<|im_start|>" not in text
 
 
 def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "measure", lambda *_: {"validation_loss_nats": 1.0})
+    monkeypatch.setattr(measure, "measure", lambda *_: {"validation_loss_nats": 1.0})
     out = tmp_path / "new" / "lm"
     out.mkdir(parents=True)  # an empty folder may be there
     record = train.write(out, replace(SHORT, steps=1), progress=False)
@@ -188,8 +188,9 @@ def test_an_occupied_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytes
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
-@pytest.mark.parametrize("option", ["--steps=0", "--threads=0"])
-def test_numbers_below_one_are_refused(option: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--out", str(tmp_path / "lm"), option])
-    assert stop.value.code == 2
+@pytest.mark.parametrize("option", ["--steps=0", "--threads=0", "--seed=-1"])
+def test_numbers_out_of_range_are_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--out", str(tmp_path / "lm"), option]) == 2
+    flag, _, value = option.partition("=")
+    assert f"error: {flag} is {value}; it must be at least" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,225 @@
+"""Folders, Hub ids and aliases. The Hub's local cache is laid out by hand; nothing here needs a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from mara_deploy.commands import export as command
+from mara_export.errors import ModelError
+from mara_export.sources import ALIASES, resolve_file, resolve_model
+from mara_runtime.bundle import Bundle
+
+REVISION, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
+NOWHERE = "http://127.0.0.1:9"
+"""A Hub that refuses at once."""
+
+Cache = Callable[..., Path]
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty Hugging Face home, and a Hub that cannot be reached."""
+    home = tmp_path / "hf-home"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
+    return home
+
+
+@pytest.fixture
+def cached(hf_home: Path) -> Cache:
+    """(repository, files, revision) → its snapshot in the cache; files may be a folder to copy."""
+
+    def lay_out(repository: str, files: Path | dict[str, bytes], revision: str = REVISION, main: bool = True) -> Path:
+        root = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
+        snapshot = root / "snapshots" / revision
+        if isinstance(files, Path):
+            files = {path.name: path.read_bytes() for path in files.iterdir()}
+        for name, data in files.items():
+            path = snapshot / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        if main:
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(revision)
+        return snapshot
+
+    return lay_out
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_named_by_its_last_part(checkpoint, monkeypatch) -> None:
+    folder = checkpoint("qwen2")
+    source = resolve_model(str(folder))
+    assert (source.folder, source.name, source.revision) == (folder, "qwen2", None)
+    monkeypatch.chdir(folder)
+    assert resolve_model(".").name == "qwen2"
+    monkeypatch.chdir(folder.parent)
+    assert resolve_model("./qwen2/").name == "qwen2"
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model("~/qwen2").folder == folder
+
+
+def test_a_folder_wins_over_an_alias(checkpoint, monkeypatch, hf_home) -> None:
+    monkeypatch.chdir(checkpoint("qwen2").parent)
+    assert resolve_model("qwen2").revision is None
+
+
+def test_a_folder_without_config_or_weights_is_refused(checkpoint, tmp_path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(ModelError, match=r"model is not a Hugging Face model folder: it has no config\.json"):
+        resolve_model(str(folder))
+    shutil.copy(checkpoint("qwen2") / "config.json", folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match=r"model has no \.safetensors weights; other formats are not loaded"):
+        resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen9", "a/b/c", "/nonexistent/folder", "./x/y", "with space/name", "org/", "/name", "~nosuchuser/model"]
+)
+def test_what_cannot_be_a_model_is_refused_with_the_choices(hf_home, name) -> None:
+    with pytest.raises(ModelError, match="--model takes a folder, a Hub id") as caught:
+        resolve_model(name)
+    assert repr(name) in str(caught.value)
+    assert "llama3.2-1b" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["org/..", "org/na--me", "-org/name", "org/name.git", "org/" + "x" * 200, "x" * 5000])
+def test_ids_that_the_hub_does_not_allow_are_refused(hf_home, name) -> None:
+    with pytest.raises(ModelError, match=re.escape(name[:50])) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+
+
+# --- the Hub's cache -------------------------------------------------------------------------------------------------
+
+
+def test_aliases_are_hub_ids() -> None:
+    assert ALIASES["qwen2"] == "Qwen/Qwen2-0.5B-Instruct"
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) for hub_id in ALIASES.values())
+    assert len(set(ALIASES.values())) == len(ALIASES)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "Qwen/Qwen2-0.5B-Instruct"])
+def test_a_cached_model_is_found_with_its_revision(cached, checkpoint, name) -> None:
+    cached("Qwen/Qwen2-0.5B-Instruct", {"config.json": b"{}"}, OLDER, main=False)
+    snapshot = cached("Qwen/Qwen2-0.5B-Instruct", checkpoint("qwen2"))
+    source = resolve_model(name)
+    assert source.folder == snapshot
+    assert (source.name, source.revision) == ("Qwen/Qwen2-0.5B-Instruct", REVISION)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "nobody/nothing"])
+def test_what_is_not_cached_is_one_line_within_seconds(hf_home, name) -> None:
+    start = time.monotonic()
+    with pytest.raises(ModelError, match="not in the Hub cache, and the Hub cannot be reached") as caught:
+        resolve_model(name)
+    assert time.monotonic() - start < 10
+    assert str(caught.value).startswith("qwen3 (Qwen/Qwen3-0.6B): " if name == "qwen3" else "nobody/nothing: ")
+    assert "\n" not in str(caught.value)
+    assert not list(hf_home.rglob("config.json"))
+
+
+def test_offline_mode_is_the_same_line(hf_home, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="not in the Hub cache"):
+        resolve_model("nobody/nothing")
+
+
+@pytest.mark.parametrize("left_out", ["config.json", "model.safetensors"])
+def test_an_incomplete_download_is_refused(cached, checkpoint, left_out) -> None:
+    snapshot = cached("Qwen/Qwen2-0.5B-Instruct", checkpoint("qwen2"))
+    (snapshot / left_out).unlink()
+    with pytest.raises(ModelError, match=r"Qwen/Qwen2-0\.5B-Instruct is not complete here"):
+        resolve_model("qwen2")
+
+
+def test_a_cached_agent_file(cached) -> None:
+    snapshot = cached("IAAR-Shanghai/MARA_AGENTS", {"a.pth": b"data", "deep/b.pth": b"more"})
+    assert resolve_file("IAAR-Shanghai/MARA_AGENTS", "a.pth") == snapshot / "a.pth"
+    assert resolve_file("IAAR-Shanghai/MARA_AGENTS", "deep/b.pth").read_bytes() == b"more"
+    with pytest.raises(ModelError, match=r"IAAR-Shanghai/MARA_AGENTS:c\.pth: .*no such file"):
+        resolve_file("IAAR-Shanghai/MARA_AGENTS", "c.pth")
+    with pytest.raises(ModelError, match=r"^nobody/agents:a\.pth: .*cannot be reached"):
+        resolve_file("nobody/agents", "a.pth")
+
+
+def test_a_file_outside_the_repository_is_refused(cached, tmp_path) -> None:
+    cached("org/agents", {"a.pth": b"data"})
+    (tmp_path / "hf-home" / "secret.pth").write_bytes(b"data")
+    up = "../" * 4
+    assert (tmp_path / "hf-home/hub/models--org--agents/snapshots" / REVISION / f"{up}secret.pth").is_file()
+    with pytest.raises(ModelError, match="secret"):
+        resolve_file("org/agents", f"{up}secret.pth")
+
+
+# --- the command on both ---------------------------------------------------------------------------------------------
+
+
+def test_exporting_a_cached_model_and_agent_by_their_hub_names(
+    cached, checkpoint, agent_file, tmp_path, monkeypatch, capsys
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    cached("Qwen/Qwen2-0.5B-Instruct", checkpoint("qwen2"))
+    torch.save(load_file(agent_file("qwen2")), tmp_path / "agent.pth")
+    cached("IAAR-Shanghai/MARA_AGENTS", {"llama/agent-1.pth": (tmp_path / "agent.pth").read_bytes()})
+    monkeypatch.chdir(tmp_path)
+    agent = "IAAR-Shanghai/MARA_AGENTS:llama/agent-1.pth"
+    assert command.main(["--model", "qwen2", "--agent", agent, "--max-context", "64"]) == 0
+    bundle = Bundle.open(tmp_path / "bundles" / "Qwen2-0.5B-Instruct-agent-1-cpu-fp32")
+    assert bundle.manifest.model.source == "Qwen/Qwen2-0.5B-Instruct"
+    assert bundle.manifest.model.revision == REVISION
+    assert bundle.manifest.agent.source == agent
+    assert f"Qwen/Qwen2-0.5B-Instruct @ {REVISION}" in capsys.readouterr().out
+    text = (bundle.folder / "manifest.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+
+
+def test_hf_home_decides_in_a_process_of_its_own(cached, hf_home, checkpoint, agent_file, tmp_path) -> None:
+    cached("Qwen/Qwen2-0.5B-Instruct", checkpoint("qwen2"))
+    environment = {**os.environ, "HF_HOME": str(hf_home), "HF_ENDPOINT": NOWHERE, "OMP_NUM_THREADS": "1"}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
+        environment.pop(name, None)
+
+    def run(model: str) -> subprocess.CompletedProcess[str]:
+        options = ["--model", model, "--agent", str(agent_file("qwen2")), "--out", "out", "--max-context", "64"]
+        return subprocess.run(
+            [sys.executable, "-m", "mara_deploy.commands.export", *options],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    good = run("qwen2")
+    assert good.returncode == 0, good.stderr
+    # Nothing but its own lines: no warning of a library.
+    first, *stages = good.stderr.splitlines()
+    assert first == "mara-export: loading PyTorch and Optimum …"
+    assert [line for line in stages if not re.fullmatch(r"  \S.* +\d+\.\d s", line)] == []
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]["revision"] == REVISION
+    shutil.rmtree(hf_home)
+    shutil.rmtree(tmp_path / "out")
+    bad = run("qwen2")
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert len(bad.stderr.splitlines()) == 2
+    assert bad.stderr.splitlines()[1].startswith("mara-export: error: qwen2 (Qwen/Qwen2-0.5B-Instruct): ")

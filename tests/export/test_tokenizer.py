@@ -1,0 +1,210 @@
+"""The bundle's text side gives the token ids of transformers, for plain text and for conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mara_export.errors import ModelError
+from mara_export.tokenizer import load_tokenizer, write_tokenizer
+from mara_runtime.bundle import Bundle
+from mara_runtime.errors import PromptError
+from mara_runtime.text import TextSide
+from tests import checkpoints
+
+TEXTS = [
+    "How do I cook rice?",
+    "a",
+    " ",
+    "\n\n  two lines\n",
+    "naïve café — “quotes” …",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 and \U0001f1e9\U0001f1ea",
+    "a <s> b </s><|end|> c<pad>",  # special tokens written out
+    "the then thee " * 40,
+    "tab\tand\r\nreturn \x00 nul",
+    "e\u0301 against \u00e9",
+]
+
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS if text.strip()] + [
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "  indented\nlines  "},
+    ]
+]
+
+
+@pytest.fixture
+def sides(bundle, checkpoint) -> Callable[[str], tuple[TextSide, Any]]:
+    def both(architecture: str) -> tuple[TextSide, Any]:
+        side = TextSide(Bundle.open(bundle(architecture, "ort")))
+        return side, AutoTokenizer.from_pretrained(checkpoint(architecture))
+
+    return both
+
+
+@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
+def test_plain_text(sides, architecture) -> None:
+    side, tokenizer = sides(architecture)
+    for text in TEXTS:
+        ids = side.encode_raw(text)
+        assert ids == tokenizer(text)["input_ids"]
+        assert ids[0] == checkpoints.BOS_ID
+        assert ids[1] != checkpoints.BOS_ID
+        assert side.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
+def test_conversations(sides, architecture) -> None:
+    side, tokenizer = sides(architecture)
+    for messages in CONVERSATIONS:
+        ids = side.encode_chat(messages)
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        assert ids[:2].count(checkpoints.BOS_ID) == 1  # encoding the text with special tokens would give two
+        written = sum(str(message["content"]).count("<s>") for message in messages)
+        assert ids.count(checkpoints.BOS_ID) == 1 + written
+
+
+def test_a_prompt_of_nothing_is_refused(sides) -> None:
+    side, _ = sides("qwen2")
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        side.encode_raw("")
+    for content in ("", "  \n\t", None):
+        with pytest.raises(PromptError, match="the prompt is empty"):
+            side.encode_chat([{"role": "user", "content": content}])
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        side.encode_chat([])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    checkpoints.add_tokenizer(tmp_path / "model", 320)
+    return tmp_path / "model"
+
+
+def change(folder: Path, file: str = "tokenizer_config.json", **values: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def written(folder: Path, out: Path) -> dict[str, Any]:
+    out.mkdir()
+    facts = write_tokenizer(load_tokenizer(folder), out)
+    assert facts.file == "tokenizer.json"
+    assert (out / "chat_template.jinja").exists() == (facts.chat_template is not None)
+    return {"facts": facts, "files": {p.name for p in out.iterdir()}}
+
+
+def test_the_files_and_facts(folder, tmp_path) -> None:
+    result = written(folder, tmp_path / "out")
+    assert result["files"] == {"tokenizer.json", "chat_template.jinja"}
+    assert result["facts"].special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == template
+
+
+@pytest.mark.parametrize("how", ["list in the configuration", "files"])
+def test_of_several_templates_the_default_one_is_taken(folder, tmp_path, how) -> None:
+    if how == "files":
+        (folder / "chat_template.jinja").write_text("the default one")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("the other one")
+    else:
+        several = [
+            {"name": "tool_use", "template": "the other one"},
+            {"name": "default", "template": "the default one"},
+        ]
+        change(folder, chat_template=several)
+    assert isinstance(AutoTokenizer.from_pretrained(folder).chat_template, dict)  # else nothing is shown
+    written(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "the default one"
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_a_tokenizer_without_a_template(folder, tmp_path, template) -> None:
+    change(folder, chat_template=template)
+    result = written(folder, tmp_path / "out")
+    assert result["files"] == {"tokenizer.json"}
+    assert result["facts"].chat_template is None
+
+
+def test_several_templates_without_a_default_are_not_guessed_at(folder, tmp_path) -> None:
+    change(folder, chat_template=[{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}])
+    assert written(folder, tmp_path / "out")["facts"].chat_template is None
+
+
+def test_a_template_keeps_its_line_ends_and_letters(folder, tmp_path) -> None:
+    template = "{{ bos_token }}\r\nä日\n\n{% for m in messages %}{{ m.content }}{% endfor %}\n"
+    change(folder, chat_template=template)
+    written(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes().decode("utf-8") == template
+
+
+def test_special_tokens_given_as_objects(folder, tmp_path) -> None:
+    token = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    change(folder, eos_token={"__type": "AddedToken", **token})
+    assert written(folder, tmp_path / "out")["facts"].special_tokens["eos_token"] == "<|end|>"
+
+
+def test_settings_of_a_training_batch_do_not_reach_a_prompt(folder, checkpoint, tmp_path) -> None:
+    """A tokenizer.json may record padding and truncation; neither belongs in a prompt."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(length=12, pad_id=checkpoints.PAD_ID, pad_token="<pad>")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    out = tmp_path / "out"
+    out.mkdir()
+    facts = write_tokenizer(load_tokenizer(folder), out)
+    from types import SimpleNamespace
+
+    side = TextSide(SimpleNamespace(manifest=SimpleNamespace(tokenizer=facts), path=lambda name: out / name))
+    text = "quite a number of tokens, more than five"
+    assert side.encode_raw(text) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert len(side.encode_raw(text)) > 12
+
+
+def test_a_model_without_a_tokenizer(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_slow_tokenizer_is_refused_with_what_to_do(tmp_path) -> None:
+    folder = tmp_path / "slow-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    with pytest.raises(ModelError, match=r"slow-model has no fast tokenizer.* add its tokenizer\.json"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}'])
+def test_a_damaged_tokenizer_is_refused(folder, text) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match="the tokenizer of model cannot be loaded") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_tokenizers_folder_is_not_run_nor_asked_about(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user is asked, with 15 s to answer"))
+    proof = tmp_path / "proof"
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n")
+    change(folder, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError):
+        load_tokenizer(folder)
+    assert not proof.exists()
+
+
+def test_the_fixture_is_a_fast_tokenizer(folder) -> None:
+    assert isinstance(load_tokenizer(folder), PreTrainedTokenizerFast)
