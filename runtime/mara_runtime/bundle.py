@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_runtime.errors import BundleError
-from mara_runtime.manifest import MANIFEST_FILE, Manifest, parse
+from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Bundle:
         Raises BundleError for a folder that is no bundle, another schema version, a missing or a changed file.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise BundleError(f"there is no bundle at {folder}: make one with mara-export --out {folder}")
         path = folder / MANIFEST_FILE
         try:
+            if not folder.is_dir():
+                raise BundleError(f"there is no bundle at {folder}: make one with mara-export --out {folder}")
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} cannot be read: {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
+            raise BundleError(f"{ascii(str(path))[:200]} cannot be read: {error}"[:400]) from None
         bundle = cls(folder, parse(text, str(path)))
         if verify:
             bundle.verify()
@@ -46,22 +46,28 @@ class Bundle:
         """Compare every file with the manifest. Raises BundleError, naming the first that differs."""
         root = self.folder.resolve()
         for name, entry in self.manifest.files.items():
-            path = self.path(name)
-            if not path.is_file():
-                raise BundleError(f"{self.folder}: {name} is missing; copy the bundle again or export it anew")
-            if not path.resolve().is_relative_to(root):
-                raise BundleError(f"{self.folder}: {name} is a link that leads out of the bundle; export it anew")
-            size = path.stat().st_size
-            if size != entry.size_bytes:
-                raise BundleError(
-                    f"{self.folder}: {name} has {size} bytes where the manifest says {entry.size_bytes}; "
-                    "copy the bundle again or export it anew"
-                )
-            if sha256(path) != entry.sha256:
-                raise BundleError(
-                    f"{self.folder}: {name} is damaged: its sha256 is not the manifest's; "
-                    "copy the bundle again or export it anew"
-                )
+            try:
+                self._verify_file(name, entry, root)
+            except OSError as error:
+                raise BundleError(f"{self.folder}: {name[:80]} cannot be read: {error.strerror}") from None
+
+    def _verify_file(self, name: str, entry: FileEntry, root: Path) -> None:
+        path = self.path(name)
+        if not path.is_file():
+            raise BundleError(f"{self.folder}: {name} is missing; copy the bundle again or export it anew")
+        if not path.resolve().is_relative_to(root):
+            raise BundleError(f"{self.folder}: {name} is a link that leads out of the bundle; export it anew")
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            raise BundleError(
+                f"{self.folder}: {name} has {size} bytes where the manifest says {entry.size_bytes}; "
+                "copy the bundle again or export it anew"
+            )
+        if sha256(path) != entry.sha256:
+            raise BundleError(
+                f"{self.folder}: {name} is damaged: its sha256 is not the manifest's; "
+                "copy the bundle again or export it anew"
+            )
 
 
 def sha256(path: Path) -> str:

@@ -45,5 +45,7 @@ def select(logits: NDArray[np.float32], top_k: int, top_p: float) -> Candidates:
 
 def sample(candidates: Candidates, temperature: float, rng: np.random.Generator) -> int:
     """Draw an index in LM rank; the temperature comes after both filters, so it leaves the set as it is."""
-    weights = candidates.probabilities ** (1.0 / temperature)
+    with np.errstate(divide="ignore", over="ignore"):  # towards 0 it becomes greedy: -inf has weight 0
+        logs = np.log(candidates.probabilities)
+        weights = np.exp((logs - logs[0]) / temperature)
     return int(rng.choice(len(candidates), p=weights / weights.sum()))

@@ -54,8 +54,8 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise PromptError(f"the bundle's chat template is not valid Jinja: {error}; use --raw") from None
+        except Exception as error:  # a TemplateError, or what Python says to nesting without end
+            raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
@@ -67,7 +67,11 @@ class ChatTemplate:
             return self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                **{**self._special_tokens, **variables},
+                **{"tools": None, "documents": None, **self._special_tokens, **variables},
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise PromptError(f"the bundle's chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: it may fail in any way a program can
+            raise PromptError(f"the bundle's chat template refuses these messages: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -57,16 +57,16 @@ class DecodeConfig:
         _whole("--top-k", self.top_k, 1)
         _whole("--max-new-tokens", self.max_new_tokens, 1)
         _whole("--seed", self.seed, 0)
-        if not 0.0 <= self.top_p <= 1.0:
-            raise OptionError(f"--top-p is {self.top_p}; it must lie between 0 and 1")
-        if not math.isfinite(self.threshold):
-            raise OptionError(f"--threshold is {self.threshold}; it must be a finite number")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise OptionError(f"--temperature is {self.temperature}; it must be a finite number above 0")
+        _number("--top-p", self.top_p, "between 0 and 1", 0.0 <= _real(self.top_p) <= 1.0)
+        _number("--threshold", self.threshold, "a finite number", math.isfinite(_real(self.threshold)))
+        temperature = _real(self.temperature)
+        _number("--temperature", self.temperature, "a finite number above 0", 0.0 < temperature < math.inf)
         if self.sample and self.align:
             raise OptionError("--sample is for plain decoding: add --no-align, or use --strategy random")
-        if any(not text for text in self.stop):
-            raise OptionError("--stop is an empty text; name at least one character")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise OptionError(f"--stop is {self.stop!r}; it must be a tuple of texts")
+        if "" in self.stop:
+            raise OptionError("--stop is an empty text; it must have at least one character")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the fields."""
@@ -77,6 +77,16 @@ class DecodeConfig:
 def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _number(flag: str, value: object, allowed: str, within: bool) -> None:
+    if not within:
+        raise OptionError(f"{flag} is {value!r}; it must be {allowed}")
+
+
+def _real(value: object) -> float:
+    """The value as a float; NaN, which no range holds, if it is no number."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _whole(flag: str, value: int, least: int) -> None:

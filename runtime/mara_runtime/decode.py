@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates, sample, select
 from mara_runtime.config import DecodeConfig
-from mara_runtime.engine import Engine, Forward
+from mara_runtime.engine import Engine, Forward, check_finite
 from mara_runtime.errors import NumericsError
 from mara_runtime.stats import Stats
 from mara_runtime.strategies import choose, examination_order
@@ -93,7 +93,7 @@ def prefill(engine: Engine, prompt: Sequence[int]) -> NDArray[np.float32]:
         positions = range(start, start + len(chunk))
         last = start + len(chunk) == len(prompt)
         out = engine.forward(chunk, positions, start, [len(chunk) - 1] if last else [])
-        _check_finite(out, positions, chunk)
+        check_finite(out, positions, chunk)
     logits: NDArray[np.float32] = out.logits[0]
     return logits
 
@@ -160,7 +160,9 @@ def _examine(
         tokens = [int(candidates.ids[r]) for r in ranks]
         slot = length + start
         out = _forward(engine, tokens, [length] * len(ranks), slot, range(len(ranks)), stats)
-        margins = engine.margins(out.hidden)
+        margins = engine.margins(out.hidden).astype(np.float64)  # as the threshold is: they are compared exactly
+        if not np.isfinite(margins).all():
+            raise NumericsError(f"the agent's margin at position {length} is not finite: its weights are at fault")
         for row, rank in enumerate(ranks):
             examined.append(_Examined(rank, float(margins[row]), slot + row, out.logits[row].copy()))
         if config.strategy == "top1" and (margins > config.threshold).any():
@@ -179,20 +181,8 @@ def _forward(
     out = engine.forward(tokens, positions, slot, rows)
     stats.forwards += 1
     stats.rows += len(tokens)
-    _check_finite(out, positions, tokens)
+    check_finite(out, positions, tokens)
     return out
-
-
-def _check_finite(out: Forward, positions: Sequence[int], tokens: Sequence[int]) -> None:
-    bad = ~np.isfinite(out.hidden).all(axis=1)
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise NumericsError(
-            f"the hidden state at position {positions[row]} (token {tokens[row]}) is not finite: the model's weights "
-            "or its precision are at fault; export it again, at a higher precision if it was quantised"
-        )
-    if np.isnan(out.logits).any():
-        raise NumericsError(f"the logits after position {positions[-1]} hold NaN: the model's LM head is at fault")
 
 
 class _Clock:

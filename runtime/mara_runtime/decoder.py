@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mara_runtime.chat import Message
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Step, decode
 from mara_runtime.engine import Engine, open_engine
-from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
 from mara_runtime.stats import Stats
 from mara_runtime.text import TextSide, TextStream
 
@@ -87,6 +88,12 @@ class AlignedDecoder:
             self.engine, self.declined = open_engine(self.bundle, engine, threads)
         else:
             self.engine, self.declined = engine, {}
+        manifest = self.bundle.manifest
+        if self.engine.slots < manifest.max_context + manifest.max_candidates:
+            raise EngineError(
+                f"the engine has {self.engine.slots} KV slots; {self.bundle.folder} needs "
+                f"{manifest.max_context + manifest.max_candidates}: max_context and one a candidate"
+            )
         self._turn = 0
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
@@ -97,7 +104,9 @@ class AlignedDecoder:
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token.
         """
         manifest = self.bundle.manifest
-        if isinstance(prompt, str) or (len(prompt) > 0 and not isinstance(prompt[0], int)):
+        if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
+        else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
                 ids = side.encode_chat(prompt)  # type: ignore[arg-type]
@@ -105,8 +114,6 @@ class AlignedDecoder:
                 ids = side.encode_raw(prompt)
             else:
                 ids = side.encode_chat([{"role": "user", "content": prompt}])
-        else:
-            ids = [int(i) for i in prompt]  # type: ignore[arg-type]
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.config import ENGINES
-from mara_runtime.errors import EngineError
+from mara_runtime.errors import EngineError, NumericsError
 from mara_runtime.tensors import MASKED
 
 if TYPE_CHECKING:
@@ -55,6 +55,23 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What ran: name, versions, graph, threads; recorded with every result."""
+
+
+def check_finite(out: Forward, positions: Sequence[int], tokens: Sequence[int]) -> None:
+    """Raise NumericsError, naming the position, when a pass over these rows gave something that is not a number."""
+    bad = ~np.isfinite(out.hidden).all(axis=1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise NumericsError(
+            f"the hidden state at position {positions[row]} (token {tokens[row]}) is not finite: the model's weights "
+            "or its precision are at fault; export it again, at a higher precision if it was quantised"
+        )
+    # -inf alone is a token ruled out; NaN, +inf, or nothing but -inf leaves no probabilities
+    if out.logits.size and not np.isfinite(out.logits.max(axis=1)).all():
+        raise NumericsError(
+            f"the logits after position {positions[-1]} are not finite: the model's LM head or its precision is at "
+            "fault; export it again, at a higher precision if it was quantised"
+        )
 
 
 def attention_mask(positions: Sequence[int], slot: int, slots: int) -> NDArray[np.float32]:

@@ -12,6 +12,8 @@ from mara_runtime.tensors import ModelShape
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+MAX_DEPTH = 16
+"""Levels of nesting; the format has five."""
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,50 @@ class Manifest:
 def parse(text: str, where: str) -> Manifest:
     """Read the text of a manifest.json. Raises BundleError, naming the field, when it is not one of this version."""
     try:
-        root = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"{where} is not JSON ({error}); export the bundle again") from None
+        root = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        _check_depth(root)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} is not JSON as a manifest has it ({error}); export the bundle again") from None
     if not isinstance(root, dict) or "schema_version" not in root:
         raise BundleError(f"{where} is not a bundle manifest: it has no schema_version")
-    if root["schema_version"] != SCHEMA_VERSION:
+    version = root["schema_version"]
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(
-            f"{where} has schema version {root['schema_version']!r}; this release reads version {SCHEMA_VERSION}: "
+            f"{where} has schema version {_short(version)}; this release reads version {SCHEMA_VERSION}: "
             "export the bundle again, or install the release that made it"
         )
     return _Reader(where, root).manifest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ on which of two equal keys they take, so there must not be two."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_depth(root: Any) -> None:
+    level = [root]
+    for _ in range(MAX_DEPTH):
+        level = [v for item in level if isinstance(item, (dict, list)) for v in _children(item)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+
+
+def _children(item: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(item.values()) if isinstance(item, dict) else item
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class _Reader:
@@ -170,19 +205,19 @@ class _Reader:
                 raise self._wrong(path, "is missing")
             value = value[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self._wrong(path, f"is {value!r}")
+            raise self._wrong(path, f"is {_short(value)}")
         return value
 
     def _text(self, path: str, allowed: tuple[str, ...] | None = None) -> str:
         value: str = self._get(path, str)
         if allowed is not None and value not in allowed:
-            raise self._wrong(path, f"is {value!r}, not one of {', '.join(allowed)}")
+            raise self._wrong(path, f"is {_short(value)}, not one of {', '.join(allowed)}")
         return value
 
     def _texts(self, path: str) -> list[str]:
         values: list[str] = self._get(path, list)
         if not all(isinstance(v, str) for v in values):
-            raise self._wrong(path, f"is {values!r}, not a list of texts")
+            raise self._wrong(path, f"is {_short(values)}, not a list of texts")
         return values
 
     def _count(self, path: str) -> int:
@@ -194,7 +229,7 @@ class _Reader:
     def _counts(self, path: str, least: int = 1) -> tuple[int, ...]:
         values: list[int] = self._get(path, list)
         if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
-            raise self._wrong(path, f"is {values!r}, not a list of whole numbers")
+            raise self._wrong(path, f"is {_short(values)}, not a list of whole numbers")
         return tuple(values)
 
     def _dict_of(self, kind: type, path: str) -> dict[str, Any]:
@@ -207,15 +242,18 @@ class _Reader:
         """A file that the manifest itself accounts for."""
         name = self._text(path)
         if name not in self._get("files", dict):
-            raise self._wrong(path, f"names {name!r}, which is not among the bundle's files")
+            raise self._wrong(path, f"names {_short(name)}, which is not among the bundle's files")
         return name
 
     def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
         parts = name.split("/")
-        if "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
-            raise self._wrong("files", f"names {name!r}, which does not lie inside the bundle")
-        if type(entry.get("size_bytes")) is not int or not isinstance(entry.get("sha256"), str):
-            raise self._wrong(f"files[{name!r}]", "lacks its size_bytes or sha256")
+        if not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+            raise self._wrong("files", f"names {_short(name)}, which does not lie inside the bundle")
+        size = entry.get("size_bytes")
+        if type(size) is not int or size < 0:
+            raise self._wrong(f"files[{_short(name)}].size_bytes", f"is {_short(size)}")
+        if not isinstance(entry.get("sha256"), str):
+            raise self._wrong(f"files[{_short(name)}].sha256", f"is {_short(entry.get('sha256'))}")
         return True
 
     def _wrong(self, path: str, what: str) -> BundleError:

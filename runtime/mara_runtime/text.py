@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import ChatTemplate, Message
 from mara_runtime.errors import BundleError, PromptError
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What decoders write for bytes that are no character, or not yet."""
 
 
 class TextSide:
@@ -28,22 +30,35 @@ class TextSide:
         self.tokenizer.no_truncation()
         self.template: ChatTemplate | None = None
         if facts.chat_template is not None:
-            source = bundle.path(facts.chat_template).read_text(encoding="utf-8")
+            path = bundle.path(facts.chat_template)
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise BundleError(f"{path} cannot be read: {error}") from None
             self.template = ChatTemplate(source, facts.special_tokens)
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer itself adds."""
         if not text:
             raise PromptError("the prompt is empty: give at least one character")
-        return list(self.tokenizer.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. The template alone adds special tokens."""
         if self.template is None:
             raise PromptError("this bundle has no chat template: use --raw")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty: give at least one character")
-        return list(self.tokenizer.encode(self.template.render(messages), add_special_tokens=False).ids)
+        return self._encode(self.template.render(messages), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is not Unicode text: {error}") from None
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -55,44 +70,52 @@ class TextStream:
     """Token ids to text, piece by piece, ending at the first stop text.
 
     Bytes of an unfinished character and any tail that may yet become a stop text are held back, so the pieces
-    together are exactly the text of the answer.
+    together are the text of the answer, which is what the tokenizer makes of all ids at once. (The exception: some
+    tokenizers that spell characters as byte tokens take back a whole character when a stray byte follows it; what has
+    been handed out stays.)
     """
 
     def __init__(self, side: TextSide, stop: Sequence[str] = ()) -> None:
         self._side = side
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
-        self._streamed = ""  # what the incremental decoder has given
+        # Text is decoded from ids[_start:]; that of ids[_start:_settled] is known. Starting a little before what is new
+        # gives decoders that look back, at a leading space say, what they look at.
+        self._start = self._settled = 0
+        self._decoded = ""
         self._sent = 0  # characters of it handed out
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Text that is certain after one more token; `stopped` is set when a stop text has come."""
         self._token_ids.append(token_id)
-        self._streamed += self._decoder.step(self._side.tokenizer, token_id) or ""
-        return self._release(held=max((_overlap(self._streamed, s) for s in self._stop), default=0))
+        self._decode(unfinished=False)
+        return self._release(held=max((_overlap(self._decoded, s) for s in self._stop), default=0))
 
     def finish(self) -> str:
         """Whatever was held back, once no token will follow."""
-        if not self.stopped:
-            whole = self._side.decode(self._token_ids)
-            if whole.startswith(self._streamed):  # the bytes of a character that never came to its end
-                self._streamed = whole
+        self._decode(unfinished=True)
         return self._release(held=0)
+
+    def _decode(self, unfinished: bool) -> None:
+        known = self._side.decode(self._token_ids[self._start : self._settled])
+        text = self._side.decode(self._token_ids[self._start :])
+        if len(text) > len(known) and (unfinished or not text.endswith(_REPLACEMENT)):
+            self._decoded += text[len(known) :]
+            self._start, self._settled = self._settled, len(self._token_ids)
 
     @property
     def text(self) -> str:
         """Everything handed out so far."""
-        return self._streamed[: self._sent]
+        return self._decoded[: self._sent]
 
     def _release(self, held: int) -> str:
         if self.stopped:
             return ""
-        found = [at for at in (self._streamed.find(s) for s in self._stop) if at >= 0]
+        found = [at for at in (self._decoded.find(s) for s in self._stop) if at >= 0]
         self.stopped = bool(found)
-        end = min(found) if found else len(self._streamed) - held
-        piece = self._streamed[self._sent : end]
+        end = min(found) if found else len(self._decoded) - held
+        piece = self._decoded[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
 

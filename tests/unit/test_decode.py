@@ -6,7 +6,6 @@ so an entry that the loop leaves in a wrong slot is an error or another prefix, 
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +242,9 @@ def test_plain_greedy_takes_the_best_token_each_time(
     engine = helpers.CountingEngine(table)
     steps, stats = run(engine, prompt, DecodeConfig(align=False), eos=eos, limit=limit)
     assert [step.token for step in steps] == expected
+    assert [(step.candidates.ids.tolist(), step.rank, step.forced) for step in steps] == [
+        ([token], 1, False) for token in expected
+    ]
     assert (stats.forwards, stats.rows) == (len(expected) - 1, len(expected) - 1)
     assert engine.asked == []
     assert stats.algorithm() == {
@@ -616,17 +618,22 @@ def test_table_engine_shows_a_row_the_prefix_and_itself() -> None:
     assert out.logits.tolist() == [[3, 4, 5]] * 2
 
 
-def make_answer(schedule: str) -> Callable[[], tuple[list[Step], Stats]]:
-    table = helpers.hash_table(3, VOCAB, 256, 2.0)
-    return lambda: run(TableEngine(table, helpers.sum_agent, 64), [1, 2, 3], DecodeConfig(schedule=schedule), limit=9)
+def test_time_is_that_of_decoding_without_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(decode_module.time, "perf_counter", lambda: now)
 
+    class Slow(TableEngine):
+        def forward(self, *arguments: Any) -> Any:
+            nonlocal now
+            now += 1.0
+            return super().forward(*arguments)
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_time_is_that_of_decoding_without_the_caller(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(decode_module.time, "perf_counter", lambda: float(next(ticks)))
-    steps, stats = make_answer(schedule)()
-    # A reading before and after the prompt, before and after each yield: of two seconds a token one is the caller's.
+    stats = Stats()
+    engine = Slow(hand({(2,): 1.0, (2, 5): 1.0}), helpers.sum_agent, 16)
+    for _ in decode(engine, PROMPT, DecodeConfig(**WIDE), fallback="first", eos_token_ids=set(), limit=4, stats=stats):
+        now += 100.0
+    # A pass for the prompt; one each for 2, for 5 and for the 7 that is not the last.
     assert stats.prefill_ms == 1000.0
-    assert stats.decode_ms == 1000.0 * len(steps)
-    assert stats.tokens_per_second == pytest.approx(1.0)
+    assert stats.decode_ms == 3000.0
+    assert stats.tokens_per_second == pytest.approx(4 / 3)
+    assert Stats().tokens_per_second == 0.0

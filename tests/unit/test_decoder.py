@@ -238,6 +238,13 @@ def test_what_was_held_back_comes_with_the_last_piece(tmp_path: Path) -> None:
     assert pieces[-1].result.finish_reason == "stop"
 
 
+def test_a_stop_text_that_only_the_end_completes_is_a_stop(tmp_path: Path) -> None:
+    first_byte = ids_of("é")[0]  # no character yet; at the end of the answer it becomes U+FFFD
+    decoder, _ = make_decoder(tmp_path, saying("ab", then=first_byte))
+    result = decoder.generate("q", DecodeConfig(align=False, max_new_tokens=3, stop=("b\ufffd",)))
+    assert (result.token_ids, result.text, result.finish_reason) == ([*ids_of("ab"), first_byte], "a", "stop")
+
+
 def test_a_stop_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     decoder, _ = make_decoder(tmp_path, choosing(), tokenizer=None, chat_template=None)
     with pytest.raises(OptionError, match="--stop"):

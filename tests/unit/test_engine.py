@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 
 from mara_runtime import ort_engine
 from mara_runtime.bundle import Bundle
-from mara_runtime.config import ENGINES
+from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engine import attention_mask, open_engine
 from mara_runtime.errors import EngineError, OptionError
+from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import MASKED
 from tests.unit import helpers
 
 
-class FakeEngine:
+class FakeEngine(TableEngine):
     """Stands for OrtEngine: no graph is loaded."""
 
-    slots = 40
-
     def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
+        super().__init__(helpers.scripted({}, {}), helpers.sum_agent, slots=40)
         self.opened = (name, threads)
 
     def describe(self) -> dict[str, Any]:
@@ -121,8 +121,11 @@ def test_the_decoder_records_which_engine_and_why_not_the_others(
 ) -> None:
     have(monkeypatch, CPU)
     decoder = AlignedDecoder(bundle_for(tmp_path, "cpu"))
-    assert decoder.engine.describe() == {"name": "cpu"}
-    assert decoder.declined == {"cuda": "the bundle was not exported for it (targets: cpu)"}
+    result = decoder.generate([1], DecodeConfig(top_k=2, max_new_tokens=1))
+    assert result.to_json()["stats"]["engine"] == {
+        "name": "cpu",
+        "declined": {"cuda": "the bundle was not exported for it (targets: cpu)"},
+    }
 
 
 # ── the attention mask ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -134,14 +134,19 @@ def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side:
 @given(ids=st.lists(st.integers(0, 2) | st.integers(180, FALLBACK_VOCABULARY - 1), max_size=10))
 def test_byte_fallback_any_tokens_are_their_text(fallback_side: TextSide, ids: list[int]) -> None:
     pieces, joined, _ = stream(fallback_side, ids)
-    assert "".join(pieces) == joined == fallback_side.decode(ids)
+    assert "".join(pieces) == joined
+    whole = fallback_side.decode(ids)
+    if "\N{REPLACEMENT CHARACTER}" not in whole:  # else the decoder may have taken back what was handed out
+        assert joined == whole
 
 
 def test_byte_fallback_a_broken_character_after_a_whole_one(fallback_side: TextSide) -> None:
     theta, broken = byte_ids(fallback_side, "θ"), byte_ids(fallback_side, "θ")[:1]
     ids = [*theta, *broken, fallback_side.tokenizer.token_to_id("a")]
     pieces, joined, _ = stream(fallback_side, ids)
-    assert "".join(pieces) == joined == fallback_side.decode(ids)
+    assert "".join(pieces) == joined
+    assert joined.startswith("θ\N{REPLACEMENT CHARACTER}")  # what was handed out stays
+    assert joined.endswith("a")
 
 
 def test_byte_fallback_the_space_before_a_later_word_stays(fallback_side: TextSide) -> None:
