@@ -5,7 +5,6 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -80,7 +79,11 @@ def load(path: Path) -> Agent:
 
     Pickled code is never run (`weights_only=True`). Raises AgentError.
     """
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # no file can have such a name
+        found = False
+    if not found:
         raise AgentError(f"there is no agent file at {path}: --agent takes a .pth or .safetensors file, or `demo`")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if any(name.startswith("linear11.") for name in state):
@@ -123,9 +126,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged pickles fail in every way there is
         first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
         raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line}") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AgentError(f"{path} is not a plain state dict of tensors, as released agents are")
     return state, {}

@@ -14,6 +14,7 @@ from mara_runtime.tensors import ModelShape
 SUPPORTED = ("qwen2", "qwen3", "llama", "mistral")
 """`model_type` of Hugging Face configurations."""
 
+_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """rope types whose frequencies do not depend on the length of the text"""
@@ -41,6 +42,10 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     kind = getattr(config, "model_type", None)
     if kind not in SUPPORTED:
         raise ModelError(f"{name} is of architecture {kind!r}; supported are {', '.join(SUPPORTED)}")
+    for size in _SIZES:
+        value = getattr(config, size, None)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{name}: its config.json has {size} = {value!r}, which is no size")
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantised already; export its original checkpoint")
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]

@@ -92,12 +92,12 @@ def export(
     with whole_or_absent(out) as folder:
         tokenizer = load_tokenizer(source.folder)
         with progress.stage(f"load {source.name}"):
-            model = _load(AutoModelForCausalLM, source, dtype=torch.float32, attn_implementation="eager").eval()
+            model = _load_model(source)
         eos = _eos_token_ids(model, tokenizer)
         if gate:
             with progress.stage("run the reference (Hugging Face eager)"):
-                prompts = _gate_prompts(tokenizer, shape.vocab_size, context)
-                cases = [parity.reference_case(model, agent, prompt) for prompt in progress.parts(prompts)]
+                prompts = _gate_prompts(source, tokenizer, shape.vocab_size, context)
+                cases = [parity.reference_case(model, agent, p, max_candidates) for p in progress.parts(prompts)]
         with progress.stage("trace the LLM"), tempfile.TemporaryDirectory(dir=folder) as scratch:
             graph = onnx.load(trace_llm(model, Path(scratch)))
             del model
@@ -160,16 +160,22 @@ def _check_options(lowering: str, precision: str, max_context: int | None, max_c
 
 
 def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
-    """A configuration or model, its failures in one line."""
+    """Call `from_pretrained`; whatever it fails of, in one line. Code that a model brings along is not run."""
     try:
-        return kind.from_pretrained(source.folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.name} cannot be loaded: {reason}") from None
+        return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"{source.name} cannot be loaded: its weights are damaged ({error})") from None
-        raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
+
+
+def _load_model(source: ModelSource) -> Any:
+    """The LLM in float32 with eager attention. A checkpoint with gaps is refused: transformers fills them at random."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    model, loading = _load(AutoModelForCausalLM, source, **options)
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
+    return model.eval()
 
 
 def _save(graph: onnx.ModelProto, path: Path) -> None:
@@ -188,11 +194,14 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _gate_prompts(tokenizer: Any, vocab_size: int, context: int) -> list[list[int]]:
+def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[list[int]]:
     """Token sequences for the parity gate, each short enough for a sibling to follow."""
     count = min(parity.PROMPT_TOKENS, context - 1)
     texts = [] if tokenizer is None else [tokenizer(text)["input_ids"][:count] for text in parity.TEXTS]
     prompts = [ids for ids in texts if ids]
+    largest = max((max(ids) for ids in prompts), default=0)
+    if largest >= vocab_size:
+        raise ModelError(f"{source.name}: its tokenizer gives id {largest}, its vocabulary ends at {vocab_size - 1}")
     generator = torch.Generator().manual_seed(0)
     while len(prompts) < parity.PROMPTS:
         prompts.append(torch.randint(vocab_size, (count,), generator=generator).tolist())

@@ -3,7 +3,7 @@
 Teacher-forced over several prompts and over sibling candidates, in the engine that will run the bundle. A bundle
 that fails is not written. Two kinds of evidence are asked for:
 
-numbers     every hidden state and logit row: cosine, and largest difference relative to the largest value
+numbers     hidden states, logits, margins: largest difference relative to the largest value, cosine of rows
 outcomes    ranks of the next tokens, and the agent's decisions, wherever the reference's own gap exceeds the noise
 
 The noise is measured without comparing the two sides, else the second check could not fail: it is how much each
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from mara_runtime.engine import Engine
 
 F32 = NDArray[np.float32]
+NAMES = ("hidden", "logits", "margins")
+"""What is compared of a row; attributes of `Rows`."""
 
 TEXTS = (
     "How do I keep bread fresh for a week without a freezer?",
@@ -79,8 +81,7 @@ class Rows:
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
         """All rows of several."""
-        names = ("hidden", "logits", "margins")
-        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Case:
 
 
 @torch.no_grad()
-def reference_case(model: Any, agent: Margins, tokens: Sequence[int]) -> Case:
+def reference_case(model: Any, agent: Margins, tokens: Sequence[int], max_siblings: int = SIBLINGS) -> Case:
     """Run Hugging Face eager over a prompt. model: a causal LM in eval mode, float32, with eager attention."""
 
     def run(ids: list[list[int]], cache: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -120,7 +121,7 @@ def reference_case(model: Any, agent: Margins, tokens: Sequence[int]) -> Case:
 
     tokens = [int(token) for token in tokens]
     hidden, logits, cache = run([tokens])
-    siblings = torch.topk(logits[0, -1], min(SIBLINGS, logits.shape[-1])).indices.tolist()
+    siblings = torch.topk(logits[0, -1], min(SIBLINGS, max_siblings, logits.shape[-1])).indices.tolist()
     parts = [rows(hidden[0], logits[0])]
     for token in siblings:  # a copy each: a shared cache would let later siblings see earlier ones
         hidden, logits, _ = run([[token]], copy.deepcopy(cache))
@@ -151,9 +152,9 @@ class Report:
     prompts: int
     rows: int
     numbers: dict[str, dict[str, float]]
-    """of hidden states and logits: least cosine, greatest difference relative to the largest value"""
+    """of each of NAMES: greatest difference relative to the largest value; of hidden states and logits least cosine"""
     noise: dict[str, float]
-    """of logits and margins, NOISE_FACTOR included"""
+    """of each of NAMES, NOISE_FACTOR included"""
     outcomes: dict[str, dict[str, int]]
     """of ranks and decisions: compared, within the noise, differing"""
     failures: list[str]
@@ -176,21 +177,29 @@ def compare(cases: Sequence[Case], found: Sequence[Side], gate: Gate) -> Report:
     failures = []
 
     numbers = {}
-    for name in ("hidden", "logits"):
+    for name in NAMES:
+        # both routes of the engine: each of them is used to decode
         values = [(getattr(a.rows, name), getattr(b.rows, name)) for a, b in pairs]
-        cosine = float(np.min([_least_cosine(a, b) for a, b in values]))
+        values += [
+            (getattr(a.rows.tail(len(b.siblings_again.margins)), name), getattr(b.siblings_again, name))
+            for a, b in pairs
+        ]
         largest = np.max([np.abs(a).max() for a, _ in values])
         difference = float(np.max([_difference(a, b) for a, b in values]) / largest)
-        numbers[name] = {"least_cosine": cosine, "greatest_difference": difference}
-        if not cosine >= gate.least_cosine:  # so written that NaN fails; numpy's max and min pass it on
-            failures.append(f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}")
-        if not difference <= gate.greatest_difference:
+        numbers[name] = {"greatest_difference": difference}
+        if not difference <= gate.greatest_difference:  # so written that NaN fails; numpy's max and min pass it on
             failures.append(f"{name}: greatest difference {difference:.1e}, the gate is {gate.greatest_difference}")
+        if name != "margins":  # one number a row has no direction
+            cosine = float(np.min([_least_cosine(a, b) for a, b in values]))
+            numbers[name]["least_cosine"] = cosine
+            if not cosine >= gate.least_cosine:
+                failures.append(f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}")
 
-    noise = {
-        name: NOISE_FACTOR * float(np.max([side.noise(name) for pair in pairs for side in pair]))
-        for name in ("logits", "margins")
-    }
+    noise = {}
+    for name in NAMES:
+        noise[name] = NOISE_FACTOR * float(np.max([side.noise(name) for pair in pairs for side in pair]))
+        if not np.isfinite(noise[name]):
+            failures.append(f"{name}: not finite by one of two routes")
     outcomes = {
         "ranks": _total(compare_ranks(a.rows.logits, b.rows.logits, noise["logits"]) for a, b in pairs),
         "decisions": _total(compare_decisions(a.rows.margins, b.rows.margins, noise["margins"]) for a, b in pairs),

@@ -27,7 +27,12 @@ class Progress:
         if live:
             sys.stderr.write(f"  {what} …")
             sys.stderr.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if live:  # what went wrong is said on a line of its own
+                sys.stderr.write("\n")
+            raise
         if not self.quiet:
             sys.stderr.write(f"{chr(13) if live else ''}  {what:<44} {time.perf_counter() - start:6.1f} s\n")
 

@@ -46,8 +46,8 @@ def resolve_model(model: str) -> ModelSource:
 
     Raises ModelError.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = local_path(model)
+    if folder is not None and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         if not any(folder.glob("*.safetensors")):
@@ -66,8 +66,19 @@ def resolve_model(model: str) -> ModelSource:
     return ModelSource(snapshot, hub_id, snapshot.name)
 
 
+def local_path(name: str) -> Path | None:
+    """The file or folder of that name on this machine, `~` expanded; None if there is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # longer than paths may be, an unknown user, a NUL
+        return None
+
+
 def resolve_file(hub_id: str, file: str) -> Path:
     """A single file of a Hub repository, fetched unless it is cached. Raises ModelError."""
+    if any(part in ("", ".", "..") for part in file.split("/")):
+        raise ModelError(f"{hub_id}:{file}: a file of a repository is named by its path inside it")
     path = _snapshot(hub_id, f"{hub_id}:{file}", [file]) / file
     if not path.is_file():
         raise ModelError(f"{hub_id}:{file}: the repository has no such file, or it is not in the Hub cache")

@@ -20,7 +20,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever the tokenizer's own class raises
         raise ModelError(f"the tokenizer of {folder.name} cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:

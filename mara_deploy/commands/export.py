@@ -115,7 +115,7 @@ def _agent(name: str, source: ModelSource) -> tuple[Agent, str]:
     """The agent and its name for others: never a path of this machine."""
     from mara_deploy import agent as agents
     from mara_deploy.demo import AGENT_SEED, AGENT_WIDTHS
-    from mara_export.sources import resolve_file
+    from mara_export.sources import local_path, resolve_file
 
     if name == "demo":
         if source.name != "demo":
@@ -124,10 +124,11 @@ def _agent(name: str, source: ModelSource) -> tuple[Agent, str]:
 
         hidden_size = AutoConfig.from_pretrained(source.folder).hidden_size
         return agents.untrained(hidden_size, AGENT_SEED, AGENT_WIDTHS), "demo (untrained)"
-    path = Path(name).expanduser()
+    path = local_path(name)
     hub_id, colon, file = name.partition(":")
-    if not path.exists() and colon and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if path is None and colon and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         return agents.load(resolve_file(hub_id, file)), name
+    path = path or Path(name)
     return agents.load(path), path.name
 
 

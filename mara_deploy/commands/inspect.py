@@ -62,13 +62,12 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
     if report is None:
         return ["parity    NOT CHECKED: exported with --no-gate"]
     lines = [f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager"]
-    for name in ("hidden", "logits"):
+    for name in ("hidden", "logits", "margins"):
         values = report.get(name)
         if isinstance(values, dict):
-            lines.append(
-                f"          {name}: least cosine {values['least_cosine']:.7f}, "
-                f"greatest difference {values['greatest_difference']:.1e} of the largest value"
-            )
+            cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
+            difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
+            lines.append(f"          {name}: {difference}{cosine}")
     for name in ("ranks", "decisions"):
         counts = report.get(name)
         if isinstance(counts, dict):

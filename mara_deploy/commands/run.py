@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mara_deploy.commands.shared import Parser, add_decode_options, add_engine_options, decode_config, guarded
-from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.errors import MaraError, OptionError, PromptError
 
 if TYPE_CHECKING:
     from mara_runtime.config import DecodeConfig
@@ -87,7 +87,10 @@ def _prompt(args: argparse.Namespace) -> Prompt:
             return [int(part) for part in args.input_ids.split(",")]
         except ValueError:
             raise OptionError(f"--input-ids is {args.input_ids!r}; it must be whole numbers, as in 1,2,3") from None
-    text: str = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt
+    try:
+        text: str = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not UTF-8 text: {error}") from None
     return text if args.system is None else _with_system(args.system, [{"role": "user", "content": text}])
 
 
@@ -110,12 +113,17 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
 
 def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Generation:
     """Run a generation to its end, printing its text as it comes."""
-    result = None
-    for piece in pieces:
-        trace(piece)
-        if echo:
-            print(piece.text, end="", flush=True)
-        result = piece.result
+    result, open_line = None, False
+    try:
+        for piece in pieces:
+            trace(piece)
+            if echo:
+                print(piece.text, end="", flush=True)
+                open_line = open_line or bool(piece.text)
+            result = piece.result
+    finally:
+        if open_line and result is None:  # what went wrong is said on a line of its own
+            print(flush=True)
     assert result is not None  # the last piece carries it
     return result
 

@@ -66,9 +66,25 @@ def decode(
     prompt: token ids, at least one. The caller sees to it that prompt and answer, and one spare slot a candidate,
     fit into the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
     """
+    try:
+        yield from _decode(engine, prompt, config, fallback, eos_token_ids, limit, stats)
+    except NumericsError:
+        engine.clear()
+        raise
+
+
+def _decode(
+    engine: Engine,
+    prompt: Sequence[int],
+    config: DecodeConfig,
+    fallback: str,
+    eos_token_ids: Set[int],
+    limit: int,
+    stats: Stats,
+) -> Iterator[Step]:
     rng = np.random.default_rng(config.seed)
     clock = _Clock()
-    logits = prefill(engine, prompt)
+    logits = prefill(engine, prompt, PREFILL_ROWS)
     stats.prompt_tokens = len(prompt)
     stats.prefill_ms = clock.lap_ms()
     length = len(prompt)  # tokens of the sequence whose KV entries are in slots 0 … length-1
@@ -86,14 +102,23 @@ def decode(
         length += 1
 
 
-def prefill(engine: Engine, prompt: Sequence[int]) -> NDArray[np.float32]:
-    """Fill slots 0 … len(prompt)-1 and return the logits (V,) after the last token."""
-    for start in range(0, len(prompt), PREFILL_ROWS):
-        chunk = prompt[start : start + PREFILL_ROWS]
+def prefill(engine: Engine, prompt: Sequence[int], width: int) -> NDArray[np.float32]:
+    """Fill slots 0 … len(prompt)-1, `width` rows a pass, and return the logits (V,) after the last token.
+
+    Raises NumericsError, naming the first position that is not finite.
+    """
+    for start in range(0, len(prompt), width):
+        chunk = prompt[start : start + width]
         positions = range(start, start + len(chunk))
         last = start + len(chunk) == len(prompt)
         out = engine.forward(chunk, positions, start, [len(chunk) - 1] if last else [])
-        check_finite(out, positions, chunk)
+        try:
+            check_finite(out, positions, chunk)
+        except NumericsError:
+            if width > 1:  # a NaN reaches earlier rows of its pass: find where it comes from
+                engine.clear()
+                prefill(engine, prompt, width=1)
+            raise
     logits: NDArray[np.float32] = out.logits[0]
     return logits
 

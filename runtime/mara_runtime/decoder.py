@@ -110,7 +110,7 @@ class AlignedDecoder:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
                 ids = side.encode_chat(prompt)  # type: ignore[arg-type]
-            elif raw or side.template is None:
+            elif raw or not side.has_template:
                 ids = side.encode_raw(prompt)
             else:
                 ids = side.encode_chat([{"role": "user", "content": prompt}])

@@ -53,18 +53,23 @@ class Engine(Protocol):
     def move(self, source: int, target: int) -> None:
         """Make the entry of slot `source` that of slot `target`, in every layer."""
 
+    def clear(self) -> None:
+        """Make every slot what it was at first, zero: a NaN in a masked slot would reach the rows that mask it."""
+
     def describe(self) -> dict[str, Any]:
         """What ran: name, versions, graph, threads; recorded with every result."""
 
 
 def check_finite(out: Forward, positions: Sequence[int], tokens: Sequence[int]) -> None:
     """Raise NumericsError, naming the position, when a pass over these rows gave something that is not a number."""
-    bad = ~np.isfinite(out.hidden).all(axis=1)
-    if bad.any():
-        row = int(np.argmax(bad))
+    bad = np.flatnonzero(~np.isfinite(out.hidden).all(axis=1))
+    if len(bad):
+        position = positions[bad[0]]
+        # Siblings of one pass may infect each other, so all that are not finite are named.
+        at_fault = ", ".join(str(tokens[row]) for row in bad if positions[row] == position)
         raise NumericsError(
-            f"the hidden state at position {positions[row]} (token {tokens[row]}) is not finite: the model's weights "
-            "or its precision are at fault; export it again, at a higher precision if it was quantised"
+            f"the hidden state at position {position} (token {at_fault}) is not finite: the model's weights or its "
+            "precision are at fault; export it again, at a higher precision if it was quantised"
         )
     # -inf alone is a token ruled out; NaN, +inf, or nothing but -inf leaves no probabilities
     if out.logits.size and not np.isfinite(out.logits.max(axis=1)).all():

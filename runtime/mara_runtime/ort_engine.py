@@ -20,6 +20,7 @@ from mara_runtime.errors import EngineError, OptionError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine name."""
+MAX_THREADS = 1024
 
 
 def why_not(bundle: Bundle, name: str) -> str | None:
@@ -43,8 +44,8 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None) -> None:
         import onnxruntime as ort
 
-        if threads is not None and threads < 1:
-            raise OptionError(f"--threads is {threads}; it must be at least 1")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
         self._bundle = bundle
         self._name = name
         self._threads = threads
@@ -73,11 +74,13 @@ class OrtEngine:
         size = (1, shape.num_kv_heads, self._slots, shape.head_dim)
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
         self._slab = np.zeros((2 * shape.num_layers, *size), np.float32)
+        self._cache: list[ort.OrtValue] = []
         self._tokens: list[int] = [0] * self._slots  # what `move` needs where the cache is out of numpy's reach
         self._positions: list[int] = [0] * self._slots
         for index, (past, present) in enumerate(tensors.kv_names(shape.num_layers)):
             device = {} if name == "cpu" else {"device_type": name, "device_id": 0}
             value = ort.OrtValue.ortvalue_from_numpy(self._slab[index], **device)
+            self._cache.append(value)
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
 
@@ -132,6 +135,13 @@ class OrtEngine:
             self._slab[:, :, :, target] = self._slab[:, :, :, source]
         else:
             self.forward([self._tokens[source]], [self._positions[source]], target, [])
+
+    def clear(self) -> None:
+        """See `Engine.clear`."""
+        self._slab[:] = 0
+        if self._name != "cpu":
+            for value, zeros in zip(self._cache, self._slab, strict=True):
+                value.update_inplace(zeros)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""

@@ -55,6 +55,10 @@ class TableEngine:
         """See `Engine.move`."""
         self._entries[target] = self._entries[source]
 
+    def clear(self) -> None:
+        """See `Engine.clear`."""
+        self._entries = [None] * len(self._entries)
+
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
         return {"name": "table"}

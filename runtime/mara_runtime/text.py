@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -19,6 +20,7 @@ class TextSide:
 
     def __init__(self, bundle: Bundle) -> None:
         facts = bundle.manifest.tokenizer
+        self._bundle = bundle
         if facts is None:
             raise BundleError(f"{bundle.folder} holds no tokenizer: give the prompt as --input-ids")
         try:
@@ -28,14 +30,19 @@ class TextSide:
         # A tokenizer.json may carry the settings of its last training batch; a prompt wants neither.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.template: ChatTemplate | None = None
-        if facts.chat_template is not None:
-            path = bundle.path(facts.chat_template)
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise BundleError(f"{path} cannot be read: {error}") from None
-            self.template = ChatTemplate(source, facts.special_tokens)
+        self.has_template = facts.chat_template is not None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template, read when it is first wanted: who goes without need not care that it is damaged."""
+        facts = self._bundle.manifest.tokenizer
+        if facts is None or facts.chat_template is None:
+            raise PromptError("this bundle has no chat template: use --raw")
+        path = self._bundle.path(facts.chat_template)
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), facts.special_tokens)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path} cannot be read: {error}; use --raw") from None
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer itself adds."""
@@ -45,13 +52,12 @@ class TextSide:
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer. The template alone adds special tokens."""
-        if self.template is None:
-            raise PromptError("this bundle has no chat template: use --raw")
+        template = self.template
         if not all(isinstance(message, Mapping) for message in messages):
             raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty: give at least one character")
-        return self._encode(self.template.render(messages), add_special_tokens=False)
+        return self._encode(template.render(messages), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:

@@ -87,6 +87,14 @@ def test_half_precision_files_become_float32(tmp_path, suffix) -> None:
         assert all(torch.equal(agent.state_dict()[name], tensor.float()) for name, tensor in state.items())
 
 
+def test_torchs_remarks_on_a_pickle_stay_off_the_screen(tmp_path, recwarn) -> None:
+    path = tmp_path / "agent.pth"
+    path.write_bytes(pickle.dumps([1, 2], protocol=4))
+    with pytest.raises(AgentError):
+        agents.load(path)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +232,7 @@ class _Touch:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_code_in_a_pickle_is_not_run(tmp_path, how, protocol) -> None:

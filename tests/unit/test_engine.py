@@ -112,7 +112,7 @@ def test_without_onnx_runtime_the_package_to_install_is_named(tmp_path: Path, mo
 @pytest.mark.parametrize("threads", [0, -1])
 def test_threads_below_1_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: [CPU]))
-    with pytest.raises(OptionError, match=f"^--threads is {threads}; it must be at least 1"):
+    with pytest.raises(OptionError, match=f"^--threads is {threads}; it must lie between 1 and 1024"):
         open_engine(bundle_for(tmp_path, "cpu"), "cpu", threads)
 
 

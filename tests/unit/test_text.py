@@ -305,7 +305,7 @@ def test_a_prompt_that_is_not_unicode_is_refused(side: TextSide, text: str) -> N
 
 
 def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSide) -> None:
-    assert fallback_side.template is None
+    assert not fallback_side.has_template
     with pytest.raises(PromptError, match="--raw"):
         fallback_side.encode_chat([{"role": "user", "content": "hello"}])
 
@@ -341,7 +341,7 @@ def test_a_template_that_is_not_utf8(tmp_path: Path) -> None:
     helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
     helpers.add_file(tmp_path, "chat_template.jinja", b"caf\xe9")
     with pytest.raises(BundleError, match=r"chat_template\.jinja"):
-        TextSide(Bundle.open(tmp_path))
+        TextSide(Bundle.open(tmp_path)).encode_chat([{"role": "user", "content": "hello"}])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
@@ -349,10 +349,10 @@ def test_a_missing_file_that_nobody_verified(tmp_path: Path, name: str) -> None:
     helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
     (tmp_path / name).unlink()
     with pytest.raises(BundleError, match=name):
-        TextSide(Bundle.open(tmp_path, verify=False))
+        TextSide(Bundle.open(tmp_path, verify=False)).encode_chat([{"role": "user", "content": "hello"}])
 
 
 def test_a_template_with_an_error_says_how_to_do_without(tmp_path: Path) -> None:
     helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="{% if %}")
     with pytest.raises(PromptError, match="--raw"):
-        TextSide(Bundle.open(tmp_path))
+        TextSide(Bundle.open(tmp_path)).encode_chat([{"role": "user", "content": "hello"}])
