@@ -5,6 +5,7 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -125,7 +126,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on the age of a file
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in every way there is
         first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
         raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line}") from None

@@ -67,39 +67,27 @@ def decode(
     fit into the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
     """
     try:
-        yield from _decode(engine, prompt, config, fallback, eos_token_ids, limit, stats)
+        rng = np.random.default_rng(config.seed)
+        clock = _Clock()
+        logits = prefill(engine, prompt, PREFILL_ROWS)
+        stats.prompt_tokens = len(prompt)
+        stats.prefill_ms = clock.lap_ms()
+        length = len(prompt)  # tokens of the sequence whose KV entries are in slots 0 … length-1
+        while True:
+            step, following = _emit(engine, logits, length, config, fallback, rng, stats)
+            stats.tokens += 1
+            stats.decode_ms += clock.lap_ms()
+            yield step
+            clock.lap_ms()  # the caller's time
+            if step.token in eos_token_ids or stats.tokens >= limit:
+                return
+            if following is None:  # the token was not run yet: there was nothing to examine
+                following = _forward(engine, [step.token], [length], length, [0], stats).logits[0]
+            logits = following
+            length += 1
     except NumericsError:
-        engine.clear()
+        engine.clear()  # a NaN left in a slot would reach the next answer
         raise
-
-
-def _decode(
-    engine: Engine,
-    prompt: Sequence[int],
-    config: DecodeConfig,
-    fallback: str,
-    eos_token_ids: Set[int],
-    limit: int,
-    stats: Stats,
-) -> Iterator[Step]:
-    rng = np.random.default_rng(config.seed)
-    clock = _Clock()
-    logits = prefill(engine, prompt, PREFILL_ROWS)
-    stats.prompt_tokens = len(prompt)
-    stats.prefill_ms = clock.lap_ms()
-    length = len(prompt)  # tokens of the sequence whose KV entries are in slots 0 … length-1
-    while True:
-        step, following = _emit(engine, logits, length, config, fallback, rng, stats)
-        stats.tokens += 1
-        stats.decode_ms += clock.lap_ms()
-        yield step
-        clock.lap_ms()  # the caller's time
-        if step.token in eos_token_ids or stats.tokens >= limit:
-            return
-        if following is None:  # the token was not run yet: there was nothing to examine
-            following = _forward(engine, [step.token], [length], length, [0], stats).logits[0]
-        logits = following
-        length += 1
 
 
 def prefill(engine: Engine, prompt: Sequence[int], width: int) -> NDArray[np.float32]:

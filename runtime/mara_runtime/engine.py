@@ -62,8 +62,8 @@ class Engine(Protocol):
 
 def check_finite(out: Forward, positions: Sequence[int], tokens: Sequence[int]) -> None:
     """Raise NumericsError, naming the position, when a pass over these rows gave something that is not a number."""
-    bad = np.flatnonzero(~np.isfinite(out.hidden).all(axis=1))
-    if len(bad):
+    bad = np.flatnonzero(~np.isfinite(out.hidden).all(axis=1)).tolist()
+    if bad:
         position = positions[bad[0]]
         # Siblings of one pass may infect each other, so all that are not finite are named.
         at_fault = ", ".join(str(tokens[row]) for row in bad if positions[row] == position)

@@ -170,6 +170,16 @@ def test_a_file_outside_the_repository_is_refused(cached, tmp_path) -> None:
 # --- the command on both ---------------------------------------------------------------------------------------------
 
 
+def test_a_model_that_is_not_cached_is_one_line_of_the_command(hf_home, agent_file, tmp_path, command) -> None:
+    options = ["--model", "qwen2", "--agent", agent_file("qwen2"), "--out", tmp_path / "new" / "out"]
+    outcome = command("export", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    first, line = outcome.err.splitlines()
+    assert first == "mara-export: loading PyTorch and Optimum …"
+    assert line.startswith("mara-export: error: qwen2 (Qwen/Qwen2-0.5B-Instruct): there is no such folder here")
+    assert not (tmp_path / "new").exists()
+
+
 def test_exporting_a_cached_model_and_agent_by_their_hub_names(
     cached, checkpoint, agent_file, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -197,29 +207,19 @@ def test_hf_home_decides_in_a_process_of_its_own(cached, hf_home, checkpoint, ag
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"):
         environment.pop(name, None)
 
-    def run(model: str) -> subprocess.CompletedProcess[str]:
-        options = ["--model", model, "--agent", str(agent_file("qwen2")), "--out", "out", "--max-context", "64"]
-        return subprocess.run(
-            [sys.executable, "-m", "mara_deploy.commands.export", *options],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    good = run("qwen2")
-    assert good.returncode == 0, good.stderr
+    options = ["--model", "qwen2", "--agent", str(agent_file("qwen2")), "--out", "out", "--max-context", "64"]
+    outcome = subprocess.run(
+        [sys.executable, "-m", "mara_deploy.commands.export", *options],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
     # Nothing but its own lines: no warning of a library.
-    first, *stages = good.stderr.splitlines()
+    first, *stages = outcome.stderr.splitlines()
     assert first == "mara-export: loading PyTorch and Optimum …"
     assert [line for line in stages if not re.fullmatch(r"  \S.* +\d+\.\d s", line)] == []
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]["revision"] == REVISION
-    shutil.rmtree(hf_home)
-    shutil.rmtree(tmp_path / "out")
-    bad = run("qwen2")
-    assert bad.returncode == 2
-    assert bad.stdout == ""
-    assert len(bad.stderr.splitlines()) == 2
-    assert bad.stderr.splitlines()[1].startswith("mara-export: error: qwen2 (Qwen/Qwen2-0.5B-Instruct): ")
