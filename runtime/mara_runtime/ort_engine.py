@@ -48,6 +48,7 @@ class OrtEngine:
             raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
         self._bundle = bundle
         self._name = name
+        self._in_reach = name == "cpu"  # of numpy: the cache's memory is the slab's
         self._threads = threads
         manifest = bundle.manifest
         options = ort.SessionOptions()
@@ -78,7 +79,7 @@ class OrtEngine:
         self._tokens: list[int] = [0] * self._slots  # what `move` needs where the cache is out of numpy's reach
         self._positions: list[int] = [0] * self._slots
         for index, (past, present) in enumerate(tensors.kv_names(shape.num_layers)):
-            device = {} if name == "cpu" else {"device_type": name, "device_id": 0}
+            device = {} if self._in_reach else {"device_type": name, "device_id": 0}
             value = ort.OrtValue.ortvalue_from_numpy(self._slab[index], **device)
             self._cache.append(value)
             self._binding.bind_ortvalue_input(past, value)
@@ -131,7 +132,7 @@ class OrtEngine:
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
-        if self._name == "cpu":
+        if self._in_reach:
             self._slab[:, :, :, target] = self._slab[:, :, :, source]
         else:
             self.forward([self._tokens[source]], [self._positions[source]], target, [])
@@ -139,7 +140,7 @@ class OrtEngine:
     def clear(self) -> None:
         """See `Engine.clear`."""
         self._slab[:] = 0
-        if self._name != "cpu":
+        if not self._in_reach:
             for value, zeros in zip(self._cache, self._slab, strict=True):
                 value.update_inplace(zeros)
 

@@ -179,6 +179,18 @@ def test_every_strategy_order_and_fallback(name, lowering, subject, answers, dec
     settle(tally, f"{name}, {lowering}, every strategy, order and fallback")
 
 
+def test_a_cache_out_of_numpys_reach_is_moved_by_computing_again(subject, answers, bundle, monkeypatch):
+    """What the CUDA provider needs, proved on the CPU."""
+    _, _, prompts = subject("llama")
+    product = AlignedDecoder(bundle("llama", "ort"), threads=1)
+    monkeypatch.setattr(product.engine, "_in_reach", False)
+    monkeypatch.setattr(product.engine, "_slab", product.engine._slab.copy())  # whoever writes here is not heard
+    tally = Tally()
+    for prompt, truth in zip(prompts, answers("llama", 50, max_new_tokens=64, fallback="first")[:10], strict=False):
+        follow(product, DecodeConfig(max_new_tokens=64, fallback="first"), prompt, truth, tally)
+    settle(tally, "llama, ort, moves computed again")
+
+
 def test_a_wrong_product_is_found(subject, answers, decoder, monkeypatch):
     """The comparison itself can fail: siblings that see each other are not excused."""
     from mara_runtime import ort_engine
@@ -193,12 +205,13 @@ def test_a_wrong_product_is_found(subject, answers, decoder, monkeypatch):
 
     _, _, prompts = subject("qwen2")
     truths = answers("qwen2", 50, max_new_tokens=64, fallback="first")
+    product = decoder("qwen2", "ort")
     monkeypatch.setattr(ort_engine, "attention_mask", leaky)
     config = DecodeConfig(max_new_tokens=64, fallback="first")
 
     def all_prompts() -> None:
         for prompt, truth in zip(prompts, truths, strict=True):
-            follow(decoder("qwen2", "ort"), config, prompt, truth, Tally())
+            follow(product, config, prompt, truth, Tally())
 
     with pytest.raises(AssertionError, match="position"):
         all_prompts()
