@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     config = decode_config(args)
-    if args.raw and args.system is not None:
-        raise OptionError("--system needs the chat template: leave out --raw")
+    if args.system is not None and (args.raw or args.input_ids is not None):
+        raise OptionError("--system needs the chat template: leave out --raw and --input-ids")
     chat = args.prompt is None and args.input_ids is None and sys.stdin.isatty()
     if chat and (args.json or args.raw):
         raise OptionError("--json and --raw answer one prompt: give it with --prompt, --input-ids or on standard input")
@@ -69,6 +69,8 @@ def _run(args: argparse.Namespace) -> None:
         _announce(decoder, config)
     with _tracer(args.trace, decoder) as trace:
         if prompt is None:
+            if decoder.text_side is None or not decoder.text_side.has_template:
+                raise OptionError(f"{args.bundle} has no chat template: give --input-ids, or --prompt with --raw")
             _chat(decoder, config, args.system, trace)
         elif args.json:
             result = _answer(decoder.stream(prompt, config, raw=args.raw), trace)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from mara_runtime.config import ENGINES, FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
@@ -35,7 +38,8 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
     """Parse, run, and turn what the user can mend into one line on stderr and exit code 2."""
     args = parser.parse_args(argv)
     try:
-        body(args)
+        with _termination_is_an_interrupt():
+            body(args)
     except (MaraError, KeyboardInterrupt, BrokenPipeError) as error:
         if args.debug:
             raise
@@ -46,6 +50,23 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
+
+
+@contextlib.contextmanager
+def _termination_is_an_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, so that nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +107,12 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     add("--strategy", str, default.strategy, "which accepted candidate is emitted", STRATEGIES)
     add("--order", str, default.order, "order in which candidates are examined", ORDERS)
     add("--fallback", str, None, "emitted when all are rejected (default: what the agent records)", FALLBACKS)
-    add("--threshold", float, default.threshold, "a candidate is accepted when its margin exceeds this")
+    add(
+        "--threshold",
+        float,
+        default.threshold,
+        "a candidate is accepted when its margin exceeds this; write a negative one as --threshold=-1e-3",
+    )
     add("--schedule", str, default.schedule, "how candidates share passes; the result is the same", SCHEDULES)
     add("--seed", int, default.seed, "of --strategy random and of --sample")
     group.add_argument(

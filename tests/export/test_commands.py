@@ -519,3 +519,25 @@ def test_an_error_on_a_terminal_has_a_line_of_its_own(terminal, checkpoint, agen
     text = screen.read_until("never")
     assert screen.process.wait(timeout=30) == 2
     assert text.splitlines()[-1].startswith("mara-export: error: broken cannot be loaded"), text
+
+
+def test_termination_leaves_nothing_behind(tmp_path, checkpoint, agent_file) -> None:
+    out = tmp_path / "new" / "bundle"
+    argv = ["--model", checkpoint("llama"), "--agent", agent_file("llama"), "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mara_deploy.commands.export", *map(str, argv)], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("  load"):
+            process.terminate()
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 2
+    assert rest.splitlines()[-1] == "mara-export: error: interrupted"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_system_message_needs_the_template(command, bundle) -> None:
+    outcome = command("run", bundle("qwen2"), "--input-ids", "1,2", "--system", "Be kind.")
+    assert outcome.code == 2
+    assert "--system needs the chat template" in outcome.err
