@@ -165,7 +165,9 @@ def test_fifty_prompts_of_64_tokens(name, lowering, subject, answers, decoder):
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("name", ["demo", "llama"])
+@pytest.mark.parametrize(
+    "name", [n if n in ("demo", "llama") else pytest.param(n, marks=pytest.mark.long) for n in MODELS]
+)
 def test_every_strategy_order_and_fallback(name, lowering, subject, answers, decoder):
     _, _, prompts = subject(name)
     tally = Tally()
