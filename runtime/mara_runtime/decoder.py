@@ -146,7 +146,7 @@ class AlignedDecoder:
 
     def _resolve(self, config: DecodeConfig) -> DecodeConfig:
         most = self.bundle.manifest.max_candidates
-        if config.top_k > most:
+        if config.top_k > most and (config.align or config.sample):  # greedy decoding has no candidates
             raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
         if config.stop and self.text_side is None:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")

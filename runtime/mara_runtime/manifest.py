@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,8 +119,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; readers differ on which of two equal keys they take, so there must not be two."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"{_short(counts.most_common(1)[0][0])} is given twice")
     return value
 
 
