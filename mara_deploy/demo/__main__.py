@@ -64,7 +64,8 @@ def _demo(args: argparse.Namespace) -> None:
         print("\n".join(_side_by_side(prompt.text, *pair)))
         print()
     print("\n".join(_totals(pairs)))
-    print(f'\nGo on with\n  mara-run {out} --prompt "{prompt.text}"\n  mara-run {out}        for a chat')
+    run = _command("mara-run")
+    print(f'\nGo on with\n  {run} {out} --prompt "{prompt.text}"\n  {run} {out}        for a chat')
 
 
 def demo_agent() -> Agent:
@@ -98,6 +99,14 @@ def _remove_previous(out: Path) -> None:
         if source != "demo":
             raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
         shutil.rmtree(out)
+
+
+def _command(name: str) -> str:
+    """How to call a command from here: by its name if it is on the path, else where this Python keeps it."""
+    beside = Path(sys.executable).parent / name
+    if shutil.which(name) or not beside.exists():
+        return name
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
 
 
 def _columns() -> int:
