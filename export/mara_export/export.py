@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import onnx
+import onnxruntime
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -76,18 +77,9 @@ def export(
     Raises MaraError (ModelError, ParityError, OptionError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
-    _check_options(lowering, precision, max_context, max_candidates)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-    config = _load(AutoConfig, source)
-    context = check_supported(config, source.name, max_context)
+    _check_options(lowering, precision, max_candidates)
+    config, context = vet(source, agent, agent_name, max_context)
     shape = model_shape(config)
-    if agent.hidden_size != shape.hidden_size:
-        raise ModelError(
-            f"the agent {agent_name} was made for a hidden size of {agent.hidden_size}; "
-            f"{source.name} has {shape.hidden_size}: take an agent trained for this model"
-        )
 
     with whole_or_absent(out) as folder:
         tokenizer = load_tokenizer(source.folder)
@@ -148,19 +140,38 @@ def export(
     return Bundle(out, manifest)
 
 
-def _check_options(lowering: str, precision: str, max_context: int | None, max_candidates: int) -> None:
+def vet(
+    source: ModelSource, agent: ExportableAgent, agent_name: str, max_context: int | None = None
+) -> tuple[Any, int]:
+    """Refuse, from the model's configuration alone, what cannot be exported. Returns it and the context length.
+
+    Raises ModelError and OptionError.
+    """
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if max_context is not None and max_context < 2:
+        raise OptionError(f"--max-context is {max_context}; it must be at least 2")
+    config = _load(AutoConfig, source)
+    context = check_supported(config, source.name, max_context)
+    if agent.hidden_size != config.hidden_size:
+        raise ModelError(
+            f"the agent {agent_name} was made for a hidden size of {agent.hidden_size}; "
+            f"{source.name} has {config.hidden_size}: take an agent trained for this model"
+        )
+    return config, context
+
+
+def _check_options(lowering: str, precision: str, max_candidates: int) -> None:
     if lowering not in LOWERINGS:
         raise OptionError(f"--lowering is {lowering!r}; it must be one of {', '.join(LOWERINGS)}")
     if precision not in parity.GATES:
         raise OptionError(f"--precision is {precision!r}; it must be one of {', '.join(parity.GATES)}")
-    if max_context is not None and max_context < 2:
-        raise OptionError(f"--max-context is {max_context}; it must be at least 2")
     if not 1 <= max_candidates <= MAX_CANDIDATES:
         raise OptionError(f"--max-candidates is {max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
 
 
 def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
-    """Call `from_pretrained`; whatever it fails of, in one line. Code that a model brings along is not run."""
+    """Call `from_pretrained`; why it fails, in one line. Code that a model brings along is not run."""
     try:
         return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
@@ -169,12 +180,22 @@ def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
 
 
 def _load_model(source: ModelSource) -> Any:
-    """The LLM in float32 with eager attention. A checkpoint with gaps is refused: transformers fills them at random."""
+    """The LLM in float32 with eager attention.
+
+    A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
+    the architecture has no place for, as they would be left out.
+    """
     options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     model, loading = _load(AutoModelForCausalLM, source, **options)
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
+    unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ModelError(
+            f"{source.name} has weights that {model.config.model_type} has no place for: {', '.join(unknown[:3])}"
+            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        )
     return model.eval()
 
 
@@ -213,8 +234,9 @@ def _io(inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> 
 
 
 def _versions() -> dict[str, str]:
-    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
+    versions = {name: version(name) for name in packages}
+    return {"python": platform.python_version(), **versions, "onnxruntime": onnxruntime.__version__}
 
 
 def _file_entries(folder: Path) -> dict[str, FileEntry]:

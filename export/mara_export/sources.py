@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ ALIASES = {
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-_UNWANTED = ["original/*", "onnx/*"]
+_UNWANTED = ["original/*", "onnx/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class ModelSource:
     """commit of a Hub model"""
 
 
-def resolve_model(model: str) -> ModelSource:
+def resolve_model(model: str, vet: Callable[[ModelSource], object] | None = None) -> ModelSource:
     """An alias, a Hub id or a folder. A folder of that name wins; a Hub model is fetched unless it is cached.
 
+    vet: called with the configuration alone there, and may refuse it before gigabytes of weights are fetched.
     Raises ModelError.
     """
     folder = local_path(model)
@@ -60,6 +61,10 @@ def resolve_model(model: str) -> ModelSource:
             + ", ".join(ALIASES)
         )
 
+    if vet is not None:
+        snapshot = _snapshot(hub_id, model, ["config.json"])
+        if (snapshot / "config.json").is_file():
+            vet(ModelSource(snapshot, hub_id, snapshot.name))
     snapshot = _snapshot(hub_id, model, _WANTED)
     if not (snapshot / "config.json").is_file() or not any(snapshot.glob("*.safetensors")):
         raise ModelError(f"{hub_id} is not complete here: config.json or .safetensors weights are missing")

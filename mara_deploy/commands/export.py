@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ EPILOG = """\
 examples:
   mara-export --model demo --agent demo
   mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
-  mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:agent.pth --max-context 2048
+  mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth --max-context 2048
 """
 
 
@@ -70,15 +70,15 @@ def _export(args: argparse.Namespace) -> None:
     if not args.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
     try:
-        from mara_export.export import export
+        from mara_export.export import export, vet
         from mara_export.progress import Progress
     except ImportError as error:
         raise MaraError(
             f"the export needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
         ) from None
 
-    source = _model(args.model)
-    agent, agent_name = _agent(args.agent, source)
+    agent, agent_name = _agent(args.agent, args.model)
+    source = _model(args.model, lambda config_only: vet(config_only, agent, agent_name, args.max_context))
     out = Path(args.out or Path("bundles") / _default_name(args, source, agent_name))
     if args.agent == "demo" and not args.quiet:
         print("mara-export: the demo's agent is untrained: it steers, but towards nothing", file=sys.stderr)
@@ -104,26 +104,25 @@ def _export(args: argparse.Namespace) -> None:
     print(f"\nmara-run {out} {prompt}")
 
 
-def _model(name: str) -> ModelSource:
+def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:
     from mara_deploy.demo import MODEL_FOLDER
     from mara_export.sources import ModelSource, resolve_model
 
-    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name)
+    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, vet)
 
 
-def _agent(name: str, source: ModelSource) -> tuple[Agent, str]:
+def _agent(name: str, model: str) -> tuple[Agent, str]:
     """The agent and its name for others: never a path of this machine."""
     from mara_deploy import agent as agents
-    from mara_deploy.demo import AGENT_SEED, AGENT_WIDTHS
+    from mara_deploy.demo.__main__ import DEMO_AGENT, demo_agent
     from mara_export.sources import local_path, resolve_file
 
     if name == "demo":
-        if source.name != "demo":
-            raise MaraError(f"the demo's agent goes with the demo's model, not with {source.name}: name an agent file")
-        from transformers import AutoConfig
-
-        hidden_size = AutoConfig.from_pretrained(source.folder).hidden_size
-        return agents.untrained(hidden_size, AGENT_SEED, AGENT_WIDTHS), "demo (untrained)"
+        if model != "demo":
+            raise MaraError(
+                f"the demo's agent goes with the demo's model, not with {Path(model).name}: name an agent file"
+            )
+        return demo_agent(), DEMO_AGENT
     path = local_path(name)
     hub_id, colon, file = name.partition(":")
     if path is None and colon and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):

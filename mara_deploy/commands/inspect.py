@@ -61,7 +61,9 @@ def summary(bundle: Bundle) -> list[str]:
 def _parity_lines(report: dict[str, object] | None) -> list[str]:
     if report is None:
         return ["parity    NOT CHECKED: exported with --no-gate"]
-    lines = [f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager"]
+    outcome = "passed" if report.get("passed") is True else "NOT PASSED"
+    compared = f"{report.get('prompts')} prompts, {report.get('rows')} token rows against Hugging Face eager"
+    lines = [f"parity    {outcome}: {compared}"]
     for name in ("hidden", "logits", "margins"):
         values = report.get(name)
         if isinstance(values, dict):

@@ -36,6 +36,13 @@ def parser() -> Parser:
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the bundle's chat template")
     prompt.add_argument("--input-ids", metavar="1,2,3", help="token ids, taken as they are")
     options.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
+    options.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="a variable for the chat template, as enable_thinking=false (may be repeated)",
+    )
     options.add_argument("--raw", action="store_true", help="take the prompt as plain text, without the chat template")
     options.add_argument(
         "--json", action="store_true", help="print one JSON object: token_ids, text, finish_reason, stats"
@@ -55,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     config = decode_config(args)
+    variables = _template_variables(args)
     if args.system is not None and (args.raw or args.input_ids is not None):
         raise OptionError("--system needs the chat template: leave out --raw and --input-ids")
-    chat = args.prompt is None and args.input_ids is None and sys.stdin.isatty()
+    chat = args.prompt is None and args.input_ids is None and sys.stdin is not None and sys.stdin.isatty()
     if chat and (args.json or args.raw):
         raise OptionError("--json and --raw answer one prompt: give it with --prompt, --input-ids or on standard input")
     prompt = None if chat else _prompt(args)
@@ -71,12 +79,12 @@ def _run(args: argparse.Namespace) -> None:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{args.bundle} has no chat template: give --input-ids, or --prompt with --raw")
-            _chat(decoder, config, args.system, trace)
+            _chat(decoder, config, args.system, variables, trace)
         elif args.json:
-            result = _answer(decoder.stream(prompt, config, raw=args.raw), trace)
+            result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace)
             print(json.dumps(result.to_json(), ensure_ascii=False))
         else:
-            result = _answer(decoder.stream(prompt, config, raw=args.raw), trace, echo=True)
+            result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace, echo=True)
             if result.text is None:
                 print(",".join(map(str, result.token_ids)), end="")
             print(flush=True)
@@ -89,11 +97,28 @@ def _prompt(args: argparse.Namespace) -> Prompt:
             return [int(part) for part in args.input_ids.split(",")]
         except ValueError:
             raise OptionError(f"--input-ids is {args.input_ids!r}; it must be whole numbers, as in 1,2,3") from None
+    if args.prompt is None and sys.stdin is None:
+        raise PromptError("there is no prompt: give --prompt or --input-ids, as standard input is closed")
     try:
         text: str = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input is not UTF-8 text: {error}") from None
     return text if args.system is None else _with_system(args.system, [{"role": "user", "content": text}])
+
+
+def _template_variables(args: argparse.Namespace) -> dict[str, Any]:
+    variables = {}
+    for setting in args.template:
+        key, sign, value = setting.partition("=")
+        try:
+            variables[key] = json.loads(value)
+        except ValueError:
+            sign = ""
+        if not key or not sign:
+            raise OptionError(f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false")
+    if variables and (args.raw or args.input_ids is not None):
+        raise OptionError("--template needs the chat template: leave out --raw and --input-ids")
+    return variables
 
 
 def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -106,7 +131,8 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
     threads = engine.get("threads") or "default"
     print(f"engine {engine['name']} ({facts}, {threads} threads)", file=sys.stderr)
     for name, reason in decoder.declined.items():
-        print(f"engine {name} declined: {reason}", file=sys.stderr)
+        if name in decoder.bundle.manifest.targets:  # of the others nobody expects anything
+            print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
         agent = decoder.bundle.manifest.agent
         fallback = config.fallback or agent.fallback
@@ -130,7 +156,9 @@ def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Gener
     return result
 
 
-def _chat(decoder: AlignedDecoder, config: DecodeConfig, system: str | None, trace: Tracer) -> None:
+def _chat(
+    decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Tracer
+) -> None:
     """A conversation on the terminal; the end of input leaves it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing for input()
@@ -149,7 +177,8 @@ def _chat(decoder: AlignedDecoder, config: DecodeConfig, system: str | None, tra
             continue
         messages.append({"role": "user", "content": text})
         try:
-            result = _answer(decoder.stream(_with_system(system, messages), config), trace, echo=True)
+            whole = _with_system(system, messages)
+            result = _answer(decoder.stream(whole, config, template=variables), trace, echo=True)
         except (MaraError, KeyboardInterrupt) as error:  # neither ends the session
             messages.pop()
             print(f"\nerror: {error}" if isinstance(error, MaraError) else "\n(stopped)", file=sys.stderr)

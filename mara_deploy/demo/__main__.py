@@ -24,6 +24,8 @@ UNTRAINED = (
     "The demo's agent is UNTRAINED: random weights. It accepts and rejects tokens without an aim, so the two\n"
     "columns show that every token passes the agent, and what that costs; not an alignment."
 )
+DEMO_AGENT = "demo (untrained)"
+"""Its name in bundles."""
 PROMPT_SEED = 7
 
 
@@ -84,19 +86,19 @@ def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
     from mara_export.sources import ModelSource
 
     source = ModelSource(MODEL_FOLDER, "demo", None)
-    return export(source, demo_agent(), "demo (untrained)", out, progress=Progress(quiet), **options)
+    return export(source, demo_agent(), DEMO_AGENT, out, progress=Progress(quiet), **options)
 
 
 def _remove_previous(out: Path) -> None:
     """Clear the way if `out` is a demo bundle of an earlier run; anything else there is the user's own."""
     from mara_runtime import Bundle
 
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         try:
-            source = Bundle.open(out, verify=False).manifest.model.source
+            agent = Bundle.open(out, verify=False).manifest.agent.source
         except MaraError:
-            source = None
-        if source != "demo":
+            agent = None
+        if agent != DEMO_AGENT:
             raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
         shutil.rmtree(out)
 
@@ -140,7 +142,7 @@ def _totals(pairs: Sequence[tuple[Generation, Generation]]) -> list[str]:
     text = (
         f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
         f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}; "
-        f"{forwards / tokens:.2f} passes a token, of {sum(s.rows for s in stats) / max(1, forwards):.1f} rows."
+        f"{forwards / tokens:.2f} passes per token, {sum(s.rows for s in stats) / max(1, forwards):.1f} rows per pass."
     )
     plain, aligned = (sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) for i in (0, 1))
     speed = f"Decoding speed: plain {plain * 1e3:.0f}, aligned {aligned * 1e3:.0f} tokens/s."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from mara_runtime.errors import OptionError
@@ -36,9 +37,9 @@ class DecodeConfig:
     """emitted when all are rejected, by LM rank: first, last; None: as the agent records it"""
     threshold: float = 0.0
     """a candidate is accepted when its margin exceeds this; finite"""
-    schedule: str = "together"
-    """one-by-one: a forward pass a candidate; together: all candidates of a position in one pass.
-    The result does not depend on it."""
+    schedule: str = "one-by-one"
+    """one-by-one: a forward pass per candidate, cheapest where most first candidates are accepted; together: all
+    candidates of a position in one pass, cheapest where width is free. The result does not depend on it."""
     sample: bool = False
     """plain decoding only: sample from the candidates instead of taking the best"""
     temperature: float = 1.0
@@ -63,6 +64,8 @@ class DecodeConfig:
         _number("--temperature", self.temperature, "a finite number above 0", 0.0 < temperature < math.inf)
         if self.sample and self.align:
             raise OptionError("--sample is for plain decoding: add --no-align, or use --strategy random")
+        if self.temperature != 1.0 and not self.sample:
+            raise OptionError(f"--temperature is {self.temperature}, but it acts on --sample only; leave it out")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) for text in self.stop):
             raise OptionError(f"--stop is {self.stop!r}; it must be a tuple of texts")
         if "" in self.stop:
@@ -86,9 +89,12 @@ def _number(flag: str, value: object, allowed: str, within: bool) -> None:
 
 def _real(value: object) -> float:
     """The value as a float; NaN, which no range holds, if it is no number."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _whole(flag: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise OptionError(f"{flag} is {value!r}; it must be a whole number of at least {least}")

@@ -141,6 +141,7 @@ def _emit(
         chosen = examined[choice]
         if config.strategy == "top1":
             examined = examined[: choice + 1]  # the sequential procedure stops here
+    following = chosen.logits.copy()
     if chosen.slot != length:
         engine.move(chosen.slot, length)
 
@@ -154,7 +155,7 @@ def _emit(
         stats.accepted_rank[chosen.rank + 1] += 1
     margins = {e.rank + 1: e.margin for e in examined}
     step = Step(int(candidates.ids[chosen.rank]), length, candidates, chosen.rank + 1, margins, choice is None)
-    return step, chosen.logits
+    return step, following
 
 
 def _examine(
@@ -168,6 +169,7 @@ def _examine(
     order = examination_order(config.order, len(candidates))
     width = 1 if config.schedule == "one-by-one" else len(order)
     examined: list[_Examined] = []
+    keep = width < len(order)  # a later pass may overwrite what an earlier one returned
     for start in range(0, len(order), width):
         ranks = order[start : start + width]
         tokens = [int(candidates.ids[r]) for r in ranks]
@@ -177,7 +179,8 @@ def _examine(
         if not np.isfinite(margins).all():
             raise NumericsError(f"the agent's margin at position {length} is not finite: its weights are at fault")
         for row, rank in enumerate(ranks):
-            examined.append(_Examined(rank, float(margins[row]), slot + row, out.logits[row].copy()))
+            logits = out.logits[row].copy() if keep else out.logits[row]
+            examined.append(_Examined(rank, float(margins[row]), slot + row, logits))
         if config.strategy == "top1" and (margins > config.threshold).any():
             break
     return examined

@@ -9,7 +9,7 @@ Each is a thin wrapper of the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -96,11 +96,12 @@ class AlignedDecoder:
             )
         self._turn = 0
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt.
 
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
+        template: variables for the chat template, {"enable_thinking": False} say.
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token.
         """
         manifest = self.bundle.manifest
@@ -109,11 +110,11 @@ class AlignedDecoder:
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
-                ids = side.encode_chat(prompt)  # type: ignore[arg-type]
+                ids = side.encode_chat(prompt, template)  # type: ignore[arg-type]
             elif raw or not side.has_template:
                 ids = side.encode_raw(prompt)
             else:
-                ids = side.encode_chat([{"role": "user", "content": prompt}])
+                ids = side.encode_chat([{"role": "user", "content": prompt}], template)
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):
@@ -129,17 +130,31 @@ class AlignedDecoder:
             )
         return ids
 
-    def stream(self, prompt: Prompt, config: DecodeConfig | None = None, *, raw: bool = False) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: Prompt,
+        config: DecodeConfig | None = None,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+    ) -> Iterator[Piece]:
         """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
         config = self._resolve(config or DecodeConfig())
-        ids = self.encode(prompt, raw=raw)
+        ids = self.encode(prompt, raw=raw, template=template)
         self._turn += 1
         return self._pieces(ids, config, self._turn)
 
-    def generate(self, prompt: Prompt, config: DecodeConfig | None = None, *, raw: bool = False) -> Generation:
+    def generate(
+        self,
+        prompt: Prompt,
+        config: DecodeConfig | None = None,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+    ) -> Generation:
         """Decode a whole answer; see `encode` for prompts."""
         result = None
-        for piece in self.stream(prompt, config, raw=raw):
+        for piece in self.stream(prompt, config, raw=raw, template=template):
             result = piece.result
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result

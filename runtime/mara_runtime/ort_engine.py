@@ -55,15 +55,20 @@ class OrtEngine:
         options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime's own choice, one a physical core
         options.log_severity_level = 3
 
-        def session(file: str) -> ort.InferenceSession:
+        # The agent is small: a thread pool of its own would only spin beside the LLM's.
+        single = ort.SessionOptions()
+        single.intra_op_num_threads = 1
+        single.log_severity_level = 3
+
+        def session(file: str, options: ort.SessionOptions) -> ort.InferenceSession:
             try:
                 return ort.InferenceSession(str(bundle.path(file)), options, providers=[PROVIDERS[name]])
             except Exception as error:  # ONNX Runtime's exceptions share no narrower base
                 first_line = (str(error).splitlines() or [type(error).__name__])[0]
                 raise EngineError(f"ONNX Runtime cannot load {bundle.path(file)}: {first_line}") from error
 
-        self._llm = session(manifest.llm.file)
-        self._agent = session(manifest.agent_graph.file)
+        self._llm = session(manifest.llm.file, options)
+        self._agent = session(manifest.agent_graph.file, single)
         self._binding = self._llm.io_binding()
 
         shape = manifest.model.shape

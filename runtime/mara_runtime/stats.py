@@ -48,7 +48,7 @@ class Stats:
             self.smallest_margin = distance
 
     def algorithm(self) -> dict[str, Any]:
-        """The algorithm's counters alone: equal for every schedule and engine."""
+        """The algorithm's counters alone: equal for every schedule (the margin, a measurement, up to rounding)."""
         return {
             "tokens": self.tokens,
             "decisions": self.decisions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -50,14 +51,17 @@ class TextSide:
             raise PromptError("the prompt is empty: give at least one character")
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer. The template alone adds special tokens."""
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer. The template alone adds special tokens.
+
+        variables: what the template asks for besides the messages, `enable_thinking` say.
+        """
         template = self.template
         if not all(isinstance(message, Mapping) for message in messages):
             raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty: give at least one character")
-        return self._encode(template.render(messages), add_special_tokens=False)
+        return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:

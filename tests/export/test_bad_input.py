@@ -117,7 +117,7 @@ def test_a_folder_in_the_way(export_refused, tmp_path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
     (tmp_path / "file").touch()
-    assert "full exists already and is not empty" in export_refused(out=tmp_path / "full")
+    assert "full exists already and is not an empty folder" in export_refused(out=tmp_path / "full")
     assert "file exists already" in export_refused(out=tmp_path / "file")
     assert f"cannot write {tmp_path}/file/out" in export_refused(out=tmp_path / "file" / "out")
     if Path("/proc/self").exists():

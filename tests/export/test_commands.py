@@ -109,7 +109,7 @@ def test_the_commands_are_installed() -> None:
 
 
 def test_json_is_one_object_with_the_documented_keys(result, bundle) -> None:
-    found = result("--prompt", HELLO, "--max-new-tokens", 30)
+    found = result("--prompt", HELLO, "--max-new-tokens", 30, "--schedule", "together")
     assert list(found) == RESULT_KEYS
     assert set(found["stats"]) == STATS_KEYS
     stats = found["stats"]
@@ -137,9 +137,8 @@ def test_streamed_text_is_the_json_objects_text(run, result) -> None:
         streamed = run("--prompt", prompt, "--max-new-tokens", 60)
         found = result("--prompt", prompt, "--max-new-tokens", 60)
         assert streamed.out == found["text"] + "\n"
-        engine, declined, agent, counters = streamed.err.splitlines()
+        engine, agent, counters = streamed.err.splitlines()
         assert engine.startswith("engine cpu (onnxruntime ")
-        assert declined == "engine cuda declined: the bundle was not exported for it (targets: cpu)"
         assert agent == "agent qwen2-agent.safetensors, fallback first"
         assert counters.startswith(f"[{found['stats']['tokens']} tokens; ")
         assert counters.endswith(f"ended by {found['finish_reason']}]")
@@ -541,3 +540,22 @@ def test_a_system_message_needs_the_template(command, bundle) -> None:
     outcome = command("run", bundle("qwen2"), "--input-ids", "1,2", "--system", "Be kind.")
     assert outcome.code == 2
     assert "--system needs the chat template" in outcome.err
+
+
+def test_variables_reach_the_chat_template(command, bundle, bundle_copy) -> None:
+    folder = bundle_copy()
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{% if loud %}!{% endif %}")
+    quiet = command("run", folder, "--no-verify", "--prompt", "Hello", "--json", "--template", "loud=false")
+    loud = command("run", folder, "--no-verify", "--prompt", "Hello", "--json", "--template", "loud=true")
+    tokens = [json.loads(outcome.out)["stats"]["prompt_tokens"] for outcome in (quiet, loud)]
+    assert tokens[1] == tokens[0] + 1
+    for setting in ("loud", "loud=yes", "=1"):
+        outcome = command("run", folder, "--prompt", "Hello", "--template", setting)
+        assert outcome.code == 2
+        assert "it must be KEY=JSON" in outcome.err
+
+
+def test_what_does_not_act_is_refused(command, bundle) -> None:
+    outcome = command("run", bundle("qwen2"), "--input-ids", "1,2", "--temperature", "0.8")
+    assert outcome.code == 2
+    assert "--temperature is 0.8, but it acts on --sample only" in outcome.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -158,7 +159,9 @@ def test_an_out_in_the_way_is_refused_before_any_heavy_work(make, tmp_path, monk
     (full / "precious").write_text("data")
     file.write_text("data")
     for out in (full, file):
-        with pytest.raises(MaraError, match="exists already and is not empty: remove it, or choose another --out"):
+        with pytest.raises(
+            MaraError, match="exists already and is not an empty folder: remove it, or choose another --out"
+        ):
             make(out)
     assert (full / "precious").read_text() == file.read_text() == "data"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "precious"]
@@ -523,3 +526,22 @@ def test_progress_is_a_line_a_stage(make, tmp_path, capfd) -> None:
     make(tmp_path / "two", progress=Progress(quiet=True))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_a_checkpoint_with_weights_of_another_kind_is_refused(make, checkpoint, tmp_path) -> None:
+    """The reference leaves them out as well, so the gate cannot see it."""
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.self_attn.q_norm.weight"] = torch.ones(16)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints hold it; it is computed
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(make, tmp_path, folder, match=r"qwen2 has weights .* no place for: model\.layers\.0\.self_attn\.q_norm")
+
+
+def test_an_agent_of_zeros_exports(checkpoint, tmp_path, agent) -> None:
+    """As one is that has not begun to learn."""
+    silent = copy.deepcopy(agent("qwen2"))
+    torch.nn.init.zeros_(silent.output_linear.weight)
+    torch.nn.init.zeros_(silent.output_linear.bias)
+    bundle = export(resolve_model(str(checkpoint("qwen2"))), silent, "silent", tmp_path / "out", max_context=64)
+    assert bundle.manifest.parity["passed"] is True

@@ -323,7 +323,7 @@ def test_special_tokens_inside_an_answer_are_no_text(tmp_path: Path) -> None:
 
 def test_the_result_as_json(tmp_path: Path) -> None:
     decoder, _ = make_decoder(tmp_path, choosing())
-    result = decoder.generate("q", DecodeConfig(top_k=2, max_new_tokens=2, stop=("zzz",)))
+    result = decoder.generate("q", DecodeConfig(top_k=2, max_new_tokens=2, stop=("zzz",), schedule="together"))
     value = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert list(value) == ["token_ids", "text", "finish_reason", "stats", "config"]
     assert value["stats"]["engine"] == {"name": "table", "declined": {}}
