@@ -17,7 +17,7 @@ import pytest
 
 from mara_deploy.commands import export as command
 from mara_export.errors import ModelError
-from mara_export.sources import ALIASES, resolve_file, resolve_model
+from mara_export.sources import ALIASES, ModelSource, resolve_file, resolve_model
 from mara_runtime.bundle import Bundle
 
 REVISION, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
@@ -223,3 +223,27 @@ def test_hf_home_decides_in_a_process_of_its_own(cached, hf_home, checkpoint, ag
     assert first == "mara-export: loading PyTorch and Optimum …"
     assert [line for line in stages if not re.fullmatch(r"  \S.* +\d+\.\d s", line)] == []
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]["revision"] == REVISION
+
+
+def test_a_model_is_refused_by_its_configuration_before_its_weights_are_fetched(cached) -> None:
+    cached("somebody/gemma", {"config.json": b'{"model_type": "gemma2"}'})  # and nothing else
+
+    def vet(source: ModelSource) -> None:
+        assert json.loads((source.folder / "config.json").read_text())["model_type"] == "gemma2"
+        raise ModelError("not this one")
+
+    with pytest.raises(ModelError, match="not this one"):
+        resolve_model("somebody/gemma", vet)
+    with pytest.raises(ModelError, match="weights are missing"):
+        resolve_model("somebody/gemma", lambda _: None)
+
+
+def test_a_second_copy_of_the_weights_is_not_fetched() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from mara_export import sources
+
+    files = ["config.json", "tokenizer.json", "consolidated.safetensors", "model-00001-of-00002.safetensors"]
+    files += ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "original/consolidated.00.pth"]
+    wanted = filter_repo_objects(files, allow_patterns=sources._WANTED, ignore_patterns=sources._UNWANTED)
+    assert set(files) - set(wanted) == {"consolidated.safetensors", "original/consolidated.00.pth"}
