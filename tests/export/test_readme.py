@@ -77,7 +77,7 @@ def test_make_has_the_targets():
 
 
 def test_the_demo_prints_what_the_page_shows(tmp_path):
-    marker = "<!-- output of `python -m mara_deploy.demo --prompts 2`; a test compares it -->\n```text\n"
+    marker = "<!-- a test compares this with what the demo prints -->\n```text\n"
     shown = README.split(marker)[1].split("```")[0]
     printed = run(f"COLUMNS=100 {sys.executable} -m mara_deploy.demo --prompts 2 --out demo", tmp_path)
     printed = printed.split("\nGo on with")[0]
