@@ -209,7 +209,7 @@ def test_a_wrong_product_is_found(subject, answers, decoder, monkeypatch):
     truths = answers("qwen2", 50, max_new_tokens=64, fallback="first")
     product = decoder("qwen2", "ort")
     monkeypatch.setattr(ort_engine, "attention_mask", leaky)
-    config = DecodeConfig(max_new_tokens=64, fallback="first")
+    config = DecodeConfig(max_new_tokens=64, fallback="first", schedule="together")
 
     def all_prompts() -> None:
         for prompt, truth in zip(prompts, truths, strict=True):
