@@ -81,7 +81,7 @@ def _export(args: argparse.Namespace) -> None:
     source = _model(args.model, lambda config_only: vet(config_only, agent, agent_name, args.max_context))
     out = Path(args.out or Path("bundles") / _default_name(args, source, agent_name))
     if args.agent == "demo" and not args.quiet:
-        print("mara-export: the demo's agent is untrained: it steers, but towards nothing", file=sys.stderr)
+        print("mara-export: the demo's agent is untrained: it steers at random", file=sys.stderr)
     bundle = export(
         source,
         agent,
