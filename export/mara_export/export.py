@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,12 @@ from mara_export.errors import ModelError, ParityError
 from mara_export.folder import whole_or_absent
 from mara_export.lower import LOWERINGS, lower
 from mara_export.progress import Progress
+from mara_export.quantise import PRECISIONS, Quantisation, halve, quantise
 from mara_export.sources import ModelSource
+from mara_export.step import join
 from mara_export.tokenizer import load_tokenizer, write_tokenizer
-from mara_export.trace import trace_agent, trace_llm
+from mara_export.trace import rotary_tables, trace_agent, trace_llm
+from mara_export.weights import Weights, load, return_large_blocks, tie_head
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import OptionError
@@ -38,7 +41,7 @@ from mara_runtime.manifest import (
 )
 from mara_runtime.ort_engine import OrtEngine
 
-LLM_FILE, AGENT_FILE = "llm.onnx", "agent.onnx"
+STEP_FILE = "step.onnx"
 MAX_CANDIDATES = 1024
 """More siblings than this would make the mask of one pass larger than the model's own work."""
 
@@ -65,6 +68,7 @@ def export(
     *,
     lowering: str = "ort",
     precision: str = "fp32",
+    quantisation: Quantisation | None = None,
     max_context: int | None = None,
     max_candidates: int = 64,
     gate: bool = True,
@@ -72,12 +76,14 @@ def export(
 ) -> Bundle:
     """Export a frozen LLM and its agent to the folder `out`, which must not exist or be empty.
 
+    precision: of the LLM's weights, one of PRECISIONS; quantisation: how int8 and int4 are made, None for the defaults;
     max_context: tokens of prompt and answer, None for 4096 or the model's own if smaller; max_candidates: of a
     position; gate: compare with Hugging Face eager before anything is kept. Returns the finished bundle.
     Raises MaraError (ModelError, ParityError, OptionError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
-    _check_options(lowering, precision, max_candidates)
+    return_large_blocks()
+    how = _check_options(lowering, precision, quantisation, max_candidates)
     config, context = vet(source, agent, agent_name, max_context)
     shape = model_shape(config)
 
@@ -89,17 +95,34 @@ def export(
         if gate:
             with progress.stage("run the reference (Hugging Face eager)"):
                 prompts = _gate_prompts(source, tokenizer, shape.vocab_size, context)
-                cases = [parity.reference_case(model, agent, p, max_candidates) for p in progress.parts(prompts)]
-        with progress.stage("trace the LLM"), tempfile.TemporaryDirectory(dir=folder) as scratch:
-            graph = onnx.load(trace_llm(model, Path(scratch)))
-            del model
-        with progress.stage(f"lower to {lowering!r} and write"):
-            lower(graph, shape, lowering)
-            _save(graph, folder / LLM_FILE)
-            del graph
-            trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, folder / AGENT_FILE)
-            onnx.checker.check_model(str(folder / AGENT_FILE))
+                cases = [
+                    parity.reference_case(model, agent, ids, max_candidates, is_text)
+                    for ids, is_text in progress.parts(prompts)
+                ]
+        with tempfile.TemporaryDirectory(prefix="trace.", dir=folder) as name:
+            scratch = Path(name)
+            with progress.stage("trace the LLM"):
+                rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates))
+                graph, weights = load(trace_llm(model, scratch))
+                del model
+                gc.collect()  # it sits in cycles
+            with progress.stage(f"lower to {lowering!r}"):
+                lower(graph, shape, lowering, rotary)
+            if how is not None:
+                with progress.stage(f"quantise to {precision}"):
+                    quantise(graph, weights, how, progress.parts)
+            else:
+                tie_head(graph.graph, weights)
+                if precision == "fp16":
+                    halve(graph.graph, weights)
+            weights.drop_unused()
+            with progress.stage("join with the agent, and write"):
+                trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, scratch / "agent.onnx")
+                join(graph, onnx.load(scratch / "agent.onnx"), shape, max_candidates)
+                Weights(graph.graph, scratch).save(graph, folder / STEP_FILE)
+                del graph, weights
 
+        top = tensors.top_tokens(max_candidates, shape.vocab_size)
         manifest = Manifest(
             model=ModelFacts(source.name, source.revision, config.model_type, shape, eos),
             agent=AgentFacts(
@@ -108,15 +131,15 @@ def export(
             max_context=context,
             max_candidates=max_candidates,
             targets=("cpu",),
-            llm=GraphFacts(LLM_FILE, lowering, precision),
-            agent_graph=GraphFacts(AGENT_FILE, "onnx", "fp32"),
+            step=GraphFacts(STEP_FILE, lowering, precision, None if how is None else how.to_json()),
             tokenizer=None if tokenizer is None else write_tokenizer(tokenizer, folder),
             made_with=_versions(),
             parity=None,
+            noise=None,
             files={},
             io={
-                "llm": _io(tensors.llm_inputs(shape), tensors.llm_outputs(shape)),
-                "agent_graph": _io(tensors.agent_inputs(shape.hidden_size), tensors.agent_outputs()),
+                "inputs": [asdict(t) for t in tensors.step_inputs(shape)],
+                "outputs": [asdict(t) for t in tensors.step_outputs(shape, top)],
             },
         )
         if gate:
@@ -134,7 +157,7 @@ def export(
                     + "; ".join(report.failures)
                     + "); nothing was written"
                 )
-            manifest = replace(manifest, parity=report.to_json())
+            manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise())
         manifest = replace(manifest, files=_file_entries(folder))
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(out, manifest)
@@ -161,13 +184,27 @@ def vet(
     return config, context
 
 
-def _check_options(lowering: str, precision: str, max_candidates: int) -> None:
+def _check_options(
+    lowering: str, precision: str, quantisation: Quantisation | None, max_candidates: int
+) -> Quantisation | None:
+    """Refuse what cannot be; return how the weights are quantised, if they are."""
     if lowering not in LOWERINGS:
         raise OptionError(f"--lowering is {lowering!r}; it must be one of {', '.join(LOWERINGS)}")
-    if precision not in parity.GATES:
-        raise OptionError(f"--precision is {precision!r}; it must be one of {', '.join(parity.GATES)}")
+    if precision not in PRECISIONS:
+        raise OptionError(f"--precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     if not 1 <= max_candidates <= MAX_CANDIDATES:
         raise OptionError(f"--max-candidates is {max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
+    bits = {"int8": 8, "int4": 4}.get(precision)
+    if bits is None:
+        if quantisation is not None:
+            raise OptionError(f"--precision is {precision}; block size and quantiser are for int8 and int4")
+        return None
+    if lowering != "ort":
+        raise OptionError(f"--lowering {lowering} is for fp32 and fp16 so far; --precision {precision} needs ort")
+    how = quantisation or Quantisation(bits)
+    if how.bits != bits:
+        raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
+    return how
 
 
 def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
@@ -199,13 +236,6 @@ def _load_model(source: ModelSource) -> Any:
     return model.eval()
 
 
-def _save(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph with its weights beside it, and check it."""
-    data = f"{path.name}.data"
-    onnx.save(graph, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data, size_threshold=1024)
-    onnx.checker.check_model(str(path))
-
-
 def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every id that ends an answer: the generation config's list, else the model's, else the tokenizer's."""
     for holder in (model.generation_config, model.config, tokenizer):
@@ -215,22 +245,18 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[list[int]]:
-    """Token sequences for the parity gate, each short enough for a sibling to follow."""
+def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:
+    """(token ids, whether they are text) for the parity gate, each short enough for a sibling to follow."""
     count = min(parity.PROMPT_TOKENS, context - 1)
     texts = [] if tokenizer is None else [tokenizer(text)["input_ids"][:count] for text in parity.TEXTS]
-    prompts = [ids for ids in texts if ids]
-    largest = max((max(ids) for ids in prompts), default=0)
+    prompts = [(ids, True) for ids in texts if ids]
+    largest = max((max(ids) for ids, _ in prompts), default=0)
     if largest >= vocab_size:
         raise ModelError(f"{source.name}: its tokenizer gives id {largest}, its vocabulary ends at {vocab_size - 1}")
     generator = torch.Generator().manual_seed(0)
     while len(prompts) < parity.PROMPTS:
-        prompts.append(torch.randint(vocab_size, (count,), generator=generator).tolist())
+        prompts.append((torch.randint(vocab_size, (count,), generator=generator).tolist(), False))
     return prompts
-
-
-def _io(inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> dict[str, Any]:
-    return {"inputs": [asdict(t) for t in inputs], "outputs": [asdict(t) for t in outputs]}
 
 
 def _versions() -> dict[str, str]:

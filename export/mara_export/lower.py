@@ -1,50 +1,108 @@
-"""Rewriting the traced `mara::CachedAttention` nodes for an engine. Every lowering keeps the inputs and outputs.
+"""Rewriting the traced `mara` nodes for an engine. Every lowering keeps the inputs and outputs.
 
-| lowering | becomes | runs on |
+| lowering | attention, cache, rotary embedding become | runs on |
 |---|---|---|
 | `ort` | com.microsoft GroupQueryAttention, in place on a preallocated cache | ONNX Runtime |
-| `portable` | TensorScatter and Attention of the ONNX standard, opset 24 | ONNX Runtime, TensorRT ≥ 10.15 |
+| `portable` | Attention, TensorScatter, RotaryEmbedding of opset 24 | ONNX Runtime, TensorRT ≥ 10.15 |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
+import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mara_export.trace import DOMAIN, NODE
+from mara_export.trace import DOMAIN, NODE, ROTARY
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape, Tensor
 
 LOWERINGS = ("ort", "portable")
 _MICROSOFT = "com.microsoft"
+_COS, _SIN = "rotary/cos", "rotary/sin"
+_INSIDE = 16
+"""GroupQueryAttention rotates heads whose size is a multiple of this."""
+_HEADS_LAST = [0, 2, 1, 3]  # (1, heads, S, head_dim) ↔ (1, S, heads, head_dim)
+
+Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-def lower(model: onnx.ModelProto, shape: ModelShape, lowering: str) -> None:
-    """Rewrite a traced graph in place for `lowering`, one of LOWERINGS."""
-    graph = model.graph
-    rewrite, prologue, opsets = {"ort": _ort, "portable": _portable}[lowering](shape)
-    nodes: list[NodeProto] = list(prologue)
-    for node in graph.node:
-        if node.domain == DOMAIN and node.op_type == NODE:
-            nodes += rewrite(node)
-        else:
-            nodes.append(node)
-    del graph.node[:], graph.value_info[:], graph.input[:], graph.output[:], model.opset_import[:]
-    graph.node.extend(nodes)
-    graph.input.extend(_value_info(t) for t in tensors.llm_inputs(shape))
-    graph.output.extend(_value_info(t) for t in tensors.llm_outputs(shape))
+def lower(model: onnx.ModelProto, shape: ModelShape, lowering: str, rotary: Tables) -> None:
+    """Rewrite a traced graph in place for `lowering`, one of LOWERINGS.
+
+    rotary: cosines and sines (positions, head_dim / 2), for as many positions as a row may have.
+    """
+    graph = _Graph(model.graph)
+    nodes, opsets = {"ort": _ort, "portable": _portable}[lowering](graph, shape)
+    del model.graph.node[:], model.graph.value_info[:], model.graph.input[:], model.graph.output[:]
+    del model.opset_import[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.extend(value_info(t) for t in tensors.llm_inputs(shape))
+    model.graph.output.extend(value_info(t) for t in tensors.llm_outputs(shape))
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(table), name)
+        for name, table in zip((_COS, _SIN), rotary, strict=True)
+    )
     model.opset_import.extend(opsets)
     model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
     model.producer_name, model.producer_version, model.doc_string = "mara-export", "", ""
+    drop_dead(model.graph)
 
 
-_Rewrite = Callable[[NodeProto], list[NodeProto]]
-_Lowering = tuple[_Rewrite, list[NodeProto], list[onnx.OperatorSetIdProto]]
+def drop_dead(graph: onnx.GraphProto) -> None:
+    """Leave out the nodes whose results nobody reads; those of a graph are in the order of computation."""
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
 
 
-def _portable(shape: ModelShape) -> _Lowering:
+_Lowered = tuple[list[NodeProto], list[onnx.OperatorSetIdProto]]
+
+
+class _Graph:
+    """The traced graph, and who makes and who reads a value."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes = list(graph.node)
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def joined(self, name: str) -> str | None:
+        """What Transpose and Reshape make of an attention's result, if nothing else reads it."""
+        for op in ("Transpose", "Reshape"):
+            readers = self._readers.get(name, [])
+            if len(readers) != 1 or readers[0].op_type != op:
+                return None
+            name = readers[0].output[0]
+        return name
+
+    def made_by(self, op: str, name: str) -> NodeProto | None:
+        """The node that makes a value, if it is such a one."""
+        node = self.maker.get(name)
+        return node if node is not None and node.op_type == op else None
+
+    def rotated(self, name: str) -> tuple[str, bool]:
+        """A value, or what it was before the rotary embedding, and whether there was one."""
+        node = self.made_by(ROTARY, name)
+        return (node.input[list(node.output).index(name)], True) if node is not None else (name, False)
+
+    def others(self) -> Iterator[tuple[NodeProto, bool]]:
+        """Every node, and whether it is the attention."""
+        for node in self.nodes:
+            yield node, node.domain == DOMAIN and node.op_type == NODE
+
+
+def _portable(graph: _Graph, shape: ModelShape) -> _Lowered:
     def rewrite(node: NodeProto) -> list[NodeProto]:
         q, k, v, past_k, past_v, mask, write = node.input
         out, present_k, present_v = node.output
@@ -57,20 +115,27 @@ def _portable(shape: ModelShape) -> _Lowering:
             scatter("key", past_k, k, present_k),
             scatter("value", past_v, v, present_v),
             helper.make_node(
-                "Attention", [q, present_k, present_v, mask], [out], f"{node.name}/attention", scale=_scale(node)
+                "Attention",
+                [q, present_k, present_v, mask],
+                [out],
+                f"{node.name}/attention",
+                scale=_scale(node),
             ),
         ]
 
-    return rewrite, [], [helper.make_opsetid("", 24)]
+    nodes: list[NodeProto] = []
+    for node, attends in graph.others():
+        nodes += rewrite(node) if attends else _rotations(node) if node.op_type == ROTARY else [node]
+    return nodes, [helper.make_opsetid("", 24)]
 
 
-def _ort(shape: ModelShape) -> _Lowering:
+def _ort(graph: _Graph, shape: ModelShape) -> _Lowered:
     # The operator takes (1, S, heads · head_dim) and counts slots: the last one written, and the cache's size.
     def constant(name: str, values: list[int]) -> NodeProto:
         value = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
         return helper.make_node("Constant", [], [name], name, value=value)
 
-    prologue = [
+    nodes = [
         constant("mara/one", [1]),
         constant("mara/first", [0]),
         constant("mara/pack", [0, 0, -1]),
@@ -84,43 +149,85 @@ def _ort(shape: ModelShape) -> _Lowering:
         helper.make_node("Cast", ["mara/slots_scalar"], ["mara/total"], "mara/total", to=TensorProto.INT32),
     ]
 
-    def rewrite(node: NodeProto) -> list[NodeProto]:
+    def packed(value: str, name: str) -> str:
+        """(1, heads, S, head_dim) as (1, S, heads · head_dim): what it was before the model split it, if it did."""
+        apart = graph.made_by("Transpose", value)
+        if apart is not None and list(apart.attribute[0].ints) == _HEADS_LAST:
+            rows = apart.input[0]
+            split = graph.made_by("Reshape", rows)
+            if split is not None:
+                return str(split.input[0])
+        else:
+            rows = f"{name}_rows"
+            nodes.append(helper.make_node("Transpose", [value], [rows], rows, perm=_HEADS_LAST))
+        nodes.append(helper.make_node("Reshape", [rows, "mara/pack"], [f"{name}_packed"], f"{name}_packed"))
+        return f"{name}_packed"
+
+    def rewrite(node: NodeProto) -> None:
         *qkv, past_k, past_v, mask, _ = node.input
         out, present_k, present_v = node.output
-        nodes, packed = [], []
-        for part, value in zip("qkv", qkv, strict=True):
-            name = f"{node.name}/{part}"
-            nodes += [
-                helper.make_node("Transpose", [value], [f"{name}_rows"], f"{name}_rows", perm=[0, 2, 1, 3]),
-                helper.make_node("Reshape", [f"{name}_rows", "mara/pack"], [f"{name}_packed"], f"{name}_packed"),
-            ]
-            packed.append(f"{name}_packed")
-        name = f"{node.name}/out"
-        nodes += [
+        values, rotates = qkv, False
+        if inside:
+            values, (rotates, *_) = zip(*(graph.rotated(value) for value in qkv), strict=True)
+        inputs = [packed(value, f"{node.name}/{part}") for part, value in zip("qkv", values, strict=True)]
+        joined = graph.joined(out)  # the model's own Transpose and Reshape to (1, S, heads · head_dim)
+        result = f"{node.name}/out"
+        nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                # rotary caches and position_ids stay empty: the traced graph rotates by itself
-                [*packed, past_k, past_v, "mara/seqlens_k", "mara/total", "", "", "", mask],
-                [f"{name}_packed", present_k, present_v],
+                [
+                    *inputs,
+                    past_k,
+                    past_v,
+                    "mara/seqlens_k",
+                    "mara/total",
+                    *((_COS, _SIN, tensors.POSITION_IDS) if rotates else ("", "", "")),
+                    mask,
+                ],
+                [joined or f"{result}_packed", present_k, present_v],
                 f"{node.name}/attention",
                 domain=_MICROSOFT,
                 num_heads=shape.num_heads,
                 kv_num_heads=shape.num_kv_heads,
-                do_rotary=0,
+                do_rotary=int(rotates),
                 scale=_scale(node),
-            ),
-            helper.make_node("Reshape", [f"{name}_packed", "mara/unpack"], [f"{name}_rows"], f"{name}_rows"),
-            helper.make_node("Transpose", [f"{name}_rows"], [out], name, perm=[0, 2, 1, 3]),
-        ]
-        return nodes
+            )
+        )
+        if joined is None:
+            nodes.append(
+                helper.make_node("Reshape", [f"{result}_packed", "mara/unpack"], [f"{result}_rows"], f"{result}_rows")
+            )
+            nodes.append(helper.make_node("Transpose", [f"{result}_rows"], [out], result, perm=_HEADS_LAST))
+        else:
+            replaced.add(joined)
 
-    return rewrite, prologue, [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
+    inside = shape.head_dim % _INSIDE == 0
+    replaced: set[str] = set()
+    for node, attends in graph.others():
+        if attends:
+            rewrite(node)
+        elif node.op_type == ROTARY:
+            if not inside:
+                nodes.extend(_rotations(node, _MICROSOFT))
+        elif not replaced & set(node.output):
+            nodes.append(node)
+    return nodes, [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
+
+
+def _rotations(node: NodeProto, domain: str = "") -> list[NodeProto]:
+    """The rotary embedding of q and k as an operator each, of the standard or of com.microsoft."""
+    tables = [_COS, _SIN, tensors.POSITION_IDS] if domain == "" else [tensors.POSITION_IDS, _COS, _SIN]
+    return [
+        helper.make_node("RotaryEmbedding", [value, *tables], [result], f"{node.name}/{part}", domain=domain)
+        for part, value, result in zip("qk", node.input, node.output, strict=True)
+    ]
 
 
 def _scale(node: NodeProto) -> float:
     return next(float(a.f) for a in node.attribute if a.name == "scale")
 
 
-def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+def value_info(tensor: Tensor) -> onnx.ValueInfoProto:
+    """A tensor of mara_runtime.tensors as ONNX declares it."""
     element = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}[tensor.dtype]
     return helper.make_tensor_value_info(tensor.name, element, tensor.shape)

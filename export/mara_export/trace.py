@@ -1,9 +1,13 @@
 """Optimum traces a Hugging Face decoder once, with attention and cache update as one custom node a layer.
 
 `mara::CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value;
-attribute `scale`) is what every lowering rewrites for its engine (mara_export.lower). The node gets in by three
-public doors: a registered attention implementation of transformers, a cache object whose `update` hands back the
-new keys and values, and an Optimum export configuration with inputs, outputs and a model patcher of our own.
+attribute `scale`) is what every lowering rewrites for its engine (mara_export.lower).
+The node gets in by three public doors: a registered attention implementation of transformers, a cache object whose
+`update` hands back the new keys and values, and an Optimum export configuration with inputs, outputs and a model
+patcher of our own.
+
+`mara::Rotary` (q, k → q, k) stands for the rotary embedding, whose angles the lowered graph looks up by position; it
+takes the place of the function that every architecture's module defines for it.
 
 This is the only module that touches Optimum.
 """
@@ -12,14 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optimum.exporters.onnx.convert as optimum_convert
 import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
 import torch
+from numpy.typing import NDArray
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.onnx.model_patcher import ModelPatcher
 from optimum.exporters.tasks import TasksManager
@@ -29,9 +36,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.architectures import model_shape
+from mara_export.errors import ModelError
 from mara_runtime import tensors
 
-DOMAIN, NODE = "mara", "CachedAttention"
+DOMAIN, NODE, ROTARY = "mara", "CachedAttention", "Rotary"
 ATTENTION = "mara"
 """Name under which the seam is registered with transformers."""
 OPSET = 18
@@ -68,6 +76,46 @@ class _CachedAttention(torch.autograd.Function):
         for result, like in ((out, q), (keys, past_k), (values, past_v)):
             result.setType(like.type())
         return out, keys, values
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotate q (1, heads, S, head_dim) and k by their positions' angles. One node in the traced graph."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        def rotated(x: Tensor) -> Tensor:
+            low, high = x.chunk(2, dim=-1)
+            return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+
+        return rotated(q), rotated(k)
+
+    @staticmethod
+    def symbolic(g: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        results = g.op(f"{DOMAIN}::{ROTARY}", q, k, outputs=2)
+        for result, like in zip(results, (q, k), strict=True):
+            result.setType(like.type())
+        return results
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    rotated: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+@torch.no_grad()
+def rotary_tables(model: Any, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines (positions, head_dim / 2) of the model's rotary embedding, its scaling applied.
+
+    Raises ModelError for an embedding that does not turn the two halves of a head against each other.
+    """
+    angles = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(positions)[None])
+    tables = []
+    for table in angles:
+        low, high = table[0].float().chunk(2, dim=-1)
+        if not torch.equal(low, high) or 2 * low.shape[-1] != model_shape(model.config).head_dim:
+            raise ModelError("its rotary embedding turns part of a head only; this is not supported")
+        tables.append(low.numpy())
+    return tables[0], tables[1]
 
 
 class _SeamCache:
@@ -123,7 +171,7 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
             position_ids: Tensor,
             attention_mask: Tensor,
             write_indices: Tensor,
-            logits_rows: Tensor,
+            rows: Tensor,
             past_key_values: Any,
         ) -> dict[str, Any]:
             cache = _SeamCache(past_key_values, write_indices)
@@ -140,7 +188,7 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
             finally:
                 _current.pop()
             return {
-                tensors.LOGITS: model.lm_head(hidden[0].index_select(0, logits_rows)),
+                tensors.LOGITS: model.lm_head(hidden[0].index_select(0, rows)),
                 tensors.LAST_HIDDEN_STATE: hidden,
                 "past_key_values": cache.present,
             }
@@ -155,7 +203,7 @@ class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
         tensors.POSITION_IDS,
         tensors.ATTENTION_MASK,
         tensors.WRITE_INDICES,
-        tensors.LOGITS_ROWS,
+        tensors.ROWS,
     )
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -166,7 +214,7 @@ class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
             tensors.POSITION_IDS: torch.arange(_ROWS)[None],
             tensors.ATTENTION_MASK: torch.zeros(1, 1, _ROWS, _SLOTS),
             tensors.WRITE_INDICES: torch.zeros(1, dtype=torch.long),
-            tensors.LOGITS_ROWS: torch.tensor([0, _ROWS - 1]),
+            tensors.ROWS: torch.tensor([0, _ROWS - 1]),
         }[input_name]
 
 
@@ -210,7 +258,7 @@ def trace_llm(model: Any, folder: Path) -> Path:
     model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed to the seam's.
     """
     model.set_attn_implementation(ATTENTION)
-    with _quiet():
+    with _quiet(), _replaced(sys.modules[type(model).__module__], {"apply_rotary_pos_emb": _rotate}):
         onnx_export_from_model(
             model,
             folder,
@@ -254,17 +302,30 @@ def trace_agent(agent: torch.nn.Module, hidden_size: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracer's remarks off the screen: it warns of every shape that a traced model reads."""
-    check, optimum_convert.check_dummy_inputs_are_allowed = (
-        optimum_convert.check_dummy_inputs_are_allowed,
-        lambda *_: None,  # it looks the names up in the signature of the model's own forward
-    )
+    """Keep Optimum to the trace alone, and the tracer's remarks off the screen: it warns of every shape it reads."""
+    stand_ins = {
+        # it looks the names up in the signature of the model's own forward
+        "check_dummy_inputs_are_allowed": lambda *_: None,
+        # what has external data is read back whole and written to one file: a second copy of the model in memory
+        "check_model_uses_external_data": lambda *_: False,
+    }
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with _replaced(optimum_convert, stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
-        optimum_convert.check_dummy_inputs_are_allowed = check
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, stand_ins: dict[str, Any]) -> Iterator[None]:
+    originals = {name: getattr(module, name) for name in stand_ins}
+    try:
+        for name, stand_in in stand_ins.items():
+            setattr(module, name, stand_in)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)

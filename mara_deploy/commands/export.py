@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy.commands.shared import Parser, guarded
-from mara_runtime.errors import MaraError
+from mara_runtime.errors import MaraError, OptionError
 
 if TYPE_CHECKING:
     from mara_deploy.agent import Agent
+    from mara_export.quantise import Quantisation
     from mara_export.sources import ModelSource
 
 EPILOG = """\
@@ -40,7 +41,27 @@ def parser() -> Parser:
     )
     options.add_argument("--out", metavar="DIR", help="default: bundles/<model>-<agent>-<target>-<precision>")
     options.add_argument("--target", default="cpu", choices=("cpu",), help="engine to export for (default cpu)")
-    options.add_argument("--precision", default="fp32", choices=("fp32",), help="of the LLM's weights (default fp32)")
+    options.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "fp16", "int8", "int4"),
+        help="what the LLM's weights are stored as (default fp32)",
+    )
+    options.add_argument(
+        "--block-size", type=int, metavar="N", help="int8, int4: weights that share a scale (default 32)"
+    )
+    options.add_argument(
+        "--quantiser",
+        choices=("rtn", "hqq", "k-quant"),
+        help="int8, int4: rtn rounds to nearest (default); hqq (int4) and k-quant choose scales by their error",
+    )
+    options.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="NODE",
+        help="int8, int4: leave the weights of this node in fp32; * stands for anything (may be repeated)",
+    )
     options.add_argument(
         "--max-context",
         type=int,
@@ -89,6 +110,7 @@ def _export(args: argparse.Namespace) -> None:
         out,
         lowering=args.lowering,
         precision=args.precision,
+        quantisation=_quantisation(args),
         max_context=args.max_context,
         max_candidates=args.max_candidates,
         gate=not args.no_gate,
@@ -102,6 +124,19 @@ def _export(args: argparse.Namespace) -> None:
     print("\n".join(summary(bundle)))
     prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
     print(f"\nmara-run {out} {prompt}")
+
+
+def _quantisation(args: argparse.Namespace) -> Quantisation | None:
+    if args.block_size is None and args.quantiser is None and not args.keep:
+        return None
+    from mara_export.quantise import Quantisation
+
+    bits = {"int8": 8, "int4": 4}.get(args.precision)
+    if bits is None:
+        raise OptionError(
+            f"--precision is {args.precision}; --block-size, --quantiser and --keep are for int8 and int4"
+        )
+    return Quantisation(bits, args.block_size or 32, args.quantiser or "rtn", tuple(args.keep))
 
 
 def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:

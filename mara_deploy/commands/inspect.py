@@ -50,7 +50,8 @@ def summary(bundle: Bundle) -> list[str]:
         f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
         f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
         f"falls back to the {m.agent.fallback} candidate",
-        f"graph     {m.llm.precision}, lowering {m.llm.lowering}, for {', '.join(m.targets)}",
+        f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
+        f"for {', '.join(m.targets)}",
         f"capacity  {m.max_context} tokens of prompt and answer, {m.max_candidates} candidates",
         f"tokenizer {text}",
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
@@ -70,14 +71,27 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
             cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
             difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
             lines.append(f"          {name}: {difference}{cosine}")
-    for name in ("ranks", "decisions"):
+    for name, what in (("first", "best token"), ("ranks", "40 best tokens"), ("decisions", "decisions")):
         counts = report.get(name)
         if isinstance(counts, dict):
             lines.append(
-                f"          {name}: {counts['differing']} of {counts['compared']} differ, "
+                f"          {what}: {counts['differing']} of {counts['compared']} differ, "
                 f"{counts['within_noise']} more lie within the noise"
             )
+    perplexity = report.get("perplexity")
+    if isinstance(perplexity, dict):
+        lines.append(
+            f"          perplexity of its prompts: {perplexity['exported']:.3f}, "
+            f"Hugging Face {perplexity['reference']:.3f}"
+        )
     return lines
+
+
+def _quantised(how: dict[str, object] | None) -> str:
+    if how is None:
+        return ""
+    kept = f", kept {how['keep']}" if how.get("keep") else ""
+    return f" ({how.get('quantiser')}, blocks of {how.get('block_size')}{kept})"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,13 @@ def _run(args: argparse.Namespace) -> None:
 
     from mara_runtime.decoder import AlignedDecoder
 
-    decoder = AlignedDecoder(args.bundle, engine=args.engine, threads=args.threads, verify=not args.no_verify)
+    decoder = AlignedDecoder(
+        args.bundle,
+        engine=args.engine,
+        threads=args.threads,
+        verify=not args.no_verify,
+        report=lambda what: print(f"mara-run: {what}", file=sys.stderr) if sys.stderr.isatty() else None,
+    )
     if not args.json:
         _announce(decoder, config)
     with _tracer(args.trace, decoder) as trace:
@@ -197,7 +203,10 @@ def _counters(result: Generation) -> str:
             f"{s.decisions} decisions ({ranks}{', ' if ranks else ''}{s.forced}× all rejected)",
             f"{s.examined} candidates examined",
         ]
-    parts += [f"{s.forwards} passes of {s.rows} rows", f"ended by {result.finish_reason}"]
+    parts.append(f"{s.forwards} passes of {s.rows} rows")
+    if s.drafted:
+        parts.append(f"{s.confirmed} of {s.drafted} guessed tokens confirmed")
+    parts.append(f"ended by {result.finish_reason}")
     return "[" + "; ".join(parts) + "]"
 
 
@@ -217,15 +226,23 @@ class Tracer:
             **self._token(step.token),
             "rank": step.rank,
             "forced": step.forced,
+            "drafted": step.drafted,
             "candidates": [
                 {
                     "rank": rank,
                     **self._token(int(token)),
                     "probability": round(float(probability), 6),
+                    "log_probability": round(float(log_probability), 6),
                     "margin": step.margins.get(rank),
                 }
-                for rank, (token, probability) in enumerate(
-                    zip(step.candidates.ids, step.candidates.probabilities, strict=True), start=1
+                for rank, (token, probability, log_probability) in enumerate(
+                    zip(
+                        step.candidates.ids,
+                        step.candidates.probabilities,
+                        step.candidates.log_probabilities,
+                        strict=True,
+                    ),
+                    start=1,
                 )
             ],
         }

@@ -114,6 +114,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
         "a candidate is accepted when its margin exceeds this; write a negative one as --threshold=-1e-3",
     )
     add("--schedule", str, default.schedule, "how candidates share passes; the result is the same", SCHEDULES)
+    add("--draft", int, None, "tokens guessed from repetitions, verified in the same pass (default: as many as pay)")
     add("--seed", int, default.seed, "of --strategy random and of --sample")
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text (may be repeated)"
@@ -135,6 +136,7 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
         fallback=args.fallback,
         threshold=args.threshold,
         schedule=args.schedule,
+        draft=args.draft,
         sample=args.sample,
         temperature=args.temperature,
         seed=args.seed,

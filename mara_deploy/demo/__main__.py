@@ -123,7 +123,7 @@ def _side_by_side(prompt: str, plain: Generation, aligned: Generation) -> list[s
     ranks = ", ".join(f"{count} at rank {rank}" for rank, count in sorted(s.accepted_rank.items()))
     counters = (
         f"{s.tokens} tokens, {s.decisions} decisions over {s.examined} examined candidates: "
-        f"accepted {ranks or 'none'}; all rejected {s.forced}; {s.forwards} passes"
+        f"accepted {ranks or 'none'}; all rejected {s.forced}"
     )
     return [
         f"▶ {prompt}",
@@ -141,11 +141,13 @@ def _totals(pairs: Sequence[tuple[Generation, Generation]]) -> list[str]:
     forced = sum(s.forced for s in stats)
     text = (
         f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
-        f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}; "
-        f"{forwards / tokens:.2f} passes per token, {sum(s.rows for s in stats) / max(1, forwards):.1f} rows per pass."
+        f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}."
     )
     plain, aligned = (sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) for i in (0, 1))
-    speed = f"Decoding speed: plain {plain * 1e3:.0f}, aligned {aligned * 1e3:.0f} tokens/s."
+    speed = (
+        f"Decoding speed: plain {plain * 1e3:.0f}, aligned {aligned * 1e3:.0f} tokens/s; "
+        f"{forwards / tokens:.2f} passes a token."
+    )
     return [*textwrap.wrap(text, _columns()), speed]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
@@ -81,11 +82,12 @@ def greedy(
     finished: list[bool] = ends.any(1).tolist()
     lengths = [int(row.float().argmax()) + 1 if any_ else len(row) for row, any_ in zip(ends, finished, strict=True)]
     logits = torch.stack(output.logits, 1).numpy()  # (B, T, V)
+    ids = np.arange(logits.shape[-1])
     return Greedy(
         answers=[tokenizer.decode(a[:n], skip_special_tokens=True) for a, n in zip(answers, lengths, strict=True)],
         lengths=lengths,
         finished=finished,
-        candidates=[len(select(row, top_k, top_p)) for b, n in enumerate(lengths) for row in logits[b, :n]],
+        candidates=[len(select(ids, row, 0.0, top_k, top_p)) for b, n in enumerate(lengths) for row in logits[b, :n]],
     )
 
 

@@ -19,28 +19,42 @@ class Candidates:
     """(n,) token ids, best first"""
     probabilities: NDArray[np.float64]
     """(n,) LM probabilities, renormalised over the candidates"""
+    log_probabilities: NDArray[np.float64]
+    """(n,) LM log-probabilities over the whole vocabulary"""
+    gap: float
+    """least difference, in logits or cumulative probability, that would make this another list"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def select(logits: NDArray[np.float32], top_k: int, top_p: float) -> Candidates:
-    """Top-k, then top-p, of one row of logits.
+def select(
+    ids: NDArray[np.int64], logits: NDArray[np.float32], log_normaliser: float, top_k: int, top_p: float
+) -> Candidates:
+    """Top-k, then top-p, of the best tokens of one position.
 
-    logits: (V,) without NaN; top_k ≥ 1, clipped to V; 0 ≤ top_p ≤ 1. Ranked by the logits themselves, equal
-    logits by lower token id; exactly top_k survive the first filter. From the low end, every id whose ascending
+    ids, logits: (K,) the K ≥ top_k best tokens, or all; of equal logits in any order. Ranked by the logits themselves,
+    equal logits by lower token id; exactly top_k survive the first filter. From the low end, every id whose ascending
     cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped; the best always stays.
     """
-    k = min(top_k, len(logits))
-    kth = np.partition(logits, len(logits) - k)[len(logits) - k]
-    pool = np.flatnonzero(logits >= kth)  # more than k when the k-th value is tied
-    ids = pool[np.lexsort((pool, -logits[pool]))][:k]
-    weights = np.exp(logits[ids].astype(np.float64) - np.float64(logits[ids[0]]))
+    if top_k == 1:  # plain greedy decoding, every step
+        best = logits == logits.max()
+        following = logits[~best].max(initial=-np.inf)
+        gap = 0.0 if best.sum() > 1 else float(logits.max() - following)
+        alone = ids[best].min(keepdims=True)
+        return Candidates(alone, np.ones(1), np.array([float(logits.max()) - log_normaliser]), gap)
+    ranked = np.lexsort((ids, -logits))
+    ids, values = ids[ranked], logits[ranked].astype(np.float64)
+    weights: NDArray[np.float64] = np.exp(values[:top_k] - values[0])
     weights /= weights.sum()
-    kept = np.cumsum(weights[::-1])[::-1] > 1.0 - top_p
-    kept[0] = True
-    weights = weights[kept]
-    return Candidates(ids[kept].astype(np.int64), weights / weights.sum())
+    tails = weights[::-1].cumsum()[::-1]
+    count = max(1, int((tails > 1.0 - top_p).sum()))  # tails descend
+    edge = values[: count + 1]  # a swap matters inside the list and across its end
+    gap = float((edge[:-1] - edge[1:]).min()) if len(edge) > 1 else np.inf
+    if top_p < 1.0 and len(tails) > 1:
+        gap = min(gap, float(np.abs(tails[1:] - (1.0 - top_p)).min()))
+    weights = weights[:count]
+    return Candidates(ids[:count], weights / weights.sum(), values[:count] - log_normaliser, gap)
 
 
 def sample(candidates: Candidates, temperature: float, rng: np.random.Generator) -> int:

@@ -8,11 +8,12 @@ from numbers import Integral, Real
 from typing import Any
 
 from mara_runtime.errors import OptionError
+from mara_runtime.tensors import DRAFT_ROWS
 
 STRATEGIES = ("top1", "max_prob", "random")
 ORDERS = ("ranked", "best_last", "reversed")
 FALLBACKS = ("first", "last")
-SCHEDULES = ("one-by-one", "together")
+SCHEDULES = ("adaptive", "one-by-one", "together")
 ENGINES = ("cuda", "cpu")
 """Engines in the order of preference: `auto` takes the first that both bundle and machine have."""
 
@@ -37,9 +38,12 @@ class DecodeConfig:
     """emitted when all are rejected, by LM rank: first, last; None: as the agent records it"""
     threshold: float = 0.0
     """a candidate is accepted when its margin exceeds this; finite"""
-    schedule: str = "one-by-one"
-    """one-by-one: a forward pass per candidate, cheapest where most first candidates are accepted; together: all
-    candidates of a position in one pass, cheapest where width is free. The result does not depend on it."""
+    schedule: str = "adaptive"
+    """how many candidates share a pass. adaptive: as many as cost least, by what width costs on this machine and what
+    the agent has accepted so far; one-by-one; together: all of a position. The result does not depend on it."""
+    draft: int | None = None
+    """tokens guessed from repetitions and verified in the same pass, at most; 0: none; None: as many as pay, with the
+    adaptive schedule, else none. The result does not depend on it."""
     sample: bool = False
     """plain decoding only: sample from the candidates instead of taking the best"""
     temperature: float = 1.0
@@ -58,6 +62,10 @@ class DecodeConfig:
         _whole("--top-k", self.top_k, 1)
         _whole("--max-new-tokens", self.max_new_tokens, 1)
         _whole("--seed", self.seed, 0)
+        if self.draft is not None:
+            _whole("--draft", self.draft, 0)
+            if self.draft > DRAFT_ROWS:
+                raise OptionError(f"--draft is {self.draft}; it must be at most {DRAFT_ROWS}")
         _number("--top-p", self.top_p, "between 0 and 1", 0.0 <= _real(self.top_p) <= 1.0)
         _number("--threshold", self.threshold, "a finite number", math.isfinite(_real(self.threshold)))
         temperature = _real(self.temperature)

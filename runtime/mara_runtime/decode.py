@@ -1,26 +1,32 @@
 """The aligned decode loop: token-level accept or reject beside a frozen LLM.
 
 Source: MARA (arXiv 2505.19743); docs/method.md is the specification. At each position the LLM's next-token
-distribution gives a list of candidates; each is run through the LLM after the same prefix, and the agent looks
-at its last hidden state. The first accepted candidate is emitted, and its logits and KV entry carry on the
-sequence, so that accepting the LLM's first choice costs what plain greedy decoding costs.
+distribution gives a list of candidates; each is run through the LLM after the same prefix, and the agent looks at its
+last hidden state. The first accepted candidate is emitted, and its next tokens and KV entry carry on the sequence.
+
+A pass may hold several candidates of one position, and under the first of them a drafted continuation, each token of
+which is verified by the same rule: it is confirmed if it is the only candidate of its position, or the first one and
+accepted. So every pass settles what the sequential procedure would have settled, and nothing else.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates, sample, select
 from mara_runtime.config import DecodeConfig
-from mara_runtime.engine import Engine, Forward, check_finite
+from mara_runtime.drafts import NO_DRAFT, Draft, DraftSource
+from mara_runtime.engine import Engine, Outcome, Pass, check_row, is_finite
 from mara_runtime.errors import NumericsError
+from mara_runtime.schedule import Schedule, View
 from mara_runtime.stats import Stats
 from mara_runtime.strategies import choose, examination_order
+from mara_runtime.tensors import DRAFT_ROWS
 
 PREFILL_ROWS = 256
 """Rows of one prefill pass: scores and mask of a longer one grow to gigabytes."""
@@ -41,18 +47,42 @@ class Step:
     """{LM rank: margin} of the examined candidates; empty when there was nothing to decide"""
     forced: bool
     """all candidates were rejected"""
+    drafted: bool = False
+    """it was guessed, and confirmed"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Examined:
     rank: int  # 0-based LM rank
     margin: float
     slot: int  # where its KV entry lies
-    logits: NDArray[np.float32]  # (V,) of the position after it
+    following: Candidates | None = None  # of the position after it, if its row went through the LM head
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far the numbers of one bundle move with the width of a pass, as the parity gate measured it."""
+
+    margins: float
+    logits: float
+
+
+@dataclass
+class Session:
+    """What lasts from one answer to the next: the engine, what its cache holds, and what was learned."""
+
+    engine: Engine
+    schedule: Schedule
+    drafts: DraftSource | None = None
+    """None: nothing is drafted"""
+    noise: Noise | None = None
+    """None: not known"""
+    held: list[int] = field(default_factory=list)
+    """tokens whose KV entries lie in slots 0, 1, …; true at any time, also when an answer is left half-way"""
 
 
 def decode(
-    engine: Engine,
+    session: Session,
     prompt: Sequence[int],
     config: DecodeConfig,
     *,
@@ -63,142 +93,290 @@ def decode(
 ) -> Iterator[Step]:
     """Emit up to `limit` tokens after `prompt`, ending with an end-of-sequence id if one is chosen.
 
-    prompt: token ids, at least one. The caller sees to it that prompt and answer, and one spare slot a candidate,
+    prompt: token ids, at least one. The caller sees to it that prompt and answer, and the spare slots of a decision,
     fit into the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
     """
+    clock = _Clock()
+    loop = _Loop(session, config, fallback, eos_token_ids, stats)
     try:
-        rng = np.random.default_rng(config.seed)
-        clock = _Clock()
-        logits = prefill(engine, prompt, PREFILL_ROWS)
-        stats.prompt_tokens = len(prompt)
+        steps = loop.prefill(prompt)
         stats.prefill_ms = clock.lap_ms()
-        length = len(prompt)  # tokens of the sequence whose KV entries are in slots 0 … length-1
         while True:
-            step, following = _emit(engine, logits, length, config, fallback, rng, stats)
-            stats.tokens += 1
-            stats.decode_ms += clock.lap_ms()
-            yield step
-            clock.lap_ms()  # the caller's time
-            if step.token in eos_token_ids or stats.tokens >= limit:
-                return
-            if following is None:  # the token was not run yet: there was nothing to examine
-                following = _forward(engine, [step.token], [length], length, [0], stats).logits[0]
-            logits = following
-            length += 1
+            for step in steps:
+                stats.saw(step, config, session.noise)
+                stats.decode_ms += clock.lap_ms()
+                yield step
+                clock.lap_ms()  # the caller's time
+                if step.token in eos_token_ids or stats.tokens >= limit:
+                    return
+            steps = loop.next_pass(room=limit - stats.tokens)
     except NumericsError:
-        engine.clear()  # a NaN left in a slot would reach the next answer
+        _forget(session)  # a NaN left in a slot would reach the next answer
         raise
 
 
-def prefill(engine: Engine, prompt: Sequence[int], width: int) -> NDArray[np.float32]:
-    """Fill slots 0 … len(prompt)-1, `width` rows a pass, and return the logits (V,) after the last token.
+class _Loop:
+    """One answer in the making. A position is settled either by its only candidate, or by a decision.
 
-    Raises NumericsError, naming the first position that is not finite.
+    `_now` are the candidates of position len(held). When that position's token is settled before it was run, as a
+    single candidate is, its step is `_pending`, and the next pass runs it.
     """
-    for start in range(0, len(prompt), width):
-        chunk = prompt[start : start + width]
-        positions = range(start, start + len(chunk))
-        last = start + len(chunk) == len(prompt)
-        out = engine.forward(chunk, positions, start, [len(chunk) - 1] if last else [])
-        try:
-            check_finite(out, positions, chunk)
-        except NumericsError:
-            if width > 1:  # a NaN reaches earlier rows of its pass: find where it comes from
-                engine.clear()
-                prefill(engine, prompt, width=1)
-            raise
-    logits: NDArray[np.float32] = out.logits[0]
-    return logits
+
+    def __init__(
+        self, session: Session, config: DecodeConfig, fallback: str, eos_token_ids: Set[int], stats: Stats
+    ) -> None:
+        self._session, self._config, self._fallback = session, config, fallback
+        self._eos, self._stats = eos_token_ids, stats
+        self._rng = np.random.default_rng(config.seed)
+        # a draft is verified as the first choice of its position: other strategies and orders look elsewhere first
+        ranked = config.strategy == "top1" and config.order == "ranked" if config.align else not config.sample
+        self._drafts = session.drafts if ranked else None
+        self._pending: Step | None = None  # its token is to be run
+        self._now: Candidates
+        self._examined: list[_Examined] = []  # candidates of `_now`, in the order of examination
+        self._rows_placed = 0  # by the passes of this decision, in the slots from len(held) on
+
+    # ── the prompt ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def prefill(self, prompt: Sequence[int]) -> list[Step]:
+        """Fill the cache with the prompt, except for what it holds already; returns what is settled thereby."""
+        held = self._session.held
+        kept = 0
+        while kept < min(len(held), len(prompt) - 1) and held[kept] == prompt[kept]:
+            kept += 1
+        del held[kept:]
+        self._stats.prompt_tokens, self._stats.reused_tokens = len(prompt), kept
+        self._now = self._fill(prompt)
+        if self._drafts is not None:
+            self._drafts.begin(prompt)
+        return self._settle()
+
+    def _fill(self, tokens: Sequence[int]) -> Candidates:
+        """Run what the cache does not hold of `tokens`; returns the candidates after the last."""
+        held = self._session.held
+        while len(held) < len(tokens):
+            start = len(held)
+            chunk = tokens[start : start + PREFILL_ROWS]
+            last = start + len(chunk) == len(tokens)
+            work = Pass(chunk, range(start, start + len(chunk)), start, [len(chunk) - 1] if last else [])
+            out = self._session.engine.run(work)
+            if not is_finite(out):
+                self._find_fault([], Pass(tokens, range(len(tokens)), 0))
+            held.extend(chunk)
+        return self._following(out)[len(chunk) - 1]
+
+    # ── one pass ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_pass(self, room: int) -> list[Step]:
+        """Run one pass and return the tokens that it settles, maybe none. room: tokens that may still be emitted."""
+        return self._advance(self._pending, room) if self._pending is not None else self._examine(room)
+
+    def _advance(self, settled: Step, room: int) -> list[Step]:
+        """Run the settled token, a draft behind it."""
+        token, length = settled.token, len(self._session.held)
+        draft = self._draft(token, room)
+        count = self._session.schedule.plan(View(length, np.empty(0), draft=draft)).drafted
+        chain = [token, *draft.tokens[:count]]
+        rows = range(len(chain))
+        asked = rows[1:] if self._config.align else []
+        out = self._run(Pass(chain, range(length, length + len(chain)), length, rows, asked, [-np.inf] * len(asked)))
+        following = self._following(out)
+        self._go_on(settled, following[0])
+        self._stats.drafted += count
+        steps = self._verify(chain[1:], out.margins.tolist(), [following[row] for row in rows[1:]])
+        return steps + self._settle()
+
+    def _examine(self, room: int) -> list[Step]:
+        """Run candidates that were not examined yet, a draft under the first; decide, if that is enough."""
+        config, now, length = self._config, self._now, len(self._session.held)
+        order = examination_order(config.order, len(now))
+        start = len(self._examined)
+        exhaustive = config.strategy != "top1"
+        fallback = 0 if self._fallback == "first" else len(now) - 1
+        probabilities = now.probabilities[order]
+        draft = self._draft(int(now.ids[0]), room - 1) if start == 0 else NO_DRAFT
+        plan = self._session.schedule.plan(
+            View(
+                length,
+                probabilities,
+                tuple(e.margin for e in self._examined),
+                config.threshold,
+                exhaustive,
+                refeed=order[0] == fallback and config.strategy != "random",
+                draft=draft,
+            )
+        )
+
+        # rows: the first candidate, the draft under it, the other candidates, maybe an earlier fallback once more
+        ranks = order[start : start + plan.candidates]
+        chain = list(draft.tokens[: plan.drafted])
+        tokens = [int(now.ids[ranks[0]]), *chain, *(int(now.ids[rank]) for rank in ranks[1:])]
+        row_of = {rank: i + len(chain) * (i > 0) for i, rank in enumerate(ranks)}
+        positions = [length, *range(length + 1, length + 1 + len(chain)), *[length] * (len(ranks) - 1)]
+        asked = list(range(len(tokens)))
+        priorities = [-np.inf] * len(tokens)
+        if config.strategy != "random":
+            for i, row in enumerate(row_of.values()):
+                priorities[row] = -float(i) if config.strategy == "top1" else 0.0
+        last = start + len(ranks) == len(now)
+        fallback_row = None
+        if last and config.strategy != "random" and not any(e.margin > config.threshold for e in self._examined):
+            known = any(e.rank == fallback and e.following is not None for e in self._examined)
+            if not known and fallback not in row_of:
+                row_of[fallback] = len(tokens)
+                tokens.append(int(now.ids[fallback]))
+                positions.append(length)
+            fallback_row = None if known else row_of[fallback]
+        slot = length + self._rows_placed
+        out = self._run(
+            Pass(
+                tokens,
+                positions,
+                slot,
+                range(1 + len(chain)) if chain else (),
+                asked,
+                priorities,
+                float(config.strategy == "max_prob"),
+                config.threshold,
+                fallback_row,
+            )
+        )
+        self._rows_placed += len(tokens)
+        self._stats.drafted += len(chain)
+
+        following = self._following(out)
+        for e in self._examined:  # the fallback, once more
+            if e.rank in row_of:
+                e.slot, e.following = slot + row_of[e.rank], following.get(row_of[e.rank])
+        for rank in ranks:
+            row = row_of[rank]
+            self._examined.append(_Examined(rank, float(out.margins[row]), slot + row, following.get(row)))
+        margins = [e.margin for e in self._examined]
+        if not last and (exhaustive or max(margins) <= config.threshold):
+            return []
+        drafted_margins = out.margins[1 : 1 + len(chain)].tolist()
+        step = self._decide(fallback, probabilities)
+        if step.rank > 1 or not chain:
+            return [step, *self._settle()]
+        drafted = [following[row] for row in range(1, 1 + len(chain))]
+        return [step, *self._verify(chain, drafted_margins, drafted), *self._settle()]
+
+    def _decide(self, fallback: int, probabilities: NDArray[np.float64]) -> Step:
+        """Emit the chosen one of the examined candidates."""
+        config, examined, now = self._config, self._examined, self._now
+        margins = [e.margin for e in examined]
+        self._session.schedule.learn(probabilities, margins, config.threshold)
+        choice = choose(config.strategy, margins, config.threshold, self._rng)
+        if choice is None:
+            chosen = next(e for e in examined if e.rank == fallback)
+        else:
+            chosen = examined[choice]
+            if config.strategy == "top1":
+                examined = examined[: choice + 1]  # the sequential procedure stops here
+        token = int(now.ids[chosen.rank])
+        step = Step(
+            token,
+            len(self._session.held),
+            now,
+            chosen.rank + 1,
+            {e.rank + 1: e.margin for e in examined},
+            choice is None,
+        )
+        if chosen.following is None:
+            self._pending = step
+        else:
+            if chosen.slot != step.position:
+                self._session.engine.move(chosen.slot, step.position)
+            self._go_on(step, chosen.following)
+        return step
+
+    def _verify(self, chain: Sequence[int], margins: Sequence[float], following: Sequence[Candidates]) -> list[Step]:
+        """The drafted tokens that the sequential procedure would have chosen. Their entries are in place."""
+        steps = []
+        for index, token in enumerate(chain):
+            now, position = self._now, len(self._session.held)
+            if int(now.ids[0]) != token:
+                break
+            seen = {}
+            if len(now) > 1:
+                margin = float(margins[index])
+                seen = {1: margin}
+                examined = [_Examined(0, margin, position, following[index])]
+                if not margin > self._config.threshold:
+                    self._examined, self._rows_placed = examined, 1  # so much of the decision is made
+                    break
+                self._session.schedule.learn(now.probabilities, [margin], self._config.threshold)
+            steps.append(Step(token, position, now, 1, seen, forced=False, drafted=True))
+            self._go_on(steps[-1], following[index])
+        return steps
+
+    def _settle(self) -> list[Step]:
+        """Emit the token of a position at which there is nothing to decide."""
+        if self._pending is not None or (self._config.align and len(self._now) > 1):
+            return []
+        pick = sample(self._now, self._config.temperature, self._rng) if self._config.sample else 0
+        step = Step(int(self._now.ids[pick]), len(self._session.held), self._now, pick + 1, {}, forced=False)
+        self._pending = step
+        return [step]
+
+    # ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _go_on(self, step: Step, following: Candidates) -> None:
+        """The token's entry is in its place; its successors are known."""
+        self._session.held.append(step.token)
+        if self._drafts is not None:
+            self._drafts.extend(step.token, first_choice=step.rank == 1 and not step.forced)
+        self._now, self._pending = following, None
+        self._examined, self._rows_placed = [], 0
+
+    def _draft(self, following: int, most: int) -> Draft:
+        if self._drafts is None or following in self._eos:
+            return NO_DRAFT
+        wanted = DRAFT_ROWS if self._config.draft is None else self._config.draft
+        draft = self._drafts.draft(following, min(most, wanted))
+        for index, token in enumerate(draft.tokens):
+            if token in self._eos:
+                return Draft(draft.tokens[: index + 1], draft.chances[: index + 1])
+        return draft
+
+    def _following(self, out: Outcome) -> dict[int, Candidates]:
+        """{row: candidates of the position after it} of the rows that went through the head."""
+        greedy = not (self._config.align or self._config.sample)
+        top_k = 1 if greedy else self._config.top_k
+        return {
+            int(row): select(ids, logits, float(normaliser), top_k, self._config.top_p)
+            for row, ids, logits, normaliser in zip(
+                out.rows, out.top_ids, out.top_logits, out.log_normaliser, strict=True
+            )
+        }
+
+    def _run(self, work: Pass) -> Outcome:
+        started = time.perf_counter()
+        out = self._session.engine.run(work)
+        self._stats.engine_ms += (time.perf_counter() - started) * 1e3
+        self._stats.forwards += 1
+        self._stats.rows += len(work.tokens)
+        if not is_finite(out):
+            self._find_fault(list(self._session.held), work)
+        return out
+
+    def _find_fault(self, before: list[int], work: Pass) -> None:
+        """Raise NumericsError for a pass, after the tokens `before`, that gave something that is not a number.
+
+        A NaN reaches other rows of its pass, so the rows are run again, one at a time, on a clean cache.
+        """
+        _forget(self._session)
+        if before:
+            self._fill(before)
+        for row, (token, position) in enumerate(zip(work.tokens, work.positions, strict=True)):
+            slot = position if position > len(before) else work.slot + row  # a chain's, or a sibling's
+            check_row(self._session.engine, int(token), position, slot, margin=self._config.align and bool(before))
+        raise NumericsError(f"a pass at position {len(before)} gave numbers that are not finite, and not when repeated")
 
 
-def _emit(
-    engine: Engine,
-    logits: NDArray[np.float32],
-    length: int,
-    config: DecodeConfig,
-    fallback: str,
-    rng: np.random.Generator,
-    stats: Stats,
-) -> tuple[Step, NDArray[np.float32] | None]:
-    """Choose the token at position `length`; also the logits after it, if it was run, its KV entry in place."""
-    if not config.align:
-        greedy = not config.sample
-        candidates = select(logits, 1 if greedy else config.top_k, config.top_p)
-        pick = 0 if greedy else sample(candidates, config.temperature, rng)
-        return Step(int(candidates.ids[pick]), length, candidates, pick + 1, {}, False), None
-
-    candidates = select(logits, config.top_k, config.top_p)
-    stats.candidate_counts[len(candidates)] += 1
-    if len(candidates) == 1:
-        return Step(int(candidates.ids[0]), length, candidates, 1, {}, False), None
-
-    examined = _examine(engine, candidates, length, config, stats)
-    choice = choose(config.strategy, [e.margin for e in examined], config.threshold, rng)
-    if choice is None:
-        pick = 0 if fallback == "first" else len(candidates) - 1
-        chosen = next(e for e in examined if e.rank == pick)
-    else:
-        chosen = examined[choice]
-        if config.strategy == "top1":
-            examined = examined[: choice + 1]  # the sequential procedure stops here
-    following = chosen.logits.copy()
-    if chosen.slot != length:
-        engine.move(chosen.slot, length)
-
-    stats.decisions += 1
-    stats.examined += len(examined)
-    for e in examined:
-        stats.saw_margin(abs(e.margin - config.threshold))
-    if choice is None:
-        stats.forced += 1
-    else:
-        stats.accepted_rank[chosen.rank + 1] += 1
-    margins = {e.rank + 1: e.margin for e in examined}
-    step = Step(int(candidates.ids[chosen.rank]), length, candidates, chosen.rank + 1, margins, choice is None)
-    return step, following
-
-
-def _examine(
-    engine: Engine, candidates: Candidates, length: int, config: DecodeConfig, stats: Stats
-) -> list[_Examined]:
-    """Ask the agent about the candidates in order: all of them, or with top1 up to the pass that has an accepted one.
-
-    Every candidate stands at position `length`, sees the prefix and itself, and has a slot of its own, so the
-    entries of earlier passes stay whole until the decision is made.
-    """
-    order = examination_order(config.order, len(candidates))
-    width = 1 if config.schedule == "one-by-one" else len(order)
-    examined: list[_Examined] = []
-    keep = width < len(order)  # a later pass may overwrite what an earlier one returned
-    for start in range(0, len(order), width):
-        ranks = order[start : start + width]
-        tokens = [int(candidates.ids[r]) for r in ranks]
-        slot = length + start
-        out = _forward(engine, tokens, [length] * len(ranks), slot, range(len(ranks)), stats)
-        margins = engine.margins(out.hidden).astype(np.float64)  # as the threshold is: they are compared exactly
-        if not np.isfinite(margins).all():
-            raise NumericsError(f"the agent's margin at position {length} is not finite: its weights are at fault")
-        for row, rank in enumerate(ranks):
-            logits = out.logits[row].copy() if keep else out.logits[row]
-            examined.append(_Examined(rank, float(margins[row]), slot + row, logits))
-        if config.strategy == "top1" and (margins > config.threshold).any():
-            break
-    return examined
-
-
-def _forward(
-    engine: Engine,
-    tokens: Sequence[int],
-    positions: Sequence[int],
-    slot: int,
-    rows: Sequence[int],
-    stats: Stats,
-) -> Forward:
-    out = engine.forward(tokens, positions, slot, rows)
-    stats.forwards += 1
-    stats.rows += len(tokens)
-    check_finite(out, positions, tokens)
-    return out
+def _forget(session: Session) -> None:
+    session.engine.clear()
+    session.held.clear()
 
 
 class _Clock:

@@ -9,19 +9,23 @@ Each is a thin wrapper of the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from mara_runtime.bundle import Bundle
+from mara_runtime.calibrate import measured_cost
 from mara_runtime.chat import Message
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Step, decode
+from mara_runtime.decode import Noise, Session, Step, decode
+from mara_runtime.drafts import NGrams
 from mara_runtime.engine import Engine, open_engine
 from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
+from mara_runtime.schedule import Acceptance, Adaptive, Cost, Fixed, Schedule
 from mara_runtime.stats import Stats
+from mara_runtime.tensors import spare_slots
 from mara_runtime.text import TextSide, TextStream
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -68,9 +72,11 @@ class Piece:
 class AlignedDecoder:
     """A bundle ready to decode. One generation at a time: it owns one KV cache.
 
-    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a
-    physical core;
-    verify: compare the bundle's files with their checksums first.
+    A prompt that begins with what the cache still holds, as the next turn of a conversation does, keeps that part.
+
+    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a physical core;
+    verify: compare the bundle's files with their checksums first; cost: what width costs here, default measured at
+    the first adaptive answer, once for bundle and machine; report: told when something takes its time.
     """
 
     def __init__(
@@ -80,6 +86,8 @@ class AlignedDecoder:
         engine: str | Engine = "auto",
         threads: int | None = None,
         verify: bool = True,
+        cost: Cost | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
         self.text_side = TextSide(self.bundle) if self.bundle.manifest.tokenizer is not None else None
@@ -89,12 +97,23 @@ class AlignedDecoder:
         else:
             self.engine, self.declined = engine, {}
         manifest = self.bundle.manifest
-        if self.engine.slots < manifest.max_context + manifest.max_candidates:
+        needed = manifest.max_context + spare_slots(manifest.max_candidates)
+        if self.engine.slots < needed:
             raise EngineError(
-                f"the engine has {self.engine.slots} KV slots; {self.bundle.folder} needs "
-                f"{manifest.max_context + manifest.max_candidates}: max_context and one a candidate"
+                f"the engine has {self.engine.slots} KV slots; {self.bundle.folder} needs {needed}: max_context and "
+                "what one decision takes"
             )
+        self._cost, self._report = cost, report
+        self._acceptance, self._drafts = Acceptance(), NGrams()
+        self._held: list[int] = []
         self._turn = 0
+
+    def forget(self) -> None:
+        """Empty the KV cache, and forget what was learned of the agent and of the texts."""
+        self._turn += 1
+        self.engine.clear()
+        self._held.clear()
+        self._acceptance, self._drafts = Acceptance(), NGrams()
 
     def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt.
@@ -167,15 +186,40 @@ class AlignedDecoder:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")
         return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
 
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise MaraError("this answer cannot go on: the decoder has begun another, and it holds one KV cache")
+
+    def _session(self, config: DecodeConfig) -> Session:
+        noise = self.bundle.manifest.noise
+        drafts = self._drafts if config.draft or (config.draft is None and config.schedule == "adaptive") else None
+        return Session(
+            self.engine,
+            self._schedule(config),
+            drafts,
+            None if noise is None else Noise(noise["margins"], noise["logits"]),
+            self._held,
+        )
+
+    def _schedule(self, config: DecodeConfig) -> Schedule:
+        if config.schedule == "adaptive" and (config.align or config.draft != 0):
+            if self._cost is None:
+                self._cost = measured_cost(self.bundle, self.engine, self._report)
+                self._held.clear()  # the measurement has written over it
+            return Adaptive(self._cost, self._acceptance)
+        return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
+
     def _pieces(self, ids: list[int], config: DecodeConfig, turn: int) -> Iterator[Piece]:
         manifest = self.bundle.manifest
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
         eos = frozenset(manifest.model.eos_token_ids)
         stats = Stats()
+        self._check_turn(turn)  # before anything is measured under the feet of another answer
+        session = self._session(config)
         stream = TextStream(self.text_side, config.stop) if self.text_side else None
         emitted: list[int] = []
         steps = decode(
-            self.engine,
+            session,
             ids,
             config,
             fallback=config.fallback or manifest.agent.fallback,
@@ -184,8 +228,7 @@ class AlignedDecoder:
             stats=stats,
         )
         while True:
-            if turn != self._turn:
-                raise MaraError("this answer cannot go on: the decoder has begun another, and it holds one KV cache")
+            self._check_turn(turn)
             step = next(steps)
             emitted.append(step.token)
             text = stream.push(step.token) if stream else ""

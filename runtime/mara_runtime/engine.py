@@ -1,7 +1,7 @@
 """What the decode loop needs of an engine, and how one is chosen.
 
-An engine runs a frozen LLM over a KV cache of numbered slots, and its agent. It knows nothing of candidates,
-strategies or text. Rows and slots are explained in `mara_runtime.tensors`.
+An engine runs the step graph (mara_runtime.tensors) over a KV cache of numbered slots. It knows nothing of
+candidates, strategies or text; rows and slots are explained in `mara_runtime.tensors`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,60 @@ from numpy.typing import NDArray
 
 from mara_runtime.config import ENGINES
 from mara_runtime.errors import EngineError, NumericsError
-from mara_runtime.tensors import MASKED
 
 if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What one forward pass returns; the arrays may be overwritten by the next pass."""
+class Pass:
+    """The rows of one forward pass, and what is wanted of them."""
+
+    tokens: Sequence[int]
+    """(S,) a token a row"""
+    positions: Sequence[int]
+    """(S,) a row attends to the slots below its position and to its own"""
+    slot: int
+    """row i is written to slot `slot + i`"""
+    head_rows: Sequence[int] = ()
+    """rows whose next tokens are wanted, whatever the agent says"""
+    agent_rows: Sequence[int] = ()
+    """(N,) rows shown to the agent"""
+    priorities: Sequence[float] = ()
+    """(N,) of the accepted ones the greatest `priority + margin_weight * margin` is elected; -inf: never"""
+    margin_weight: float = 0.0
+    threshold: float = 0.0
+    """a row is accepted when its margin exceeds this"""
+    fallback_row: int | None = None
+    """elected when nobody is"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass returns; the arrays may be overwritten by the next pass."""
+
+    margins: NDArray[np.float32]
+    """(N,) of the agent's rows; NaN where the hidden state is not finite"""
+    rows: NDArray[np.int64]
+    """(R,) those that went through the LM head: `head_rows`, then the elected one, if any"""
+    top_ids: NDArray[np.int64]
+    """(R, K) the best next tokens"""
+    top_logits: NDArray[np.float32]
+    """(R, K) descending"""
+    log_normaliser: NDArray[np.float32]
+    """(R,) log-probability = logit - log_normaliser; NaN where the logits are not finite"""
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All that a pass computes, for whoever compares or diagnoses; decoding has no need of it."""
 
     hidden: NDArray[np.float32]
-    """(S, D) after the final norm, a row each"""
+    """(S, D) after the final norm"""
     logits: NDArray[np.float32]
-    """(R, V) of the rows asked for, in the order asked"""
+    """(S, V)"""
+    margins: NDArray[np.float32]
+    """(S,)"""
 
 
 class Engine(Protocol):
@@ -36,19 +76,13 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """Size of the KV cache."""
+        """Size of the KV cache when it is largest."""
 
-    def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], slot: int, logits_rows: Sequence[int]
-    ) -> Forward:
-        """Run S rows: row i has `tokens[i]` at `positions[i]` and is written to slot `slot + i`.
+    def run(self, work: Pass) -> Outcome:
+        """Run the rows, write their KV entries, and return what was asked for."""
 
-        It attends to the slots below its position and to its own. So a prompt is a chain, positions slot, slot+1, …;
-        siblings share a position, and a later pass may place more of them in later slots.
-        """
-
-    def margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N, D) hidden states to (N,) accept margins of the agent."""
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+        """Run the rows and return their hidden states, logits and margins."""
 
     def move(self, source: int, target: int) -> None:
         """Make the entry of slot `source` that of slot `target`, in every layer."""
@@ -60,32 +94,32 @@ class Engine(Protocol):
         """What ran: name, versions, graph, threads; recorded with every result."""
 
 
-def check_finite(out: Forward, positions: Sequence[int], tokens: Sequence[int]) -> None:
-    """Raise NumericsError, naming the position, when a pass over these rows gave something that is not a number."""
-    bad = np.flatnonzero(~np.isfinite(out.hidden).all(axis=1)).tolist()
-    if bad:
-        position = positions[bad[0]]
-        # Siblings of one pass may infect each other, so all that are not finite are named.
-        at_fault = ", ".join(str(tokens[row]) for row in bad if positions[row] == position)
+def is_finite(out: Outcome) -> bool:
+    """Are all margins and logits of a pass numbers?"""
+    return bool(np.isfinite(out.margins).all() and np.isfinite(out.log_normaliser).all())
+
+
+def check_row(engine: Engine, token: int, position: int, slot: int, *, margin: bool) -> None:
+    """Run one row. Raises NumericsError, naming its position, when it gives something that is not a number.
+
+    margin: the agent's answer counts, too.
+    """
+    found = engine.evaluate([token], [position], slot)
+    if not np.isfinite(found.hidden).all():
         raise NumericsError(
-            f"the hidden state at position {position} (token {at_fault}) is not finite: the model's weights or its "
+            f"the hidden state at position {position} (token {token}) is not finite: the model's weights or its "
             "precision are at fault; export it again, at a higher precision if it was quantised"
         )
     # -inf alone is a token ruled out; NaN, +inf, or nothing but -inf leaves no probabilities
-    if out.logits.size and not np.isfinite(out.logits.max(axis=1)).all():
+    if np.isnan(found.logits).any() or not np.isfinite(found.logits.max()):
         raise NumericsError(
-            f"the logits after position {positions[-1]} are not finite: the model's LM head or its precision is at "
-            "fault; export it again, at a higher precision if it was quantised"
+            f"the logits after position {position} are not finite: the model's LM head or its precision is at fault; "
+            "export it again, at a higher precision if it was quantised"
         )
-
-
-def attention_mask(positions: Sequence[int], slot: int, slots: int) -> NDArray[np.float32]:
-    """(1, 1, S, slots) additive mask of the rule in `Engine.forward`."""
-    index = np.arange(slots)
-    own = slot + np.arange(len(positions))
-    seen = (index < np.asarray(positions)[:, None]) | (index == own[:, None])
-    mask: NDArray[np.float32] = np.where(seen, np.float32(0), np.float32(MASKED))
-    return mask[None, None]
+    if margin and not np.isfinite(found.margins).all():
+        raise NumericsError(
+            f"the agent's margin at position {position} is not finite: the agent's weights are at fault"
+        )
 
 
 def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) -> tuple[Engine, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError
 from mara_runtime.tensors import ModelShape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MAX_DEPTH = 16
 """Levels of nesting; the format has five."""
@@ -51,11 +52,13 @@ class AgentFacts:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """One ONNX graph: its file and the target it was lowered for."""
+    """The ONNX graph: its file, what it was lowered for, and what its weights are."""
 
     file: str
     lowering: str
     precision: str
+    quantisation: dict[str, Any] | None
+    """bits, block_size, quantiser, keep; None when nothing was quantised"""
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,18 @@ class Manifest:
     """candidates of a position; also the KV cache's spare slots"""
     targets: tuple[str, ...]
     """engines this bundle was made for"""
-    llm: GraphFacts
-    agent_graph: GraphFacts
+    step: GraphFacts
     tokenizer: TokenizerFacts | None
     made_with: dict[str, str]
     """{package: version}"""
     parity: dict[str, Any] | None
     """report of the parity gate; None when it was switched off"""
+    noise: dict[str, float] | None
+    """gaps in `margins` and `logits` that another width of pass may close; None when not measured"""
     files: dict[str, FileEntry]
     """every file but the manifest, by its path in the bundle"""
     io: dict[str, Any]
-    """inputs and outputs of each graph: name, dtype, shape"""
+    """inputs and outputs of the graph: name, dtype, shape"""
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -175,8 +179,12 @@ class _Reader:
             max_context=self._count("max_context"),
             max_candidates=self._count("max_candidates"),
             targets=tuple(self._texts("targets")),
-            llm=self._graph("llm"),
-            agent_graph=self._graph("agent_graph"),
+            step=GraphFacts(
+                self._file("step.file"),
+                self._text("step.lowering"),
+                self._text("step.precision"),
+                self._get("step.quantisation", dict, type(None)),
+            ),
             tokenizer=None
             if tokenizer is None
             else TokenizerFacts(
@@ -188,6 +196,7 @@ class _Reader:
             ),
             made_with=self._dict_of(str, "made_with"),
             parity=self._get("parity", dict, type(None)),
+            noise=self._noise(),
             files={
                 name: FileEntry(entry["size_bytes"], entry["sha256"])
                 for name, entry in self._dict_of(dict, "files").items()
@@ -196,8 +205,15 @@ class _Reader:
             io=self._get("io", dict),
         )
 
-    def _graph(self, name: str) -> GraphFacts:
-        return GraphFacts(self._file(f"{name}.file"), self._text(f"{name}.lowering"), self._text(f"{name}.precision"))
+    def _noise(self) -> dict[str, float] | None:
+        noise = self._get("noise", dict, type(None))
+        return None if noise is None else {name: self._number(f"noise.{name}") for name in ("margins", "logits")}
+
+    def _number(self, path: str) -> float:
+        value: float = self._get(path, int, float)
+        if not 0 <= value <= sys.float_info.max:
+            raise self._wrong(path, f"is {_short(value)}, not a finite number of at least 0")
+        return float(value)
 
     def _get(self, path: str, *kinds: type) -> Any:
         value: Any = self._root

@@ -1,13 +1,17 @@
-"""The ONNX Runtime engine: both graphs of a bundle in ONNX Runtime sessions, the KV cache in place.
+"""The ONNX Runtime engine: a bundle's step graph in one session, the KV cache in place.
 
-Past and present of a layer are bound to the same memory, so a forward pass writes its rows' entries where they
-stay. Proved on the CPU provider. On CUDA the same class keeps the cache on the device, where numpy cannot reach it:
-`move` then computes the entry again, in one row.
+Past and present of a layer are bound to the same memory, so a pass writes its rows' entries where they stay. Inputs
+and outputs are NumPy arrays that ONNX Runtime reads and writes in place, bound once for each shape of pass: a new
+binding costs more than the rest of the host's work in a step.
+
+Proved on the CPU provider. On CUDA the same class keeps the cache on the device, where NumPy cannot reach it: `move`
+then computes the entry again, in one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +19,16 @@ from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Forward, attention_mask
+from mara_runtime.engine import Everything, Outcome, Pass
 from mara_runtime.errors import EngineError, OptionError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine name."""
 MAX_THREADS = 1024
+FIRST_SLOTS = 512
+"""The cache begins with so many slots and doubles when a conversation outgrows it."""
+_KEPT_ROWS = 64
+"""Bindings of passes wider than this, parts of prompts, are not kept."""
 
 
 def why_not(bundle: Bundle, name: str) -> str | None:
@@ -38,8 +46,21 @@ def why_not(bundle: Bundle, name: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A binding for passes of one shape, and the arrays that it reads and writes."""
+
+    binding: Any
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
+
+
+_Key = tuple[int, int, int, int]  # S, H0, N, F
+_OF_UNKNOWN_SIZE = (tensors.ROWS, tensors.TOP_IDS, tensors.TOP_LOGITS, tensors.LOG_NORMALISER)
+
+
 class OrtEngine:
-    """See `Engine`; the manifest's capacity decides the size of the KV cache."""
+    """See `Engine`; the manifest's capacity decides the greatest size of the KV cache."""
 
     def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None) -> None:
         import onnxruntime as ort
@@ -48,112 +69,192 @@ class OrtEngine:
             raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
         self._bundle = bundle
         self._name = name
-        self._in_reach = name == "cpu"  # of numpy: the cache's memory is the slab's
+        self._in_reach = name == "cpu"  # of NumPy: the cache's memory is the slab's
         self._threads = threads
         manifest = bundle.manifest
+        path = bundle.path(manifest.step.file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime's own choice, one a physical core
         options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[name]])
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
 
-        # The agent is small: a thread pool of its own would only spin beside the LLM's.
-        single = ort.SessionOptions()
-        single.intra_op_num_threads = 1
-        single.log_severity_level = 3
+        self._shape = manifest.model.shape
+        self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
+        self._check_io(path, tensors.step_inputs(self._shape), tensors.step_outputs(self._shape, self._top))
+        self._slots = manifest.max_context + tensors.spare_slots(manifest.max_candidates)
+        self._bound: dict[_Key, _Bound] = {}
+        self._allocate(min(FIRST_SLOTS, self._slots))
 
-        def session(file: str, options: ort.SessionOptions) -> ort.InferenceSession:
-            try:
-                return ort.InferenceSession(str(bundle.path(file)), options, providers=[PROVIDERS[name]])
-            except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-                first_line = (str(error).splitlines() or [type(error).__name__])[0]
-                raise EngineError(f"ONNX Runtime cannot load {bundle.path(file)}: {first_line}") from error
-
-        self._llm = session(manifest.llm.file, options)
-        self._agent = session(manifest.agent_graph.file, single)
-        self._binding = self._llm.io_binding()
-
-        shape = manifest.model.shape
-        self._check_io(self._llm, manifest.llm.file, tensors.llm_inputs(shape), tensors.llm_outputs(shape))
-        self._check_io(
-            self._agent, manifest.agent_graph.file, tensors.agent_inputs(shape.hidden_size), tensors.agent_outputs()
-        )
-        self._slots = manifest.max_context + manifest.max_candidates
-        size = (1, shape.num_kv_heads, self._slots, shape.head_dim)
-        # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
-        self._slab = np.zeros((2 * shape.num_layers, *size), np.float32)
-        self._cache: list[ort.OrtValue] = []
-        self._tokens: list[int] = [0] * self._slots  # what `move` needs where the cache is out of numpy's reach
-        self._positions: list[int] = [0] * self._slots
-        for index, (past, present) in enumerate(tensors.kv_names(shape.num_layers)):
-            device = {} if self._in_reach else {"device_type": name, "device_id": 0}
-            value = ort.OrtValue.ortvalue_from_numpy(self._slab[index], **device)
-            self._cache.append(value)
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
-
-    def _check_io(self, session: Any, file: str, *expected: list[tensors.Tensor]) -> None:
+    def _check_io(self, path: Any, *expected: list[tensors.Tensor]) -> None:
         """Does the graph have the tensors that the manifest's sizes ask for?"""
-        for wanted, there in zip(expected, (session.get_inputs(), session.get_outputs()), strict=True):
+        for wanted, there in zip(expected, (self._session.get_inputs(), self._session.get_outputs()), strict=True):
             names = {t.name: tuple(t.shape) for t in there}
             for tensor in wanted:
                 if names.get(tensor.name) != tensor.shape:
                     raise EngineError(
-                        f"{self._bundle.path(file)} does not fit its manifest: {tensor.name} should have the shape "
+                        f"{path} does not fit its manifest: {tensor.name} should have the shape "
                         f"{tensor.shape} and has {names.get(tensor.name)}; export the bundle again"
                     )
 
+    # ── the KV cache ─────────────────────────────────────────────────────────────────────────────────────────────────
+
     @property
     def slots(self) -> int:
-        """Size of the KV cache."""
+        """Size of the KV cache when it is largest."""
         return self._slots
 
-    def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], slot: int, logits_rows: Sequence[int]
-    ) -> Forward:
-        """See `Engine.forward`."""
-        rows = len(tokens)
-        if slot + rows > self._slots:
-            raise EngineError(f"{rows} rows at slot {slot} exceed the KV cache of {self._slots} slots")
-        feeds: dict[str, NDArray[Any]] = {
-            tensors.INPUT_IDS: np.asarray(tokens, np.int64)[None],
-            tensors.POSITION_IDS: np.asarray(positions, np.int64)[None],
-            tensors.ATTENTION_MASK: attention_mask(positions, slot, self._slots),
-            tensors.WRITE_INDICES: np.array([slot], np.int64),
-            tensors.LOGITS_ROWS: np.asarray(logits_rows, np.int64),
-        }
-        for name, array in feeds.items():
-            self._binding.bind_cpu_input(name, array)
-        for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):  # anew: their shapes follow S and R
-            self._binding.bind_output(name, "cpu")
-        self._llm.run_with_iobinding(self._binding)
-        *_, logits, hidden = self._binding.get_outputs()  # in the order of binding
-        self._tokens[slot : slot + rows] = [int(t) for t in tokens]
-        self._positions[slot : slot + rows] = [int(p) for p in positions]
-        return Forward(hidden=hidden.numpy()[0], logits=logits.numpy())
+    @property
+    def allocated_slots(self) -> int:
+        """Size of the KV cache now."""
+        return int(self._slab.shape[3])
 
-    def margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See `Engine.margins`."""
-        margins: NDArray[np.float32] = self._agent.run([tensors.AGENT_MARGIN], {tensors.AGENT_STATES: hidden})[0]
-        return margins
+    def _allocate(self, slots: int) -> None:
+        import onnxruntime as ort
+
+        shape = self._shape
+        # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
+        self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), np.float32)
+        device = {} if self._in_reach else {"device_type": self._name, "device_id": 0}
+        self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]
+        self._tokens = [0] * slots  # what `move` needs where the cache is out of NumPy's reach
+        self._positions = [0] * slots
+        self._bound.clear()
+
+    def _make_room(self, slots: int) -> None:
+        """Grow the cache to hold `slots`, keeping what is in it."""
+        if slots > self._slots:
+            raise EngineError(f"{slots} slots are needed; the KV cache has {self._slots}")
+        size = self.allocated_slots
+        while size < slots:
+            size = min(2 * size, self._slots)
+        if size == self.allocated_slots:
+            return
+        held = self._slab if self._in_reach else [value.numpy() for value in self._cache]
+        tokens, positions = self._tokens, self._positions
+        self._allocate(size)
+        for layer, entries in zip(self._slab, held, strict=True):
+            layer[:, :, : len(tokens)] = entries
+        self._tokens[: len(tokens)], self._positions[: len(tokens)] = tokens, positions
+        self._upload()
+
+    def _upload(self) -> None:
+        if not self._in_reach:
+            for value, layer in zip(self._cache, self._slab, strict=True):
+                value.update_inplace(layer)
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
         if self._in_reach:
             self._slab[:, :, :, target] = self._slab[:, :, :, source]
         else:
-            self.forward([self._tokens[source]], [self._positions[source]], target, [])
+            self.run(Pass([self._tokens[source]], [self._positions[source]], target))
 
     def clear(self) -> None:
-        """See `Engine.clear`."""
-        self._slab[:] = 0
+        """See `Engine.clear`; the cache is as small as at first again."""
+        self._allocate(min(FIRST_SLOTS, self._slots))
+
+    # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, work: Pass) -> Outcome:
+        """See `Engine.run`."""
+        rows = len(work.tokens)
+        self._make_room(work.slot + rows)
+        fallbacks = work.fallback_row is not None
+        bound = self._bind((rows, len(work.head_rows), len(work.agent_rows), int(fallbacks)))
+        self._fill(bound.inputs, work)
+        self._session.run_with_iobinding(bound.binding)
+        self._remember(work)
+        outputs = bound.outputs
+        if tensors.ROWS not in outputs:
+            found = bound.binding.get_outputs()  # in the order of binding: these came first
+            outputs = {**outputs, **{n: value.numpy() for n, value in zip(_OF_UNKNOWN_SIZE, found, strict=False)}}
+            for name in _OF_UNKNOWN_SIZE:  # a kept binding takes the last result for preallocated memory
+                bound.binding.bind_output(name, "cpu")
+        return Outcome(
+            outputs[tensors.MARGINS],
+            outputs[tensors.ROWS],
+            outputs[tensors.TOP_IDS],
+            outputs[tensors.TOP_LOGITS],
+            outputs[tensors.LOG_NORMALISER],
+        )
+
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+        """See `Engine.evaluate`."""
+        rows = range(len(tokens))
+        self._make_room(slot + len(rows))
+        work = Pass(tokens, positions, slot, rows, rows, [-np.inf] * len(rows))
+        bound = self._make_binding((len(rows), len(rows), len(rows), 0))
+        self._fill(bound.inputs, work)
+        for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
+            bound.binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(bound.binding)
+        self._remember(work)
+        *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
+        return Everything(hidden.numpy()[0], logits.numpy(), bound.outputs[tensors.MARGINS])
+
+    def _fill(self, inputs: dict[str, NDArray[Any]], work: Pass) -> None:
+        inputs[tensors.INPUT_IDS][0] = work.tokens
+        inputs[tensors.POSITION_IDS][0] = work.positions
+        inputs[tensors.WRITE_INDICES][0] = work.slot
+        inputs[tensors.HEAD_ROWS][:] = work.head_rows
+        inputs[tensors.AGENT_ROWS][:] = work.agent_rows
+        inputs[tensors.PRIORITIES][:] = work.priorities
+        inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
+        inputs[tensors.THRESHOLD][0] = _below(work.threshold)
+        if work.fallback_row is not None:
+            inputs[tensors.FALLBACK_ROW][0] = work.fallback_row
+
+    def _remember(self, work: Pass) -> None:
         if not self._in_reach:
-            for value, zeros in zip(self._cache, self._slab, strict=True):
-                value.update_inplace(zeros)
+            rows = slice(work.slot, work.slot + len(work.tokens))
+            self._tokens[rows], self._positions[rows] = map(int, work.tokens), map(int, work.positions)
+
+    def _bind(self, key: _Key) -> _Bound:
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._make_binding(key)
+            if key[0] <= _KEPT_ROWS:
+                self._bound[key] = bound
+        return bound
+
+    def _make_binding(self, key: _Key) -> _Bound:
+        import onnxruntime as ort
+
+        rows, heads, asked, fallbacks = key
+        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": asked, "F": fallbacks, "R": heads + fallbacks}
+        binding = self._session.io_binding()
+
+        def arrays(wanted: list[tensors.Tensor]) -> dict[str, NDArray[Any]]:
+            return {
+                t.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in t.shape], t.dtype)
+                for t in wanted
+                if "C" not in t.shape and t.name not in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
+            }
+
+        inputs = arrays(tensors.step_inputs(self._shape))
+        outputs = arrays(tensors.step_outputs(self._shape, self._top))
+        if asked and not fallbacks:  # somebody may be elected, or nobody
+            for name in _OF_UNKNOWN_SIZE:
+                del outputs[name]
+                binding.bind_output(name, "cpu")
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), self._cache, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        return _Bound(binding, inputs, outputs)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
         import onnxruntime
 
-        graph = self._bundle.manifest.llm
+        graph = self._bundle.manifest.step
         return {
             "name": self._name,
             "version": f"onnxruntime {onnxruntime.__version__}",
@@ -161,3 +262,10 @@ class OrtEngine:
             "precision": graph.precision,
             "threads": self._threads,
         }
+
+
+def _below(threshold: float) -> float:
+    """The greatest float32 not above a float64: the same float32 margins exceed the two."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(threshold)
+    return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mara_runtime.config import DecodeConfig
+    from mara_runtime.decode import Noise, Step
 
 
 @dataclass
@@ -27,25 +33,56 @@ class Stats:
     smallest_margin: float | None = None
     """least |margin - threshold| among the examined candidates: how near a decision came to tipping"""
 
+    # of the numbers
+    within_noise: int = 0
+    """positions whose outcome lay within the noise that the bundle records: there another width of pass, or another
+    machine, may choose otherwise"""
+
     # of the work
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """of the prompt, that the KV cache still held"""
     forwards: int = 0
     """forward passes of the LLM after the prompt"""
     rows: int = 0
     """token rows computed in them"""
+    drafted: int = 0
+    """rows of drafted continuations among them"""
+    confirmed: int = 0
+    """drafted tokens that were emitted"""
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     """after the prompt, without the time the caller spends between tokens"""
+    engine_ms: float = 0.0
+    """of decode_ms, inside the engine's passes"""
 
     @property
     def tokens_per_second(self) -> float:
         """Emitted tokens by decode time."""
         return self.tokens / self.decode_ms * 1e3 if self.decode_ms else 0.0
 
-    def saw_margin(self, distance: float) -> None:
-        """Note |margin - threshold| of an examined candidate."""
-        if self.smallest_margin is None or distance < self.smallest_margin:
-            self.smallest_margin = distance
+    def saw(self, step: Step, config: DecodeConfig, noise: Noise | None) -> None:
+        """Count an emitted token."""
+        self.tokens += 1
+        self.confirmed += step.drafted
+        if not config.align:
+            return
+        self.candidate_counts[len(step.candidates)] += 1
+        distances = [abs(margin - config.threshold) for margin in step.margins.values()]
+        if distances:
+            self.decisions += 1
+            self.examined += len(distances)
+            nearest = min(distances)
+            self.smallest_margin = nearest if self.smallest_margin is None else min(self.smallest_margin, nearest)
+            if step.forced:
+                self.forced += 1
+            else:
+                self.accepted_rank[step.rank] += 1
+        if noise is not None:
+            if config.strategy == "max_prob" and len(distances) > 1:
+                best, second, *_ = sorted(step.margins.values(), reverse=True)
+                distances.append(best - second)
+            self.within_noise += step.candidates.gap < noise.logits or min(distances, default=np.inf) < noise.margins
 
     def algorithm(self) -> dict[str, Any]:
         """The algorithm's counters alone: equal for every schedule (the margin, a measurement, up to rounding)."""
@@ -63,10 +100,15 @@ class Stats:
         """All counters as plain values."""
         return {
             **self.algorithm(),
+            "within_noise": self.within_noise,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "forwards": self.forwards,
             "rows": self.rows,
+            "drafted": self.drafted,
+            "confirmed": self.confirmed,
             "prefill_ms": round(self.prefill_ms, 3),
             "decode_ms": round(self.decode_ms, 3),
+            "engine_ms": round(self.engine_ms, 3),
             "tokens_per_second": round(self.tokens_per_second, 2),
         }

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engine import Forward
+from mara_runtime.engine import Everything, Outcome, Pass
+from mara_runtime.tensors import top_tokens
 
 Prefix = tuple[int, ...]
 Lookup = Callable[[Prefix], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -25,9 +26,16 @@ class TableEngine:
     sequence has its first `position` slots filled before it.
     """
 
-    def __init__(self, lookup: Lookup, agent: Callable[[NDArray[np.float32]], NDArray[np.float32]], slots: int) -> None:
+    def __init__(
+        self,
+        lookup: Lookup,
+        agent: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+        slots: int,
+        max_candidates: int = 64,
+    ) -> None:
         self._lookup = lookup
         self._agent = agent
+        self._most = max_candidates
         self._entries: list[tuple[int, int] | None] = [None] * slots  # (token, position) by slot
 
     @property
@@ -35,21 +43,35 @@ class TableEngine:
         """Size of the KV cache."""
         return len(self._entries)
 
-    def forward(
-        self, tokens: Sequence[int], positions: Sequence[int], slot: int, logits_rows: Sequence[int]
-    ) -> Forward:
-        """See `Engine.forward`; an entry that does not belong to the prefix it stands in is an IndexError."""
-        for row, (token, position) in enumerate(zip(tokens, positions, strict=True)):
-            self._entries[slot + row] = (int(token), int(position))
-        rows = [self._lookup((*self._prefix(p), int(t))) for t, p in zip(tokens, positions, strict=True)]
-        return Forward(
-            hidden=np.stack([hidden for _, hidden in rows]),
-            logits=np.stack([rows[r][0] for r in logits_rows]) if len(logits_rows) else np.zeros((0, 0), np.float32),
+    def run(self, work: Pass) -> Outcome:
+        """See `Engine.run`; an entry that does not belong to the prefix it stands in is an IndexError."""
+        hidden, logits = self._rows(work.tokens, work.positions, work.slot)
+        asked = list(work.agent_rows)
+        margins = self._margins(hidden[asked]) if asked else np.zeros(0, np.float32)
+        scores = [
+            (priority + work.margin_weight * margin, -index)
+            for index, (priority, margin) in enumerate(zip(work.priorities, margins, strict=True))
+            if float(margin) > work.threshold and priority > -np.inf
+        ]
+        rows = list(work.head_rows)
+        if scores:
+            rows.append(asked[-max(scores)[1]])
+        elif work.fallback_row is not None:
+            rows.append(work.fallback_row)
+        chosen = logits[rows]
+        top = top_tokens(self._most, logits.shape[1])
+        ids = np.argsort(-chosen, axis=1, kind="stable")[:, :top]
+        with np.errstate(invalid="ignore"):
+            greatest = chosen.max(axis=1, keepdims=True, initial=-np.inf)
+            normaliser = np.log(np.exp(chosen - greatest).sum(axis=1)) + greatest[:, 0]
+        return Outcome(
+            margins, np.array(rows, np.int64), ids.astype(np.int64), np.take_along_axis(chosen, ids, 1), normaliser
         )
 
-    def margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See `Engine.margins`."""
-        return self._agent(hidden)
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+        """See `Engine.evaluate`."""
+        hidden, logits = self._rows(tokens, positions, slot)
+        return Everything(hidden, logits, self._margins(hidden))
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
@@ -62,6 +84,19 @@ class TableEngine:
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
         return {"name": "table"}
+
+    def _margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """NaN for a state that is not finite, whatever the agent makes of it."""
+        margins = self._agent(hidden).astype(np.float32)
+        return np.where(np.isfinite(hidden).all(axis=1), margins, np.float32(np.nan))
+
+    def _rows(
+        self, tokens: Sequence[int], positions: Sequence[int], slot: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        for row, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            self._entries[slot + row] = (int(token), int(position))
+        rows = [self._lookup((*self._prefix(p), int(t))) for t, p in zip(tokens, positions, strict=True)]
+        return np.stack([hidden for _, hidden in rows]), np.stack([logits for logits, _ in rows])
 
     def _prefix(self, position: int) -> Prefix:
         tokens: list[int] = []

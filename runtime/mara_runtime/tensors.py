@@ -1,12 +1,20 @@
 """Every tensor of the exported graphs: names, shapes, dtypes. Export, lowering, engines and tests read them here.
 
-Symbolic dimensions: S rows of one forward pass, R rows whose logits are wanted, C slots of the KV cache,
-N hidden states. A row is one token; it is written to one KV slot and has one position:
+A bundle has one graph, the *step*: the LLM, the agent beside it, the choice among candidates, and the LM head on the
+rows that need one. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows shown to the agent,
+H0 rows whose logits are wanted whatever the agent says, F fallback rows (0 or 1), R rows that went through the head.
+A row is one token; it is written to one KV slot and has one position:
 
-    row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots
-    where `attention_mask[0, 0, i]` is 0 (elsewhere `MASKED`).
+    row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots below
+    its position and to its own.
 
-Slot and position are different things: sibling candidates share a position and occupy a slot each.
+Slot and position are different things: sibling candidates share a position and occupy a slot each. So a prompt or a
+drafted chain has positions T, T+1, …, siblings T, T, …, and both may stand in one pass.
+
+The choice: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
+`priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, if one
+was given. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
+best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser.
 """
 
 from __future__ import annotations
@@ -16,14 +24,32 @@ from dataclasses import dataclass
 
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
-ATTENTION_MASK = "attention_mask"
 WRITE_INDICES = "write_indices"
-LOGITS_ROWS = "logits_rows"
+HEAD_ROWS = "head_rows"
+AGENT_ROWS = "agent_rows"
+PRIORITIES = "priorities"
+MARGIN_WEIGHT = "margin_weight"
+THRESHOLD = "threshold"
+FALLBACK_ROW = "fallback_row"
+
+MARGINS = "margins"
+ROWS = "rows"
+TOP_IDS = "top_ids"
+TOP_LOGITS = "top_logits"
+LOG_NORMALISER = "log_normaliser"
 LAST_HIDDEN_STATE = "last_hidden_state"
 LOGITS = "logits"
 
+# of the parts that the step is made of, before they are joined
+ATTENTION_MASK = "attention_mask"
 AGENT_STATES = "hidden_states"
 AGENT_MARGIN = "margin"
+
+TOP_SPARE = 8
+"""Tokens returned beyond the candidates that a position may have: where an engine orders equal logits as it likes,
+the host sorts them and cuts."""
+DRAFT_ROWS = 16
+"""Longest drafted continuation; with the candidates and one re-fed fallback the KV cache's spare slots."""
 
 MASKED = -1e9
 """Additive mask of a slot that a row must not see; finite, so that no row of it can become NaN."""
@@ -67,37 +93,78 @@ def kv_names(num_layers: int) -> list[tuple[str, str]]:
     return [(past(i, p), present(i, p)) for i in range(num_layers) for p in ("key", "value")]
 
 
+def spare_slots(max_candidates: int) -> int:
+    """KV slots that one decision may need beyond the sequence's own."""
+    return max_candidates + DRAFT_ROWS + 1
+
+
 def llm_inputs(shape: ModelShape) -> list[Tensor]:
-    """Inputs of `llm.onnx` in order."""
-    kv = (1, shape.num_kv_heads, "C", shape.head_dim)
+    """Inputs of the traced LLM, in order."""
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
         Tensor(POSITION_IDS, "int64", (1, "S")),
         Tensor(ATTENTION_MASK, "float32", (1, 1, "S", "C")),
         Tensor(WRITE_INDICES, "int64", (1,)),
-        Tensor(LOGITS_ROWS, "int64", ("R",)),
-        *(Tensor(name, "float32", kv) for name, _ in kv_names(shape.num_layers)),
+        Tensor(ROWS, "int64", ("R",)),
+        *_cache(shape, 0),
     ]
 
 
 def llm_outputs(shape: ModelShape) -> list[Tensor]:
-    """Outputs of `llm.onnx` in order; the hidden state is taken after the final norm."""
-    kv = (1, shape.num_kv_heads, "C", shape.head_dim)
+    """Outputs of the traced LLM, in order; the hidden state is taken after the final norm."""
     return [
         Tensor(LOGITS, "float32", ("R", shape.vocab_size)),
         Tensor(LAST_HIDDEN_STATE, "float32", (1, "S", shape.hidden_size)),
-        *(Tensor(name, "float32", kv) for _, name in kv_names(shape.num_layers)),
+        *_cache(shape, 1),
     ]
 
 
 def agent_inputs(hidden_size: int) -> list[Tensor]:
-    """Inputs of `agent.onnx`."""
+    """Inputs of the traced agent."""
     return [Tensor(AGENT_STATES, "float32", ("N", hidden_size))]
 
 
 def agent_outputs() -> list[Tensor]:
-    """Outputs of `agent.onnx`: margin = z1 - z0, accepted when above the threshold."""
+    """Outputs of the traced agent: margin = z1 - z0, accepted when above the threshold."""
     return [Tensor(AGENT_MARGIN, "float32", ("N",))]
+
+
+def step_inputs(shape: ModelShape) -> list[Tensor]:
+    """Inputs of `step.onnx`, in order."""
+    return [
+        Tensor(INPUT_IDS, "int64", (1, "S")),
+        Tensor(POSITION_IDS, "int64", (1, "S")),
+        Tensor(WRITE_INDICES, "int64", (1,)),
+        Tensor(HEAD_ROWS, "int64", ("H0",)),
+        Tensor(AGENT_ROWS, "int64", ("N",)),
+        Tensor(PRIORITIES, "float32", ("N",)),
+        Tensor(MARGIN_WEIGHT, "float32", (1,)),
+        Tensor(THRESHOLD, "float32", (1,)),
+        Tensor(FALLBACK_ROW, "int64", ("F",)),
+        *_cache(shape, 0),
+    ]
+
+
+def step_outputs(shape: ModelShape, top: int) -> list[Tensor]:
+    """Outputs of `step.onnx`, in order. The last two before the cache are for whoever asks, and cost nothing else."""
+    return [
+        Tensor(MARGINS, "float32", ("N",)),
+        Tensor(ROWS, "int64", ("R",)),
+        Tensor(TOP_IDS, "int64", ("R", top)),
+        Tensor(TOP_LOGITS, "float32", ("R", top)),
+        Tensor(LOG_NORMALISER, "float32", ("R",)),
+        *llm_outputs(shape),
+    ]
+
+
+def top_tokens(max_candidates: int, vocab_size: int) -> int:
+    """Tokens that a step returns of each row that went through the head."""
+    return min(max_candidates + TOP_SPARE, vocab_size)
+
+
+def _cache(shape: ModelShape, side: int) -> list[Tensor]:
+    size = (1, shape.num_kv_heads, "C", shape.head_dim)
+    return [Tensor(names[side], "float32", size) for names in kv_names(shape.num_layers)]
 
 
 def dynamic_axes(tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:

@@ -6,7 +6,7 @@ import importlib
 import io
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
+from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
 from mara_export.sources import resolve_model
 from tests import checkpoints
@@ -26,6 +27,15 @@ torch.set_num_threads(1)
 
 CHECKPOINT_SEED, AGENT_SEED = 0, 1
 MAX_CONTEXT, MAX_CANDIDATES = 256, 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where measurements of these bundles are kept, for this session; processes that it starts inherit it."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -78,24 +88,26 @@ def bundle(
     agent: Callable[[str], agents.Agent],
     agent_file: Callable[[str], Path],
 ) -> Callable[..., Path]:
-    """(architecture, lowering="ort") → folder of a bundle that passed the gate."""
+    """(architecture or "demo", lowering="ort", precision="fp32") → folder of a bundle that passed the gate."""
     root = tmp_path_factory.mktemp("bundles")
 
     @cache
-    def make(architecture: str, lowering: str) -> Path:
-        out = root / f"{architecture}-{lowering}"
-        export(
-            resolve_model(str(checkpoint(architecture))),
-            agent(architecture),
-            agent_file(architecture).name,
-            out,
-            lowering=lowering,
-            max_context=MAX_CONTEXT,
-            max_candidates=MAX_CANDIDATES,
-        )
+    def make(architecture: str, lowering: str, precision: str) -> Path:
+        out = root / f"{architecture}-{lowering}-{precision}"
+        options: dict[str, Any] = {
+            "lowering": lowering,
+            "precision": precision,
+            "max_context": MAX_CONTEXT,
+            "max_candidates": MAX_CANDIDATES,
+        }
+        if architecture == "demo":
+            export_demo(out, quiet=True, **options)
+        else:
+            name = agent_file(architecture).name
+            export(resolve_model(str(checkpoint(architecture))), agent(architecture), name, out, **options)
         return out
 
-    return lambda architecture, lowering="ort": make(architecture, lowering)
+    return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)
 
 
 @dataclass

@@ -39,11 +39,16 @@ STATS_KEYS = {
     "accepted_rank",
     "candidate_counts",
     "smallest_margin",
+    "within_noise",
     "prompt_tokens",
+    "reused_tokens",
     "forwards",
     "rows",
+    "drafted",
+    "confirmed",
     "prefill_ms",
     "decode_ms",
+    "engine_ms",
     "tokens_per_second",
     "engine",
 }
@@ -374,7 +379,7 @@ def test_export_prints_progress_apart_from_its_summary(command, checkpoint, agen
     assert f"{folder} exists already" in again.err
     quiet = command("export", *options, "--quiet", "--out", "quiet", "--lowering", "portable")
     assert quiet == Outcome(0, "", "")
-    assert Bundle.open("quiet").manifest.llm.lowering == "portable"
+    assert Bundle.open("quiet").manifest.step.lowering == "portable"
 
 
 # --- chat on a terminal ----------------------------------------------------------------------------------------------

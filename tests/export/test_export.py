@@ -29,6 +29,7 @@ from mara_export.errors import ModelError
 from mara_export.export import export
 from mara_export.progress import Progress
 from mara_export.sources import resolve_model
+from mara_export.weights import Weights
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from tests import checkpoints
@@ -66,9 +67,14 @@ STAGES = [
     "_gate_prompts",
     "parity.reference_case",
     "trace_llm",
+    "load",
     "lower",
-    "_save",
+    "tie_head",
+    "halve",
+    "quantise",
     "trace_agent",
+    "join",
+    "weights.save",
     "write_tokenizer",
     "_versions",
     "OrtEngine",
@@ -87,7 +93,7 @@ STAGES = [
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_is_left_of_an_export_that_ended_early(make, tmp_path, monkeypatch, stage, error, before) -> None:
     where, _, name = stage.rpartition(".")
-    holder: Any = {"": export_module, "parity": parity, "folder": folder_module}[where]
+    holder: Any = {"": export_module, "parity": parity, "folder": folder_module, "weights": Weights}[where]
     real, calls = getattr(holder, name), []
 
     def failing(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +107,7 @@ def test_nothing_is_left_of_an_export_that_ended_early(make, tmp_path, monkeypat
     monkeypatch.setattr(holder, name, failing)
     out = tmp_path / "new" / "deeper" / "out"
     with pytest.raises((error, MaraError) if error is OSError else error, match="injected"):
-        make(out)
+        make(out, precision={"halve": "fp16", "quantise": "int8"}.get(stage, "fp32"))
     assert calls
     assert list(tmp_path.iterdir()) == []
 
@@ -210,7 +216,7 @@ def test_a_dangling_link_is_not_followed_nor_lost(make, tmp_path) -> None:
         ({"max_candidates": 0}, "--max-candidates is 0; it must lie between 1 and 1024"),
         ({"max_candidates": 1025}, "--max-candidates is 1025"),
         ({"lowering": "tensorrt"}, "--lowering is 'tensorrt'; it must be one of ort, portable"),
-        ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32"),
+        ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, int8, int4"),
     ],
 )
 def test_options_are_checked_first(make, tmp_path, monkeypatch, options, message) -> None:
@@ -253,11 +259,10 @@ def test_no_pickle_and_no_path_of_this_machine(bundle, checkpoint, tmp_path_fact
         assert not data.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"PK\x03\x04"))
         with pytest.raises((ValueError, IndexError, KeyError, EOFError)):
             list(pickletools.genops(io.BytesIO(data)))
-    for name in ("llm.onnx", "agent.onnx"):
-        model = onnx.load(folder / name, load_external_data=False)
-        assert not model.doc_string
-        assert not model.graph.doc_string
-        assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    model = onnx.load(folder / "step.onnx", load_external_data=False)
+    assert not model.doc_string
+    assert not model.graph.doc_string
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,7 @@ def test_the_returned_bundle_is_the_one_on_disk(make, tmp_path) -> None:
 
 def test_the_manifest_states_the_facts(make, tmp_path, reference) -> None:
     manifest = json.loads((make(tmp_path / "out", "llama").folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["schema_version"] == 1
+    assert manifest["schema_version"] == 2
     assert manifest["model"]["source"] == "llama"
     assert manifest["model"]["architecture"] == "llama"
     assert manifest["model"]["eos_token_ids"] == list(checkpoints.EOS_IDS)  # config.json names only the first
@@ -306,7 +311,13 @@ def test_the_manifest_states_the_facts(make, tmp_path, reference) -> None:
     assert (manifest["max_context"], manifest["max_candidates"]) == (64, 64)
     assert manifest["targets"] == ["cpu"]
     assert manifest["made_with"]["torch"] == torch.__version__
-    assert [t["name"] for t in manifest["io"]["llm"]["inputs"]][:3] == ["input_ids", "position_ids", "attention_mask"]
+    assert manifest["step"] == {"file": "step.onnx", "lowering": "ort", "precision": "fp32", "quantisation": None}
+    graph = onnx.load(tmp_path / "out" / "step.onnx", load_external_data=False).graph
+    for side, infos in (("inputs", graph.input), ("outputs", graph.output)):
+        assert [t["name"] for t in manifest["io"][side]] == [info.name for info in infos]
+    assert [t["name"] for t in manifest["io"]["inputs"]][:3] == ["input_ids", "position_ids", "write_indices"]
+    assert manifest["io"]["outputs"][2] == {"name": "top_ids", "dtype": "int64", "shape": ["R", 72]}
+    assert set(manifest["noise"]) == {"margins", "logits"}
 
 
 @pytest.mark.parametrize("lowering", ["ort", "portable"])
@@ -350,6 +361,7 @@ def test_how_the_checkpoint_is_stored_makes_no_difference(make, checkpoint, tmp_
     reports = [json.loads((bundle.folder / "manifest.json").read_text(encoding="utf-8")) for bundle in bundles]
     for bundle, report in zip(bundles, reports, strict=True):
         assert report.pop("parity")["passed"]
+        assert report.pop("noise")["logits"] > 0
         (bundle.folder / "manifest.json").write_text(json.dumps(report))
         assert contents(bundle.folder) == contents(bundles[0].folder)
 
@@ -374,6 +386,9 @@ def test_tied_and_separate_heads_pass_the_gate(make, tmp_path, architecture, tie
     bundle = make(tmp_path / "out", architecture, folder)
     assert bundle.manifest.parity["passed"]
     assert bundle.manifest.tokenizer is None
+    shape = bundle.manifest.model.shape
+    graph = onnx.load(bundle.path("step.onnx"), load_external_data=False).graph
+    assert sum(shape.vocab_size in t.dims for t in graph.initializer) == (1 if tie else 2)
 
 
 def test_a_window_as_large_as_the_capacity_passes_the_gate(make, checkpoint, tmp_path) -> None:
@@ -520,9 +535,14 @@ def test_not_finite_weights_are_stopped_by_the_gate(make, checkpoint, tmp_path) 
 def test_progress_is_a_line_a_stage(make, tmp_path, capfd) -> None:
     make(tmp_path / "one", progress=Progress())
     lines = capfd.readouterr().err.splitlines()
-    stages = ["load qwen2", "run the reference", "trace the LLM", "lower to 'ort' and write", "parity gate"]
+    stages = ["load qwen2", "run the reference", "trace the LLM", "lower to 'ort'", "join with the agent, and write"]
+    stages.append("parity gate")
     assert [line.strip()[: len(stage)] for line, stage in zip(lines, stages, strict=True)] == stages
     assert all(line.endswith(" s") for line in lines)
+    make(tmp_path / "int8", progress=Progress(), precision="int8")
+    lines = capfd.readouterr().err.splitlines()
+    stages.insert(4, "quantise to int8")
+    assert [line.strip()[: len(stage)] for line, stage in zip(lines, stages, strict=True)] == stages
     make(tmp_path / "two", progress=Progress(quiet=True))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")

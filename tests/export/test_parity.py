@@ -13,15 +13,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-import mara_runtime.ort_engine
 from mara_export import export as export_module
 from mara_export import parity
 from mara_export.errors import ParityError
 from mara_export.export import export
 from mara_export.sources import resolve_model
-from mara_runtime import engine as engine_module
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.ort_engine import OrtEngine
@@ -31,14 +29,19 @@ GATE = parity.GATES["fp32"]
 Damage = Callable[[onnx.ModelProto], None]
 
 
-# --- what the gate is to find: damages of a lowered graph ------------------------------------------------------------
+# --- what the gate is to find: damages of a finished graph, its weights in it -----------------------------------------
+
+
+def weight(model: onnx.ModelProto, name: str) -> TensorProto:
+    (tensor,) = [t for t in model.graph.initializer if t.name == name]
+    return tensor
 
 
 def perturb(name: str, by: float = 1e-3) -> Damage:
     """Every value of a weight off by about a thousandth of it. (One factor for all would pass through a norm.)"""
 
     def damage(model: onnx.ModelProto) -> None:
-        (tensor,) = [t for t in model.graph.initializer if t.name == name]
+        tensor = weight(model, name)
         value = numpy_helper.to_array(tensor)
         noise = by * np.random.default_rng(0).standard_normal(value.shape)
         tensor.CopyFrom(numpy_helper.from_array((value * (1 + noise)).astype(np.float32), name))
@@ -57,38 +60,50 @@ def change_scale(model: onnx.ModelProto) -> None:
         attribute.f *= 1.01
 
 
+def is_mask(node: NodeProto) -> bool:
+    return node.name.startswith("step/mask/")
+
+
+def constant(name: str, value: Any) -> NodeProto:
+    return helper.make_node("Constant", [], [name], name, value=numpy_helper.from_array(np.asarray(value), name))
+
+
 def shift_late_positions(model: onnx.ModelProto) -> None:
     """Rotate all from position 6 on one step too far. (Every one alike would change nothing: RoPE is relative.)"""
     one_more = [
-        helper.make_node("Constant", [], ["t/five"], value=helper.make_tensor("", onnx.TensorProto.INT64, [], [5])),
-        helper.make_node("Less", ["t/five", tensors.POSITION_IDS], ["t/late"]),
-        helper.make_node("Cast", ["t/late"], ["t/shift"], to=onnx.TensorProto.INT64),
-        helper.make_node("Add", [tensors.POSITION_IDS, "t/shift"], ["t/positions"]),
+        constant("t/five", np.int64(5)),
+        helper.make_node("Less", ["t/five", tensors.POSITION_IDS], ["t/late"], "t/late"),
+        helper.make_node("Cast", ["t/late"], ["t/shift"], "t/shift", to=TensorProto.INT64),
+        helper.make_node("Add", [tensors.POSITION_IDS, "t/shift"], ["t/positions"], "t/positions"),
     ]
-    insert(model, one_more, tensors.POSITION_IDS, "t/positions")
+    insert(model, one_more, tensors.POSITION_IDS, "t/positions", but=is_mask)
 
 
 def rotate_by_slot(model: onnx.ModelProto) -> None:
     """Rotate a sibling by the slot it is written to, not by the position it shares."""
     by_slot = [
-        helper.make_node("Shape", [tensors.INPUT_IDS], ["t/rows"], start=1, end=2),
-        *(
-            helper.make_node("Constant", [], [name], value=helper.make_tensor("", onnx.TensorProto.INT64, dims, [v]))
-            for name, dims, v in (("t/zero", [], 0), ("t/one", [], 1), ("t/axis", [1], 0))
-        ),
-        helper.make_node("Squeeze", ["t/rows", "t/axis"], ["t/count"]),
-        helper.make_node("Range", ["t/zero", "t/count", "t/one"], ["t/range"]),
-        helper.make_node("Add", ["t/range", tensors.WRITE_INDICES], ["t/slots"]),
-        helper.make_node("Unsqueeze", ["t/slots", "t/axis"], ["t/positions"]),
+        helper.make_node("Shape", [tensors.INPUT_IDS], ["t/rows"], "t/rows", start=1, end=2),
+        *(constant(f"t/{name}", value) for name, value in (("zero", 0), ("one", 1), ("axis", [0]))),
+        helper.make_node("Squeeze", ["t/rows", "t/axis"], ["t/count"], "t/count"),
+        helper.make_node("Range", ["t/zero", "t/count", "t/one"], ["t/range"], "t/range"),
+        helper.make_node("Add", ["t/range", tensors.WRITE_INDICES], ["t/slots"], "t/slots"),
+        helper.make_node("Unsqueeze", ["t/slots", "t/axis"], ["t/positions"], "t/positions"),
     ]
-    insert(model, by_slot, tensors.POSITION_IDS, "t/positions")
+    insert(model, by_slot, tensors.POSITION_IDS, "t/positions", but=is_mask)
 
 
-def insert(model: onnx.ModelProto, nodes: list[onnx.NodeProto], old: str, new: str) -> None:
+def insert(
+    model: onnx.ModelProto, nodes: list[NodeProto], old: str, new: str, but: Callable[[NodeProto], bool]
+) -> None:
+    """Put nodes first, and let everybody but some read `new` for `old`."""
     graph = model.graph
     rest = [copy.deepcopy(node) for node in graph.node]
+    read = 0
     for node in rest:
-        node.input[:] = [new if name == old else name for name in node.input]
+        if not but(node):
+            read += list(node.input).count(old)
+            node.input[:] = [new if name == old else name for name in node.input]
+    assert read
     del graph.node[:]
     graph.node.extend([*nodes, *rest])
 
@@ -96,21 +111,26 @@ def insert(model: onnx.ModelProto, nodes: list[onnx.NodeProto], old: str, new: s
 def before_the_norm(model: onnx.ModelProto) -> None:
     """Hand the agent the state that goes into the final norm; the logits stay right."""
     graph = model.graph
+    normed = {tensors.LAST_HIDDEN_STATE: "t/hidden"}
     for node in graph.node:
-        node.input[:] = ["t/hidden" if name == tensors.LAST_HIDDEN_STATE else name for name in node.input]
-        node.output[:] = ["t/hidden" if name == tensors.LAST_HIDDEN_STATE else name for name in node.output]
-    (square,) = [n for n in graph.node if n.name == "/model/norm/Pow"]
-    graph.node.append(helper.make_node("Identity", [square.input[0]], [tensors.LAST_HIDDEN_STATE]))
+        if not node.name.startswith("step/"):
+            node.input[:] = [normed.get(name, name) for name in node.input]
+            node.output[:] = [normed.get(name, name) for name in node.output]
+    weights = {t.name for t in graph.initializer}
+    first = next(node for node in graph.node if node.name.startswith("/model/norm/"))
+    (state,) = {name for name in first.input if name not in weights}
+    place = next(i for i, node in enumerate(graph.node) if "t/hidden" in node.output)
+    graph.node.insert(place + 1, helper.make_node("Identity", [state], [tensors.LAST_HIDDEN_STATE], "t/before"))
 
 
 def swap_two_tokens(model: onnx.ModelProto) -> None:
-    """Two columns of the head: all numbers but two of a row are right."""
-    graph = model.graph
-    (head,) = [n for n in graph.node if tensors.LOGITS in n.output]
-    (tensor,) = [t for t in graph.initializer if t.name in head.input]
-    value = numpy_helper.to_array(tensor).copy()
-    value[:, [100, 101]] = value[:, [101, 100]]
-    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    """Of the head alone: all numbers but two of a row are right."""
+    (head,) = [n for n in model.graph.node if tensors.LOGITS in n.output]
+    value = numpy_helper.to_array(weight(model, head.input[1])).copy()
+    tokens = (slice(None),) * (value.shape[0] < value.shape[1]) + ([100, 101],)  # (D, V), or (V, D) where it is tied
+    value[tokens] = value[tokens][..., ::-1] if len(tokens) > 1 else value[[101, 100]]
+    model.graph.initializer.append(numpy_helper.from_array(value, "t/head"))
+    head.input[1] = "t/head"
 
 
 DAMAGES = {
@@ -124,28 +144,49 @@ DAMAGES = {
 }
 
 
-# --- damages of masks, as an engine would make them ------------------------------------------------------------------
-
-MASK = engine_module.attention_mask
+# --- damages of the mask ---------------------------------------------------------------------------------------------
 
 
-def one_slot_inverted(positions: Any, slot: int, slots: int) -> Any:
-    mask = MASK(positions, slot, slots)
-    mask[..., 3] = tensors.MASKED - mask[..., 3]
-    return mask
+def siblings_see_each_other(model: onnx.ModelProto) -> None:
+    """Those in later slots the ones before them: by slot, where a row sees by position."""
+    (own,) = [node for node in model.graph.node if is_mask(node) and node.op_type == "Equal"]
+    own.op_type = "LessOrEqual"
 
 
-def siblings_see_each_other(positions: Any, slot: int, slots: int) -> Any:
-    return MASK(range(slot, slot + len(positions)), slot, slots)
+def a_row_does_not_see_itself(model: onnx.ModelProto) -> None:
+    (either,) = [node for node in model.graph.node if is_mask(node) and node.op_type == "Or"]
+    either.op_type = "And"
 
 
-def first_token_unseen(positions: Any, slot: int, slots: int) -> Any:
-    mask = MASK(positions, slot, slots)
-    mask[0, 0, 1:, 0] = tensors.MASKED
-    return mask
+def masked_where(slot: int, *change: NodeProto) -> Damage:
+    """Of every row's additive mask "t/mask", one slot's value becomes "t/other"."""
+
+    def damage(model: onnx.ModelProto) -> None:
+        (made,) = [i for i, node in enumerate(model.graph.node) if tensors.ATTENTION_MASK in node.output]
+        model.graph.node[made].output[0] = "t/mask"
+        nodes = [
+            constant("t/slot", slot),
+            *(constant(f"t/{name}", value) for name, value in (("zero", 0), ("one", 1), ("axis", [0]))),
+            constant("t/masked", np.float32(tensors.MASKED)),
+            helper.make_node("Shape", [tensors.past(0, "key")], ["t/count"], "t/count", start=2, end=3),
+            helper.make_node("Squeeze", ["t/count", "t/axis"], ["t/end"], "t/end"),
+            helper.make_node("Range", ["t/zero", "t/end", "t/one"], ["t/slots"], "t/slots"),
+            helper.make_node("Equal", ["t/slots", "t/slot"], ["t/there"], "t/there"),
+            *change,
+            helper.make_node("Where", ["t/there", "t/other", "t/mask"], [tensors.ATTENTION_MASK], "t/changed"),
+        ]
+        for offset, node in enumerate(nodes, start=1):
+            model.graph.node.insert(made + offset, node)
+
+    return damage
 
 
-MASKS = {f.__name__.replace("_", " "): f for f in (one_slot_inverted, siblings_see_each_other, first_token_unseen)}
+MASKS = {
+    "one slot inverted": masked_where(3, helper.make_node("Sub", ["t/masked", "t/mask"], ["t/other"], "t/other")),
+    "first token unseen": masked_where(0, helper.make_node("Identity", ["t/masked"], ["t/other"], "t/other")),
+    "siblings see each other": siblings_see_each_other,
+    "a row does not see itself": a_row_does_not_see_itself,
+}
 
 
 # --- damages of the agent --------------------------------------------------------------------------------------------
@@ -197,28 +238,43 @@ def assert_stopped(attempt: Callable[..., Bundle], tmp_path: Path, **options: An
     return message
 
 
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Damage], None]:
+    """Damage the finished graph before the gate opens it."""
+
+    def set_up(damage: Damage) -> None:
+        class Damaged(OrtEngine):
+            def __init__(self, bundle: Bundle, *rest: Any, **more: Any) -> None:
+                path = bundle.path("step.onnx")
+                model = onnx.load(path)
+                damage(model)
+                onnx.save(model, path)
+                super().__init__(bundle, *rest, **more)
+
+        monkeypatch.setattr(export_module, "OrtEngine", Damaged)
+
+    return set_up
+
+
 @pytest.mark.parametrize("lowering", ["ort", "portable"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_wrong_graph_is_stopped(attempt, tmp_path, monkeypatch, damage, lowering) -> None:
-    real = export_module.lower
-
-    def lower(model: onnx.ModelProto, *rest: Any) -> None:
-        real(model, *rest)
-        DAMAGES[damage](model)
-
-    monkeypatch.setattr(export_module, "lower", lower)
+@pytest.mark.parametrize("damage", {**DAMAGES, **MASKS})
+def test_a_wrong_graph_is_stopped(attempt, tmp_path, damaged, damage, lowering) -> None:
+    damaged({**DAMAGES, **MASKS}[damage])
     message = assert_stopped(attempt, tmp_path, lowering=lowering)
     if damage == "before the norm":
-        assert "logits: least cosine" not in message
+        assert "logits: " not in message
         assert "hidden: least cosine" in message
+        assert "margins: " in message
     if damage == "two tokens":
         assert "hidden" not in message
+        assert "margins" not in message
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_a_wrong_mask_is_stopped(attempt, tmp_path, monkeypatch, mask) -> None:
-    monkeypatch.setattr(mara_runtime.ort_engine, "attention_mask", MASKS[mask])
-    assert_stopped(attempt, tmp_path)
+def test_an_undamaged_graph_goes_the_same_way_and_passes(attempt, damaged) -> None:
+    seen = []
+    damaged(seen.append)
+    assert attempt().manifest.parity["passed"]
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("change", AGENTS)
@@ -233,9 +289,9 @@ def test_a_wrong_agent_is_stopped(attempt, tmp_path, monkeypatch, change) -> Non
 
 def test_a_wrong_order_of_cache_slots_is_stopped(attempt, tmp_path, monkeypatch) -> None:
     class Shifted(OrtEngine):
-        def forward(self, tokens: Any, positions: Any, slot: int, logits_rows: Any) -> Any:
+        def evaluate(self, tokens: Any, positions: Any, slot: int) -> Any:
             rows = list(range(len(tokens)))[::-1] if len(tokens) == parity.SIBLINGS else list(range(len(tokens)))
-            return super().forward([tokens[r] for r in rows], [positions[r] for r in rows], slot, logits_rows)
+            return super().evaluate([tokens[r] for r in rows], [positions[r] for r in rows], slot)
 
     monkeypatch.setattr(export_module, "OrtEngine", Shifted)
     assert_stopped(attempt, tmp_path)
@@ -252,17 +308,21 @@ def test_a_good_export_passes_and_its_report_is_in_the_manifest(attempt) -> None
         assert 0 < report[name]["greatest_difference"] <= GATE.greatest_difference
     assert 0 < report["noise"]["logits"] < 0.1
     assert 0 < report["noise"]["margins"] < 0.1
+    assert bundle.manifest.noise == {name: report["noise"][name] for name in ("margins", "logits")}
     rows = report["rows"]
     assert rows > parity.PROMPTS * parity.SIBLINGS
-    for name, count in (("ranks", rows * parity.RANKS), ("decisions", rows)):
+    for name, count in (("first", rows), ("ranks", rows * parity.RANKS), ("decisions", rows)):
         assert report[name]["compared"] + report[name]["within_noise"] == count
         assert report[name]["compared"] > 0.9 * count
         assert report[name]["differing"] == 0
+    assert report["perplexity"]["exported"] == pytest.approx(report["perplexity"]["reference"], rel=1e-3)
 
 
 def test_without_the_gate_the_manifest_says_so(attempt, monkeypatch) -> None:
     monkeypatch.setattr(parity, "compare", None)
-    assert attempt(gate=False).manifest.parity is None
+    manifest = attempt(gate=False).manifest
+    assert manifest.parity is None
+    assert manifest.noise is None
 
 
 @pytest.mark.parametrize(("max_context", "max_candidates"), [(2, 1), (2, 64), (8, 1), (9, 3), (49, 1)])
@@ -293,10 +353,9 @@ def judged(checkpoint, reference, agent) -> Callable[[str], list[parity.Case]]:
 @pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
 def test_no_weight_of_any_layer_can_be_a_thousandth_off(bundle, judged, tmp_path, architecture) -> None:
     original = Bundle.open(bundle(architecture, "ort"))
-    model = onnx.load(original.path("llm.onnx"))
+    model = onnx.load(original.path("step.onnx"))
     cases = judged(architecture)
-    manifest = replace(original.manifest, llm=replace(original.manifest.llm, file="damaged.onnx"))
-    (tmp_path / "agent.onnx").write_bytes(original.path("agent.onnx").read_bytes())
+    manifest = replace(original.manifest, step=replace(original.manifest.step, file="damaged.onnx"))
 
     def failures(damage: Damage) -> list[str]:
         damaged = copy.deepcopy(model)
@@ -306,10 +365,13 @@ def test_no_weight_of_any_layer_can_be_a_thousandth_off(bundle, judged, tmp_path
         return parity.compare(cases, [parity.engine_side(engine, case) for case in cases], GATE).failures
 
     assert failures(lambda _: None) == []
-    weights = [t.name for t in model.graph.initializer if np.prod(t.dims) > 16]
-    assert len(weights) >= 9 * original.manifest.model.shape.num_layers + 3
-    # What a bias adds to all keys alike falls out of the softmax; the rest of it is small.
-    by = {name: 1e-2 if name.endswith("k_proj.bias") else 1e-3 for name in weights}
+    floats = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT]
+    weights = [t.name for t in floats if np.prod(t.dims) > 16]
+    assert len(weights) >= 9 * original.manifest.model.shape.num_layers + 2 + 5  # embedding, norm; the agent's
+    assert {name.partition("/")[0] for name in weights} >= {"agent"}
+    # What a bias adds to all keys alike falls out of the softmax; the rest of it is small, as the agent's biases are.
+    small = {"k_proj.bias": 1e-2, "ln.bias": 3e-2, "linear1.bias": 3e-2, "linear2.bias": 3e-2}
+    by = {name: next((by for end, by in small.items() if name.endswith(end)), 1e-3) for name in weights}
     assert [name for name in weights if not failures(perturb(name, by[name]))] == []
 
 
@@ -332,11 +394,13 @@ def hand_made() -> tuple[list[parity.Case], list[parity.Side]]:
 def test_equal_sides_pass() -> None:
     report = parity.compare(*hand_made(), GATE)
     assert report.failures == []
+    assert report.to_json()["first"] == {"compared": 5, "within_noise": 0, "differing": 0}
     assert report.to_json()["ranks"] == {"compared": 5 * 40, "within_noise": 0, "differing": 0}
     assert report.to_json()["decisions"] == {"compared": 5, "within_noise": 0, "differing": 0}
     rows = hand_made()[0][0].reference.rows
     floor = {name: parity.NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
     assert report.to_json()["noise"] == floor  # the two routes agree to the last bit
+    assert report.engine_noise() == {name: floor[name] for name in ("margins", "logits")}
 
 
 @pytest.mark.parametrize("where", ["found", "reference"])

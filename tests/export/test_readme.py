@@ -62,7 +62,7 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_runs(place):
     ran = [command for command in commands() if command not in NOT_RUN_HERE]
-    assert {command.split()[0] for command in ran} == {"mara-export", "mara-run", "mara-inspect"}
+    assert {command.split()[0] for command in ran} == {"mara-export", "mara-run", "mara-inspect", "mara-bench"}
     for command in ran:
         assert run(command, place).strip(), command
     (code,) = blocks("python")

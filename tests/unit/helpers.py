@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from mara_runtime.engine import Everything, Outcome, Pass
 from mara_runtime.manifest import MANIFEST_FILE
+from mara_runtime.schedule import Cost
 from mara_runtime.table_engine import TableEngine
 
 Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -32,10 +35,12 @@ def make_bundle(
     max_candidates: int = 8,
     fallback: str = "first",
     targets: Sequence[str] = ("cpu",),
+    noise: dict[str, float] | None = None,
+    graph: bytes = b"a graph",
 ) -> Path:
-    """Write a bundle whose manifest is valid and whose graphs are dummies: no engine can run it. Returns `folder`."""
+    """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"llm.onnx": b"a graph", "llm.onnx.data": bytes(range(256)), "agent.onnx": b"another graph"}
+    files = {"step.onnx": graph, "step.onnx.data": bytes(range(256))}
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer.to_str().encode()
     if chat_template is not None:
@@ -46,7 +51,7 @@ def make_bundle(
     manifest["model"]["shape"].update(vocab_size=vocab_size, hidden_size=hidden_size)
     manifest["model"]["eos_token_ids"] = list(eos_token_ids)
     manifest["agent"].update(hidden_size=hidden_size, fallback=fallback)
-    manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets))
+    manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets), noise=noise)
     write_manifest(folder, manifest)
     return folder
 
@@ -61,7 +66,7 @@ def manifest_json(
         "special_tokens": special_tokens or {},
     }
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "model": {
             "source": "example/tiny",
             "revision": "0123abc",
@@ -80,16 +85,21 @@ def manifest_json(
         "max_context": 32,
         "max_candidates": 8,
         "targets": ["cpu"],
-        "llm": {"file": "llm.onnx", "lowering": "ort", "precision": "fp32"},
-        "agent_graph": {"file": "agent.onnx", "lowering": "portable", "precision": "fp32"},
+        "step": {
+            "file": "step.onnx",
+            "lowering": "ort",
+            "precision": "int4",
+            "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
+        },
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
         "parity": {"prompts": 2, "rows": 40},
+        "noise": {"margins": 0.001, "logits": 0.0025},
         "files": {
             name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
         },
-        "io": {"llm": {"inputs": [], "outputs": []}},
+        "io": {"inputs": [], "outputs": []},
     }
 
 
@@ -150,17 +160,24 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 # ── a language model and an agent out of a hash ──────────────────────────────────────────────────────────────────────
 
+COST = Cost(
+    contexts=(16, 64), widths=(1, 2, 8), body_ms=((1.0, 1.5, 3.0), (1.5, 2.0, 4.0)), heads=(1, 4), head_ms=(0.25, 0.5)
+)
+"""Of no machine; whoever decodes with the adaptive schedule over a table hands it over, as nothing can be measured."""
 
-def hash_table(seed: int, vocab_size: int, levels: int, peak: float) -> Lookup:
+
+def hash_table(seed: int, vocab_size: int, levels: int, peak: float, memory: int | None = None) -> Lookup:
     """A language model of its own for every seed: logits (V,) and a hidden state (2,) by prefix, from a hash.
 
     levels: the logits take so many values, so few levels mean ties; peak: their spread, so a large one means
-    positions with a single candidate. Hidden states are multiples of 1/4: margins are exact, and meet thresholds.
+    positions with a single candidate; memory: only so many tokens are looked at, so few mean a text that repeats
+    itself. Hidden states are multiples of 1/4: margins are exact, and meet thresholds.
     """
 
     @cache
     def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        digest = hashlib.shake_128(f"{seed}:{prefix}".encode()).digest(vocab_size + 2)
+        seen = prefix if memory is None else prefix[-memory:]
+        digest = hashlib.shake_128(f"{seed}:{seen}".encode()).digest(vocab_size + 2)
         logits = [peak * (byte % levels) / levels for byte in digest[:vocab_size]]
         hidden = [(byte % 8 - 4) / 4 for byte in digest[vocab_size:]]
         return np.array(logits, np.float32), np.array(hidden, np.float32)
@@ -174,34 +191,78 @@ def sum_agent(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class CountingEngine(TableEngine):
-    """A TableEngine that records its calls, and that overwrites what it returned as soon as it is called again."""
+    """A TableEngine that records its calls, and that takes every liberty which the protocol allows an engine.
+
+    It overwrites what it returned as soon as it is called again, and returns equal logits with the higher id first.
+    """
 
     def __init__(
-        self, lookup: Lookup, agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent, slots: int = 512
+        self,
+        lookup: Lookup,
+        agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
+        slots: int = 512,
+        max_candidates: int = 64,
     ) -> None:
-        super().__init__(lookup, agent, slots)
-        self.calls: list[tuple[list[int], list[int], int, list[int]]] = []
-        """(tokens, positions, slot, logits_rows) of every forward pass"""
-        self.asked: list[int] = []
-        """number of hidden states of every call of the agent"""
+        super().__init__(lookup, agent, slots, max_candidates)
+        self.calls: list[Pass] = []
+        """every pass, its sequences as lists"""
+        self.evaluated: list[tuple[list[int], list[int], int]] = []
+        """(tokens, positions, slot) of every call of `evaluate`"""
         self.moves: list[tuple[int, int]] = []
-        self._given: list[NDArray[np.float32]] = []
+        self.headed: list[int] = []
+        """rows that went through the LM head, by pass"""
+        self.cleared = 0
+        self._given: list[NDArray[Any]] = []
 
-    def forward(self, tokens: Sequence[int], positions: Sequence[int], slot: int, logits_rows: Sequence[int]) -> Any:
-        self.calls.append((list(tokens), list(positions), slot, list(logits_rows)))
+    @property
+    def asked(self) -> list[int]:
+        """Rows shown to the agent, by pass; passes that show it none are left out."""
+        return [len(call.agent_rows) for call in self.calls if call.agent_rows]
+
+    def run(self, work: Pass) -> Outcome:
+        self.calls.append(
+            replace(
+                work,
+                tokens=list(work.tokens),
+                positions=list(work.positions),
+                head_rows=list(work.head_rows),
+                agent_rows=list(work.agent_rows),
+                priorities=list(work.priorities),
+            )
+        )
         for array in self._given:
-            array.fill(np.nan)
-        out = super().forward(tokens, positions, slot, logits_rows)
-        self._given = [out.hidden, out.logits]
+            array.fill(np.nan if array.dtype.kind == "f" else -1)
+        out = super().run(work)
+        order = np.array([np.lexsort((-ids, -logits)) for ids, logits in zip(out.top_ids, out.top_logits, strict=True)])
+        if len(order):
+            out = replace(
+                out,
+                top_ids=np.take_along_axis(out.top_ids, order, 1),
+                top_logits=np.take_along_axis(out.top_logits, order, 1),
+            )
+        self.headed.append(len(out.rows))
+        self._given = [out.margins, out.rows, out.top_ids, out.top_logits, out.log_normaliser]
         return out
 
-    def margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        self.asked.append(len(hidden))
-        return super().margins(hidden)
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+        self.evaluated.append((list(tokens), list(positions), slot))
+        return super().evaluate(tokens, positions, slot)
 
     def move(self, source: int, target: int) -> None:
         self.moves.append((source, target))
         super().move(source, target)
+
+    def clear(self) -> None:
+        self.cleared += 1
+        super().clear()
+
+    def grow(self, slots: int) -> None:
+        """Have at least so many slots."""
+        self._entries += [None] * (slots - self.slots)
+
+    def entries(self, count: int) -> list[tuple[int, int] | None]:
+        """(token, position) of the first so many slots."""
+        return self._entries[:count]
 
 
 def scripted(

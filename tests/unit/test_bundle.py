@@ -33,16 +33,16 @@ def refused(folder: Path, **options: Any) -> str:
 def test_opens_and_verifies(folder: Path) -> None:
     bundle = Bundle.open(folder)
     assert bundle.manifest.model.source == "example/tiny"
-    assert bundle.path("llm.onnx").read_bytes() == b"a graph"
+    assert bundle.path("step.onnx").read_bytes() == b"a graph"
     assert Bundle.open(str(folder)) == bundle
-    assert len(bundle.manifest.files) == 5
+    assert len(bundle.manifest.files) == 4
 
 
 def test_may_be_moved(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "renamed"
     moved.parent.mkdir()
     folder.rename(moved)
-    assert Bundle.open(moved).path("llm.onnx") == moved / "llm.onnx"
+    assert Bundle.open(moved).path("step.onnx") == moved / "step.onnx"
 
 
 def test_files_that_the_manifest_does_not_know_are_left_alone(folder: Path) -> None:
@@ -56,7 +56,7 @@ def test_sha256_of_a_file_longer_than_a_piece(tmp_path: Path) -> None:
     assert sha256(tmp_path / "large") == hashlib.sha256(content).hexdigest()
 
 
-NAMES = ["llm.onnx", "llm.onnx.data", "agent.onnx", "tokenizer.json", "chat_template.jinja"]
+NAMES = ["step.onnx", "step.onnx.data", "tokenizer.json", "chat_template.jinja"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,9 +87,9 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 
 def test_a_folder_in_the_place_of_a_file(folder: Path) -> None:
-    (folder / "llm.onnx").unlink()
-    (folder / "llm.onnx").mkdir()
-    assert "llm.onnx" in refused(folder)
+    (folder / "step.onnx").unlink()
+    (folder / "step.onnx").mkdir()
+    assert "step.onnx" in refused(folder)
 
 
 # ── no bundle at all ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,7 +102,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_instead_of_a_folder(folder: Path) -> None:
-    assert "mara-export" in refused(folder / "llm.onnx")
+    assert "mara-export" in refused(folder / "step.onnx")
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "nul\0l", "lone \ud800 surrogate"], ids=["long", "nul", "surrogate"])
@@ -124,14 +124,15 @@ def test_a_folder_in_the_place_of_the_manifest(tmp_path: Path) -> None:
     [
         (b"", "is not JSON"),
         (b"\x80\x02}q", "cannot be read"),
-        (b'{"schema_version": 1, "model": "\xe9"}', "cannot be read"),
+        (b'{"schema_version": 2, "model": "\xe9"}', "cannot be read"),
         (b"\xff\xfe{\x00}\x00", "cannot be read"),
         (b"[]", "schema_version"),
-        (b'{"schema_version": 2}', "schema version 2"),
-        (b'{"schema_version": 1}', "is missing"),
+        (b'{"schema_version": 1}', "schema version 1"),
+        (b'{"schema_version": 3}', "schema version 3"),
+        (b'{"schema_version": 2}', "is missing"),
         (b"[" * 200_000, "JSON"),
     ],
-    ids=["empty", "pickle", "latin-1", "utf-16", "list", "version", "no fields", "deep"],
+    ids=["empty", "pickle", "latin-1", "utf-16", "list", "version", "later version", "no fields", "deep"],
 )
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_manifest_that_is_none(folder: Path, content: bytes, found: str, verify: bool) -> None:
@@ -153,12 +154,12 @@ def test_a_graph_outside_the_bundle(folder: Path, name: str, verify: bool) -> No
     name = str(outside) if name == "ABSOLUTE" else name
     manifest = helpers.read_manifest(folder)
     manifest["files"][name] = {"size_bytes": 9, "sha256": hashlib.sha256(b"elsewhere").hexdigest()}
-    manifest["llm"]["file"] = name
+    manifest["step"]["file"] = name
     helpers.write_manifest(folder, manifest)
     assert "does not lie inside the bundle" in refused(folder, verify=verify)
 
 
-@pytest.mark.parametrize("name", ["llm.onnx", "tokenizer.json", "chat_template.jinja"])
+@pytest.mark.parametrize("name", ["step.onnx", "tokenizer.json", "chat_template.jinja"])
 def test_a_link_that_leads_out(folder: Path, name: str) -> None:
     outside = folder.parent / "outside"
     (folder / name).rename(outside)  # the same content, so that size and checksum agree
@@ -177,35 +178,35 @@ def test_a_linked_folder_that_leads_out(folder: Path) -> None:
 
 
 def test_a_link_inside_the_bundle_and_to_the_bundle_are_fine(folder: Path, tmp_path: Path) -> None:
-    (folder / "agent.onnx").rename(folder / "agent-v1.onnx")
-    (folder / "agent.onnx").symlink_to("agent-v1.onnx")
+    (folder / "step.onnx.data").rename(folder / "weights")
+    (folder / "step.onnx.data").symlink_to("weights")
     (tmp_path / "latest").symlink_to(folder, target_is_directory=True)
     assert Bundle.open(tmp_path / "latest").manifest == Bundle.open(folder).manifest
 
 
-@pytest.mark.parametrize("target", ["llm.onnx", "nowhere"], ids=["to itself", "to nothing"])
+@pytest.mark.parametrize("target", ["step.onnx", "nowhere"], ids=["to itself", "to nothing"])
 def test_a_link_to_nothing(folder: Path, target: str) -> None:
-    (folder / "llm.onnx").unlink()
-    (folder / "llm.onnx").symlink_to(target)
-    assert "llm.onnx" in refused(folder)
+    (folder / "step.onnx").unlink()
+    (folder / "step.onnx").symlink_to(target)
+    assert "step.onnx" in refused(folder)
 
 
 @pytest.mark.parametrize("size", [-1, -7, 10**30])
 def test_a_size_that_no_file_has(folder: Path, size: int) -> None:
     manifest = helpers.read_manifest(folder)
-    manifest["files"]["llm.onnx"]["size_bytes"] = size
+    manifest["files"]["step.onnx"]["size_bytes"] = size
     helpers.write_manifest(folder, manifest)
     message = refused(folder)
-    assert "llm.onnx" in message
+    assert "step.onnx" in message
     assert str(size) in message
 
 
 @pytest.mark.parametrize("checksum", ["", "0" * 64, "x" * 64, "\n"])
 def test_a_checksum_that_is_none(folder: Path, checksum: str) -> None:
     manifest = helpers.read_manifest(folder)
-    manifest["files"]["llm.onnx"]["sha256"] = checksum
+    manifest["files"]["step.onnx"]["sha256"] = checksum
     helpers.write_manifest(folder, manifest)
-    assert "llm.onnx" in refused(folder)
+    assert "step.onnx" in refused(folder)
 
 
 def test_a_file_name_longer_than_file_systems_allow(folder: Path) -> None:
@@ -216,9 +217,9 @@ def test_a_file_name_longer_than_file_systems_allow(folder: Path) -> None:
 
 
 def test_a_named_pipe_is_not_read(folder: Path) -> None:
-    (folder / "llm.onnx").unlink()
-    os.mkfifo(folder / "llm.onnx")
-    assert "llm.onnx" in refused(folder)
+    (folder / "step.onnx").unlink()
+    os.mkfifo(folder / "step.onnx")
+    assert "step.onnx" in refused(folder)
 
 
 def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(bundle_module, "sha256", fail)
     message = refused(folder)
-    assert "llm.onnx" in message
+    assert "step.onnx" in message
     assert "Permission denied" in message
 
 

@@ -9,12 +9,19 @@ import pytest
 
 from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.tensors import DRAFT_ROWS
 
 
 def test_defaults_are_those_of_the_paper_s_evaluation() -> None:
     config = DecodeConfig()
     assert (config.align, config.top_k, config.top_p, config.strategy) == (True, 40, 0.95, "top1")
     assert (config.order, config.threshold, config.fallback) == ("ranked", 0.0, None)
+
+
+def test_the_default_schedule_adapts_and_drafts_what_pays() -> None:
+    config = DecodeConfig()
+    assert (config.schedule, config.draft) == ("adaptive", None)
+    assert SCHEDULES == ("adaptive", "one-by-one", "together")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,13 @@ def test_defaults_are_those_of_the_paper_s_evaluation() -> None:
         ({"threshold": math.nan}, "--threshold", "nan", "finite"),
         ({"threshold": math.inf}, "--threshold", "inf", "finite"),
         ({"threshold": -math.inf}, "--threshold", "-inf", "finite"),
-        ({"schedule": "all"}, "--schedule", "'all'", "one-by-one, together"),
+        ({"schedule": "all"}, "--schedule", "'all'", "adaptive, one-by-one, together"),
+        ({"draft": -1}, "--draft", "-1", "at least 0"),
+        ({"draft": DRAFT_ROWS + 1}, "--draft", str(DRAFT_ROWS + 1), f"at most {DRAFT_ROWS}"),
+        ({"draft": 10**30}, "--draft", "1" + "0" * 30, f"at most {DRAFT_ROWS}"),
+        ({"draft": 2.0}, "--draft", "2.0", "whole number"),
+        ({"draft": True}, "--draft", "True", "whole number"),
+        ({"draft": "4"}, "--draft", "'4'", "whole number"),
         ({"temperature": 0.0}, "--temperature", "0.0", "above 0"),
         ({"temperature": -1.0}, "--temperature", "-1.0", "above 0"),
         ({"temperature": math.inf}, "--temperature", "inf", "finite"),
@@ -84,6 +97,8 @@ def test_a_value_of_another_kind_is_refused_like_one_out_of_range(options: dict[
         *({"order": o} for o in ORDERS),
         *({"schedule": s} for s in SCHEDULES),
         *({"fallback": f} for f in FALLBACKS),
+        *({"draft": d} for d in (None, 0, 1, DRAFT_ROWS)),
+        {"align": False, "draft": 3, "schedule": "one-by-one"},
     ],
     ids=str,
 )
@@ -103,7 +118,7 @@ def test_an_option_error_is_both_ours_and_a_value_error() -> None:
 
 
 def test_to_json_has_every_field_and_makes_the_same_config() -> None:
-    config = DecodeConfig(top_k=3, stop=("a", "b"), fallback="last", threshold=0.5)
+    config = DecodeConfig(top_k=3, stop=("a", "b"), fallback="last", threshold=0.5, draft=4)
     values = json.loads(json.dumps(config.to_json()))
     assert list(values) == [f.name for f in dataclasses.fields(DecodeConfig)]
     assert DecodeConfig(**{**values, "stop": tuple(values["stop"])}) == config

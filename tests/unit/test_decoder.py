@@ -9,8 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
-from mara_runtime.errors import BundleError, EngineError, MaraError, OptionError, PromptError
+from mara_runtime.config import SCHEDULES
+from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
 from mara_runtime.table_engine import TableEngine
+from mara_runtime.tensors import spare_slots
 from tests.unit import helpers
 from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
 
@@ -37,8 +39,11 @@ def make_decoder(folder: Path, lookup: helpers.Lookup, **options: Any) -> tuple[
         "max_candidates": 40,
     }
     options = {**defaults, **options}
-    engine = helpers.CountingEngine(lookup, slots=options["max_context"] + options["max_candidates"])
-    return AlignedDecoder(helpers.make_bundle(folder, **options), engine=engine), engine
+    candidates = options["max_candidates"]
+    engine = helpers.CountingEngine(
+        lookup, slots=options["max_context"] + spare_slots(candidates), max_candidates=candidates
+    )
+    return AlignedDecoder(helpers.make_bundle(folder, **options), engine=engine, cost=helpers.COST), engine
 
 
 def saying(text: str, then: int | None = EOS, vocab: int = VOCAB) -> helpers.Lookup:
@@ -71,7 +76,7 @@ def choosing(vocab: int = VOCAB) -> helpers.Lookup:
 
 
 def prompt_seen(engine: helpers.CountingEngine) -> list[int]:
-    return engine.calls[0][0]
+    return list(engine.calls[0].tokens)
 
 
 def test_a_text_goes_through_the_chat_template(tmp_path: Path) -> None:
@@ -146,14 +151,14 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path: Path, length: int) ->
 
 
 @pytest.mark.parametrize("prompt_length", [1, 6, 9])
-@pytest.mark.parametrize("schedule", ["one-by-one", "together"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_full_capacity_ends_the_answer(tmp_path: Path, prompt_length: int, schedule: str) -> None:
     decoder, engine = make_decoder(tmp_path, choosing(), max_context=10, max_candidates=2)
     result = decoder.generate([5] * prompt_length, DecodeConfig(top_k=2, schedule=schedule, fallback="last"))
     assert len(result.token_ids) == 10 - prompt_length
     assert result.finish_reason == "length"
     assert result.text == "!" * (10 - prompt_length)
-    assert engine.slots == 12  # what the real engine has: no slot beyond it was touched
+    assert engine.slots == 10 + spare_slots(2)  # what the real engine has: no slot beyond it was touched
 
 
 def test_max_new_tokens_ends_the_answer_before(tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_the_fallback_in_force(tmp_path: Path, recorded: str, option: str | None
 
 def test_a_stop_text_ends_the_decoding(tmp_path: Path) -> None:
     decoder, engine = make_decoder(tmp_path, saying("one. two. three."))
-    result = decoder.generate("q", DecodeConfig(align=False, stop=(". t",)))
+    result = decoder.generate("q", DecodeConfig(align=False, stop=(". t",), draft=0))
     assert result.text == "one"
     assert result.finish_reason == "stop"
     assert TOKENIZER.decode(result.token_ids) == "one. t"  # the ids hold what was decoded
@@ -303,6 +308,274 @@ def test_a_prompt_that_was_refused_leaves_the_running_stream_alone(tmp_path: Pat
     assert len(list(stream)) == 2
 
 
+# ── what lasts from one answer to the next ───────────────────────────────────────────────────────────────────────────
+
+
+def reciting(text: str = "abc", accepts: bool = True) -> helpers.Lookup:
+    """A language model that repeats a text for ever, '#' in second place, beside an agent that accepts all, or not."""
+    ids = ids_of(text)
+
+    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        row = np.full(VOCAB, -100.0, np.float32)
+        row[ids[len(prefix) % len(ids)]], row[ids_of("#")[0]] = 1.0, 0.5
+        return row, np.array([1.0 if accepts else -1.0, 0.0], np.float32)
+
+    return lookup
+
+
+def test_a_conversation_keeps_what_the_cache_holds(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path / "one", saying("hello"))
+    first = decoder.generate([7, ASSISTANT], GREEDY)
+    assert (first.text, first.stats.reused_tokens) == ("hello", 0)
+    turn = [7, ASSISTANT, *first.token_ids, 9, ASSISTANT]
+    engine.calls.clear()
+    second = decoder.generate(turn, GREEDY)
+    assert second.stats.reused_tokens == 2 + len(first.token_ids) - 1  # the end of the answer was not run
+    assert prompt_seen(engine) == [EOS, 9, ASSISTANT]
+    fresh = make_decoder(tmp_path / "two", saying("hello"))[0].generate(turn, GREEDY)
+    assert second.token_ids == fresh.token_ids
+
+
+def test_every_answer_of_a_decoder_is_that_of_a_fresh_one(tmp_path: Path) -> None:
+    table = helpers.hash_table(7, VOCAB, 256, 5.0, memory=3)
+    decoder, _ = make_decoder(tmp_path / "used", table)
+    configs = [
+        DecodeConfig(top_k=3, max_new_tokens=9, schedule=schedule, draft=draft, **options)
+        for schedule in SCHEDULES
+        for draft in (None, 0, 5)
+        for options in ({}, {"align": False}, {"strategy": "max_prob"}, {"threshold": -0.5})
+    ]
+    for index, config in enumerate(configs):
+        prompt = [1, 2, 3, 4, 5][: index % 5 + 1]
+        abandoned = decoder.stream([*prompt, 6], config)
+        for _ in range(index % 4):
+            next(abandoned)
+        fresh, _ = make_decoder(tmp_path / str(index), table)
+        used = decoder.generate(prompt, config)
+        expected = fresh.generate(prompt, config)
+        assert (used.token_ids, used.stats.algorithm()) == (expected.token_ids, expected.stats.algorithm())
+
+
+def test_forget_leaves_a_decoder_as_it_was_at_first(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, reciting())
+    config = DecodeConfig(top_k=2, max_new_tokens=12)
+    first = decoder.generate([5, 6], config)
+    again = decoder.generate([5, 6], config)
+    assert (first.stats.reused_tokens, again.stats.reused_tokens) == (0, 1)
+    assert first.stats.forwards > again.stats.forwards  # it has heard this text before
+
+    decoder.forget()
+    assert engine.cleared == 1
+    assert engine.entries(engine.slots) == [None] * engine.slots
+    then = decoder.generate([5, 6], config)
+    counters = ("reused_tokens", "forwards", "rows", "drafted", "confirmed")
+    assert [getattr(then.stats, name) for name in counters] == [getattr(first.stats, name) for name in counters]
+
+
+def test_forget_ends_a_running_stream(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    stream = decoder.stream("q", DecodeConfig(top_k=2, max_new_tokens=4))
+    next(stream)
+    decoder.forget()
+    with pytest.raises(MaraError, match="another"):
+        next(stream)
+
+
+def test_after_an_error_the_next_answer_is_right(tmp_path: Path) -> None:
+    sound = saying("hello")
+    bad = {"at": ids_of("o")[0]}
+
+    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        row, state = sound(prefix)
+        return (row * np.float32(np.nan), state) if prefix[-1] == bad["at"] else (row, state)
+
+    decoder, engine = make_decoder(tmp_path, lookup)
+    with pytest.raises(NumericsError, match="logits after position"):
+        decoder.generate("q")
+    assert engine.entries(engine.slots) == [None] * engine.slots
+    bad["at"] = -1
+    result = decoder.generate("q")
+    assert (result.text, result.stats.reused_tokens) == ("hello", 0)
+
+
+# ── schedules and drafts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "widest"),
+    [
+        ({"schedule": "one-by-one"}, 1),
+        ({"schedule": "one-by-one", "draft": 0}, 1),
+        ({"schedule": "one-by-one", "draft": 4}, 1 + 4),
+        ({"schedule": "together"}, 2),
+        ({"schedule": "together", "draft": 4}, 2 + 4),
+        ({"schedule": "adaptive", "draft": 0}, 2),
+    ],
+    ids=str,
+)
+def test_what_a_pass_holds_by_the_options(tmp_path: Path, options: dict[str, Any], widest: int) -> None:
+    decoder, engine = make_decoder(tmp_path, reciting())
+    config = DecodeConfig(top_k=2, max_new_tokens=30, **options)
+    result = decoder.generate([5], config)
+    assert result.text == ("abc" * 11)[1:31]
+    widths = [len(call.tokens) for call in engine.calls[1:]]
+    assert max(widths) <= widest
+    if options["schedule"] != "adaptive":
+        assert max(widths) == widest
+    assert (result.stats.drafted > 0) == bool(options.get("draft"))
+
+
+def test_the_adaptive_schedule_drafts_by_itself(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, reciting())
+    result = decoder.generate([5], DecodeConfig(top_k=2, max_new_tokens=40))
+    assert result.text == ("abc" * 14)[1:41]
+    assert 20 < result.stats.confirmed <= result.stats.drafted
+    assert result.stats.forwards <= 20
+    plain = decoder.generate([5], DecodeConfig(top_k=2, max_new_tokens=40, draft=0))
+    assert (plain.stats.drafted, plain.token_ids) == (0, result.token_ids)
+    assert plain.stats.algorithm() == result.stats.algorithm()
+
+
+def test_confirmed_tokens_are_those_emitted_up_to_a_stop_text(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, reciting("abcd"))
+    config = DecodeConfig(top_k=2, max_new_tokens=40, schedule="one-by-one", draft=16)
+    decoder.generate([5], config)
+    pieces = list(decoder.stream([5], DecodeConfig(**{**config.to_json(), "stop": ("da",)})))
+    result = pieces[-1].result
+    assert result is not None
+    assert (result.text, result.finish_reason) == ("bc", "stop")
+    assert result.stats.tokens == len(result.token_ids) == 4
+    assert result.stats.confirmed == sum(piece.step.drafted for piece in pieces) == 3 < result.stats.drafted
+
+
+def test_the_agent_s_habits_are_learned_over_the_answers(tmp_path: Path) -> None:
+    # Whoever is always rejected is not asked alone for long: a pass more costs more than a row more.
+    decoder, _ = make_decoder(tmp_path, reciting(accepts=False))
+    config = DecodeConfig(top_k=2, max_new_tokens=12, draft=0)
+    decoder.generate([5], config)
+    result = decoder.generate([6], config)
+    assert (result.stats.forwards, result.stats.rows) == (12, 24)
+
+
+# ── the cost of this machine ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Measured(helpers.CountingEngine):
+    """Allows the passes of a measurement, which stand behind a context that nobody has written."""
+
+    measuring = False
+
+    def _prefix(self, position: int) -> tuple[int, ...]:
+        try:
+            return super()._prefix(position)
+        except IndexError:
+            if not self.measuring:
+                raise
+            return ()
+
+
+def unmeasured(folder: Path, lookup: helpers.Lookup) -> tuple[AlignedDecoder, Measured, list[str]]:
+    """A decoder that does not know what width costs, and what it reports."""
+    bundle = helpers.make_bundle(folder, vocab_size=VOCAB, max_context=48)
+    engine = Measured(lookup, slots=48 + spare_slots(8), max_candidates=8)
+    told: list[str] = []
+
+    def report(text: str) -> None:
+        engine.measuring = True
+        told.append(text)
+
+    return AlignedDecoder(bundle, engine=engine, report=report), engine, told
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mara-deploy"
+
+
+ADAPTIVE = DecodeConfig(top_k=2, max_new_tokens=5)
+
+
+def test_the_first_adaptive_answer_measures_and_says_so(tmp_path: Path, empty_cache: Path) -> None:
+    decoder, engine, told = unmeasured(tmp_path / "bundle", reciting())
+    before = decoder.generate([5, 6], DecodeConfig(top_k=2, max_new_tokens=5, schedule="together"))
+    assert (told, list(empty_cache.parent.glob("*"))) == ([], [])
+    first = decoder.generate([5, 6], ADAPTIVE)
+    engine.measuring = False
+    assert len(told) == 1
+    assert "once for this bundle and machine" in told[0]
+    assert first.stats.reused_tokens == 0  # the measurement has written over it
+    assert engine.cleared == 1
+    again = decoder.generate([5, 6], ADAPTIVE)
+    assert (len(told), again.stats.reused_tokens) == (1, 1)
+    assert before.token_ids == first.token_ids == again.token_ids
+    assert len(list(empty_cache.iterdir())) == 1
+
+    _, _, told = other = unmeasured(tmp_path / "bundle", reciting())  # another start
+    assert other[0].generate([5, 6], ADAPTIVE).token_ids == first.token_ids
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecodeConfig(top_k=2, max_new_tokens=3, schedule="one-by-one"),
+        DecodeConfig(top_k=2, max_new_tokens=3, schedule="together", draft=4),
+        DecodeConfig(align=False, max_new_tokens=3, draft=0),
+    ],
+    ids=["one-by-one", "together", "plain without drafts"],
+)
+def test_who_has_no_use_for_a_cost_does_not_measure_it(tmp_path: Path, empty_cache: Path, config: DecodeConfig) -> None:
+    decoder, _, told = unmeasured(tmp_path / "bundle", reciting())
+    decoder.generate([5, 6], config)
+    assert told == []
+    assert not empty_cache.exists()
+
+
+def test_a_cost_that_is_given_is_not_measured(tmp_path: Path, empty_cache: Path) -> None:
+    decoder, _ = make_decoder(tmp_path / "bundle", reciting())
+    decoder.generate([5, 6], ADAPTIVE)
+    assert not empty_cache.exists()
+
+
+def test_a_stale_stream_does_not_measure_under_a_running_answer(tmp_path: Path, empty_cache: Path) -> None:
+    table = helpers.hash_table(7, VOCAB, 256, 1.0)
+    fixed = DecodeConfig(top_k=2, max_new_tokens=8, schedule="one-by-one")
+    expected = unmeasured(tmp_path / "one", table)[0].generate([5, 6], fixed).token_ids
+    decoder, engine, _ = unmeasured(tmp_path / "two", table)
+    stale = decoder.stream([7], ADAPTIVE)
+    running = decoder.stream([5, 6], fixed)
+    tokens = [next(running).step.token]
+    with pytest.raises(MaraError, match="another"):
+        next(stale)
+    engine.measuring = False
+    tokens += [piece.step.token for piece in running]
+    assert tokens == expected
+
+
+# ── noise ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("noise", "within"),
+    [
+        (None, 0),
+        ({"margins": 0.0, "logits": 0.0}, 0),
+        ({"margins": 1.0, "logits": 0.5}, 0),  # the margins are 1 from the threshold, the logits 0.5 from each other
+        ({"margins": 1.5, "logits": 0.0}, 4),
+        ({"margins": 0.0, "logits": 0.75}, 4),
+    ],
+    ids=str,
+)
+def test_the_bundle_s_noise_says_what_lies_within_it(
+    tmp_path: Path, noise: dict[str, float] | None, within: int
+) -> None:
+    decoder, _ = make_decoder(tmp_path, reciting(), noise=noise)
+    result = decoder.generate([5], DecodeConfig(top_k=2, top_p=1.0, max_new_tokens=4))
+    assert result.stats.within_noise == within
+    assert result.to_json()["stats"]["within_noise"] == within
+
+
 # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -332,7 +605,9 @@ def test_the_result_as_json(tmp_path: Path) -> None:
     counters = ("tokens", "decisions", "examined", "forced", "forwards", "rows", "smallest_margin", "prompt_tokens")
     assert [stats[name] for name in counters] == [2, 2, 4, 2, 2, 4, 1.0, 4]
     assert (stats["accepted_rank"], stats["candidate_counts"]) == ({}, {"2": 2})
-    assert {"prefill_ms", "decode_ms", "tokens_per_second"} <= set(stats)
+    zeros = ("within_noise", "reused_tokens", "drafted", "confirmed")
+    assert [stats[name] for name in zeros] == [0, 0, 0, 0]
+    assert {"prefill_ms", "decode_ms", "engine_ms", "tokens_per_second"} <= set(stats)
 
 
 def test_every_result_has_counters_of_its_own(tmp_path: Path) -> None:
@@ -361,7 +636,7 @@ def test_a_bundle_without_a_tokenizer_decodes_ids(tmp_path: Path) -> None:
 
 def test_takes_a_path_a_text_or_an_open_bundle(tmp_path: Path) -> None:
     folder = helpers.make_bundle(tmp_path)
-    engine = TableEngine(choosing(), helpers.sum_agent, 40)
+    engine = TableEngine(choosing(), helpers.sum_agent, 32 + spare_slots(8))
     manifest = Bundle.open(folder).manifest
     for bundle in (folder, str(folder), Bundle.open(folder)):
         assert AlignedDecoder(bundle, engine=engine).bundle.manifest == manifest
@@ -369,8 +644,8 @@ def test_takes_a_path_a_text_or_an_open_bundle(tmp_path: Path) -> None:
 
 def test_a_damaged_bundle_is_refused_unless_one_does_not_look(tmp_path: Path) -> None:
     folder = helpers.make_bundle(tmp_path)
-    (folder / "llm.onnx").write_bytes(b"A graph")
-    engine = TableEngine(choosing(), helpers.sum_agent, 40)
+    (folder / "step.onnx").write_bytes(b"A graph")
+    engine = TableEngine(choosing(), helpers.sum_agent, 32 + spare_slots(8))
     with pytest.raises(BundleError, match="damaged"):
         AlignedDecoder(folder, engine=engine)
     assert AlignedDecoder(folder, engine=engine, verify=False).text_side is None
@@ -378,8 +653,10 @@ def test_a_damaged_bundle_is_refused_unless_one_does_not_look(tmp_path: Path) ->
 
 def test_an_engine_that_is_too_small_for_the_bundle_is_refused(tmp_path: Path) -> None:
     folder = helpers.make_bundle(tmp_path, max_context=32, max_candidates=8)
-    with pytest.raises(EngineError, match="39"):
-        AlignedDecoder(folder, engine=TableEngine(choosing(), helpers.sum_agent, 39))
+    needed = 32 + spare_slots(8)
+    with pytest.raises(EngineError, match=f"has {needed - 1} KV slots; .* needs {needed}: "):
+        AlignedDecoder(folder, engine=TableEngine(choosing(), helpers.sum_agent, needed - 1))
+    assert AlignedDecoder(folder, engine=TableEngine(choosing(), helpers.sum_agent, needed)).engine.slots == needed
 
 
 def test_generate_is_the_last_piece_of_stream(tmp_path: Path) -> None:

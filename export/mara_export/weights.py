@@ -1,0 +1,108 @@
+"""A graph's weights: read and written one at a time, so that no stage holds a second copy of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+INLINE_BYTES = 1024
+"""Smaller tensors stay in the graph's own file."""
+_M_MMAP_THRESHOLD = -3
+_ALIGNMENT = 4096
+"""Of tensors in the data file, so that an engine may map them into memory."""
+
+
+def load(path: Path) -> tuple[onnx.ModelProto, Weights]:
+    """A graph without its weights, and what reads them."""
+    model = onnx.load(str(path), load_external_data=False)
+    folder = str(path.parent)
+    for node in model.graph.node:  # constants are values that the graph's rewriting reads
+        for attribute in node.attribute:
+            if attribute.HasField("t") and attribute.t.data_location == TensorProto.EXTERNAL:
+                attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t, folder)))
+    return model, Weights(model.graph, path.parent)
+
+
+def return_large_blocks() -> None:
+    """From now on, let freed matrices go back to the system at once.
+
+    glibc learns from the first ones freed to keep such blocks, and its heap then grows to three times the model.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such habit
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+class Weights:
+    """The initializers of a graph that was loaded without its external data, which lies in `folder`."""
+
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self._graph = graph
+        self._folder = str(folder)
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of a weight, without reading it."""
+        return tuple(self._tensors[name].dims)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A weight's values."""
+        return numpy_helper.to_array(self._tensors[name], self._folder)
+
+    def add(self, tensor: TensorProto) -> None:
+        """Enter a new weight."""
+        self._graph.initializer.append(tensor)
+        self._tensors[tensor.name] = self._graph.initializer[-1]
+
+    def drop_unused(self) -> None:
+        """Leave out the weights that no node reads."""
+        used = {name for node in self._graph.node for name in node.input}
+        kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend(kept)
+        self._tensors = {tensor.name: tensor for tensor in self._graph.initializer}
+
+    def save(self, model: onnx.ModelProto, path: Path) -> None:
+        """Write the graph to `path` and its weights to `path`.data; equal bytes are stored once. Checks the result."""
+        data = path.with_name(f"{path.name}.data")
+        places: dict[bytes, int] = {}
+        with data.open("wb") as file:
+            for tensor in self._graph.initializer:
+                if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() < INLINE_BYTES:
+                    continue
+                raw: Any = np.ascontiguousarray(self.read(tensor.name)).reshape(-1).view(np.uint8).data
+                digest = hashlib.sha256(raw).digest()
+                if digest not in places:
+                    file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                    places[digest] = file.tell()
+                    file.write(raw)
+                reference = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+                reference.data_location = TensorProto.EXTERNAL
+                for key, value in (("location", data.name), ("offset", places[digest]), ("length", len(raw))):
+                    reference.external_data.add(key=key, value=str(value))
+                tensor.CopyFrom(reference)
+        onnx.save(model, str(path))
+        onnx.checker.check_model(str(path))
+
+
+def tie_head(graph: onnx.GraphProto, weights: Weights) -> None:
+    """Let the LM head read the embedding's table where the two are one matrix, as it is in most small models.
+
+    The tracer writes the table (V, D) for the Gather and its transpose for the MatMul.
+    """
+    table = next(node for node in graph.node if node.op_type == "Gather" and node.input[0] in weights).input[0]
+    head = next(node for node in reversed(graph.node) if node.op_type == "MatMul" and node.input[1] in weights)
+    if weights.shape(table) != weights.shape(head.input[1])[::-1]:
+        return
+    if np.array_equal(weights.read(table), weights.read(head.input[1]).T):
+        head.CopyFrom(helper.make_node("Gemm", [head.input[0], table], list(head.output), head.name, transB=1))

@@ -1,0 +1,159 @@
+"""An instrument: real passes of a real engine, with candidates and decisions that follow a set profile.
+
+How fast aligned decoding is depends on how often there is a decision and how often the agent rejects, which differ by
+model, agent and text. To state a speed, both are set: every pass is run in full, agent, election and LM head included;
+only what it says, which tokens compete and whether the agent accepts them, is replaced by the profile's. Plain and
+aligned decoding run on the same instrument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mara_runtime.engine import Engine, Everything, Outcome, Pass
+
+MOST_CANDIDATES = 40
+HIGH = 0.3
+"""`foreseen`: a candidate is rejected when its probability exceeds this."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What happens at the positions of a text."""
+
+    decisions: float = 0.5
+    """share of positions with several candidates, about eight"""
+    accept: float = 0.9
+    """probability that a candidate is accepted, independently of the others"""
+    foreseen: bool = False
+    """acceptance follows the candidate's probability: as many are rejected, but one can see which"""
+    repeated: float = 0.0
+    """share of the tokens that continue a phrase that was there before; below 0.9"""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.decisions:.0%} decisions", f"accepted {self.accept:.0%}"]
+        parts += ["foreseeable"] * self.foreseen
+        parts += [f"{self.repeated:.0%} repeated"] * bool(self.repeated)
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Script:
+    """The profile spelled out: candidates and verdicts of every position."""
+
+    def __init__(self, profile: Profile, positions: int, vocab_size: int, top: int) -> None:
+        rng = np.random.default_rng(profile.seed)
+        self._text = _text(profile, positions + 1, vocab_size, rng)
+        self._ids = np.empty((positions + 1, top), np.int64)
+        self._logits = np.empty((positions + 1, top), np.float32)
+        self._accepted = np.ones((positions + 1, top), bool)
+        for position in range(positions + 1):
+            self._ids[position] = _others(self._text[position], top, vocab_size, rng)
+            logits, accepted = _position(profile, top, rng)
+            self._logits[position], self._accepted[position] = logits, accepted
+
+    def prompt(self, length: int) -> list[int]:
+        """The text up to a position."""
+        tokens: list[int] = self._text[:length].tolist()
+        return tokens
+
+    def candidates(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The best tokens of a position, and their logits."""
+        return self._ids[position], self._logits[position]
+
+    def accepts(self, position: int, token: int) -> bool:
+        """The agent's verdict on a candidate of a position; a token that is none is rejected."""
+        index = np.flatnonzero(self._ids[position] == token)
+        return bool(len(index)) and bool(self._accepted[position, index[0]])
+
+
+PHRASE = 24
+"""Tokens of a phrase; from its third on, a repeated one can be told from what came before."""
+
+
+def _text(profile: Profile, length: int, vocab_size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Phrases, new ones and ones that were there before."""
+    phrases = [rng.integers(0, vocab_size, PHRASE)]
+    text = phrases[0].tolist()
+    while len(text) < length:
+        if rng.random() >= profile.repeated * PHRASE / (PHRASE - 2):
+            phrases.append(rng.integers(0, vocab_size, PHRASE))
+            text += phrases[-1].tolist()
+        else:
+            text += phrases[int(rng.integers(len(phrases)))].tolist()
+    return np.array(text[:length])
+
+
+def _others(first: int, top: int, vocab_size: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    ids = rng.permutation(min(vocab_size, 8 * top))[:top]
+    ids = ids[ids != first]
+    return np.concatenate([[first], ids, np.arange(8 * top, 9 * top)])[:top]
+
+
+def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Logits that top-k 40 and top-p 0.95 turn into one candidate or about eight, and the verdicts on them."""
+    probabilities = np.full(top, 1e-9)
+    accepted = rng.random(top) < profile.accept
+    if rng.random() >= profile.decisions:
+        probabilities[0] = 1.0
+    elif not profile.foreseen:
+        count = min(2 + int(rng.geometric(1 / 7)), MOST_CANDIDATES)
+        probabilities[:count] = np.sort(rng.dirichlet(np.ones(count)))[::-1] + 0.06
+    else:
+        rejected = min(int(rng.geometric(profile.accept)) - 1, 2)
+        count = min(4 + rejected + int(rng.geometric(1 / 4)), MOST_CANDIDATES)
+        high = rng.uniform(HIGH + 0.02, 0.4, rejected)
+        low = rng.uniform(0.5, 1.0, count - rejected)
+        low *= (1.0 - high.sum()) / low.sum()
+        probabilities[:count] = np.sort(np.concatenate([high, np.minimum(low, HIGH - 0.02)]))[::-1]
+        accepted = probabilities <= HIGH
+    return np.log(probabilities).astype(np.float32), accepted
+
+
+class Instrument:
+    """An engine that runs every pass of `engine` in full and reports what the script says. See `Engine`."""
+
+    def __init__(self, engine: Engine, script: Script) -> None:
+        self._engine, self._script = engine, script
+
+    @property
+    def slots(self) -> int:
+        """Size of the KV cache."""
+        return self._engine.slots
+
+    def run(self, work: Pass) -> Outcome:
+        """See `Engine.run`: the election is steered by priorities, so that the graph does all its work."""
+        verdicts = [self._script.accepts(int(work.positions[row]), int(work.tokens[row])) for row in work.agent_rows]
+        priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
+        out = self._engine.run(replace(work, priorities=priorities, threshold=-np.inf, margin_weight=0.0))
+        margins = np.where(verdicts, np.float32(1), np.float32(-1)) if verdicts else out.margins
+        found = [self._script.candidates(int(work.positions[row]) + 1) for row in out.rows]
+        if not found:
+            return replace(out, margins=margins)
+        ids, logits = (np.stack(part) for part in zip(*found, strict=True))
+        return Outcome(margins, out.rows, ids, logits, np.zeros(len(found), np.float32))
+
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+        """See `Engine.evaluate`."""
+        return self._engine.evaluate(tokens, positions, slot)
+
+    def move(self, source: int, target: int) -> None:
+        """See `Engine.move`."""
+        self._engine.move(source, target)
+
+    def clear(self) -> None:
+        """See `Engine.clear`."""
+        self._engine.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return self._engine.describe()

@@ -1,0 +1,95 @@
+"""The bench's instrument: is its profile what it says, and does every pass of the engine underneath run in full?"""
+
+import numpy as np
+import pytest
+
+from mara_deploy.bench.profile import HIGH, Instrument, Profile, Script
+from mara_deploy.bench.worker import Recorder, continued_share
+from mara_deploy.commands.bench import spread
+from mara_runtime.candidates import Candidates, select
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decode import Session, decode
+from mara_runtime.drafts import NGrams
+from mara_runtime.schedule import Cost, Fixed
+from mara_runtime.stats import Stats
+from tests.unit import helpers
+
+POSITIONS, VOCAB, TOP = 3000, 1000, 72
+
+
+def script(profile: Profile) -> tuple[Script, list[Candidates]]:
+    made = Script(profile, POSITIONS, VOCAB, TOP)
+    return made, [select(*made.candidates(p), 0.0, 40, 0.95) for p in range(POSITIONS)]
+
+
+@pytest.mark.parametrize("decisions", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("foreseen", [False, True])
+def test_the_share_and_the_size_of_decisions(decisions: float, foreseen: bool) -> None:
+    _, lists = script(Profile(decisions=decisions, foreseen=foreseen))
+    sizes = [len(c) for c in lists if len(c) > 1]
+    assert len(sizes) / POSITIONS == pytest.approx(decisions, abs=0.04)
+    if sizes:
+        assert 6 <= np.mean(sizes) <= 10
+
+
+@pytest.mark.parametrize("accept", [0.6, 0.9])
+def test_candidates_are_accepted_independently_of_their_place(accept: float) -> None:
+    made, lists = script(Profile(accept=accept))
+    verdicts = [[made.accepts(p, int(t)) for t in c.ids] for p, c in enumerate(lists) if len(c) > 1]
+    assert np.mean([v[0] for v in verdicts]) == pytest.approx(accept, abs=0.04)
+    assert np.mean([v[1] for v in verdicts if not v[0]]) == pytest.approx(accept, abs=0.08)
+
+
+@pytest.mark.parametrize("accept", [0.6, 0.9])
+def test_what_is_foreseen_follows_the_probability(accept: float) -> None:
+    made, lists = script(Profile(accept=accept, foreseen=True))
+    firsts = []
+    for position, candidates in enumerate(lists):
+        if len(candidates) > 1:
+            verdicts = [made.accepts(position, int(token)) for token in candidates.ids]
+            absolute = np.exp(candidates.log_probabilities)
+            assert verdicts == (absolute <= HIGH).tolist()
+            firsts.append(verdicts[0])
+    assert np.mean(firsts) == pytest.approx(accept, abs=0.04)
+
+
+@pytest.mark.parametrize("repeated", [0.0, 0.5, 0.8])
+def test_the_share_that_continues_what_was_there_before(repeated: float) -> None:
+    made = Script(Profile(repeated=repeated), POSITIONS, VOCAB, TOP)
+    text = made.prompt(POSITIONS)
+    assert continued_share(text[:300], text[300:]) == pytest.approx(repeated, abs=0.06)
+
+
+def test_a_token_that_is_no_candidate_is_rejected() -> None:
+    made, lists = script(Profile(accept=1.0))
+    stranger = next(t for t in range(VOCAB) if t not in made.candidates(7)[0])
+    assert not made.accepts(7, stranger)
+    assert made.accepts(7, int(lists[7].ids[0]))
+
+
+@pytest.mark.parametrize("schedule", [Fixed(1), Fixed(3), Fixed(None), Fixed(2, 4)])
+def test_the_instrument_says_what_the_script_says(schedule: Fixed) -> None:
+    made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
+    engine = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
+    recorder = Recorder(Instrument(engine, made))
+    session = Session(recorder, schedule, NGrams() if schedule.drafted else None)
+    stats = Stats()
+    prompt = made.prompt(60)
+    steps = list(decode(session, prompt, DecodeConfig(), fallback="first", eos_token_ids=set(), limit=50, stats=stats))
+    for step in steps:
+        ids = select(*made.candidates(step.position), 0.0, 40, 0.95).ids
+        accepted = [int(t) for t in ids if made.accepts(step.position, int(t))]
+        assert step.candidates.ids.tolist() == ids.tolist()
+        assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
+    assert len(engine.calls) == stats.forwards + 1  # every pass went through the engine underneath
+    flat = Cost((1,), (1, 2), ((1.0, 1.0),), (1, 2), (0.5, 0.5))
+    assert recorder.expected_ms(flat, 60) == pytest.approx(
+        sum(1.0 + 0.5 * bool(heads) for heads in recorder.heads()[1:]), rel=1e-6
+    )
+
+
+def test_shares_and_spreads() -> None:
+    assert continued_share([1, 2, 3, 1, 2], [3, 1, 9]) == pytest.approx(2 / 3)
+    assert continued_share([], [1, 2, 3]) == 0.0
+    assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0, "count": 1}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0, "count": 5}
