@@ -107,7 +107,7 @@ def export(
                 del model
                 gc.collect()  # it sits in cycles
             with progress.stage(f"lower to {lowering!r}"):
-                lower(graph, shape, lowering, rotary)
+                lower(graph, weights, shape, lowering, rotary)
             if how is not None:
                 with progress.stage(f"quantise to {precision}"):
                     quantise(graph, weights, how, progress.parts)

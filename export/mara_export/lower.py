@@ -1,9 +1,9 @@
 """Rewriting the traced `mara` nodes for an engine. Every lowering keeps the inputs and outputs.
 
-| lowering | attention, cache, rotary embedding become | runs on |
+| lowering | attention, cache, rotary embedding, norms become | runs on |
 |---|---|---|
-| `ort` | com.microsoft GroupQueryAttention, in place on a preallocated cache | ONNX Runtime |
-| `portable` | Attention, TensorScatter, RotaryEmbedding of opset 24 | ONNX Runtime, TensorRT ≥ 10.15 |
+| `ort` | com.microsoft GroupQueryAttention, in place on a preallocated cache; see fuse.py | ONNX Runtime |
+| `portable` | the standard Attention, TensorScatter, RotaryEmbedding, RMSNormalization | ONNX Runtime, TensorRT ≥ 10.15 |
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from mara_export.trace import DOMAIN, NODE, ROTARY
+from mara_export.fuse import drop_dead, fuse
+from mara_export.trace import DOMAIN, NODE, NORM, ROTARY
+from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape, Tensor
 
@@ -29,7 +31,7 @@ _HEADS_LAST = [0, 2, 1, 3]  # (1, heads, S, head_dim) ↔ (1, S, heads, head_dim
 Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-def lower(model: onnx.ModelProto, shape: ModelShape, lowering: str, rotary: Tables) -> None:
+def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering: str, rotary: Tables) -> None:
     """Rewrite a traced graph in place for `lowering`, one of LOWERINGS.
 
     rotary: cosines and sines (positions, head_dim / 2), for as many positions as a row may have.
@@ -41,26 +43,14 @@ def lower(model: onnx.ModelProto, shape: ModelShape, lowering: str, rotary: Tabl
     model.graph.node.extend(nodes)
     model.graph.input.extend(value_info(t) for t in tensors.llm_inputs(shape))
     model.graph.output.extend(value_info(t) for t in tensors.llm_outputs(shape))
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(table), name)
-        for name, table in zip((_COS, _SIN), rotary, strict=True)
-    )
+    for name, table in zip((_COS, _SIN), rotary, strict=True):
+        weights.add(numpy_helper.from_array(np.ascontiguousarray(table), name))
     model.opset_import.extend(opsets)
     model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
     model.producer_name, model.producer_version, model.doc_string = "mara-export", "", ""
     drop_dead(model.graph)
-
-
-def drop_dead(graph: onnx.GraphProto) -> None:
-    """Leave out the nodes whose results nobody reads; those of a graph are in the order of computation."""
-    needed = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
+    if lowering == "ort":
+        fuse(model.graph, weights)
 
 
 _Lowered = tuple[list[NodeProto], list[onnx.OperatorSetIdProto]]
@@ -125,7 +115,7 @@ def _portable(graph: _Graph, shape: ModelShape) -> _Lowered:
 
     nodes: list[NodeProto] = []
     for node, attends in graph.others():
-        nodes += rewrite(node) if attends else _rotations(node) if node.op_type == ROTARY else [node]
+        nodes += rewrite(node) if attends else _rotations(node) if node.op_type == ROTARY else [_norm(node)]
     return nodes, [helper.make_opsetid("", 24)]
 
 
@@ -210,8 +200,8 @@ def _ort(graph: _Graph, shape: ModelShape) -> _Lowered:
             if not inside:
                 nodes.extend(_rotations(node, _MICROSOFT))
         elif not replaced & set(node.output):
-            nodes.append(node)
-    return nodes, [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
+            nodes.append(_norm(node))
+    return nodes, [helper.make_opsetid("", 23), helper.make_opsetid(_MICROSOFT, 1)]
 
 
 def _rotations(node: NodeProto, domain: str = "") -> list[NodeProto]:
@@ -221,6 +211,14 @@ def _rotations(node: NodeProto, domain: str = "") -> list[NodeProto]:
         helper.make_node("RotaryEmbedding", [value, *tables], [result], f"{node.name}/{part}", domain=domain)
         for part, value, result in zip("qk", node.input, node.output, strict=True)
     ]
+
+
+def _norm(node: NodeProto) -> NodeProto:
+    """A traced norm as the standard operator; any other node as it is."""
+    if node.op_type != NORM:
+        return node
+    epsilon = next(float(a.f) for a in node.attribute if a.name == "epsilon")
+    return helper.make_node("RMSNormalization", node.input, node.output, node.name, axis=-1, epsilon=epsilon)
 
 
 def _scale(node: NodeProto) -> float:

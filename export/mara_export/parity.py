@@ -7,8 +7,9 @@ numbers     hidden states, logits, margins: largest difference relative to the l
 outcomes    ranks of the next tokens, and the agent's decisions, wherever the reference's own gap exceeds the noise
 
 The noise is measured without comparing the two sides, else the second check could not fail: it is how much each
-side alone moves when the same rows are computed by another route: the siblings all at once (the reference: as a
-batch; the engine: in one pass) against one at a time.
+side alone moves when the same rows are computed by another route. The reference: the siblings as a batch against one
+at a time. The engine: prompt and siblings in a pass each against everything one row at a time, so that the entries of
+the cache come by the other route, too; where activations are rounded, that is what moves the numbers most.
 """
 
 from __future__ import annotations
@@ -106,13 +107,12 @@ class Side:
 
     rows: Rows
     """T + K rows"""
-    siblings_again: Rows
-    """the K siblings by the other route"""
+    again: Rows
+    """the last of them, at least the siblings, by the other route"""
 
     def noise(self, name: str) -> float:
-        """How much the siblings' values move between the two routes."""
-        again = self.siblings_again
-        return _difference(getattr(self.rows.tail(len(again.margins)), name), getattr(again, name))
+        """How much values move between the two routes."""
+        return _difference(getattr(self.rows.tail(len(self.again.margins)), name), getattr(self.again, name))
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def engine_side(engine: Engine, case: Case) -> Side:
     length, count = len(case.tokens), len(case.siblings)
     prompt = rows(case.tokens, range(length), 0)
     together = rows(case.siblings, [length] * count, length)
-    one_by_one = [rows([token], [length], length + i) for i, token in enumerate(case.siblings)]
+    one_by_one = [rows([token], [i], i) for i, token in enumerate(case.tokens)]
+    one_by_one += [rows([token], [length], length + i) for i, token in enumerate(case.siblings)]
     return Side(Rows.join([prompt, together]), Rows.join(one_by_one))
 
 
@@ -207,10 +208,7 @@ def compare(cases: Sequence[Case], found: Sequence[Side], gate: Gate) -> Report:
     for name in NAMES:
         # both routes of the engine: each of them is used to decode
         values = [(getattr(a.rows, name), getattr(b.rows, name)) for a, b in pairs]
-        values += [
-            (getattr(a.rows.tail(len(b.siblings_again.margins)), name), getattr(b.siblings_again, name))
-            for a, b in pairs
-        ]
+        values += [(getattr(a.rows.tail(len(b.again.margins)), name), getattr(b.again, name)) for a, b in pairs]
         largest = np.max([np.abs(a).max() for a, _ in values])
         difference = float(np.max([_difference(a, b) for a, b in values]) / (largest or 1.0))
         numbers[name] = {"greatest_difference": difference}

@@ -6,8 +6,9 @@ The node gets in by three public doors: a registered attention implementation of
 `update` hands back the new keys and values, and an Optimum export configuration with inputs, outputs and a model
 patcher of our own.
 
-`mara::Rotary` (q, k → q, k) stands for the rotary embedding, whose angles the lowered graph looks up by position; it
-takes the place of the function that every architecture's module defines for it.
+Two more stand for what engines have an operator for: `mara::Rotary` (q, k → q, k) for the rotary embedding, whose
+angles the lowered graph looks up by position, and `mara::RMSNorm` (x, weight → y; attribute `epsilon`). They take the
+place of the function and of the class that every architecture's module defines for them.
 
 This is the only module that touches Optimum.
 """
@@ -39,7 +40,7 @@ from mara_export.architectures import model_shape
 from mara_export.errors import ModelError
 from mara_runtime import tensors
 
-DOMAIN, NODE, ROTARY = "mara", "CachedAttention", "Rotary"
+DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
 ATTENTION = "mara"
 """Name under which the seam is registered with transformers."""
 OPSET = 18
@@ -100,6 +101,25 @@ class _Rotary(torch.autograd.Function):
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     rotated: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
+
+
+class _Norm(torch.autograd.Function):
+    """Root mean square normalisation of x (…, D) over its last axis, by weight (D,). One node in the traced graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, epsilon: float) -> Any:
+        result = g.op(f"{DOMAIN}::{NORM}", x, weight, epsilon_f=epsilon)
+        result.setType(x.type())
+        return result
+
+
+def _normalise(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
+    return result
 
 
 @torch.no_grad()
@@ -258,7 +278,13 @@ def trace_llm(model: Any, folder: Path) -> Path:
     model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed to the seam's.
     """
     model.set_attn_implementation(ATTENTION)
-    with _quiet(), _replaced(sys.modules[type(model).__module__], {"apply_rotary_pos_emb": _rotate}):
+    module = sys.modules[type(model).__module__]
+    (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
+    with (
+        _quiet(),
+        _replaced(module, {"apply_rotary_pos_emb": _rotate}),
+        _replaced(norm, {"forward": _normalise}),
+    ):
         onnx_export_from_model(
             model,
             folder,
@@ -320,12 +346,12 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, stand_ins: dict[str, Any]) -> Iterator[None]:
-    originals = {name: getattr(module, name) for name in stand_ins}
+def _replaced(holder: Any, stand_ins: dict[str, Any]) -> Iterator[None]:
+    originals = {name: getattr(holder, name) for name in stand_ins}
     try:
         for name, stand_in in stand_ins.items():
-            setattr(module, name, stand_in)
+            setattr(holder, name, stand_in)
         yield
     finally:
         for name, original in originals.items():
-            setattr(module, name, original)
+            setattr(holder, name, original)

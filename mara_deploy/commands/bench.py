@@ -43,6 +43,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-by-one": {"schedule": "one-by-one", "draft": 0},
     "together": {"schedule": "together", "draft": 0},
 }
+OTHERS = {"genai": "peer_genai.py", "llama.cpp": "peer_llama.py"}
+"""Peers that need an environment of their own, and what drives them there."""
+MEASURES = ("memory", "steps", "prefill", "width", "profiles")
 WARM_UP = 2
 """Rounds on a profile that are not counted: the schedule learns the agent's habits from its decisions."""
 
@@ -69,7 +72,14 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="NAME=WHERE",
-        help="genai=PYTHON:FOLDER (ONNX Runtime GenAI in another environment) or hugging-face=FOLDER (eager, float32)",
+        help="genai=PYTHON:FOLDER, llama.cpp=PYTHON:FILE (in environments of their own) or hugging-face=FOLDER (eager, "
+        "float32); may be repeated",
+    )
+    options.add_argument(
+        "--measure",
+        default=",".join(MEASURES),
+        metavar="NAMES",
+        help=f"what to measure, separated by commas (default {','.join(MEASURES)})",
     )
     options.add_argument("--quiet", action="store_true", help="print the JSON line alone")
     return options
@@ -83,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace) -> None:
     if args.rounds < 1 or args.tokens < 2:
         raise OptionError("--rounds must be at least 1, --tokens at least 2")
+    wanted = args.measure.split(",")
+    if unknown := sorted(set(wanted) - set(MEASURES)):
+        raise OptionError(f"--measure names {unknown[0]!r}; it must be among {', '.join(MEASURES)}")
     args.threads = args.threads or len(os.sched_getaffinity(0))
     bundle = Bundle.open(args.bundle)
     capacity = bundle.manifest.max_context
@@ -94,13 +107,14 @@ def _bench(args: argparse.Namespace) -> None:
     bench = Bench(args, contexts)
     with ExitStack() as stack:
         bench.open(stack)
-        results = {
-            "memory": bench.memory(),
-            "step_ms": bench.steps(),
-            "prefill": bench.prefill(),
-            "width": bench.width(),
-            "profiles": [bench.profile(p) for p in PROFILES],
+        measures: dict[str, Callable[[], Any]] = {
+            "memory": bench.memory,
+            "steps": bench.steps,
+            "prefill": bench.prefill,
+            "width": bench.width,
+            "profiles": lambda: [bench.profile(profile) for profile in PROFILES],
         }
+        results = {name: measure() for name, measure in measures.items() if name in wanted}
     document = {
         "bundle": {
             "model": bundle.manifest.model.source,
@@ -165,13 +179,15 @@ class Bench:
         self._commands = {"mara": [*ours, *threads]}
         for peer in args.peer:
             name, _, where = peer.partition("=")
-            if name == "genai" and ":" in where:
-                python, _, model = where.partition(":")
-                command = [python, str(folder / "peer_genai.py"), model]
+            python, colon, model = where.partition(":")
+            if name in OTHERS and colon:
+                command = [python, str(folder / OTHERS[name]), model]
             elif name == "hugging-face" and where:
                 command = [sys.executable, "-m", "mara_deploy.bench.peer_hf", where]
             else:
-                raise OptionError(f"--peer is {peer!r}; it must be genai=PYTHON:FOLDER or hugging-face=FOLDER")
+                raise OptionError(
+                    f"--peer is {peer!r}; it must be genai=PYTHON:FOLDER, llama.cpp=PYTHON:FILE or hugging-face=FOLDER"
+                )
             self._commands[name] = [*command, *threads]
         self._open: dict[str, Contestant] = {}
         self.about: dict[str, Any] = {}
@@ -205,7 +221,8 @@ class Bench:
                 tokens = self._args.tokens if contestant.name != "hugging-face" else 4
                 return float(median(contestant.ask("decode", context=context, tokens=tokens)["ms"]))
 
-            found[str(context)] = self._in_turns(step, f"  {context:>5} tokens ")
+            eager = context == self._contexts[0]
+            found[str(context)] = self._in_turns(step, f"  {context:>5} tokens ", eager=eager)
         return found
 
     def prefill(self) -> dict[str, dict[str, Any]]:
@@ -214,7 +231,7 @@ class Bench:
         self._say(f"\nprefill of {length} tokens, ms")
         return {
             str(length): self._in_turns(
-                lambda contestant: float(contestant.ask("prefill", tokens=length)["ms"]), "  ", most=3
+                lambda contestant: float(contestant.ask("prefill", tokens=length)["ms"]), "  ", most=5, eager=False
             )
         }
 
@@ -286,11 +303,15 @@ class Bench:
             )
         return found
 
-    def _in_turns(self, measure: Callable[[Contestant], float], label: str, most: int | None = None) -> dict[str, Any]:
+    def _in_turns(
+        self, measure: Callable[[Contestant], float], label: str, most: int | None = None, eager: bool = True
+    ) -> dict[str, Any]:
+        """Median and quartiles by contestant; eager: Hugging Face takes part, which needs minutes for a long context."""
         rounds = min(self._args.rounds, most or self._args.rounds)
-        values: dict[str, list[float]] = {name: [] for name in self._open}
+        contestants = {name: c for name, c in self._open.items() if eager or name != "hugging-face"}
+        values: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(rounds + 1):
-            for name, contestant in self._open.items():
+            for name, contestant in contestants.items():
                 if name == "hugging-face" and turn > 2:
                     continue
                 value = measure(contestant)

@@ -81,8 +81,8 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
     perplexity = report.get("perplexity")
     if isinstance(perplexity, dict):
         lines.append(
-            f"          perplexity of its prompts: {perplexity['exported']:.3f}, "
-            f"Hugging Face {perplexity['reference']:.3f}"
+            f"          perplexity of its prompts: {perplexity['exported']:.4g}, "
+            f"Hugging Face {perplexity['reference']:.4g}"
         )
     return lines
 

@@ -5,6 +5,7 @@ Source: MARA (arXiv 2505.19743) §3 and its released code; see docs/method.md fo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ class Candidates:
     log_probabilities: NDArray[np.float64]
     """(n,) LM log-probabilities over the whole vocabulary"""
     gap: float
-    """least difference, in logits or cumulative probability, that would make this another list"""
+    """nats by which two logits, or the odds of a tail and of 1 - top_p, differ at least: closed, it is another list"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,10 +52,18 @@ def select(
     count = max(1, int((tails > 1.0 - top_p).sum()))  # tails descend
     edge = values[: count + 1]  # a swap matters inside the list and across its end
     gap = float((edge[:-1] - edge[1:]).min()) if len(edge) > 1 else np.inf
-    if top_p < 1.0 and len(tails) > 1:
-        gap = min(gap, float(np.abs(tails[1:] - (1.0 - top_p)).min()))
+    if top_p < 1.0:
+        for tail in tails[max(count - 1, 1) : count + 1].tolist():  # the last that stays, the first that is dropped
+            gap = min(gap, abs(_log_odds(tail) - _log_odds(1.0 - top_p)))
     weights = weights[:count]
     return Candidates(ids[:count], weights / weights.sum(), values[:count] - log_normaliser, gap)
+
+
+def _log_odds(probability: float) -> float:
+    """Logits that err by δ each move this by at most 2 δ, as they move the difference of two."""
+    if 0.0 < probability < 1.0:
+        return math.log(probability / (1.0 - probability))
+    return math.inf if probability > 0.5 else -math.inf
 
 
 def sample(candidates: Candidates, temperature: float, rng: np.random.Generator) -> int:

@@ -22,8 +22,8 @@ def test_it_measures_itself_and_hugging_face(command, demo):
     assert (done.code, done.err) == (0, "")
     table, _, last = done.out.rstrip().rpartition("\n")
     figures = json.loads(last)
-    assert set(figures["step_ms"]["32"]) == {"mara", "hugging-face"}
-    assert figures["step_ms"]["32"]["mara"]["ms"]["median"] > 0
+    assert set(figures["steps"]["32"]) == {"mara", "hugging-face"}
+    assert figures["steps"]["32"]["mara"]["ms"]["median"] > 0
     assert figures["memory"]["mara"] > 1e6
     assert figures["contestants"]["hugging-face"]["versions"]["transformers"]
     for profile in figures["profiles"]:

@@ -88,13 +88,19 @@ def test_one_fused_attention_a_layer_and_no_node_of_the_seam(bundle, reference, 
     assert not [opset.domain for opset in model.opset_import if opset.domain == "mara"]
     assert not model.functions
     opsets = {opset.domain: opset.version for opset in model.opset_import}
+    head_norms = 2 * layers if architecture == "qwen3" else 0  # of queries and keys, which keeps their matrices apart
     if lowering == "ort":
         assert nodes["com.microsoft", "GroupQueryAttention"] == layers
         assert {domain for domain, _ in nodes} == {"", "com.microsoft"}
         outside = model_shape(reference(architecture).config).head_dim % 16 != 0  # which the attention does not rotate
         assert nodes["com.microsoft", "RotaryEmbedding"] == (2 * layers if outside else 0)
-        assert {kind for domain, kind in nodes if domain} <= {"GroupQueryAttention", "RotaryEmbedding"}
+        assert nodes["com.microsoft", "SkipSimplifiedLayerNormalization"] == 2 * layers  # a sum before all but the first
+        assert nodes["", "RMSNormalization"] == 1 + head_norms
+        assert nodes["", "MatMul"] + nodes["", "Gemm"] == (7 if head_norms else 5) * layers + 1 + 3  # head, agent
+        fused = {"GroupQueryAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization"}
+        assert {kind for domain, kind in nodes if domain} <= fused
     else:
+        assert nodes["", "RMSNormalization"] == 2 * layers + 1 + head_norms
         assert nodes["", "TensorScatter"] == 2 * layers
         assert nodes["", "Attention"] == layers
         assert {domain for domain, _ in nodes} == {""}

@@ -116,14 +116,10 @@ def ids_of(row: list[float], top_k: int, top_p: float) -> list[int]:
         ([5.0], 3, 1.0, math.inf),
         ([5.0, -math.inf], 2, 1.0, math.inf),  # no noise brings a masked token back
         ([0.0] * 4, 4, 0.75, 0.0),  # a cumulative probability on the border, and ties besides
-        ([math.log(0.5), math.log(0.3), math.log(0.2)], 3, 0.75, 0.05),  # 0.2 against 0.25
-        ([math.log(0.5), math.log(0.3), math.log(0.2)], 3, 0.52, 0.02),  # 0.5 against 0.48
-        (
-            [math.log(0.98), math.log(0.02)],
-            2,
-            0.0,
-            0.98,
-        ),  # the best stays whatever its sum; its margin in logits is 3.9
+        ([math.log(0.5), math.log(0.3), math.log(0.2)], 3, 0.75, math.log(4 / 3)),  # odds 1/4 against 1/3
+        ([math.log(0.5), math.log(0.3), math.log(0.2)], 3, 0.52, math.log(13 / 12)),  # odds 1 against 12/13
+        ([math.log(0.98), math.log(0.02)], 2, 0.0, math.log(49)),  # the best stays whatever its sum
+        ([0.0, -200.0], 2, 0.95, 200 - math.log(19)),  # a tail that is nearly nothing
     ],
     ids=str,
 )
@@ -141,8 +137,8 @@ def test_the_gap_is_the_least_change_that_makes_another_list(
 )
 def test_noise_below_the_gap_leaves_the_list_alone(row: list[float], top_k: int, top_p: float, seed: int) -> None:
     found = best(row, top_k, top_p)
-    # A logit that moves by d moves a logarithm of probabilities by at most 2 d, a cumulative probability by less.
-    noise = np.random.default_rng(seed).uniform(-0.24, 0.24, len(row)) * found.gap
+    # logits that move by d each move a difference of two, or the logarithm of a tail's odds, by at most 2 d
+    noise = np.random.default_rng(seed).uniform(-0.49, 0.49, len(row)) * found.gap
     moved = (np.array(row) + noise).astype(np.float32)
     assume(found.gap > 1e-4)
     if np.isfinite(noise).all():
