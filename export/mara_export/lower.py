@@ -3,7 +3,7 @@
 | lowering | attention, cache, rotary embedding, norms become | runs on |
 |---|---|---|
 | `ort` | com.microsoft GroupQueryAttention, in place on a preallocated cache; see fuse.py | ONNX Runtime |
-| `portable` | the standard Attention, TensorScatter, RotaryEmbedding, RMSNormalization | ONNX Runtime, TensorRT ≥ 10.15 |
+| `portable` | standard Attention, TensorScatter, RotaryEmbedding, RMSNormalization | ONNX Runtime, TensorRT ≥ 10.15 |
 """
 
 from __future__ import annotations

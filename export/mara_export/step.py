@@ -18,12 +18,18 @@ from mara_export.lower import value_info
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
+_CHOSEN = "step/rows"
+"""(R,) rows for the LM head."""
+
 
 def join(llm: onnx.ModelProto, agent: onnx.ModelProto, shape: ModelShape, max_candidates: int) -> None:
     """Make `llm`, a lowered LLM, the step graph, in place. agent: a traced agent of the same hidden size."""
     top = tensors.top_tokens(max_candidates, shape.vocab_size)
     graph = llm.graph
     body, head = _split(graph)
+    for node in head:  # `rows` is what the step tells of them
+        for i, name in enumerate(node.input):
+            node.input[i] = _CHOSEN if name == tensors.ROWS else name
     parts = {name: _Nodes(name) for name in ("mask", "choice", "top")}
     _mask(parts["mask"])
     _agent(parts["choice"], agent, shape)
@@ -81,22 +87,27 @@ def _choice(add: _Nodes) -> None:
     somebody = add("Greater", add("Gather", score, best, axis=0), nobody)
     elected = add("Slice", elected, add.constant([0]), add.whole(somebody))
     one = add("Slice", add("Concat", elected, tensors.FALLBACK_ROW, axis=0), add.constant([0]), add.constant([1]))
-    add("Concat", tensors.HEAD_ROWS, one, axis=0, to=tensors.ROWS)
+    add("Concat", tensors.HEAD_ROWS, one, axis=0, to=_CHOSEN)
 
 
 def _best_tokens(add: _Nodes, top: int) -> None:
     """Of each row of logits the best tokens, and the normaliser (ReduceLogSumExp is ten times slower on a CPU)."""
-    values, _ = add.several(
-        "TopK",
-        [tensors.LOGITS, add.constant([top])],
-        [tensors.TOP_LOGITS, tensors.TOP_IDS],
-        axis=-1,
-        largest=1,
-        sorted=1,
+    values, ids = add.several(
+        "TopK", [tensors.LOGITS, add.constant([top])], ["step/top_logits", "step/top_ids"], axis=-1, largest=1, sorted=1
     )
     greatest = add("Slice", values, add.constant([0]), add.constant([1]), add.constant([1]))
     total = add("ReduceSum", add("Exp", add("Sub", tensors.LOGITS, greatest)), add.constant([1]), keepdims=1)
-    add("Squeeze", add("Add", add("Log", total), greatest), add.constant([1]), to=tensors.LOG_NORMALISER)
+    normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.constant([1]))
+
+    size = add("Add", add("Shape", tensors.HEAD_ROWS), add.constant([1]))
+
+    def padded(value: str, nothing: Any, to: str) -> None:
+        add("Slice", add("Concat", value, add.constant(nothing), axis=0), add.constant([0]), size, to=to)
+
+    padded(_CHOSEN, [-1], tensors.ROWS)
+    padded(ids, [[0] * top], tensors.TOP_IDS)
+    padded(values, [[0.0] * top], tensors.TOP_LOGITS)
+    padded(normaliser, [0.0], tensors.LOG_NORMALISER)
 
 
 class _Nodes:
@@ -121,7 +132,7 @@ class _Nodes:
         self.nodes.append(helper.make_node("Cast", [value], [name], name, to=TensorProto.INT64))
         return name
 
-    def constant(self, value: float | list[int] | list[float]) -> str:
+    def constant(self, value: Any) -> str:
         array = np.asarray(value)
         array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         name = f"{self._name}/constant_{len(self.constants)}"

@@ -306,7 +306,7 @@ class Bench:
     def _in_turns(
         self, measure: Callable[[Contestant], float], label: str, most: int | None = None, eager: bool = True
     ) -> dict[str, Any]:
-        """Median and quartiles by contestant; eager: Hugging Face takes part, which needs minutes for a long context."""
+        """Median and quartiles by contestant; eager: Hugging Face takes part, which takes minutes for long contexts."""
         rounds = min(self._args.rounds, most or self._args.rounds)
         contestants = {name: c for name, c in self._open.items() if eager or name != "hugging-face"}
         values: dict[str, list[float]] = {name: [] for name in contestants}

@@ -29,23 +29,25 @@ class Candidates:
         return len(self.ids)
 
 
+_ALONE = np.ones(1)
+
+
 def select(
     ids: NDArray[np.int64], logits: NDArray[np.float32], log_normaliser: float, top_k: int, top_p: float
 ) -> Candidates:
     """Top-k, then top-p, of the best tokens of one position.
 
-    ids, logits: (K,) the K ≥ top_k best tokens, or all; of equal logits in any order. Ranked by the logits themselves,
-    equal logits by lower token id; exactly top_k survive the first filter. From the low end, every id whose ascending
-    cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped; the best always stays.
+    ids, logits: (K,) the K ≥ top_k best tokens, or all; descending, of equal logits in any order. Ranked by the logits
+    themselves, equal logits by lower token id; exactly top_k survive the first filter. From the low end, every id whose
+    ascending cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped; the best always stays.
     """
+    if (logits[1:] == logits[:-1]).any():
+        ranked = np.lexsort((ids, -logits))
+        ids, logits = ids[ranked], logits[ranked]
     if top_k == 1:  # plain greedy decoding, every step
-        best = logits == logits.max()
-        following = logits[~best].max(initial=-np.inf)
-        gap = 0.0 if best.sum() > 1 else float(logits.max() - following)
-        alone = ids[best].min(keepdims=True)
-        return Candidates(alone, np.ones(1), np.array([float(logits.max()) - log_normaliser]), gap)
-    ranked = np.lexsort((ids, -logits))
-    ids, values = ids[ranked], logits[ranked].astype(np.float64)
+        gap = float(logits[0]) - float(logits[1]) if len(logits) > 1 else math.inf
+        return Candidates(ids[:1].copy(), _ALONE, np.array([float(logits[0]) - log_normaliser]), gap)
+    values = logits[: top_k + 1].astype(np.float64)
     weights: NDArray[np.float64] = np.exp(values[:top_k] - values[0])
     weights /= weights.sum()
     tails = weights[::-1].cumsum()[::-1]
@@ -56,7 +58,7 @@ def select(
         for tail in tails[max(count - 1, 1) : count + 1].tolist():  # the last that stays, the first that is dropped
             gap = min(gap, abs(_log_odds(tail) - _log_odds(1.0 - top_p)))
     weights = weights[:count]
-    return Candidates(ids[:count], weights / weights.sum(), values[:count] - log_normaliser, gap)
+    return Candidates(ids[:count].copy(), weights / weights.sum(), values[:count] - log_normaliser, gap)
 
 
 def _log_odds(probability: float) -> float:

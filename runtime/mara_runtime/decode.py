@@ -193,7 +193,7 @@ class _Loop:
         start = len(self._examined)
         exhaustive = config.strategy != "top1"
         fallback = 0 if self._fallback == "first" else len(now) - 1
-        probabilities = now.probabilities[order]
+        probabilities = now.probabilities if config.order == "ranked" else now.probabilities[order]
         draft = self._draft(int(now.ids[0]), room - 1) if start == 0 else NO_DRAFT
         plan = self._session.schedule.plan(
             View(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,6 @@ class _Bound:
 
 
 _Key = tuple[int, int, int, int]  # S, H0, N, F
-_OF_UNKNOWN_SIZE = (tensors.ROWS, tensors.TOP_IDS, tensors.TOP_LOGITS, tensors.LOG_NORMALISER)
 
 
 class OrtEngine:
@@ -161,25 +161,21 @@ class OrtEngine:
 
     def run(self, work: Pass) -> Outcome:
         """See `Engine.run`."""
-        rows = len(work.tokens)
-        self._make_room(work.slot + rows)
-        fallbacks = work.fallback_row is not None
-        bound = self._bind((rows, len(work.head_rows), len(work.agent_rows), int(fallbacks)))
+        count = len(work.tokens)
+        self._make_room(work.slot + count)
+        bound = self._bind((count, len(work.head_rows), len(work.agent_rows), int(work.fallback_row is not None)))
         self._fill(bound.inputs, work)
         self._session.run_with_iobinding(bound.binding)
         self._remember(work)
         outputs = bound.outputs
-        if tensors.ROWS not in outputs:
-            found = bound.binding.get_outputs()  # in the order of binding: these came first
-            outputs = {**outputs, **{n: value.numpy() for n, value in zip(_OF_UNKNOWN_SIZE, found, strict=False)}}
-            for name in _OF_UNKNOWN_SIZE:  # a kept binding takes the last result for preallocated memory
-                bound.binding.bind_output(name, "cpu")
+        rows = outputs[tensors.ROWS]
+        told = len(rows) if rows[-1] >= 0 else len(rows) - 1
         return Outcome(
             outputs[tensors.MARGINS],
-            outputs[tensors.ROWS],
-            outputs[tensors.TOP_IDS],
-            outputs[tensors.TOP_LOGITS],
-            outputs[tensors.LOG_NORMALISER],
+            rows[:told],
+            outputs[tensors.TOP_IDS][:told],
+            outputs[tensors.TOP_LOGITS][:told],
+            outputs[tensors.LOG_NORMALISER][:told],
         )
 
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
@@ -225,7 +221,7 @@ class OrtEngine:
         import onnxruntime as ort
 
         rows, heads, asked, fallbacks = key
-        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": asked, "F": fallbacks, "R": heads + fallbacks}
+        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": asked, "F": fallbacks, "P": heads + 1}
         binding = self._session.io_binding()
 
         def arrays(wanted: list[tensors.Tensor]) -> dict[str, NDArray[Any]]:
@@ -237,10 +233,6 @@ class OrtEngine:
 
         inputs = arrays(tensors.step_inputs(self._shape))
         outputs = arrays(tensors.step_outputs(self._shape, self._top))
-        if asked and not fallbacks:  # somebody may be elected, or nobody
-            for name in _OF_UNKNOWN_SIZE:
-                del outputs[name]
-                binding.bind_output(name, "cpu")
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in outputs.items():
@@ -264,6 +256,7 @@ class OrtEngine:
         }
 
 
+@lru_cache(maxsize=8)
 def _below(threshold: float) -> float:
     """The greatest float32 not above a float64: the same float32 margins exceed the two."""
     with np.errstate(over="ignore"):

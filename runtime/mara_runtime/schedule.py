@@ -7,6 +7,7 @@ against the chance that it is needed (`Acceptance` and the draft's own chances, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,40 +144,49 @@ class Acceptance:
         self._weights[0] = 1.0  # most candidates are accepted, says MARA's own evaluation
         self._curvature = np.eye(self._FEATURES) * self._PRIOR
         self._scale = 1.0  # of margins, fading
+        self._of: NDArray[np.float64] | None = None  # whose features are kept
+        self._kept = np.empty((0, self._FEATURES))
 
     def estimate(
         self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float = 0.0
     ) -> NDArray[np.float64]:
         """(n,) chances of the candidates in the order of examination; margins: of the first of them, seen already."""
-        seen = (float(np.mean(margins)) - threshold) / self._scale if margins else 0.0
-        chance = self._chance(self._features(probabilities, np.full(len(probabilities), seen)))
-        return np.clip(chance, self._LEAST, self._MOST)
+        features = self._features(probabilities)
+        features[:, 5] = self._clipped((math.fsum(margins) / len(margins) - threshold) if margins else 0.0)
+        return np.clip(self._chance(features), self._LEAST, self._MOST)
 
     def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule.learn`."""
         count = len(margins)
-        values = np.asarray(margins) - threshold
-        before = np.zeros(count)
-        before[1:] = np.cumsum(values)[:-1] / np.arange(1, count)
-        features = self._features(probabilities[:count], before / self._scale)
+        values = [margin - threshold for margin in margins]
+        features = self._features(probabilities)[:count]
+        total = 0.0
+        for i, value in enumerate(values):
+            features[i, 5] = self._clipped(total / i if i else 0.0)
+            total += value
         chance = self._chance(features)
         self._curvature *= self._MEMORY
         self._curvature += (features.T * (chance * (1 - chance))) @ features
         self._curvature.flat[:: self._FEATURES + 1] += self._PRIOR * (1 - self._MEMORY)
-        self._weights += np.linalg.solve(self._curvature, features.T @ ((values > 0) - chance))
-        self._scale += 0.05 * (float(np.abs(values).mean()) + 1e-9 - self._scale)
+        accepted = np.array([value > 0 for value in values])
+        self._weights += np.linalg.solve(self._curvature, features.T @ (accepted - chance))
+        self._scale += 0.05 * (math.fsum(map(abs, values)) / count + 1e-9 - self._scale)
 
-    def _features(self, probabilities: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
-        logs = np.log(np.maximum(probabilities, 1e-9))
-        features = np.empty((len(logs), self._FEATURES))
-        features[:, 0] = 1.0
-        features[:, 1] = logs / 3
-        features[0, 2] = 0.0
-        features[1:, 2] = (logs[1:] - logs[:-1]) / 3  # the gap to the one before
-        features[:, 3] = np.exp(logs)
-        features[:, 4] = np.arange(len(logs)) > 0
-        features[:, 5] = np.clip(seen, -3, 3)  # the margins just seen
-        return features
+    def _features(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, 6); the last, the margins just seen, is the caller's to fill. Kept for the next plan and the lesson."""
+        if probabilities is not self._of:
+            logs = np.log(np.maximum(probabilities, 1e-9))
+            features = np.zeros((len(logs), self._FEATURES))
+            features[:, 0] = 1.0
+            features[:, 1] = logs / 3
+            features[1:, 2] = features[1:, 1] - features[:-1, 1]  # the gap to the one before
+            features[:, 3] = probabilities
+            features[1:, 4] = 1.0
+            self._of, self._kept = probabilities, features
+        return self._kept
+
+    def _clipped(self, margin: float) -> float:
+        return min(max(margin / self._scale, -3.0), 3.0)
 
     def _chance(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         chance: NDArray[np.float64] = 1 / (1 + np.exp(-np.clip(features @ self._weights, -30, 30)))
@@ -217,7 +227,7 @@ class Adaptive:
         rest = self._rest(chances, start, body, view.refeed)
         best, plan = np.inf, Plan(count - start, 0)
         for size in self._sizes(count - start):
-            rejected = float(np.prod([1.0 - chance for chance in chances[start : start + size]]))
+            rejected = math.prod(1.0 - chance for chance in chances[start : start + size])
             last = start + size == count
             width = size + int(last and start > 0 and view.refeed)
             follows = 0.0 if last else rejected * rest[start + size]

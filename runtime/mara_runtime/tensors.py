@@ -2,7 +2,8 @@
 
 A bundle has one graph, the *step*: the LLM, the agent beside it, the choice among candidates, and the LM head on the
 rows that need one. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows shown to the agent,
-H0 rows whose logits are wanted whatever the agent says, F fallback rows (0 or 1), R rows that went through the head.
+H0 rows whose logits are wanted whatever the agent says, F fallback rows (0 or 1), R rows that went through the head,
+P = H0 + 1 rows of what is told of them.
 A row is one token; it is written to one KV slot and has one position:
 
     row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots below
@@ -14,7 +15,8 @@ drafted chain has positions T, T+1, …, siblings T, T, …, and both may stand 
 The choice: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
 `priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, if one
 was given. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
-best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser.
+best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where nobody
+was chosen, a row of -1 and zeros stands for it: outputs whose sizes are known before need no allocation.
 """
 
 from __future__ import annotations
@@ -149,10 +151,10 @@ def step_outputs(shape: ModelShape, top: int) -> list[Tensor]:
     """Outputs of `step.onnx`, in order. The last two before the cache are for whoever asks, and cost nothing else."""
     return [
         Tensor(MARGINS, "float32", ("N",)),
-        Tensor(ROWS, "int64", ("R",)),
-        Tensor(TOP_IDS, "int64", ("R", top)),
-        Tensor(TOP_LOGITS, "float32", ("R", top)),
-        Tensor(LOG_NORMALISER, "float32", ("R",)),
+        Tensor(ROWS, "int64", ("P",)),
+        Tensor(TOP_IDS, "int64", ("P", top)),
+        Tensor(TOP_LOGITS, "float32", ("P", top)),
+        Tensor(LOG_NORMALISER, "float32", ("P",)),
         *llm_outputs(shape),
     ]
 

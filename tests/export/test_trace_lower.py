@@ -74,8 +74,8 @@ def test_inputs_and_outputs_are_those_of_the_one_table(bundle, reference, archit
     assert described(graph.input) == tensors.step_inputs(shape)
     assert described(graph.output) == tensors.step_outputs(shape, TOP)
     sizes = {t.name: t.shape for t in described(graph.output)}
-    assert sizes["top_ids"] == sizes["top_logits"] == ("R", TOP)
-    assert sizes["rows"] == sizes["log_normaliser"] == ("R",)
+    assert sizes["top_ids"] == sizes["top_logits"] == ("P", TOP)
+    assert sizes["rows"] == sizes["log_normaliser"] == ("P",)
     assert sizes["margins"] == ("N",)
 
 
@@ -94,7 +94,9 @@ def test_one_fused_attention_a_layer_and_no_node_of_the_seam(bundle, reference, 
         assert {domain for domain, _ in nodes} == {"", "com.microsoft"}
         outside = model_shape(reference(architecture).config).head_dim % 16 != 0  # which the attention does not rotate
         assert nodes["com.microsoft", "RotaryEmbedding"] == (2 * layers if outside else 0)
-        assert nodes["com.microsoft", "SkipSimplifiedLayerNormalization"] == 2 * layers  # a sum before all but the first
+        assert (
+            nodes["com.microsoft", "SkipSimplifiedLayerNormalization"] == 2 * layers
+        )  # a sum before all but the first
         assert nodes["", "RMSNormalization"] == 1 + head_norms
         assert nodes["", "MatMul"] + nodes["", "Gemm"] == (7 if head_norms else 5) * layers + 1 + 3  # head, agent
         fused = {"GroupQueryAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization"}
