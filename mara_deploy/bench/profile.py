@@ -9,7 +9,7 @@ aligned decoding run on the same instrument.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -55,11 +55,12 @@ class Script:
         self._text = _text(profile, positions + 1, vocab_size, rng)
         self._ids = np.empty((positions + 1, top), np.int64)
         self._logits = np.empty((positions + 1, top), np.float32)
-        self._accepted = np.ones((positions + 1, top), bool)
+        self._accepted: list[frozenset[int]] = []  # tokens, by position
         for position in range(positions + 1):
             self._ids[position] = _others(self._text[position], top, vocab_size, rng)
             logits, accepted = _position(profile, top, rng)
-            self._logits[position], self._accepted[position] = logits, accepted
+            self._logits[position] = logits
+            self._accepted.append(frozenset(self._ids[position][accepted].tolist()))
 
     def prompt(self, length: int) -> list[int]:
         """The text up to a position."""
@@ -70,10 +71,13 @@ class Script:
         """The best tokens of a position, and their logits."""
         return self._ids[position], self._logits[position]
 
+    def best(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(R, K) of several positions."""
+        return self._ids[positions], self._logits[positions]
+
     def accepts(self, position: int, token: int) -> bool:
         """The agent's verdict on a candidate of a position; a token that is none is rejected."""
-        index = np.flatnonzero(self._ids[position] == token)
-        return bool(len(index)) and bool(self._accepted[position, index[0]])
+        return token in self._accepted[position]
 
 
 PHRASE = 24
@@ -132,15 +136,16 @@ class Instrument:
 
     def run(self, work: Pass) -> Outcome:
         """See `Engine.run`: the election is steered by priorities, so that the graph does all its work."""
-        verdicts = [self._script.accepts(int(work.positions[row]), int(work.tokens[row])) for row in work.agent_rows]
+        script, positions = self._script, work.positions
+        verdicts = [script.accepts(positions[row], work.tokens[row]) for row in work.agent_rows]
         priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
-        out = self._engine.run(replace(work, priorities=priorities, threshold=-np.inf, margin_weight=0.0))
-        margins = np.where(verdicts, np.float32(1), np.float32(-1)) if verdicts else out.margins
-        found = [self._script.candidates(int(work.positions[row]) + 1) for row in out.rows]
-        if not found:
-            return replace(out, margins=margins)
-        ids, logits = (np.stack(part) for part in zip(*found, strict=True))
-        return Outcome(margins, out.rows, ids, logits, np.zeros(len(found), np.float32))
+        asked, fallback = work.agent_rows, work.fallback_row
+        out = self._engine.run(
+            Pass(work.tokens, positions, work.slot, work.head_rows, asked, priorities, 0.0, -np.inf, fallback)
+        )
+        margins = np.array([1.0 if ok else -1.0 for ok in verdicts], np.float32)
+        ids, logits = script.best([positions[row] + 1 for row in out.rows.tolist()])
+        return Outcome(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
 
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
         """See `Engine.evaluate`."""
