@@ -81,6 +81,13 @@ def parser() -> Parser:
         metavar="NAMES",
         help=f"what to measure, separated by commas (default {','.join(MEASURES)})",
     )
+    options.add_argument(
+        "--profile",
+        type=int,
+        action="append",
+        choices=range(1, len(PROFILES) + 1),
+        help="number of an instrument to measure (may be repeated; default all)",
+    )
     options.add_argument("--quiet", action="store_true", help="print the JSON line alone")
     return options
 
@@ -112,7 +119,7 @@ def _bench(args: argparse.Namespace) -> None:
             "steps": bench.steps,
             "prefill": bench.prefill,
             "width": bench.width,
-            "profiles": lambda: [bench.profile(profile) for profile in PROFILES],
+            "profiles": lambda: [bench.profile(number) for number in args.profile or range(1, len(PROFILES) + 1)],
         }
         results = {name: measure() for name, measure in measures.items() if name in wanted}
     document = {
@@ -246,8 +253,9 @@ class Bench:
         self._say(f"  LM head by rows: {heads}")
         return curve
 
-    def profile(self, profile: dict[str, Any]) -> dict[str, Any]:
-        """Plain against aligned on the instrument, in turns; ratios are of tokens/s to plain's."""
+    def profile(self, number: int) -> dict[str, Any]:
+        """Plain against aligned on an instrument, in turns; ratios are of tokens/s to plain's."""
+        profile = PROFILES[number - 1]
         ways = {way: dict(options) for way, options in WAYS.items() if way != "drafting" or "repeated" in profile}
         measured: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         serial: list[dict[str, Any]] = []
@@ -268,7 +276,7 @@ class Bench:
 
         plain = measured["plain"]
         continued = sum(a["continued"] for a in plain) / len(plain)
-        self._say(f"\ninstrument: {Profile(**profile)}; {continued:.0%} of the tokens continue what was there before")
+        self._say(f"\ninstrument {number}: {Profile(**profile)}; {continued:.0%} of its tokens continue what was there")
         found: dict[str, Any] = {"profile": profile, "continued": continued, "ways": {}}
         for way, answers in measured.items():
             ratios = [p["ms"] / a["ms"] for p, a in zip(plain, answers, strict=True)]
