@@ -56,7 +56,7 @@ def test_json_lines(tmp_path, name):
         "",
         '{"question": "Two\\u2028?"}',
         '"Three?"',
-        '{"prompt": "Four?", "question": "-"}',
+        '{"prompt": "4?", "question": "-"}',
     ]
     found = read_prompts(written(tmp_path / name, "\n".join(lines) + "\n"))
     assert [prompt.text for prompt in found.prompts] == ["One?", "Two\u2028?", "Three?", "4?"]
