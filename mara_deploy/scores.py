@@ -122,7 +122,7 @@ def load_score(
     module, colon, function = spec.partition(":")
     if colon and all(part.isidentifier() for part in (*module.split("."), function)):
         if template is not None:
-            raise ScoreError(f"--template is for a model; the score {spec} is a Python function")
+            raise ScoreError(f"--score-template is for a model; the score {spec} is a Python function")
         return _function(spec, module, function)
     from mara_deploy import reward_model
 
