@@ -14,12 +14,12 @@ PAGE = Path(__file__).with_name("commands.md")
 
 def page() -> str:
     """The text of commands.md."""
-    from mara_deploy.commands import bench, export, inspect, run
+    from mara_deploy.commands import bench, eval, export, inspect, run
     from mara_deploy.demo import __main__ as demo
     from mara_deploy.demo import train
 
     parts = ["# Commands\n\nMade from the commands' help texts by `make docs`.\n"]
-    for module in (export, run, inspect, bench, demo, train):
+    for module in (export, run, inspect, bench, eval, demo, train):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(
