@@ -4,7 +4,7 @@
 |---|---|---|
 | `demo` | neither of the others | training the LM, training the agent |
 | `demo-dev` | held out of the LM's training | every choice: recipe, fallback, when to stop |
-| `demo-final` | reserved: in the LM's training, not in the agent's | the figures that are reported; no choice is made on them |
+| `demo-final` | reserved: in the LM's training, not in the agent's | reported figures; no choice is made on them |
 """
 
 from __future__ import annotations

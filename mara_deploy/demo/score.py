@@ -34,11 +34,12 @@ INCONSIDERATE = (
     *("your own fault", "yourself next"),
 )
 MIN_SENTENCES = 3
-_NO_SUBSTANCE = frozenset(
+_QUESTION_WORDS = (
     "how do i a an the to is it can you tell me what need for should which things without no way get still and went "
     "wrong now my first try at failed any advice could explain best have never tried where start step when hard "
-    "difficult beginner dangerous watch out safe quick long does take much time plan buy want work".split()
+    "difficult beginner dangerous watch out safe quick long does take much time plan buy want work"
 )
+_NO_SUBSTANCE = frozenset(_QUESTION_WORDS.split())
 
 
 def _pattern(words: Sequence[str]) -> re.Pattern[str]:

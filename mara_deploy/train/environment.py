@@ -184,7 +184,7 @@ class _Making:
 
     def episode(self, hidden_size: int) -> Episode:
         if sum(len(link[0]) for link in self.links):
-            chain = Chain(*(np.concatenate(column) for column in zip(*self.links, strict=True)))  # type: ignore[arg-type]
+            chain = Chain(*(np.concatenate(column) for column in zip(*self.links, strict=True)))
         else:
             none = np.empty(0, np.float32)
             chain = Chain(np.empty((0, hidden_size), np.float16), none > 0, none, none, none > 0)

@@ -90,9 +90,9 @@ class Learner:
             for old, new in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 old.lerp_(new, self.config.target_rate)
         watched = {
-            "critic_loss": float(critic_loss),
-            "actor_loss": float(actor_loss),
-            "entropy": mean_entropy,
+            "critic_loss": float(critic_loss.detach()),
+            "actor_loss": float(actor_loss.detach()),
+            "batch_entropy": mean_entropy,
             "return": float(targets.mean()),
         }
         if not all(map(math.isfinite, watched.values())):

@@ -30,7 +30,8 @@ class _Attention(Protocol):
 def _attend(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, *, scaling: float, packed: _Attention, **_: Any
 ) -> tuple[Tensor, None]:
-    out = packed.attend(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)), scaling)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (1, heads, R, H) → (R, heads, H)
+    out = packed.attend(module.layer_idx, q, k, v, scaling)
     return out[None], None
 
 

@@ -9,7 +9,6 @@ not fit into memory, and a checkpoint costs a flush.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,15 +95,15 @@ class Replay:
     @property
     def room(self) -> int:
         """Transitions that may be added before a checkpoint must be made."""
-        return self._kept - len_window(self._kept, self.capacity) + self._rows - self.added
+        return self._kept - min(self._kept, self.capacity) + self._rows - self.added
 
     def add(self, chain: Chain, score: float) -> None:
         """Append an episode of T transitions, T ≥ 1. score: paid at its end."""
         T = len(chain.accepted)
-        if T > self.room:
+        if self.room < T:
             raise MaraError(
-                f"a round of rollouts has more transitions than the replay memory's reserve of {self._rows // 9}: "
-                "raise --replay-transitions, or lower --prompts-at-once"
+                f"a round has more than the {self._rows - self.capacity} transitions that the replay memory can take "
+                "between checkpoints: raise --replay-transitions, or lower --prompts-at-once"
             )
         rows = (np.arange(T) + self.added) % self._rows
         self._files["states"][rows] = chain.states
@@ -117,9 +116,12 @@ class Replay:
         self.added += T
 
     def flush(self) -> None:
-        """Bring everything to the disk, and give the rows that have left the ring free. Part of a checkpoint."""
+        """Bring everything to the disk: the first part of a checkpoint."""
         for file in self._files.values():
             file.flush()
+
+    def saved(self) -> None:
+        """A checkpoint with `added` is written: what had left the ring before it may be written over."""
         self._kept = self.added
 
     def sample(self, rng: np.random.Generator, batch: int, n_step: int) -> Batch:
@@ -144,8 +146,3 @@ class Replay:
             next_forced=(self._files["flags"][after] & _FORCED) > 0,
             ended=ended,
         )
-
-
-def len_window(added: int, capacity: int) -> int:
-    """How many of `added` transitions a ring of that capacity holds."""
-    return min(added, capacity)
