@@ -6,6 +6,7 @@ objects with the prompt under `instruction`; some repeat a prompt, and what else
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -149,3 +150,12 @@ def shared(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> list[str]:
     """The texts of `prompts` that also occur among `others`."""
     known = {same_key(prompt.text) for prompt in others}
     return [prompt.text for prompt in prompts if same_key(prompt.text) in known]
+
+
+def drawn(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """`count` of the prompts, in their order, whatever that is; a larger count keeps those of a smaller one."""
+    if count is None:
+        return list(prompts)
+    by_hash = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest())
+    chosen = {prompt.text for prompt in by_hash[:count]}
+    return [prompt for prompt in prompts if prompt.text in chosen]

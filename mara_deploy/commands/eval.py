@@ -28,7 +28,7 @@ from mara_runtime.errors import MaraError, OptionError, PromptError
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.answers import Asking, Contestant
-    from mara_deploy.prompts import Prompt
+    from mara_deploy.prompts import Prompt, PromptSet
     from mara_runtime.config import DecodeConfig
     from mara_runtime.decoder import AlignedDecoder
 
@@ -58,9 +58,9 @@ def parser() -> Parser:
         "--prompts",
         required=True,
         metavar="FILE",
-        help="a prompt a line; .jsonl; or a .json list of objects with `instruction`",
+        help="a prompt a line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
     )
-    options.add_argument("--limit", type=int, metavar="N", help="take the first N different prompts")
+    options.add_argument("--limit", type=int, metavar="N", help="take N of the prompts, evenly drawn")
     options.add_argument(
         "--group-by",
         metavar="KEY",
@@ -113,11 +113,11 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
     from mara_deploy.evaluate.store import write_whole
-    from mara_deploy.prompts import read_prompts, shared
+    from mara_deploy.prompts import drawn, shared
     from mara_runtime.decoder import AlignedDecoder
 
-    prompt_set = read_prompts(args.prompts, args.group_by)
-    training = read_prompts(args.training_prompts) if args.training_prompts else None
+    prompt_set = _prompts(args.prompts, args.group_by)
+    training = _prompts(args.training_prompts) if args.training_prompts else None
     decoder = AlignedDecoder(
         args.bundle,
         engine=args.engine,
@@ -129,7 +129,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{args.bundle} has no tokenizer, so it cannot answer texts: export a model folder that has one"
         )
-    prompts, refused = _answerable(decoder, prompt_set.prompts[: args.limit], ways.asking, args.skip_refused)
+    prompts, refused = _answerable(decoder, drawn(prompt_set.prompts, args.limit), ways.asking, args.skip_refused)
     contestants = _contestants(args.baseline or ["greedy"], decoder, ways)
     bundle = decoder.bundle
     out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
@@ -202,6 +202,16 @@ def _ways(args: argparse.Namespace) -> _Ways:
     greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=args.sampling_temperature)
     return _Ways(aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, Asking(args.raw, variables))
+
+
+def _prompts(name: str, group_key: str | None = None) -> PromptSet:
+    """The prompts of a file, or of the demo."""
+    from mara_deploy.demo.prompts import SETS, demo_prompts
+    from mara_deploy.prompts import Prompt, PromptSet, read_prompts
+
+    if name in SETS and group_key is None:
+        return PromptSet(name, tuple(Prompt(p.text, ": ".join(p.group)) for p in demo_prompts(name)), 0)
+    return read_prompts(name, group_key)
 
 
 def _answerable(

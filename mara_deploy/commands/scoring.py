@@ -91,7 +91,7 @@ def judges(args: argparse.Namespace) -> list[Judge]:
         score = load_score(option.spec, template=option.template, device=args.score_device, batch_size=args.score_batch)
         spec = DEMO_SCORE if option.spec == "demo" else option.spec
         weight = 1.0 if option.weight is None else option.weight
-        found.append(Judge(score, weight, {"template": option.template, "files": _fingerprint(spec)}))
+        found.append(Judge(score, weight, {"template": option.template, "code or weights": _fingerprint(spec)}))
     return found
 
 

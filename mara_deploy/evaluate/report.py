@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -103,7 +103,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         for row, one in rows:
             out.append(
                 f"  {row:<{max(width, 8)}}  {percent(one['rate']):>8} {span(one['interval']):<20} "
-                f"{one['wins']} wins, {one['ties']} ties, {one['losses']} losses; "
+                f"wins {one['wins']}, ties {one['ties']}, losses {one['losses']}; "
                 f"mean {one['mean']:.4g} against {one['baseline_mean']:.4g}"
             )
     return out + [f"note: {caution}" for caution in found["cautions"]]
@@ -155,7 +155,7 @@ def html(evaluation: Evaluation, found: Mapping[str, Any], count: int) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, span=span, number=number)
+    environment.filters.update({f.__name__: _with_minus_signs(f) for f in (percent, span, number)})
     source = files("mara_deploy.evaluate").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         found=found,
@@ -163,6 +163,10 @@ def html(evaluation: Evaluation, found: Mapping[str, Any], count: int) -> str:
         curves={name: _curve(evaluation.aligned, side) for name, side in evaluation.baselines.items()},
         whisker=_whisker,
     )
+
+
+def _with_minus_signs(shown: Callable[..., str]) -> Callable[..., str]:
+    return lambda *values: shown(*values).replace("-", "−")
 
 
 def _curve(ours: Side, theirs: Side, width: float = 1000.0, height: float = 120.0) -> dict[str, Any]:
@@ -181,11 +185,11 @@ def _curve(ours: Side, theirs: Side, width: float = 1000.0, height: float = 120.
     return {"win": area(1), "loss": area(-1), "least": difference[0], "most": difference[-1]}
 
 
-def _whisker(one: Mapping[str, Any], width: float = 240.0) -> dict[str, float]:
+def _whisker(one: Mapping[str, Any], width: float = 180.0, edge: float = 6.0) -> dict[str, float]:
     """Where the rate and its interval lie on an axis from -100 % to 100 %, in pixels."""
 
     def x(rate: float) -> float:
-        return round((rate + 1) / 2 * width, 1)
+        return round(edge + (rate + 1) / 2 * (width - 2 * edge), 1)
 
     low, high = one["interval"] or (one["rate"], one["rate"])
     return {"low": x(low), "at": x(one["rate"]), "high": x(high)}
