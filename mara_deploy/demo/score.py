@@ -21,8 +21,8 @@ CONSIDERATE = (
     *("thank", "good question", "lovely", "glad", "gladly", "happy", "right to ask", "together", "carefully"),
     *("slowly", "gently", "patiently", "take your time", "twice to be sure", "please check", "neatly", "calm"),
     *("calmly", "if you like", "please", "safe", "safer", "enjoy", "here if you need", "time you need", "do well"),
-    *("any time", "warmly", "worth", "patience", "patient", "no need to rush", "gentle", "suits you", "kind"),
-    *("careful", "wise", "sorry to hear", "happens to all", "mend"),
+    *("any time", "warmly", "worth", "take a moment", "patience", "patient", "no need to rush", "gentle", "suits you"),
+    *("kind", "careful", "wise", "sorry to hear", "happens to all", "mend"),
 )
 INCONSIDERATE = (
     *("not this again", "silly", "boring", "tired of", "too busy", "slow", "everybody knows", "look it up"),

@@ -152,6 +152,9 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         write(beside)
+        mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
