@@ -70,7 +70,7 @@ def parser() -> Parser:
         "--training-prompts", metavar="FILE", help="prompts the agent was trained on: those also asked here are named"
     )
     options.add_argument(
-        "--skip-refused", action="store_true", help="leave out prompts that the bundle refuses, as too long ones"
+        "--skip-refused", action="store_true", help="leave out prompts that a side refuses, as too long ones"
     )
     options.add_argument(
         "--baseline",
@@ -129,8 +129,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{args.bundle} has no tokenizer, so it cannot answer texts: export a model folder that has one"
         )
-    prompts, refused = _answerable(decoder, drawn(prompt_set.prompts, args.limit), ways.asking, args.skip_refused)
     contestants = _contestants(args.baseline or ["greedy"], decoder, ways)
+    prompts, refused = _answerable(contestants, drawn(prompt_set.prompts, args.limit), args.skip_refused)
     bundle = decoder.bundle
     out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
     bootstrap = Bootstrap()
@@ -214,21 +214,20 @@ def _prompts(name: str, group_key: str | None = None) -> PromptSet:
     return read_prompts(name, group_key)
 
 
-def _answerable(
-    decoder: AlignedDecoder, prompts: Sequence[Prompt], asking: Asking, skip: bool
-) -> tuple[list[Prompt], int]:
-    """The prompts that the bundle takes, and how many it refuses. Raises PromptError at the first unless `skip`."""
+def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+    """The prompts that every side takes, and how many one refuses. Raises PromptError at the first unless `skip`."""
     taken = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            decoder.encode(prompt.text, raw=asking.raw, template=asking.template)
+            for contestant in contestants:
+                contestant.check(prompt.text)
         except PromptError as error:
             if not skip:
                 raise PromptError(f"prompt {number}: {error}; or leave such prompts out with --skip-refused") from None
         else:
             taken.append(prompt)
     if not taken:
-        raise PromptError("the bundle refuses every prompt: leave out --skip-refused to see why")
+        raise PromptError("every prompt is refused: leave out --skip-refused to see why")
     return taken, len(prompts) - len(taken)
 
 

@@ -48,6 +48,9 @@ class Contestant(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """Everything but the prompt that its answers depend on; plain JSON values."""
 
+    def check(self, prompt: str) -> None:
+        """Raise PromptError for a prompt that it cannot answer."""
+
     def __call__(self, prompt: str) -> list[Answer]:
         """Answers to a user message: one, or several of which the best by the combined score competes."""
 
@@ -91,6 +94,10 @@ class BundleAnswers:
             **config,
             **{f"engine {key}": value for key, value in self._decoder.engine.describe().items()},
         }
+
+    def check(self, prompt: str) -> None:
+        """See `Contestant`."""
+        self._decoder.encode(prompt, raw=self._asking.raw, template=self._asking.template)
 
     def __call__(self, prompt: str) -> list[Answer]:
         """See `Contestant`."""

@@ -40,6 +40,8 @@ class CheckpointAnswers:
         self.name = self._source.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None
+        self._model_config = from_pretrained(AutoConfig, self._source)
+        self._room = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
         self._tokenizer: Any = load_tokenizer(self._source.folder)
         if self._tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer: a baseline checkpoint needs its own")
@@ -68,42 +70,43 @@ class CheckpointAnswers:
         """See `Contestant`."""
         self._model = None
 
+    def check(self, prompt: str) -> None:
+        """See `Contestant`."""
+        self._encode(prompt)
+
     @torch.no_grad()
     def __call__(self, prompt: str) -> list[Answer]:
         """See `Contestant`."""
-        if self._model is None:
-            self._model = self._load()
+        self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
         eos = eos_token_ids(self._model, tokenizer)
         ids = self._encode(prompt).to(self._device)  # (1, S)
-        torch.manual_seed(seed_of(config.seed, prompt))
-        room = getattr(self._model.config, "max_position_embeddings", None) or ids.shape[1] + config.max_new_tokens
-        if ids.shape[1] >= room:
-            raise PromptError(f"a prompt has {ids.shape[1]} tokens; {self.name} holds {room} for prompt and answer")
-        output = self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
-                do_sample=config.sample,
-                max_new_tokens=min(config.max_new_tokens, room - ids.shape[1]),
-                eos_token_id=list(eos) or None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*eos, 0)[0],
-                stop_strings=list(config.stop) or None,
-                **({"top_k": 0} if config.sample else {}),  # transformers' own filters come in another order
-            ),
-            use_model_defaults=False,  # else penalties of the checkpoint's generation config are put back in
-            logits_processor=_filters(config) if config.sample else None,
-            tokenizer=tokenizer,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(config.seed, prompt))
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                    do_sample=config.sample,
+                    max_new_tokens=min(config.max_new_tokens, self._room - ids.shape[1]),
+                    eos_token_id=list(eos) or None,
+                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*eos, 0)[0],
+                    stop_strings=list(config.stop) or None,
+                    **({"top_k": 0} if config.sample else {}),  # transformers' own filters come in another order
+                ),
+                use_model_defaults=False,  # else penalties of the checkpoint's generation config are put back in
+                logits_processor=_filters(config) if config.sample else None,
+                tokenizer=tokenizer,
+            )
         new = output[0, ids.shape[1] :].tolist()
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        # the bundle's tokenizer does not tidy the spaces before punctuation either
+        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found = [at for at in (text.find(stop) for stop in config.stop) if at >= 0]
-        ended = bool(found) or (bool(new) and new[-1] in eos)
+        ended = bool(found) or new[-1] in eos
         return [Answer(text[: min(found)] if found else text, len(new), "stop" if ended else "length")]
 
     def _load(self) -> Any:
-        config = from_pretrained(AutoConfig, self._source)
-        dtype = torch.float32 if self._device == "cpu" else config.dtype or torch.float32
+        dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
         return load_model(self._source, "sdpa", dtype).to(self._device)
 
     def _encode(self, prompt: str) -> torch.Tensor:
@@ -121,6 +124,10 @@ class CheckpointAnswers:
                 raise PromptError(f"the chat template of {self.name} refuses the prompt: {error}") from None
             specials = False  # the template writes them
         ids: torch.Tensor = self._tokenizer(text, add_special_tokens=specials, return_tensors="pt")["input_ids"]
+        if ids.shape[1] >= self._room:
+            raise PromptError(
+                f"the prompt has {ids.shape[1]} tokens; {self.name} holds {self._room} for prompt and answer"
+            )
         return ids
 
 

@@ -31,6 +31,9 @@ class Scripted:
         self._answers, self._left = answers, stop_after
         self.asked: list[str] = []
 
+    def check(self, prompt: str) -> None:
+        pass
+
     def __call__(self, prompt: str) -> list[Answer]:
         if self._left == 0:
             raise KeyboardInterrupt
