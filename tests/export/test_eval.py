@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mara_deploy.commands.eval import main
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
@@ -17,6 +23,7 @@ from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.errors import MaraError
 from tests import checkpoints
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = corpus.prompts(6, seed=5, held_out_split=True)
 LIMITS = ("--max-new-tokens", "24", "--threads", "1")
 SCORE = ("--score", "scores_of_the_test:words")
@@ -320,3 +327,52 @@ def test_the_demos_prompt_sets(bundle, tmp_path, command):
     assert found["prompts"]["unique"] == 3
     assert found["in_training"] == []
     assert found["bootstrap"]["unit"] == "group"
+
+
+def test_without_pytorch_and_what_comes_with_it(bundle, prompt_file, tmp_path, score_module):
+    """A device that decodes can evaluate too, by a score in Python."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'optimum', 'safetensors', 'mara_export'):\n"
+        "    sys.modules[name] = None\n"
+        "from mara_deploy.commands.eval import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [bundle("demo"), "--prompts", prompt_file, *SCORE, "--limit", "2", "--out", tmp_path / "out", *LIMITS]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "runtime")))
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments), *more],
+            cwd=score_module,  # `module:function` is looked for in the working directory
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    outcome = run()
+    assert outcome.returncode == 0, outcome.stderr
+    assert read(tmp_path / "out")["prompts"]["unique"] == 2
+    outcome = run("--baseline", str(MODEL_FOLDER))
+    assert outcome.returncode == 2
+    assert "a checkpoint as baseline needs packages that are not installed" in outcome.stderr.splitlines()[-1]
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_examples_of_the_page_run(bundle, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    score, program = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (line,) = re.findall(r"^```sh\nmara-eval (.*?)\n```", page, re.MULTILINE)
+    (tmp_path / "my_scores.py").write_text(score)
+    (tmp_path / "prompts.txt").write_text("\n".join(p.text for p in PROMPTS[:2]))
+    (tmp_path / "BUNDLE").symlink_to(bundle("demo"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main([*shlex.split(line), "--quiet", *LIMITS]) == 0
+    folder = tmp_path / "evaluations" / bundle("demo").name
+    assert list(read(folder)["comparisons"]) == ["greedy", "sample"]
+    capsys.readouterr()
+    exec(compile(program, "docs/evaluation.md", "exec"), {})
+    assert -1.0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1.0
