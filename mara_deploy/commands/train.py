@@ -64,7 +64,7 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "mara-train",
-        "Train an accept/reject agent for a frozen LLM: discrete soft actor-critic, rewarded by a score of its answers.",
+        "Train an accept/reject agent for a frozen LLM by discrete soft actor-critic, rewarded by a score of answers.",
         EPILOG,
     )
     options.add_argument("--model", metavar="M", help="demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder")

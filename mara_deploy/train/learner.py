@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mara_deploy.agent import Agent
 from mara_deploy.train.config import TrainConfig
-from mara_deploy.train.policy import entropy, kl_terms
+from mara_deploy.train.policy import divergence, entropy
 from mara_deploy.train.replay import Batch
 from mara_runtime.errors import NumericsError
 
@@ -101,41 +101,52 @@ class Learner:
 
     @torch.no_grad()
     def returns(self, batch: _Tensors) -> Tensor:
-        """(B,) n-step returns: scores and KL terms along the chain, then the targets' value of where it leads."""
+        """(B,) n-step returns of the action taken: what is paid along the chain, then the value of where it leads.
+
+        The price of the first state is not in it, as it is the policy's to set there: see `actor_loss`.
+        """
         config = self.config
-        terms = kl_terms(batch.margins, batch.reference, batch.accepted, batch.forced)
-        discounts = config.discount ** torch.arange(terms.shape[1], device=terms.device)
-        rewards = torch.where(batch.inside, batch.scores - config.kl_weight * terms, 0.0)
-        bootstrap = config.discount ** terms.shape[1] * self.value(batch.next_states, batch.next_forced)
-        return (rewards * discounts).sum(1) + torch.where(batch.ended, 0.0, bootstrap)
+        prices = config.kl_weight * divergence(batch.margins, batch.reference, batch.forced)  # (B, n)
+        prices[:, 0] = 0.0
+        steps = prices.shape[1]
+        discounts = config.discount ** torch.arange(steps, device=prices.device)
+        paid = torch.where(batch.inside, batch.scores - prices, 0.0)
+        later = config.discount**steps * self.value(batch.next_states, batch.next_reference, batch.next_forced)
+        return (paid * discounts).sum(1) + torch.where(batch.ended, 0.0, later)
 
     @torch.no_grad()
-    def value(self, states: Tensor, forced: Tensor) -> Tensor:
-        """(N,) soft values by the target critics; a forced state has the value of accepting, without entropy."""
-        margin = self.actor.margin(states)
+    def value(self, states: Tensor, reference: Tensor, forced: Tensor) -> Tensor:
+        """(N,) soft values by the target critics; a forced state has the value of accepting, and neither entropy nor
+        price.
+        """
         worse = torch.minimum(*self.target(states))  # (N, 2)
+        return torch.where(forced, worse[:, 1], self._gain(self.actor.margin(states), worse, reference, forced))
+
+    def _gain(self, margin: Tensor, worse: Tensor, reference: Tensor, forced: Tensor) -> Tensor:
+        """(N,) what a policy earns: the expected value, and entropy, less the price of leaving the LLM's choice."""
         accept = torch.sigmoid(margin)
-        free = (1 - accept) * worse[:, 0] + accept * worse[:, 1] + self.alpha * entropy(margin)
-        return torch.where(forced, worse[:, 1], free)
+        value = (1 - accept) * worse[:, 0] + accept * worse[:, 1]
+        price = self.config.kl_weight * divergence(margin, reference, forced)
+        return value + self.alpha * entropy(margin) - price
 
     def critic_loss(self, batch: _Tensors, targets: Tensor) -> Tensor:
         """Half the mean squared error of each critic, summed."""
-        action = batch.accepted[:, :1].long()
+        action = batch.accepted[:, None].long()
         errors = [values.gather(1, action)[:, 0] - targets for values in self.critic(batch.states)]
         return sum((0.5 * error.square().mean() for error in errors), torch.zeros((), device=targets.device))
 
     def actor_loss(self, batch: _Tensors) -> tuple[Tensor, float]:
-        """-mean(α·H + Σ_a π·min(Q1, Q2)) over the states that are not forced, and their mean entropy in nats."""
-        free = ~batch.forced[:, 0]
-        count = free.sum().clamp(min=1)
+        """-mean(Σ_a π·min(Q1, Q2) + α·H - kl_weight·KL(π ‖ q)) over the states that are not forced, and their mean
+        entropy in nats.
+        """
+        forced = batch.forced[:, 0]
+        count = (~forced).sum().clamp(min=1)
         with torch.no_grad():
             worse = torch.minimum(*self.critic(batch.states))
         margin = self.actor.margin(batch.states)
-        entropies = entropy(margin)
-        accept = torch.sigmoid(margin)
-        gain = self.alpha * entropies + (1 - accept) * worse[:, 0] + accept * worse[:, 1]
-        mean_entropy = float((entropies.detach() * free).sum() / count)
-        return -(gain * free).sum() / count, mean_entropy
+        gain = self._gain(margin, worse, batch.reference[:, 0], forced)
+        mean_entropy = float((entropy(margin.detach()) * ~forced).sum() / count)
+        return -(gain * ~forced).sum() / count, mean_entropy
 
     def _step(self, name: str, module: nn.Module, loss: Tensor) -> None:
         optimizer = self._optimizers[name]
@@ -185,4 +196,5 @@ class _Tensors:
         self.states, self.next_states = put(batch.states), put(batch.next_states)
         self.accepted, self.forced, self.inside = put(batch.accepted), put(batch.forced), put(batch.inside)
         self.margins, self.reference, self.scores = put(batch.margins), put(batch.reference), put(batch.scores)
-        self.next_forced, self.ended = put(batch.next_forced), put(batch.ended)
+        self.next_reference, self.next_forced = put(batch.next_reference), put(batch.next_forced)
+        self.ended = put(batch.ended)

@@ -31,9 +31,9 @@ class Batch:
     states: NDArray[np.float32]
     """(B, D)"""
     accepted: NDArray[np.bool_]
-    """(B, n) actions; column 0 belongs to `states`"""
+    """(B,) actions"""
     margins: NDArray[np.float32]
-    """(B, n) of the policy that acted"""
+    """(B, n) of the policy that acted; column 0 belongs to `states`"""
     reference: NDArray[np.float32]
     """(B, n) logits of q"""
     forced: NDArray[np.bool_]
@@ -44,6 +44,8 @@ class Batch:
     """(B, n) whether the link belongs to the return: False behind the end of the episode"""
     next_states: NDArray[np.float32]
     """(B, D) after the return's last link; the first state where the episode ends inside"""
+    next_reference: NDArray[np.float32]
+    """(B,)"""
     next_forced: NDArray[np.bool_]
     """(B,)"""
     ended: NDArray[np.bool_]
@@ -136,13 +138,14 @@ class Replay:
         after = np.where(ended, start, start + n_step) % self._rows
         return Batch(
             states=self._files["states"][links[:, 0]].astype(np.float32),
-            accepted=(flags & _ACCEPTED) > 0,
+            accepted=(flags[:, 0] & _ACCEPTED) > 0,
             margins=self._files["margins"][links],
             reference=self._files["reference"][links],
             forced=(flags & _FORCED) > 0,
             scores=self._files["scores"][links],
             inside=inside,
             next_states=self._files["states"][after].astype(np.float32),
+            next_reference=self._files["reference"][after],
             next_forced=(self._files["flags"][after] & _FORCED) > 0,
             ended=ended,
         )

@@ -14,6 +14,7 @@ from mara_deploy.train.config import RECIPES, TrainConfig
 from mara_runtime.errors import OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "onnx", "numpy", "matplotlib", "tensorboardX")
 NEW = ["--model", "demo", "--prompts", "demo", "--score", "demo", "--out", "x"]
 
 
@@ -28,7 +29,7 @@ def refused(capsys, *argv: str) -> str:
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys\n"
-        "for name in ('torch', 'transformers', 'onnx', 'numpy', 'matplotlib', 'tensorboardX'): sys.modules[name] = None\n"
+        f"sys.modules.update(dict.fromkeys({HEAVY}))\n"
         f"sys.path[:0] = {[str(ROOT / part) for part in ('', 'export', 'runtime')]!r}\n"
         "from mara_deploy.commands.train import main\nmain(['--help'])"
     )
