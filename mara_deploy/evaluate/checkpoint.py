@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class CheckpointAnswers:
         if self._tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer: a baseline checkpoint needs its own")
 
-    @property
+    @cached_property  # it reads the weights through
     def settings(self) -> dict[str, Any]:
         """See `Contestant`."""
         config = self._config

@@ -143,36 +143,47 @@ def _judge(
     names: Sequence[str], prompts: Sequence[Prompt], answers: Sequence[list[list[Answer]]], score: Combined, quiet: bool
 ) -> list[Side]:
     """Score everything, a few prompts at a time, and let each contestant's best answer compete."""
-    picks: list[list[Answer]] = [[] for _ in names]
-    combined: list[list[float]] = [[] for _ in names]
-    each: list[dict[str, list[float]]] = [{name: [] for name in score.names} for _ in names]
-    with tqdm(
-        total=len(prompts), unit="prompt", desc="scores", leave=False, disable=True if quiet else None, ncols=88
-    ) as bar:
+    hidden = True if quiet else None  # None: shown on a terminal
+    tallies = [_Tally(score.names) for _ in names]
+    with tqdm(total=len(prompts), unit="prompt", desc="scores", leave=False, disable=hidden, ncols=88) as bar:
         for start in range(0, len(prompts), _AT_A_TIME):
-            some = prompts[start : start + _AT_A_TIME]
-            for side in range(len(names)):
-                samples = answers[side][start : start + _AT_A_TIME]
-                flat = [(p.text, a) for p, those in zip(some, samples, strict=True) for a in those]
-                scored = score.detail([text for text, _ in flat], [answer.text for _, answer in flat])
-                at = 0
-                for those in samples:
-                    best = max(range(at, at + len(those)), key=lambda i: scored.combined[i])  # the first of equals
-                    picks[side].append(those[best - at])
-                    combined[side].append(scored.combined[best])
-                    for name, values in scored.each.items():
-                        each[side][name].append(values[best])
-                    at += len(those)
-            bar.update(len(some))
-            live = (f"{name} {_count(combined[0], c)}" for name, c in zip(names[1:], combined[1:], strict=True))
-            bar.set_postfix_str(", ".join(live))
-    sides = []
-    for side, name in enumerate(names):
-        stats = [answer.stats for those in answers[side] for answer in those if answer.stats is not None]
-        of = picks[side]
+            part = slice(start, start + _AT_A_TIME)
+            for tally, of in zip(tallies, answers, strict=True):
+                tally.add(prompts[part], of[part], score)
+            bar.update(len(prompts[part]))
+            ours, *theirs = (tally.combined for tally in tallies)
+            bar.set_postfix_str(", ".join(f"{n} {_count(ours, c)}" for n, c in zip(names[1:], theirs, strict=True)))
+    return [tally.side(name, of) for name, tally, of in zip(names, tallies, answers, strict=True)]
+
+
+class _Tally:
+    """The best answers of one contestant so far."""
+
+    def __init__(self, scores: Sequence[str]) -> None:
+        self.answers: list[Answer] = []
+        self.combined: list[float] = []
+        self.each: dict[str, list[float]] = {name: [] for name in scores}
+
+    def add(self, prompts: Sequence[Prompt], samples: Sequence[list[Answer]], score: Combined) -> None:
+        """Score the answers to some prompts in one go; of equally good ones the first competes."""
+        asked = [prompt.text for prompt, those in zip(prompts, samples, strict=True) for _ in those]
+        given = [answer for those in samples for answer in those]
+        scored = score.detail(asked, [answer.text for answer in given])
+        start = 0
+        for those in samples:
+            best = max(range(start, start + len(those)), key=scored.combined.__getitem__)
+            self.answers.append(given[best])
+            self.combined.append(scored.combined[best])
+            for name, values in scored.each.items():
+                self.each[name].append(values[best])
+            start += len(those)
+
+    def side(self, name: str, samples: Sequence[list[Answer]]) -> Side:
+        """All prompts are in. samples: every answer of the contestant."""
+        of = self.answers
         text = text_stats([a.text for a in of], [a.tokens for a in of], [a.finish_reason for a in of])
-        sides.append(Side(name, of, combined[side], each[side], text, total_stats(stats) if stats else None))
-    return sides
+        stats = [answer.stats for those in samples for answer in those if answer.stats is not None]
+        return Side(name, of, self.combined, self.each, text, total_stats(stats) if stats else None)
 
 
 def _count(ours: Sequence[float], theirs: Sequence[float]) -> str:

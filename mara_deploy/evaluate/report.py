@@ -52,10 +52,8 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
     """What a reader should know before believing the rates, one sentence each."""
     found = []
     if units < FEW_UNITS:
-        unit = "group" if grouped else "prompt"
-        found.append(
-            f"{units} {unit}{'s' * (units != 1)}: intervals over fewer than {FEW_UNITS} are too narrow, or missing."
-        )
+        counted = _counted(units, "group" if grouped else "prompt")
+        found.append(f"{counted}: intervals over fewer than {FEW_UNITS} are too narrow, or missing.")
     if evaluation.seen:
         found.append(
             f"{len(evaluation.seen)} of {len(evaluation.prompts)} prompts also occur in the training set; "
@@ -89,8 +87,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """The result in a few lines for the terminal."""
     bootstrap, prompts = found["bootstrap"], found["prompts"]
     out = [
-        f"{prompts['unique']} prompts of {prompts['file']} ({prompts['duplicates']} duplicates left out), intervals "
-        f"{bootstrap['level']:.0%} over {bootstrap['units']} {bootstrap['unit']}s"
+        f"{prompts['file']}: {_counted(prompts['unique'], 'prompt')}, "
+        f"{_counted(prompts['duplicates'], 'duplicate')} left out; {bootstrap['level']:.0%} intervals over {_counted(bootstrap['units'], bootstrap['unit'])}"
     ]
     width = max(len(name) for name in found["scores"])
     for name, comparison in found["comparisons"].items():
@@ -193,6 +191,10 @@ def _whisker(one: Mapping[str, Any], width: float = 180.0, edge: float = 6.0) ->
 
     low, high = one["interval"] or (one["rate"], one["rate"])
     return {"low": x(low), "at": x(one["rate"]), "high": x(high)}
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def percent(rate: float) -> str:
