@@ -103,14 +103,15 @@ class Learner:
     def returns(self, batch: _Tensors) -> Tensor:
         """(B,) n-step returns of the action taken: what is paid along the chain, then the value of where it leads.
 
-        The price of the first state is not in it, as it is the policy's to set there: see `actor_loss`.
+        Entropy and price of the first state are not in it, as they do not depend on the action: see `actor_loss`.
         """
         config = self.config
-        prices = config.kl_weight * divergence(batch.margins, batch.reference, batch.forced)  # (B, n)
-        prices[:, 0] = 0.0
-        steps = prices.shape[1]
-        discounts = config.discount ** torch.arange(steps, device=prices.device)
-        paid = torch.where(batch.inside, batch.scores - prices, 0.0)
+        bonus = torch.where(batch.forced, 0.0, self.alpha * entropy(batch.margins))  # (B, n)
+        bonus -= config.kl_weight * divergence(batch.margins, batch.reference, batch.forced)
+        bonus[:, 0] = 0.0
+        steps = bonus.shape[1]
+        discounts = config.discount ** torch.arange(steps, device=bonus.device)
+        paid = torch.where(batch.inside, batch.scores + bonus, 0.0)
         later = config.discount**steps * self.value(batch.next_states, batch.next_reference, batch.next_forced)
         return (paid * discounts).sum(1) + torch.where(batch.ended, 0.0, later)
 

@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mara_deploy.agent import Agent
 from mara_deploy.train.config import TrainConfig
+from mara_deploy.train.environment import Policy
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.learner import Learner
 from mara_deploy.train.policy import divergence, entropy
@@ -79,7 +81,7 @@ def train(
     while progress.episodes < config.episodes and not stop():
         began, before = time.monotonic(), actions.bit_generator.state
         chosen = _chosen(progress.episodes, config, len(task.prompts))
-        answers = task.answer(chosen, policy(learner), actions)
+        answers = task.answer(chosen, agent_policy(learner.actor), actions)
         collected = time.monotonic()
         if replay.room < sum(len(e.chain.accepted) for e in answers.episodes):  # see Replay
             save(before)
@@ -106,12 +108,12 @@ def train(
     return learner
 
 
-def policy(learner: Learner) -> Callable[[Tensor, NDArray[np.float32]], NDArray[np.float32]]:
-    """The learner's actor as a policy of rollouts."""
+def agent_policy(agent: Agent) -> Policy:
+    """An agent as a policy of rollouts."""
 
     @torch.no_grad()
     def margins(states: Tensor, _: NDArray[np.float32]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = learner.actor.margin(states.float()).cpu().numpy()
+        found: NDArray[np.float32] = agent.margin(states.float()).cpu().numpy()
         return found
 
     return margins

@@ -57,12 +57,22 @@ class Task:
         """D of the LLM."""
         return self.environment.lm.hidden_size
 
+    def within(self, environment: Environment) -> Task:
+        """The same prompts and score in another environment."""
+        return Task(environment, self._tokenizer, self.prompts, self._tokens, self.score)
+
     def answer(
-        self, chosen: NDArray[np.int64], policy: Policy, rng: np.random.Generator | None, fallback: str = "last"
+        self,
+        chosen: NDArray[np.int64],
+        policy: Policy,
+        rng: np.random.Generator | None,
+        fallback: str = "last",
+        record: bool = True,
     ) -> Answers:
         """Answer the prompts with the indices `chosen`, all at once; see `Environment.rollout`."""
         prompts = tuple(self.prompts[i] for i in chosen)
-        episodes = self.environment.rollout([self._tokens[i] for i in chosen], policy, rng, fallback=fallback)
+        tokens = [self._tokens[i] for i in chosen]
+        episodes = self.environment.rollout(tokens, policy, rng, fallback=fallback, record=record)
         texts = self._tokenizer.batch_decode([e.token_ids for e in episodes], skip_special_tokens=True)
         return Answers(prompts, episodes, texts, self.score.detail(prompts, texts))
 
