@@ -50,7 +50,8 @@ class Task:
         score: Combined,
     ) -> None:
         self.environment, self.prompts, self.score = environment, tuple(prompts), score
-        self._tokenizer, self._tokens = tokenizer, tokens
+        self.tokens = tokens
+        self._tokenizer = tokenizer
 
     @property
     def hidden_size(self) -> int:
@@ -59,7 +60,7 @@ class Task:
 
     def within(self, environment: Environment) -> Task:
         """The same prompts and score in another environment."""
-        return Task(environment, self._tokenizer, self.prompts, self._tokens, self.score)
+        return Task(environment, self._tokenizer, self.prompts, self.tokens, self.score)
 
     def answer(
         self,
@@ -71,7 +72,7 @@ class Task:
     ) -> Answers:
         """Answer the prompts with the indices `chosen`, all at once; see `Environment.rollout`."""
         prompts = tuple(self.prompts[i] for i in chosen)
-        tokens = [self._tokens[i] for i in chosen]
+        tokens = [self.tokens[i] for i in chosen]
         episodes = self.environment.rollout(tokens, policy, rng, fallback=fallback, record=record)
         texts = self._tokenizer.batch_decode([e.token_ids for e in episodes], skip_special_tokens=True)
         return Answers(prompts, episodes, texts, self.score.detail(prompts, texts))
