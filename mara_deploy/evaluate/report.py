@@ -86,9 +86,10 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The result in a few lines for the terminal."""
     bootstrap, prompts = found["bootstrap"], found["prompts"]
+    counted = [_counted(prompts[key], what) for key, what in (("unique", "prompt"), ("duplicates", "duplicate"))]
+    units = _counted(bootstrap["units"], bootstrap["unit"])
     out = [
-        f"{prompts['file']}: {_counted(prompts['unique'], 'prompt')}, "
-        f"{_counted(prompts['duplicates'], 'duplicate')} left out; {bootstrap['level']:.0%} intervals over {_counted(bootstrap['units'], bootstrap['unit'])}"
+        f"{prompts['file']}: {counted[0]}, {counted[1]} left out; {bootstrap['level']:.0%} intervals over {units}",
     ]
     width = max(len(name) for name in found["scores"])
     for name, comparison in found["comparisons"].items():

@@ -9,13 +9,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mara_deploy.evaluate.answers import Answer, seed_of, total_stats
+from mara_deploy.evaluate.answers import Answer, Asking, BundleAnswers, seed_of, total_stats
 from mara_deploy.evaluate.compare import Bootstrap
 from mara_deploy.evaluate.evaluate import evaluate
 from mara_deploy.evaluate.judge import Judge
 from mara_deploy.evaluate.report import examples, html, lines, result
 from mara_deploy.prompts import Prompt
 from mara_deploy.scores import FunctionScore, ScoreError
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decoder import Generation
 from mara_runtime.errors import MaraError
 from mara_runtime.stats import Stats
 
@@ -265,6 +267,33 @@ def test_a_seed_depends_on_prompt_sample_and_seed():
     assert len(seeds) == 8
     assert seed_of(0, "a") == seed_of(0, "a", 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class Recorder:
+    """Stands in for a decoder: keeps what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str | tuple[str, int, bool, object]] = []
+
+    def forget(self) -> None:
+        self.calls.append("forget")
+
+    def generate(self, prompt, config, *, raw, template):
+        self.calls.append((prompt, config.seed, raw, template))
+        return Generation([1], "text", "stop", Stats(tokens=1), {}, config)
+
+
+def test_every_answer_of_a_bundle_has_a_seed_of_its_own_and_a_decoder_that_knows_nothing():
+    decoder = Recorder()
+    config = DecodeConfig(align=False, sample=True, seed=5)
+    contestant = BundleAnswers("best-of-2", decoder, config, Asking(True, {"a": 1}), samples=2)
+    assert len(contestant("one") + contestant("two")) == 4
+    assert decoder.calls == [
+        call
+        for prompt in ("one", "two")
+        for sample in (0, 1)
+        for call in ("forget", (prompt, seed_of(5, prompt, sample), True, {"a": 1}))
+    ]
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
