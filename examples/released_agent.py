@@ -4,8 +4,8 @@
 
 needs a login at the Hugging Face Hub with access to the LLM; docs/agents.md says which agent goes with which model.
 Without --agent it lists what the repository holds. The evaluation takes the reward and the cost model of the paper
-(PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use), unless options after `--`
-name other scores to mara-eval:
+(PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use). Options after `--` are those
+of mara-eval and may name other scores:
 
     python examples/released_agent.py --agent … -- --score my_scores:politeness --baseline best-of-4
 """
@@ -44,10 +44,13 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
-    return guarded(parser(), lambda args: run(args, given[cut + 1 :] or list(SCORES)), given[:cut])
+    for_eval = given[cut + 1 :]
+    if "--score" not in for_eval:
+        for_eval += SCORES
+    return guarded(parser(), lambda args: run(args, for_eval), given[:cut])
 
 
-def run(args: argparse.Namespace, scores: list[str]) -> None:
+def run(args: argparse.Namespace, for_eval: list[str]) -> None:
     if args.agent is None:
         raise OptionError(f"--agent is missing; {AGENTS} holds {', '.join(released_files())}")
     bundle = args.out / "bundle"
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace, scores: list[str]) -> None:
         call("mara-export", export.main, options)
     show_answers(bundle, args.prompts, args.max_new_tokens)
     options = ["--prompts", args.prompts, "--max-new-tokens", str(args.max_new_tokens), "--out", str(args.out / "eval")]
-    call("mara-eval", eval.main, [str(bundle), *options, *scores])
+    call("mara-eval", eval.main, [str(bundle), *options, *for_eval])
 
 
 def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:

@@ -149,7 +149,7 @@ def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file,
         cached(f"PKU-Alignment/beaver-7b-v1.0-{kind}", beaver(tmp_path / kind, seed))
     out = tmp_path / "out"
     options = ["--agent", f"{AGENTS}:llama_actor.pth", "--out", str(out), "--max-new-tokens", "12"]
-    assert script.main(options) == 0, capsys.readouterr().err
+    assert script.main([*options, "--", "--score-device", "cpu"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert printed.count("▶ ") == printed.count("[plain: ") == printed.count("[aligned: ") == 10
     assert "$ mara-export --model llama3.2-1b" in printed
