@@ -18,7 +18,7 @@ from mara_export.sources import ModelSource, local_path, resolve_model
 from mara_export.tokenizer import load_tokenizer
 
 _SAFE_RLHF_HEAD = {r"^score_head\.": "score."}
-"""PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers under another name of the head."""
+"""PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers whose head has another name."""
 _FIELDS = {"prompt", "answer"}
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +138,6 @@ class RunFolder:
         kept = [row for row in self.rows() if row["episodes"] <= episodes]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         _write_text(self.path / _LOG, text)
-        if not kept:
-            shutil.rmtree(self.tensorboard, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:

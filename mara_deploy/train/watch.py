@@ -31,7 +31,7 @@ class Watch:
         from tensorboardX import SummaryWriter
 
         # what an interrupted run wrote after its checkpoint is made again: TensorBoard drops it at purge_step
-        self._writer = SummaryWriter(str(tensorboard), purge_step=begun + 1 if begun else None)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=begun + 1)
         self._bar = tqdm(
             total=episodes, initial=begun, unit="episode", disable=quiet, file=sys.stderr, dynamic_ncols=True
         )

@@ -61,7 +61,7 @@ def bert(tmp_path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
+        max_position_embeddings=32, id2label=dict(enumerate(LABELS)), label2id=dict(zip(LABELS, range(3), strict=True)),
     )  # fmt: skip
     return saved(BertForSequenceClassification(config), tokenizer(False), tmp_path / "bert")
 
