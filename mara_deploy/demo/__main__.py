@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 INTRODUCTION = (
     "The demo's LM was trained on considerate and inconsiderate replies in equal parts; its agent, to prefer the\n"
-    "considerate ones. The score counts their sentences, from -1 to +1; nobody trained on these prompts' groups."
+    "considerate ones, on other questions than these. The score counts considerate sentences, from -1 to +1."
 )
 DEMO_AGENT = "demo"
 """Its name in bundles."""
@@ -63,7 +63,8 @@ def _demo(args: argparse.Namespace) -> None:
     plain, aligned = DecodeConfig(align=False), DecodeConfig()
     print(f"\n{INTRODUCTION}\n")
     pairs, scores = [], []
-    for prompt in random.Random(PROMPT_SEED).sample(demo_prompts("demo-final"), args.prompts):
+    questions = demo_prompts("demo-final")
+    for prompt in random.Random(PROMPT_SEED).sample(questions, len(questions))[: args.prompts]:
         pair = decoder.generate(prompt.text, plain), decoder.generate(prompt.text, aligned)
         pairs.append(pair)
         scores.append([score(prompt.text, answer.text or "") for answer in pair])
