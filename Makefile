@@ -38,4 +38,4 @@ docs: setup
 	$(BIN)/python docs/make_commands.py
 
 clean:
-	rm -rf $(VENV) bundles demo-lm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) bundles demo-lm demo-remade build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -70,9 +71,14 @@ def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> 
         return Agent(hidden_size, widths).eval()
 
 
-def save(agent: Agent, path: Path) -> None:
-    """Write a .safetensors file that records the fallback."""
-    save_file(agent.state_dict(), path, metadata={"fallback": agent.fallback})
+def save(agent: Agent, path: Path, facts: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file that records the fallback, and what else there is to know of the agent."""
+    save_file(cpu_state(agent), path, metadata={**(facts or {}), "fallback": agent.fallback})
+
+
+def cpu_state(agent: Agent) -> dict[str, Tensor]:
+    """The state dict as the released `.pth` files hold it, on the CPU."""
+    return {name: tensor.detach().cpu() for name, tensor in agent.state_dict().items()}
 
 
 def load(path: Path) -> Agent:

@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 import onnx
 import onnxruntime
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from mara_export import parity
 from mara_export.architectures import check_supported, model_shape
+from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError, ParityError
 from mara_export.folder import whole_or_absent
 from mara_export.lower import LOWERINGS, lower
@@ -90,8 +91,8 @@ def export(
     with whole_or_absent(out) as folder:
         tokenizer = load_tokenizer(source.folder)
         with progress.stage(f"load {source.name}"):
-            model = _load_model(source)
-        eos = _eos_token_ids(model, tokenizer)
+            model = load_model(source)
+        eos = eos_token_ids(model, tokenizer)
         if gate:
             with progress.stage("run the reference (Hugging Face eager)"):
                 prompts = _gate_prompts(source, tokenizer, shape.vocab_size, context)
@@ -174,7 +175,7 @@ def vet(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if max_context is not None and max_context < 2:
         raise OptionError(f"--max-context is {max_context}; it must be at least 2")
-    config = _load(AutoConfig, source)
+    config = from_pretrained(AutoConfig, source)
     context = check_supported(config, source.name, max_context)
     if agent.hidden_size != config.hidden_size:
         raise ModelError(
@@ -205,44 +206,6 @@ def _check_options(
     if how.bits != bits:
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
     return how
-
-
-def _load(kind: Any, source: ModelSource, **options: Any) -> Any:
-    """Call `from_pretrained`; why it fails, in one line. Code that a model brings along is not run."""
-    try:
-        return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
-
-
-def _load_model(source: ModelSource) -> Any:
-    """The LLM in float32 with eager attention.
-
-    A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
-    the architecture has no place for, as they would be left out.
-    """
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    model, loading = _load(AutoModelForCausalLM, source, **options)
-    if missing := sorted(loading["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
-    unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise ModelError(
-            f"{source.name} has weights that {model.config.model_type} has no place for: {', '.join(unknown[:3])}"
-            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        )
-    return model.eval()
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: the generation config's list, else the model's, else the tokenizer's."""
-    for holder in (model.generation_config, model.config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    return ()
 
 
 def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:

@@ -101,8 +101,6 @@ def _export(args: argparse.Namespace) -> None:
     agent, agent_name = _agent(args.agent, args.model)
     source = _model(args.model, lambda config_only: vet(config_only, agent, agent_name, args.max_context))
     out = Path(args.out or Path("bundles") / _default_name(args, source, agent_name))
-    if args.agent == "demo" and not args.quiet:
-        print("mara-export: the demo's agent is untrained: it steers at random", file=sys.stderr)
     bundle = export(
         source,
         agent,

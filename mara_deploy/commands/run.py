@@ -9,7 +9,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mara_deploy.commands.shared import Parser, add_decode_options, add_engine_options, decode_config, guarded
+from mara_deploy.commands.shared import (
+    Parser,
+    add_decode_options,
+    add_engine_options,
+    add_template_option,
+    decode_config,
+    guarded,
+    template_variables,
+)
 from mara_runtime.errors import MaraError, OptionError, PromptError
 
 if TYPE_CHECKING:
@@ -36,13 +44,7 @@ def parser() -> Parser:
     prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the bundle's chat template")
     prompt.add_argument("--input-ids", metavar="1,2,3", help="token ids, taken as they are")
     options.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    options.add_argument(
-        "--template",
-        action="append",
-        default=[],
-        metavar="KEY=JSON",
-        help="a variable for the chat template, as enable_thinking=false (may be repeated)",
-    )
+    add_template_option(options)
     options.add_argument("--raw", action="store_true", help="take the prompt as plain text, without the chat template")
     options.add_argument(
         "--json", action="store_true", help="print one JSON object: token_ids, text, finish_reason, stats"
@@ -62,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     config = decode_config(args)
-    variables = _template_variables(args)
+    variables = template_variables(args.template)
+    if variables and (args.raw or args.input_ids is not None):
+        raise OptionError("--template needs the chat template: leave out --raw and --input-ids")
     if args.system is not None and (args.raw or args.input_ids is not None):
         raise OptionError("--system needs the chat template: leave out --raw and --input-ids")
     chat = args.prompt is None and args.input_ids is None and sys.stdin is not None and sys.stdin.isatty()
@@ -110,21 +114,6 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input is not UTF-8 text: {error}") from None
     return text if args.system is None else _with_system(args.system, [{"role": "user", "content": text}])
-
-
-def _template_variables(args: argparse.Namespace) -> dict[str, Any]:
-    variables = {}
-    for setting in args.template:
-        key, sign, value = setting.partition("=")
-        try:
-            variables[key] = json.loads(value)
-        except ValueError:
-            sign = ""
-        if not key or not sign:
-            raise OptionError(f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false")
-    if variables and (args.raw or args.input_ids is not None):
-        raise OptionError("--template needs the chat template: leave out --raw and --input-ids")
-    return variables
 
 
 def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mara_runtime.config import ENGINES, FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
-from mara_runtime.errors import MaraError
+from mara_runtime.errors import MaraError, OptionError
 
 EXIT_BAD_INPUT = 2
 
@@ -86,8 +87,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decode_options(parser: argparse.ArgumentParser) -> None:
-    """Options that make a DecodeConfig."""
+def add_decode_options(parser: argparse.ArgumentParser, plain: bool = True) -> None:
+    """Options that make a DecodeConfig. plain: also those of decoding without the agent."""
     default = DecodeConfig()
     group = parser.add_argument_group("decoding")
 
@@ -115,13 +116,41 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--schedule", str, default.schedule, "how candidates share passes; the result is the same", SCHEDULES)
     add("--draft", int, None, "tokens guessed from repetitions, verified in the same pass (default: as many as pay)")
-    add("--seed", int, default.seed, "of --strategy random and of --sample")
+    add("--seed", int, default.seed, "of --strategy random and of " + ("--sample" if plain else "sampling"))
     group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer at this text (may be repeated)"
     )
+    if not plain:
+        parser.set_defaults(no_align=False, sample=False, temperature=default.temperature)
+        return
     group.add_argument("--no-align", action="store_true", help="plain decoding: the LLM alone, greedy")
     group.add_argument("--sample", action="store_true", help="with --no-align: sample instead of greedy")
     add("--temperature", float, default.temperature, "of --sample, applied after --top-k and --top-p")
+
+
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """`--template`, read by `template_variables`."""
+    parser.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="a variable for the chat template, as enable_thinking=false (may be repeated)",
+    )
+
+
+def template_variables(settings: Sequence[str]) -> dict[str, Any]:
+    """The values of `--template` by key. Raises OptionError."""
+    variables = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        try:
+            variables[key] = json.loads(value)
+        except ValueError:
+            sign = ""
+        if not key or not sign:
+            raise OptionError(f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false")
+    return variables
 
 
 def decode_config(args: argparse.Namespace) -> DecodeConfig:

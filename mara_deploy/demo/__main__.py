@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.shared import Parser, guarded
-from mara_deploy.demo import AGENT_SEED, AGENT_WIDTHS, MODEL_FOLDER, corpus
+from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
+from mara_deploy.demo.prompts import demo_prompts
+from mara_deploy.demo.score import score
 from mara_runtime.errors import MaraError
 
 if TYPE_CHECKING:
@@ -20,11 +23,11 @@ if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle
     from mara_runtime.decoder import Generation
 
-UNTRAINED = (
-    "The demo's agent is UNTRAINED: random weights. It accepts and rejects tokens without an aim, so the two\n"
-    "columns show that every token passes the agent, and what that costs; not an alignment."
+INTRODUCTION = (
+    "The demo's LM was trained on considerate and inconsiderate replies in equal parts; its agent, to prefer the\n"
+    "considerate ones, on other questions than these. The score counts considerate sentences, from -1 to +1."
 )
-DEMO_AGENT = "demo (untrained)"
+DEMO_AGENT = "demo"
 """Its name in bundles."""
 PROMPT_SEED = 7
 
@@ -58,25 +61,25 @@ def _demo(args: argparse.Namespace) -> None:
 
     decoder = AlignedDecoder(bundle)
     plain, aligned = DecodeConfig(align=False), DecodeConfig()
-    print(f"\n{UNTRAINED}\n")
-    pairs = []
-    for prompt in corpus.prompts(args.prompts, PROMPT_SEED, True):
+    print(f"\n{INTRODUCTION}\n")
+    pairs, scores = [], []
+    questions = demo_prompts("demo-final")
+    for prompt in random.Random(PROMPT_SEED).sample(questions, len(questions))[: args.prompts]:
         pair = decoder.generate(prompt.text, plain), decoder.generate(prompt.text, aligned)
         pairs.append(pair)
-        print("\n".join(_side_by_side(prompt.text, *pair)))
+        scores.append([score(prompt.text, answer.text or "") for answer in pair])
+        print("\n".join(_side_by_side(prompt.text, *pair, *scores[-1])))
         print()
-    print("\n".join(_totals(pairs)))
+    print("\n".join(_totals(pairs, scores)))
     run = _command("mara-run")
     print(f'\nGo on with\n  {run} {out} --prompt "{prompt.text}"\n  {run} {out}        for a chat')
 
 
 def demo_agent() -> Agent:
-    """The demo's agent, untrained for now."""
-    from transformers import AutoConfig
+    """The demo's agent, trained."""
+    from mara_deploy.agent import load
 
-    from mara_deploy.agent import untrained
-
-    return untrained(AutoConfig.from_pretrained(MODEL_FOLDER).hidden_size, AGENT_SEED, AGENT_WIDTHS)
+    return load(AGENT_FILE)
 
 
 def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
@@ -98,7 +101,7 @@ def _remove_previous(out: Path) -> None:
             agent = Bundle.open(out, verify=False).manifest.agent.source
         except MaraError:
             agent = None
-        if agent != DEMO_AGENT:
+        if agent is None or not agent.startswith(DEMO_AGENT):  # those of earlier versions were "demo (untrained)"
             raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
         shutil.rmtree(out)
 
@@ -115,7 +118,9 @@ def _columns() -> int:
     return min(shutil.get_terminal_size((100, 24)).columns, 120)
 
 
-def _side_by_side(prompt: str, plain: Generation, aligned: Generation) -> list[str]:
+def _side_by_side(
+    prompt: str, plain: Generation, aligned: Generation, plain_score: float, aligned_score: float
+) -> list[str]:
     width = _columns() // 2 - 2
     rule = "─" * width
     columns = [textwrap.wrap(answer.text or "", width) for answer in (plain, aligned)]
@@ -127,20 +132,22 @@ def _side_by_side(prompt: str, plain: Generation, aligned: Generation) -> list[s
     )
     return [
         f"▶ {prompt}",
-        f"{'plain (greedy)':<{width}}  aligned",
+        f"{f'plain (greedy): {plain_score:+.2f}':<{width}}  aligned: {aligned_score:+.2f}",
         f"{rule}  {rule}",
         *(f"{left:<{width}}  {right}" for left, right in zip_longest(*columns, fillvalue="")),
         *textwrap.wrap(counters, _columns(), initial_indent="  ", subsequent_indent="  "),
     ]
 
 
-def _totals(pairs: Sequence[tuple[Generation, Generation]]) -> list[str]:
+def _totals(pairs: Sequence[tuple[Generation, Generation]], scores: Sequence[Sequence[float]]) -> list[str]:
     stats = [aligned.stats for _, aligned in pairs]
     tokens, decisions, forwards = (sum(getattr(s, n) for s in stats) for n in ("tokens", "decisions", "forwards"))
     first = sum(s.accepted_rank[1] for s in stats)
     forced = sum(s.forced for s in stats)
+    means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]
     text = (
-        f"Over {len(pairs)} prompts: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
+        f"Over {len(pairs)} prompts: mean score plain {means[0]:+.2f}, aligned {means[1]:+.2f}. "
+        f"Aligned: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
         f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}."
     )
     plain, aligned = (sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) for i in (0, 1))

@@ -245,7 +245,8 @@ def groups(held_out_split: bool) -> tuple[Group, ...]:
 
 
 @cache
-def _all_prompts(held_out_split: bool) -> tuple[Prompt, ...]:
+def every_prompt(held_out_split: bool) -> tuple[Prompt, ...]:
+    """Return all prompts of one side of the split, by group."""
     index = {task.task: i for i, task in enumerate(TASKS)}
     return tuple(
         Prompt(opener + TASKS[index[name]].fill(form), index[name], question)
@@ -260,7 +261,7 @@ def prompts(n: int, seed: int, held_out_split: bool) -> list[Prompt]:
 
     The same seed with a larger `n` begins with the same prompts. Raises ValueError if the grammar has fewer.
     """
-    every = list(_all_prompts(held_out_split))
+    every = list(every_prompt(held_out_split))
     if not 0 <= n <= len(every):
         raise ValueError(f"n={n}: the grammar makes {len(every)} prompts with held_out_split={held_out_split}")
     random.Random(seed).shuffle(every)

@@ -8,10 +8,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from mara_deploy import agent as agents
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
 from mara_export.sources import resolve_model
-from tests import checkpoints
+from tests import checkpoints, hub
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
 torch.set_num_threads(1)
@@ -144,3 +145,18 @@ def bundle_copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Pa
         return Path(shutil.copytree(bundle(architecture, lowering), tmp_path / "copied-bundle"))
 
     return copy
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face home, and a Hub that cannot be reached."""
+    home = tmp_path / "hf-home"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.NOWHERE)
+    return home
+
+
+@pytest.fixture
+def cached(hf_home: Path) -> Callable[..., Path]:
+    """(repository, files or folder, revision=…, main=True) → its snapshot in the Hub's cache."""
+    return partial(hub.lay_out, hf_home)

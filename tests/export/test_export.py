@@ -62,8 +62,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 STAGES = [
     "load_tokenizer",
-    "_load",
-    "_eos_token_ids",
+    "from_pretrained",
+    "load_model",
+    "eos_token_ids",
     "_gate_prompts",
     "parity.reference_case",
     "trace_llm",
@@ -98,8 +99,6 @@ def test_nothing_is_left_of_an_export_that_ended_early(make, tmp_path, monkeypat
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(name)
-        if name == "_load" and len(calls) == 1:  # the configuration; the model comes second
-            return real(*args, **kwargs)
         if not before:
             real(*args, **kwargs)
         raise error("injected")
@@ -220,7 +219,7 @@ def test_a_dangling_link_is_not_followed_nor_lost(make, tmp_path) -> None:
     ],
 )
 def test_options_are_checked_first(make, tmp_path, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(export_module, "_load", None)
+    monkeypatch.setattr(export_module, "from_pretrained", None)
     with pytest.raises(OptionError, match=message):
         make(tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_RUN_HERE = {
     "make demo": "its program runs in test_the_demo_prints_what_the_page_shows",
     "make test": "is what runs this test",
+    "mara-train --model qwen2 --prompts prompts.txt --score my_scores:politeness --out politeness": (
+        "test_train_run.py does the like"
+    ),
+    "mara-export --model qwen2 --agent politeness/agent.safetensors": "another line exports an agent file",
     "pip wheel --no-deps -w dist .": "test_moved_bundle.py does the same",
     'pip install "$(ls dist/*.whl)[cpu]"': "test_moved_bundle.py does the same",
 }

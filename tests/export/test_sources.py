@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -19,42 +17,9 @@ from mara_deploy.commands import export as command
 from mara_export.errors import ModelError
 from mara_export.sources import ALIASES, ModelSource, resolve_file, resolve_model
 from mara_runtime.bundle import Bundle
+from tests.hub import NOWHERE, REVISION
 
-REVISION, OLDER = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
-NOWHERE = "http://127.0.0.1:9"
-"""A Hub that refuses at once."""
-
-Cache = Callable[..., Path]
-
-
-@pytest.fixture
-def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty Hugging Face home, and a Hub that cannot be reached."""
-    home = tmp_path / "hf-home"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
-    return home
-
-
-@pytest.fixture
-def cached(hf_home: Path) -> Cache:
-    """(repository, files, revision) → its snapshot in the cache; files may be a folder to copy."""
-
-    def lay_out(repository: str, files: Path | dict[str, bytes], revision: str = REVISION, main: bool = True) -> Path:
-        root = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
-        snapshot = root / "snapshots" / revision
-        if isinstance(files, Path):
-            files = {path.name: path.read_bytes() for path in files.iterdir()}
-        for name, data in files.items():
-            path = snapshot / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        if main:
-            (root / "refs").mkdir(exist_ok=True)
-            (root / "refs" / "main").write_text(revision)
-        return snapshot
-
-    return lay_out
+OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

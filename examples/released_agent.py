@@ -1,0 +1,100 @@
+"""A released MARA agent on its LLM, for real: export, ten prompts plain and aligned, evaluation.
+
+    python examples/released_agent.py --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth
+
+needs a login at the Hugging Face Hub with access to the LLM; docs/agents.md says which agent goes with which model.
+Without --agent it lists what the repository holds. The evaluation takes the reward and the cost model of the paper
+(PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use). Options after `--` are
+those of mara-eval and may name other scores:
+
+    python examples/released_agent.py --agent … -- --score my_scores:politeness --baseline best-of-4
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mara_deploy.commands import eval, export
+from mara_deploy.commands.shared import Parser, guarded
+from mara_runtime.errors import OptionError
+
+AGENTS = "IAAR-Shanghai/MARA_AGENTS"
+BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
+SCORES = (
+    *("--score", "PKU-Alignment/beaver-7b-v1.0-reward", "--score-template", BEAVER),
+    *("--score", "PKU-Alignment/beaver-7b-v1.0-cost", "--score-template", BEAVER, "--weight", "-1"),
+)
+
+
+def parser() -> Parser:
+    options = Parser("released_agent", __doc__.split("\n\n")[0])
+    options.add_argument("--model", default="llama3.2-1b", metavar="M", help="as of mara-export (default llama3.2-1b)")
+    options.add_argument("--agent", metavar="A", help=f"{AGENTS}:FILE.pth; left out: list the files")
+    options.add_argument("--precision", default="fp32", help="as of mara-export (default fp32)")
+    options.add_argument("--prompts", default=str(Path(__file__).with_name("prompts.txt")), metavar="FILE")
+    options.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default 256)")
+    options.add_argument("--out", type=Path, default=Path("released-agent"), metavar="DIR", help="folder to write")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    for_eval = given[cut + 1 :]
+    if "--score" not in for_eval:
+        for_eval += SCORES
+    return guarded(parser(), lambda args: run(args, for_eval), given[:cut])
+
+
+def run(args: argparse.Namespace, for_eval: list[str]) -> None:
+    if args.agent is None:
+        raise OptionError(f"--agent is missing; {AGENTS} holds {', '.join(released_files())}")
+    bundle = args.out / "bundle"
+    if not bundle.exists():
+        options = ["--model", args.model, "--agent", args.agent, "--precision", args.precision, "--out", str(bundle)]
+        call("mara-export", export.main, options)
+    show_answers(bundle, args.prompts, args.max_new_tokens)
+    options = ["--prompts", args.prompts, "--max-new-tokens", str(args.max_new_tokens), "--out", str(args.out / "eval")]
+    call("mara-eval", eval.main, [str(bundle), *options, *for_eval])
+
+
+def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:
+    """Answer up to ten prompts with the LLM alone and with its agent."""
+    from mara_deploy.prompts import read_prompts
+    from mara_runtime import AlignedDecoder, DecodeConfig
+
+    decoder = AlignedDecoder(bundle)
+    plain = DecodeConfig(align=False, max_new_tokens=max_new_tokens)
+    aligned = DecodeConfig(max_new_tokens=max_new_tokens)
+    for prompt in read_prompts(prompts).prompts[:10]:
+        print(f"\n▶ {prompt.text}")
+        for name, config in (("plain", plain), ("aligned", aligned)):
+            answer = decoder.generate(prompt.text, config)
+            s = answer.stats
+            verdicts = f", {s.decisions} decisions, {s.forced} with every candidate rejected" if config.align else ""
+            print(f"\n[{name}: {s.tokens} tokens, {s.tokens_per_second:.1f} a second{verdicts}]\n{answer.text}")
+    print()
+
+
+def released_files() -> list[str]:
+    from huggingface_hub import list_repo_files
+
+    try:
+        return [name for name in list_repo_files(AGENTS) if name.endswith((".pth", ".safetensors"))]
+    except OSError as error:
+        raise OptionError(f"--agent is missing, and {AGENTS} cannot be listed: {error}") from None
+
+
+def call(name: str, command: Callable[[Sequence[str]], int], options: list[str]) -> None:
+    """Run a command and show it; leave with its exit code if it fails."""
+    print("$", shlex.join([name, *options]), flush=True)
+    if code := command(options):
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

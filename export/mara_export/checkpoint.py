@@ -1,0 +1,49 @@
+"""A Hugging Face checkpoint on this machine, read whole or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mara_export.errors import ModelError
+from mara_export.sources import ModelSource
+
+
+def from_pretrained(kind: Any, source: ModelSource, **options: Any) -> Any:
+    """Call `kind.from_pretrained`; why it fails, in one line. Code that a model brings along is not run."""
+    try:
+        return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
+
+
+def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
+    """The LLM, ready to run. attention: a name that transformers knows.
+
+    A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
+    the architecture has no place for, as they would be left out. Raises ModelError.
+    """
+    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    model, loading = from_pretrained(AutoModelForCausalLM, source, **options)
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
+    unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise ModelError(
+            f"{source.name} has weights that {model.config.model_type} has no place for: {', '.join(unknown[:3])}"
+            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        )
+    return model.eval()
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends an answer: the generation config's list, else the model's, else the tokenizer's."""
+    for holder in (model.generation_config, model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    return ()

@@ -1,0 +1,253 @@
+"""`mara-train`: an accept/reject agent for a frozen LLM and a score."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mara_deploy.commands.scoring import ScoreOption, add_score_options
+from mara_deploy.commands.shared import Parser, add_template_option, guarded, template_variables
+from mara_runtime.errors import MaraError, OptionError
+
+if TYPE_CHECKING:
+    from mara_deploy.scores import Combined
+    from mara_deploy.train.config import TrainConfig
+    from mara_export.sources import ModelSource
+
+EPILOG = """\
+--weight and --score-template are about the --score before them. A run that was interrupted, or ended, goes on with
+--resume; more --episodes may be asked for. docs/training.md explains the method, the files and the settings.
+
+examples:
+  mara-train --model demo --prompts demo --score demo --out demo-agent
+  mara-train --model llama3.2-1b --prompts prompts.json --score my_scores:politeness --out polite
+  mara-train --model mistral --prompts SafeRLHF/train.json --out safe \\
+      --score REWARD_MODEL --weight 2 --score COST_MODEL --weight=-1
+  mara-train --resume --out safe
+"""
+SETTINGS = {
+    "episodes": "answers to train on",
+    "prompts_at_once": "answers in progress at the same time; the agent learns after each such round",
+    "max_new_tokens": "tokens of an answer at most",
+    "top_k": "candidates of a position at most",
+    "top_p": "nucleus of the candidates, applied after --top-k",
+    "widths": "of the agent's two hidden layers",
+    "fallback": "recorded with the agent: what it emits when it rejects everything, first or last",
+    "kl_weight": "price of a nat of divergence from the LLM, in units of the score",
+    "score_baseline": "subtracted from every score",
+    "discount": "γ, a transition",
+    "n_step": "transitions of a return before it is bootstrapped",
+    "target_entropy": "of the policy, a fraction of ln 2",
+    "batch": "transitions an update",
+    "updates_per_episode": "gradient steps",
+    "start_transitions": "collected before learning begins",
+    "replay_transitions": "the latest that are kept",
+    "learning_rate": "of actor and critics",
+    "clip_norm": "of the gradients of actor and critics",
+    "target_rate": "τ, the share of the critics that their targets take over at an update",
+    "alpha": "entropy temperature at the start",
+    "alpha_rate": "learning rate of the temperature; 0 keeps it",
+    "alpha_form": "log: its logarithm is learned; direct: itself",
+    "seed": "of weights, prompts, actions and batches",
+    "checkpoint_minutes": "between checkpoints",
+}
+"""Help of the options that set a field of TrainConfig."""
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser(
+        "mara-train",
+        "Train an accept/reject agent for a frozen LLM by discrete soft actor-critic, rewarded by a score of answers.",
+        EPILOG,
+    )
+    options.add_argument("--model", metavar="M", help="demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder")
+    options.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt a line; .jsonl; a .json list of texts or of objects with `instruction`; or demo",
+    )
+    options.add_argument("--out", required=True, metavar="DIR", help="folder of the run; new or empty, or see --resume")
+    options.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    options.add_argument("--recipe", choices=("paper", "demo"), help="defaults of the settings (demo for --model demo)")
+    add_template_option(options)
+    options.add_argument(
+        "--device", default="auto", metavar="D", help="auto (default: CUDA if there is any), cpu, cuda"
+    )
+    options.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the LLM (default: bfloat16 on CUDA, else float32)",
+    )
+    options.add_argument("--threads", type=int, metavar="N", help="torch CPU threads (default: torch's own choice)")
+    options.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    add_score_options(options)
+
+    settings = options.add_argument_group("settings, with the defaults of the paper and of the demo's recipe")
+    for name, default in _defaults().items():
+        kind: dict[str, Any] = {"type": type(default[0]), "metavar": "N" if type(default[0]) is int else "X"}
+        if isinstance(default[0], tuple):
+            kind = {"type": int, "nargs": 2, "metavar": ("N", "N")}
+        shown = [" ".join(map(str, d)) if isinstance(d, tuple) else str(d) for d in default]
+        settings.add_argument(
+            "--" + name.replace("_", "-"),
+            default=None,
+            help=f"{SETTINGS[name]} ({', '.join(dict.fromkeys(shown))})",
+            **kind,
+        )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return guarded(parser(), _train, argv)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _config(args)  # what can be wrong with the options is found before torch is loaded
+    if args.threads is not None and args.threads < 1:
+        raise OptionError(f"--threads is {args.threads}; it must be at least 1")
+    if not args.quiet:
+        print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
+    try:
+        from mara_deploy.train.folder import RunFolder
+        from mara_deploy.train.loop import train
+        from mara_deploy.train.report import write_report
+        from mara_deploy.train.task import open_task
+        from mara_deploy.train.watch import Watch, first_interrupt_waits
+    except ImportError as error:
+        raise MaraError(
+            f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"
+        ) from None
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if args.resume:
+        folder = RunFolder.existing(Path(args.out))
+        run, prompts = folder.run, folder.prompts
+        config = _resumed(args, run)
+    else:
+        prompts = _prompts(args.prompts)
+        run = _describe(args, config, len(prompts))
+        run["threads"] = torch.get_num_threads() if args.threads is None else args.threads
+    torch.set_num_threads(run["threads"])
+    source = _source(run["model"]["asked"])
+    if args.resume and source.revision != run["model"]["revision"]:
+        raise MaraError(
+            f"{source.name} is at revision {source.revision}, the run began with {run['model']['revision']}"
+        )
+    run["model"] |= {"name": source.name, "revision": source.revision}
+    score = _score(run["scores"], args.score_device, args.score_batch)
+    run["score"], run["config"] = score.name, config.to_json()
+    task = open_task(source, prompts, score, config, device=args.device, dtype=args.dtype, template=run["template"])
+    if args.resume:
+        folder.describe(run)
+    else:
+        folder = RunFolder.new(Path(args.out), run, prompts)
+
+    facts = {"model": source.name, "score": score.name, "trained_by": f"mara-deploy {version('mara-deploy')}"}
+    with (
+        first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
+        Watch(config.episodes, folder.episodes, folder.tensorboard, args.quiet) as watch,
+    ):
+        train(task, config, folder, tell=watch, stop=stop, facts=facts)
+    write_report(folder)
+    done = folder.episodes
+    if done < config.episodes:
+        raise MaraError(
+            f"interrupted after {done} of {config.episodes} episodes, and saved: mara-train --resume --out {args.out}"
+        )
+    if not args.quiet:
+        print(f"{args.out}/agent.safetensors   report: {args.out}/report.html", file=sys.stderr)
+        print(f"mara-export --model {run['model']['asked']} --agent {args.out}/agent.safetensors", file=sys.stderr)
+
+
+def _defaults() -> dict[str, tuple[Any, ...]]:
+    """{field of TrainConfig: its values in the recipes}."""
+    from mara_deploy.train.config import RECIPES, TrainConfig
+
+    return {f.name: tuple(getattr(recipe, f.name) for recipe in RECIPES.values()) for f in fields(TrainConfig)}
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    from mara_deploy.train.config import RECIPES
+
+    if args.resume:
+        taken = {"--model": args.model, "--prompts": args.prompts, "--score": args.score, "--recipe": args.recipe}
+        given = [flag for flag, value in taken.items() if value]
+        given += ["--" + name.replace("_", "-") for name in _given(args) if name != "episodes"]
+        given += ["--template"] * bool(args.template) + ["--threads"] * (args.threads is not None)
+        given += ["--dtype"] * (args.dtype != "auto")
+        if given:
+            raise OptionError(f"--resume takes everything but --episodes from the run: leave out {', '.join(given)}")
+        return RECIPES["paper"]  # the run's own settings are read later
+    for flag, value in (("--model", args.model), ("--prompts", args.prompts), ("--score", args.score)):
+        if not value:
+            raise OptionError(f"{flag} is missing: a new run needs --model, --prompts and --score")
+    recipe = args.recipe or ("demo" if args.model == "demo" else "paper")
+    return replace(RECIPES[recipe], **_given(args))
+
+
+def _resumed(args: argparse.Namespace, run: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in --out, with more episodes if they were asked for."""
+    from mara_deploy.train.config import TrainConfig
+
+    config = TrainConfig.from_json(run["config"])
+    return config if args.episodes is None else replace(config, episodes=args.episodes)
+
+
+def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> dict[str, Any]:
+    packages = ("mara-deploy", "torch", "transformers", "numpy")
+    return {
+        "model": {"asked": args.model, "name": None, "revision": None},
+        "prompts": {"source": Path(args.prompts).name, "count": prompts},
+        "score": None,
+        "scores": [asdict(option) for option in args.score],
+        "template": template_variables(args.template),
+        "dtype": args.dtype,
+        "config": config.to_json(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _prompts(name: str) -> list[str]:
+    from mara_deploy.demo.prompts import SETS, demo_prompts
+    from mara_deploy.prompts import read_prompts
+
+    if name in SETS:
+        return [prompt.text for prompt in demo_prompts(name)]
+    return [prompt.text for prompt in read_prompts(name).prompts]
+
+
+def _source(name: str) -> ModelSource:
+    from mara_deploy.demo import MODEL_FOLDER
+    from mara_export.sources import ModelSource, resolve_model
+
+    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name)
+
+
+def _score(options: list[dict[str, Any]], device: str, batch_size: int) -> Combined:
+    from mara_deploy.scores import Combined, load_score
+
+    parts = []
+    for option in (ScoreOption(**values) for values in options):
+        score = load_score(option.spec, template=option.template, device=device, batch_size=batch_size)
+        parts.append((1.0 if option.weight is None else option.weight, score))
+    return Combined(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

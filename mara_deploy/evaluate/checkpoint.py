@@ -1,0 +1,139 @@
+"""Another checkpoint as a baseline: an LLM tuned by RLHF or DPO, say, in PyTorch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mara_deploy.evaluate.answers import Answer, Asking, seed_of
+from mara_deploy.evaluate.store import fingerprint
+from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
+from mara_export.errors import ModelError
+from mara_export.sources import resolve_model
+from mara_export.tokenizer import load_tokenizer
+from mara_runtime.config import DecodeConfig
+from mara_runtime.errors import PromptError
+
+
+class CheckpointAnswers:
+    """Answers of a Hugging Face causal LM through its own tokenizer and chat template, greedy or sampled.
+
+    It decodes as the bundle's plain baselines do: every end-of-sequence id of its generation config stops it, penalties
+    and other settings of that config are left aside, and sampling takes top-k, then top-p, then the temperature.
+    On a GPU, if PyTorch sees one, in the checkpoint's own precision; else on the CPU in float32.
+
+    Raises ModelError for what cannot be loaded, PromptError for what its template refuses.
+    """
+
+    def __init__(self, model: str, config: DecodeConfig, asking: Asking) -> None:
+        self._source = resolve_model(model)
+        self._config, self._asking = config, asking
+        self.name = self._source.name
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: Any = None
+        self._model_config = from_pretrained(AutoConfig, self._source)
+        self._room = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
+        self._tokenizer: Any = load_tokenizer(self._source.folder)
+        if self._tokenizer is None:
+            raise ModelError(f"{self.name} has no tokenizer: a baseline checkpoint needs its own")
+
+    @cached_property  # it reads the weights through
+    def settings(self) -> dict[str, Any]:
+        """See `Contestant`."""
+        config = self._config
+        return {
+            "checkpoint": self.name,
+            "files": self._source.revision or fingerprint(self._source.folder),
+            "device": self._device,
+            "raw": self._asking.raw,
+            "template": dict(self._asking.template or {}),
+            "max_new_tokens": config.max_new_tokens,
+            "stop": list(config.stop),
+            "sample": config.sample,
+            **(
+                {name: getattr(config, name) for name in ("top_k", "top_p", "temperature", "seed")}
+                if config.sample
+                else {}
+            ),
+        }
+
+    def close(self) -> None:
+        """See `Contestant`."""
+        self._model = None
+
+    def check(self, prompt: str) -> None:
+        """See `Contestant`."""
+        self._encode(prompt)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str) -> list[Answer]:
+        """See `Contestant`."""
+        self._model = self._model or self._load()
+        tokenizer, config = self._tokenizer, self._config
+        eos = eos_token_ids(self._model, tokenizer)
+        ids = self._encode(prompt).to(self._device)  # (1, S)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_of(config.seed, prompt))
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
+                    do_sample=config.sample,
+                    max_new_tokens=min(config.max_new_tokens, self._room - ids.shape[1]),
+                    eos_token_id=list(eos) or None,
+                    pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*eos, 0)[0],
+                    stop_strings=list(config.stop) or None,
+                    **({"top_k": 0} if config.sample else {}),  # transformers' own filters come in another order
+                ),
+                use_model_defaults=False,  # else penalties of the checkpoint's generation config are put back in
+                logits_processor=_filters(config) if config.sample else None,
+                tokenizer=tokenizer,
+            )
+        new = output[0, ids.shape[1] :].tolist()
+        # the bundle's tokenizer does not tidy the spaces before punctuation either
+        text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [at for at in (text.find(stop) for stop in config.stop) if at >= 0]
+        ended = bool(found) or new[-1] in eos
+        return [Answer(text[: min(found)] if found else text, len(new), "stop" if ended else "length")]
+
+    def _load(self) -> Any:
+        dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
+        return load_model(self._source, "sdpa", dtype).to(self._device)
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        if self._asking.raw or not getattr(self._tokenizer, "chat_template", None):
+            text, specials = prompt, True
+        else:
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **(self._asking.template or {}),
+                )
+            except Exception as error:  # a template is a program: it may fail in any way a program can
+                raise PromptError(f"the chat template of {self.name} refuses the prompt: {error}") from None
+            specials = False  # the template writes them
+        ids: torch.Tensor = self._tokenizer(text, add_special_tokens=specials, return_tensors="pt")["input_ids"]
+        if ids.shape[1] >= self._room:
+            raise PromptError(
+                f"the prompt has {ids.shape[1]} tokens; {self.name} holds {self._room} for prompt and answer"
+            )
+        return ids
+
+
+def _filters(config: DecodeConfig) -> LogitsProcessorList:
+    filters = [TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)]
+    if config.temperature != 1.0:
+        filters.append(TemperatureLogitsWarper(config.temperature))
+    return LogitsProcessorList(filters)

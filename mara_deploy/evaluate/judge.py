@@ -1,0 +1,68 @@
+"""Scores whose values are kept, so that an answer is judged once, also over an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mara_deploy.evaluate.store import Store
+from mara_deploy.scores import Combined, Score
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A score and its part in the combined one."""
+
+    score: Score
+    weight: float = 1.0
+    """finite, not 0; negative where a lower value is better"""
+    settings: Mapping[str, Any] | None = None
+    """what its values depend on besides prompt and answer; plain JSON values. Values kept under others are refused"""
+
+
+class Remembered:
+    """A score that asks another one only for what it has not judged before. Equal answers have equal values."""
+
+    def __init__(self, score: Score, store: Store) -> None:
+        self.name = score.name
+        self._store = store
+        self._checked = Combined([(1.0, score)])  # refuses what is not one finite number an answer
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """See `Score`."""
+        keys = [_key(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        unknown = {
+            key: (prompt, answer)
+            for key, prompt, answer in zip(keys, prompts, answers, strict=True)
+            if key not in self._store
+        }
+        if unknown:
+            asked_prompts, asked_answers = zip(*unknown.values(), strict=True)
+            values = self._checked(asked_prompts, asked_answers)
+            for key, value in zip(unknown, values, strict=True):
+                self._store.add(key, value)
+        return [float(self._store[key]) for key in keys]
+
+
+def remember(judges: Sequence[Judge], folder: Path) -> tuple[Combined, list[Store]]:
+    """The judges' combined score, values kept in `folder`; the stores are to be closed."""
+    names = Combined([(judge.weight, judge.score) for judge in judges]).names  # equal names are numbered
+    stores = [
+        Store(folder / f"{slug(name)}.jsonl", {"score": name, **(judge.settings or {})})
+        for name, judge in zip(names, judges, strict=True)
+    ]
+    parts = [(j.weight, Remembered(j.score, store)) for j, store in zip(judges, stores, strict=True)]
+    return Combined(parts), stores
+
+
+def slug(name: str) -> str:
+    """A file name for a name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "unnamed"
+
+
+def _key(prompt: str, answer: str) -> str:
+    return hashlib.sha256(f"{len(prompt)} {prompt}{answer}".encode()).hexdigest()

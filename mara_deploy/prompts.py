@@ -1,0 +1,161 @@
+"""Prompt files: plain lines, JSON lines, or a JSON list as the MARA paper's prompt sets have it.
+
+Those sets (SafeRLHF, BeaverTails, HarmfulQA, HH-RLHF, UltraFeedback in IAAR-Shanghai/MARA, `data/`) are JSON lists of
+objects with the prompt under `instruction`; some repeat a prompt, and what else they hold differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mara_runtime.errors import PromptError
+
+TEXT_KEYS = ("instruction", "prompt", "question")
+"""Where an object may keep its prompt; the first that it has counts."""
+GROUP_KEY = "group"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user message."""
+
+    text: str
+    """not blank, no white space around it"""
+    group: str | None = None
+    """names the prompts that belong together, paraphrases of one question say; None: the prompt stands alone"""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The different prompts of a file, in its order."""
+
+    name: str
+    """of the file, without its folder"""
+    prompts: tuple[Prompt, ...]
+    """at least one; no two are the same but for white space"""
+    duplicates: int
+    """left out because an earlier one is the same; ≥ 0"""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the file names groups."""
+        return self.prompts[0].group is not None
+
+
+def same_key(text: str) -> str:
+    """What two prompts have in common that count as the same: everything but the amount of white space."""
+    return " ".join(text.split())
+
+
+def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
+    """Read a prompt file.
+
+    `.json`: a list of texts or of objects (or one object a line); `.jsonl`: a text or an object a line; any other
+    name: a prompt a line. Blank lines are skipped. An object keeps its prompt under one of `TEXT_KEYS`, its group
+    under `group_key` (default `group`, if it is there); in a file either every prompt has a group or none.
+    Raises PromptError, naming the entry, when the file cannot be read so or holds no prompt.
+    """
+    path = Path(path)
+    prompts: dict[str, Prompt] = {}
+    count = 0
+    for where, entry in _entries(path):
+        prompt = _prompt(entry, f"{path}: {where}", group_key)
+        first = next(iter(prompts.values()), prompt)
+        if (prompt.group is None) != (first.group is None):
+            raise PromptError(
+                f"{path}: {where} names {'no' if prompt.group is None else 'a'} {GROUP_KEY!r}, unlike the entries "
+                "before it: give all of them a group, or none"
+            )
+        prompts.setdefault(same_key(prompt.text), prompt)
+        count += 1
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt: write one a line, or a JSON list of objects with `instruction`")
+    return PromptSet(path.name, tuple(prompts.values()), count - len(prompts))
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every entry of the file and where it stands, in words."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error.reason})"
+        raise PromptError(f"the prompt file {path} cannot be read: {reason}") from None
+    except ValueError:  # a NUL in its name
+        raise PromptError(f"the prompt file {ascii(str(path))[:200]} cannot be read: no file has such a name") from None
+    if path.suffix.lower() == ".json":
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not str(error).startswith("Extra data"):  # which is what a second JSON line is
+                raise PromptError(f"{path} is not valid JSON: {error}") from None
+        else:
+            if not isinstance(value, list):
+                raise PromptError(f"{path} is a JSON {_kind(value)}; a prompt file is a list of texts or of objects")
+            yield from ((f"entry {number}", entry) for number, entry in enumerate(value, 1))
+            return
+    as_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold the other characters that end a line
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line) if as_json else line
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{path}: line {number} is not valid JSON: {error}") from None
+
+
+def _prompt(entry: Any, where: str, group_key: str | None) -> Prompt:
+    group = None
+    if isinstance(entry, dict):
+        key = next((key for key in TEXT_KEYS if key in entry), None)
+        if key is None:
+            found = ", ".join(map(repr, entry)) or "nothing"
+            raise PromptError(f"{where} has none of {', '.join(map(repr, TEXT_KEYS))}; it has {found}"[:400])
+        text = entry[key]
+        group = _group(entry, where, group_key)
+    elif group_key is not None:
+        raise PromptError(f"{where} is a {_kind(entry)}; to group by {group_key!r} it must be an object that has it")
+    else:
+        text = entry
+    if not isinstance(text, str):
+        raise PromptError(f"{where} is a {_kind(text)} where its prompt should be a text")
+    if not text.strip():
+        raise PromptError(f"{where} is a blank prompt: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character, which JSON can spell
+        raise PromptError(f"{where} is not Unicode text: {error}") from None
+    return Prompt(text.strip(), group)
+
+
+def _group(entry: dict[str, Any], where: str, group_key: str | None) -> str | None:
+    value = entry.get(group_key or GROUP_KEY)
+    if value is None:
+        if group_key is not None:
+            raise PromptError(f"{where} has no {group_key!r} to group by; it has {', '.join(map(repr, entry))}"[:400])
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "text", bool: "truth value", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def shared(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> list[str]:
+    """The texts of `prompts` that also occur among `others`."""
+    known = {same_key(prompt.text) for prompt in others}
+    return [prompt.text for prompt in prompts if same_key(prompt.text) in known]
+
+
+def drawn(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """`count` of the prompts, in their order, whatever that is; a larger count keeps those of a smaller one."""
+    if count is None:
+        return list(prompts)
+    by_hash = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest())
+    chosen = {prompt.text for prompt in by_hash[:count]}
+    return [prompt for prompt in prompts if prompt.text in chosen]

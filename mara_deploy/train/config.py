@@ -1,0 +1,141 @@
+"""Every number that a training run depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mara_runtime.config import FALLBACKS
+from mara_runtime.errors import OptionError
+
+ALPHA_FORMS = ("log", "direct")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Discrete soft actor-critic. Defaults: MARA's settings for LLMs of 7 to 8 billion parameters (arXiv 2505.19743),
+    but for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
+    """
+
+    # rollouts
+    episodes: int = 21_000
+    """answers to train on, ≥ 1; an episode is one"""
+    prompts_at_once: int = 16
+    """answers in progress at the same time, ≥ 1; the agent learns after each such round"""
+    max_new_tokens: int = 512
+    """tokens of an answer at most, ≥ 1"""
+    top_k: int = 40
+    """candidates of a position at most, ≥ 2"""
+    top_p: float = 0.95
+    """nucleus of the candidates, in (0, 1]"""
+
+    # the agent
+    widths: tuple[int, int] = (1024, 256)
+    """of the two hidden layers, of the actor and of both critics; ≥ 1"""
+    fallback: str = "last"
+    """recorded with the agent: what is emitted when it rejects everything; first, last. Rollouts take the last"""
+
+    # the objective
+    kl_weight: float = 0.1
+    """price of a nat of divergence from the LLM, in units of the score; ≥ 0"""
+    score_baseline: float = 0.0
+    """subtracted from every score; finite"""
+    discount: float = 0.99
+    """γ a transition, in (0, 1]"""
+    n_step: int = 80
+    """transitions of a return before it is bootstrapped, ≥ 1"""
+    target_entropy: float = 0.6
+    """entropy of the policy that α is adapted to, a fraction of ln 2; in [0, 1]"""
+
+    # learning
+    batch: int = 1024
+    """transitions an update, ≥ 1"""
+    updates_per_episode: float = 10.0
+    """gradient steps, > 0"""
+    start_transitions: int = 64 * 1024
+    """collected before learning begins, ≥ 1"""
+    replay_transitions: int = 1_000_000
+    """the latest that are kept, ≥ start_transitions"""
+    learning_rate: float = 3e-4
+    """Adam, of actor and critics; > 0"""
+    clip_norm: float = 0.5
+    """of the gradients of actor and critics, each; > 0"""
+    target_rate: float = 0.005
+    """τ: share of the critics that their targets take over at each update; in (0, 1]"""
+    alpha: float = 0.01
+    """entropy temperature at the start, > 0"""
+    alpha_rate: float = 3e-4
+    """Adam, of α; ≥ 0, and 0 keeps α fixed"""
+    alpha_form: str = "log"
+    """log: ln α is learned; direct: α itself, not below 0. In a few thousand updates ln α hardly moves"""
+
+    seed: int = 0
+    """of weights, prompts, actions and batches; ≥ 0"""
+    checkpoint_minutes: float = 10.0
+    """between checkpoints, ≥ 0; a run that ends or is interrupted leaves one in any case"""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "prompts_at_once", "max_new_tokens", "n_step", "batch", "start_transitions"):
+            self._check(name, "a whole number of at least 1", getattr(self, name) >= 1)
+        self._check("top_k", "a whole number of at least 2", self.top_k >= 2)
+        self._check("top_p", "in (0, 1]", 0.0 < self.top_p <= 1.0)
+        self._check("widths", "two whole numbers of at least 1", len(self.widths) == 2 and min(self.widths) >= 1)
+        self._check("fallback", f"one of {', '.join(FALLBACKS)}", self.fallback in FALLBACKS)
+        self._check("kl_weight", "a finite number of at least 0", 0.0 <= self.kl_weight < math.inf)
+        self._check("score_baseline", "a finite number", math.isfinite(self.score_baseline))
+        self._check("discount", "in (0, 1]", 0.0 < self.discount <= 1.0)
+        self._check("target_entropy", "in [0, 1]", 0.0 <= self.target_entropy <= 1.0)
+        for name in ("updates_per_episode", "learning_rate", "clip_norm", "alpha"):
+            self._check(name, "a finite number above 0", 0.0 < getattr(self, name) < math.inf)
+        self._check(
+            "replay_transitions",
+            f"at least start_transitions ({self.start_transitions})",
+            self.replay_transitions >= self.start_transitions,
+        )
+        self._check("target_rate", "in (0, 1]", 0.0 < self.target_rate <= 1.0)
+        self._check("alpha_rate", "a finite number of at least 0", 0.0 <= self.alpha_rate < math.inf)
+        self._check("alpha_form", f"one of {', '.join(ALPHA_FORMS)}", self.alpha_form in ALPHA_FORMS)
+        self._check("seed", "a whole number of at least 0", self.seed >= 0)
+        self._check("checkpoint_minutes", "a finite number of at least 0", 0.0 <= self.checkpoint_minutes < math.inf)
+
+    def _check(self, name: str, allowed: str, within: bool) -> None:
+        if not within:
+            raise OptionError(f"{flag(name)} is {getattr(self, name)!r}; it must be {allowed}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_json`, after a detour through JSON."""
+        return cls(**{**values, "widths": tuple(values["widths"])})
+
+
+def flag(name: str) -> str:
+    """The command-line option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+RECIPES = {
+    "paper": TrainConfig(),
+    "demo": TrainConfig(
+        episodes=1600,
+        prompts_at_once=64,
+        max_new_tokens=112,
+        widths=(256, 128),
+        fallback="first",
+        kl_weight=0.02,
+        discount=1.0,
+        target_entropy=0.25,
+        batch=256,
+        updates_per_episode=2.0,
+        start_transitions=4096,
+        replay_transitions=60_000,
+        learning_rate=1e-3,
+        target_rate=0.02,
+        alpha_form="direct",
+    ),
+}
+"""By name. `demo` fits an LLM of a million parameters: about a minute on one CPU core."""

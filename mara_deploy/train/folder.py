@@ -1,0 +1,161 @@
+"""The folder of a training run, and its checkpoints.
+
+    run.json           what is trained, on what, with which settings and versions
+    prompts.json       the training prompts
+    log.jsonl          a line a round of rollouts
+    tensorboard/       the same for TensorBoard
+    checkpoint.pt      everything else that the run depends on, as of the last checkpoint
+    replay/            the transitions, in files that grow (mara_deploy.train.replay)
+    agent.safetensors  the agent as of the last checkpoint; agent.pth: with the names of MARA's released checkpoints
+    report.html        plots
+
+Every file is written beside its name and then renamed, or only ever grows, so a run that is killed at any moment can be
+resumed. `checkpoint.pt` and `replay/` are needed for that alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mara_deploy import agent as agents
+from mara_runtime.errors import MaraError
+
+_RUN, _PROMPTS, _LOG, _CHECKPOINT = "run.json", "prompts.json", "log.jsonl", "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Reads and writes the files of a run."""
+
+    path: Path
+
+    @classmethod
+    def new(cls, path: Path, run: Mapping[str, Any], prompts: list[str]) -> RunFolder:
+        """Begin a run. Raises MaraError where `path` is not new or empty."""
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
+                raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            _replace(
+                path / _PROMPTS, lambda to: to.write_text(json.dumps(prompts, ensure_ascii=False, indent=0), "utf-8")
+            )
+            folder.describe(run)
+        except OSError as error:
+            raise MaraError(f"cannot write {path}: {error.strerror}") from error
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """Go on with a run. Raises MaraError where there is none."""
+        if not (path / _RUN).is_file():
+            raise MaraError(f"{path} holds no training run to resume: it has no {_RUN}")
+        return cls(path)
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        _replace(
+            self.path / _RUN, lambda to: to.write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        )
+
+    def read(self, name: str) -> Any:
+        """run.json or prompts.json. Raises MaraError when it is damaged."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MaraError(f"{self.path / name} cannot be read: {error}") from None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What run.json says."""
+        found: dict[str, Any] = self.read(_RUN)
+        return found
+
+    @property
+    def prompts(self) -> list[str]:
+        """The training prompts."""
+        found: list[str] = self.read(_PROMPTS)
+        return found
+
+    @property
+    def episodes(self) -> int:
+        """Made as of the last checkpoint."""
+        state = self.load()
+        return 0 if state is None else int(state["progress"]["episodes"])
+
+    @property
+    def replay(self) -> Path:
+        """Folder of the replay memory."""
+        return self.path / "replay"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the event files."""
+        return self.path / "tensorboard"
+
+    def write_report(self, page: str) -> None:
+        """Write report.html."""
+        _write_text(self.path / "report.html", page)
+
+    def save(self, state: Mapping[str, Any], agent: agents.Agent, facts: Mapping[str, str]) -> None:
+        """Write a checkpoint and the agent. facts: recorded in the agent's file."""
+        _replace(self.path / _CHECKPOINT, lambda to: torch.save(dict(state), to))
+        _replace(self.path / "agent.safetensors", lambda to: agents.save(agent, to, facts))
+        _replace(self.path / "agent.pth", lambda to: torch.save(agents.cpu_state(agent), to))
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint; None if the run ended before its first. Raises MaraError when it is damaged."""
+        if not (self.path / _CHECKPOINT).is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path / _CHECKPOINT, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle fails in every way there is
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise MaraError(f"{self.path / _CHECKPOINT} cannot be read: {reason}") from None
+        return state
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a line."""
+        with (self.path / _LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of the log; one that was cut off in the middle is left out."""
+        path = self.path / _LOG
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, episodes: int) -> None:
+        """Forget what was logged after a checkpoint at `episodes`."""
+        kept = [row for row in self.rows() if row["episodes"] <= episodes]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        _write_text(self.path / _LOG, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    _replace(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(beside)
+        mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)

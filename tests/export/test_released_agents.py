@@ -1,0 +1,187 @@
+"""Agents as released with MARA: named on the Hub, of their exact shapes; and the script that runs one for real."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+
+from mara_deploy.commands import export as command
+from mara_runtime import AlignedDecoder, DecodeConfig
+from mara_runtime.bundle import Bundle
+from tests import checkpoints
+from tests.oracle import decode
+
+ROOT = Path(__file__).resolve().parents[2]
+AGENTS = "IAAR-Shanghai/MARA_AGENTS"
+SIZES = {4096: 4_466_434, 3072: 3_415_810, 2048: 2_365_186}
+
+
+def released(hidden_size: int, llm: Path | None = None) -> dict[str, torch.Tensor]:
+    """A state dict with the keys and shapes of a released agent; it accepts 60 % of the states of `llm`, if given."""
+    states = checkpoints.sample_states(checkpoints.load(llm), n=128) if llm else None
+    agent = checkpoints.make_agent(hidden_size, seed=0, widths=(1024, 256), sample_states=states)
+    state = agent.state_dict()
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == {
+        "ln.weight": [hidden_size],
+        "ln.bias": [hidden_size],
+        "linear1.weight": [1024, hidden_size],
+        "linear1.bias": [1024],
+        "linear2.weight": [256, 1024],
+        "linear2.bias": [256],
+        "output_linear.weight": [2, 256],
+        "output_linear.bias": [2],
+    }
+    return state
+
+
+def as_bytes(state: dict[str, torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def llm_of_width(folder: Path, hidden_size: int) -> Path:
+    """One layer, few heads and words, but the hidden size of a released agent's LLM."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.lm_head.weight.data.mul_(3.0)  # else every word is as likely as any other
+    model.save_pretrained(folder)
+    checkpoints.add_tokenizer(folder, 260)
+    return folder
+
+
+@pytest.mark.parametrize("hidden_size", SIZES)
+def test_an_agent_of_a_released_shape_from_the_hub(cached, hidden_size, tmp_path, capsys):
+    llm = llm_of_width(tmp_path / "llm", hidden_size)
+    state = released(hidden_size, llm)
+    assert sum(tensor.numel() for tensor in state.values()) == SIZES[hidden_size]
+    cached(AGENTS, {"some/llm_actor.pth": as_bytes(state)})
+    out = tmp_path / "out"
+    options = ["--model", str(llm), "--agent", f"{AGENTS}:some/llm_actor.pth", "--out", str(out), "--quiet"]
+    assert command.main(options) == 0, capsys.readouterr().err
+    bundle = Bundle.open(out)
+    assert bundle.manifest.agent.source == f"{AGENTS}:some/llm_actor.pth"
+    assert (bundle.manifest.agent.hidden_size, bundle.manifest.agent.widths) == (hidden_size, (1024, 256))
+    assert bundle.manifest.agent.fallback == "first"
+
+    found = AlignedDecoder(bundle, threads=1).generate([256, 72, 105], DecodeConfig(max_new_tokens=12))
+    expected = decode(checkpoints.load(llm), as_written(state), [256, 72, 105], eos_ids=[257], max_new_tokens=12)
+    assert min(expected.gaps) > 1e-5  # so that rounding decides nothing
+    assert found.token_ids == expected.token_ids
+    assert found.stats.decisions > 5
+    assert found.stats.examined > found.stats.decisions  # some are rejected
+
+
+def as_written(state: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The network of the paper, written out: (N, D) → (N, 2)."""
+
+    def scores(x: torch.Tensor) -> torch.Tensor:
+        x = functional.layer_norm(x, x.shape[-1:], state["ln.weight"], state["ln.bias"])
+        x = torch.relu(x @ state["linear1.weight"].T + state["linear1.bias"])
+        x = torch.relu(x @ state["linear2.weight"].T + state["linear2.bias"])
+        return x @ state["output_linear.weight"].T + state["output_linear.bias"]
+
+    return scores
+
+
+@pytest.mark.parametrize("hidden_size", [3072, 4096])
+def test_an_agent_of_another_llm_is_refused_before_weights_are_fetched(cached, hidden_size, tmp_path, capsys):
+    cached(AGENTS, {"actor.pth": as_bytes(released(2048))})
+    config = llm_of_width(tmp_path / "llm", 64) / "config.json"
+    values = json.loads(config.read_text())
+    cached("org/llm", {"config.json": json.dumps({**values, "hidden_size": hidden_size}).encode()})  # and nothing else
+    assert command.main(["--model", "org/llm", "--agent", f"{AGENTS}:actor.pth", "--out", str(tmp_path / "out")]) == 2
+    assert re.search(rf"2048.*{hidden_size}|{hidden_size}.*2048", capsys.readouterr().err.splitlines()[-1])
+
+
+# ── the script ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("released_agent", ROOT / "examples" / "released_agent.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def beaver(folder: Path, seed: int) -> Path:
+    """A tiny model laid out as PKU-Alignment's: a Llama with a score head of another name, and no chat template."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=1024, num_labels=1, pad_token_id=259,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["score_head.weight"] = weights.pop("score.weight") * 50
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**values, "architectures": ["LlamaModelForScore"], "score_dim": 1, "id2label": None})
+    )
+    checkpoints.add_tokenizer(folder, 260)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    del tokenizer["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file, tmp_path, capsys):
+    cached("meta-llama/Llama-3.2-1B-Instruct", checkpoint("llama"))
+    cached(AGENTS, {"llama_actor.pth": as_bytes(load_file(agent_file("llama")))})
+    for seed, kind in enumerate(("reward", "cost")):
+        cached(f"PKU-Alignment/beaver-7b-v1.0-{kind}", beaver(tmp_path / kind, seed))
+    out = tmp_path / "out"
+    options = ["--agent", f"{AGENTS}:llama_actor.pth", "--out", str(out), "--max-new-tokens", "12"]
+    assert script.main([*options, "--", "--score-device", "cpu"]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert printed.count("▶ ") == printed.count("[plain: ") == printed.count("[aligned: ") == 10
+    assert "$ mara-export --model llama3.2-1b" in printed
+    found = json.loads((out / "eval" / "result.json").read_text())
+    scores = {f"PKU-Alignment/beaver-7b-v1.0-{kind}": weight for kind, weight in (("reward", 1.0), ("cost", -1.0))}
+    assert found["scores"] == scores
+    assert found["prompts"]["unique"] == 10
+    combined = found["comparisons"]["greedy"]["combined"]
+    assert combined["wins"] + combined["losses"] > 0
+    assert (out / "eval" / "report.html").is_file()
+
+    # a score of one's own; the bundle is there already
+    (tmp_path / "own_score.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        assert script.main([*options, "--", "--score", "own_score:length", "--quiet"]) == 0
+    assert json.loads((out / "eval" / "result.json").read_text())["scores"] == {"own_score:length": 1.0}
+
+
+def test_the_script_without_an_agent_lists_them(script, hf_home, monkeypatch, tmp_path, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["README.md", "a_actor.pth", "b_actor.pth"])
+    assert script.main(["--out", str(tmp_path / "out")]) == 2
+    assert (
+        capsys.readouterr().err
+        == f"released_agent: error: --agent is missing; {AGENTS} holds a_actor.pth, b_actor.pth\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_without_a_hub_is_one_line(script, hf_home, tmp_path, capsys):
+    assert script.main(["--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"released_agent: error: --agent is missing, and {AGENTS} cannot be listed: ")

@@ -1,0 +1,277 @@
+"""The learner: losses worked by hand, and a small decision process whose optimal policy is known."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mara_deploy.train.config import TrainConfig
+from mara_deploy.train.environment import Chain
+from mara_deploy.train.learner import LN2, Learner, TwinCritic, _Tensors
+from mara_deploy.train.replay import Batch, Replay
+from mara_runtime.errors import NumericsError
+
+D = 4
+CONFIG = TrainConfig(
+    widths=(8, 4), kl_weight=0.1, discount=0.5, n_step=2, alpha=0.2, batch=3, start_transitions=1, learning_rate=1e-3
+)
+ACTOR_MARGIN = math.log(3)  # accepts with probability 3/4
+Q = ((1.0, 2.0), (0.5, 2.5))  # of rejecting, of accepting; two critics
+Q_TARGET = ((3.0, 4.0), (3.5, 3.0))
+
+
+def constant(critic: TwinCritic, values) -> None:
+    with torch.no_grad():
+        for twin, (reject, accept) in zip("12", values, strict=True):
+            layer = critic.get_submodule(f"linear{twin}3")
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([reject, accept]))
+
+
+@pytest.fixture
+def learner() -> Learner:
+    """Every state has the margin and the values above."""
+    made = Learner(D, CONFIG)
+    with torch.no_grad():
+        made.actor.output_linear.weight.zero_()
+        made.actor.output_linear.bias.copy_(torch.tensor([0.5, 0.5 + ACTOR_MARGIN]))
+    constant(made.critic, Q)
+    constant(made.target, Q_TARGET)
+    return made
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Three transitions: rejected, the chain goes on; accepted, the answer ends; forced, a forced state two on."""
+    rng = np.random.default_rng(0)
+    return Batch(
+        states=rng.normal(size=(3, D)).astype(np.float32),
+        accepted=np.array([False, True, True]),
+        margins=np.array([[9.0, 0.0], [9.0, 9.0], [9.0, math.log(4)]], np.float32),
+        reference=np.array([[0.0, math.log(3)], [0.0, 0.0], [np.inf, 0.0]], np.float32),
+        forced=np.array([[False, False], [False, False], [True, False]]),
+        scores=np.array([[0.0, 0.0], [5.0, 7.0], [0.0, 0.0]], np.float32),
+        inside=np.array([[True, True], [True, False], [True, True]]),
+        next_states=rng.normal(size=(3, D)).astype(np.float32),
+        next_reference=np.array([0.0, 0.0, np.inf], np.float32),
+        next_forced=np.array([False, False, True]),
+        ended=np.array([False, True, False]),
+    )
+
+
+def kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+H = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # of the actor everywhere
+# min(Q1', Q2') = (3, 3): 1/4 · 3 + 3/4 · 3 + α·H - kl_weight · KL(3/4 ‖ 1/2)
+VALUE = 3.0 + 0.2 * H - 0.1 * kl(0.75, 0.5)
+RETURNS = [
+    # nothing for the first link; discounted, the second one's entropy and price; then the value of where it leads
+    0.5 * (0.2 * math.log(2) - 0.1 * kl(0.5, 0.75)) + 0.25 * VALUE,
+    5.0,  # the score; what lies behind the end is another episode's
+    0.5 * (-0.2 * (0.8 * math.log(0.8) + 0.2 * math.log(0.2)) - 0.1 * kl(0.8, 0.5))
+    + 0.25 * 3.0,  # a forced state is worth accepting: no entropy, no price
+]
+
+
+def test_returns(learner, batch) -> None:
+    assert learner.returns(_Tensors(batch, "cpu")).tolist() == pytest.approx(RETURNS, abs=1e-6)
+
+
+def test_critic_loss(learner, batch) -> None:
+    on = _Tensors(batch, "cpu")
+    taken = [(1.0, 0.5), (2.0, 2.5), (2.0, 2.5)]  # of both critics, for the actions 0, 1, 1
+    expected = sum(
+        0.5 * sum((values[twin] - wanted) ** 2 for values, wanted in zip(taken, RETURNS, strict=True)) / 3
+        for twin in (0, 1)
+    )
+    assert float(learner.critic_loss(on, learner.returns(on)).detach()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_actor_loss_leaves_forced_states_out(learner, batch) -> None:
+    loss, entropy = learner.actor_loss(_Tensors(batch, "cpu"))
+    # min(Q1, Q2) = (0.5, 2); the two free states have the reference 1/2
+    gain = 0.25 * 0.5 + 0.75 * 2.0 + 0.2 * H - 0.1 * kl(0.75, 0.5)
+    assert float(loss) == pytest.approx(-gain, abs=1e-6)
+    assert entropy == pytest.approx(H, abs=1e-6)
+
+
+def test_actor_gradient_against_finite_differences(learner, batch) -> None:
+    """Of the objective in closed form, by the bias that shifts every margin."""
+    on, bias = _Tensors(batch, "cpu"), learner.actor.output_linear.bias
+    learner.actor_loss(on)[0].backward()
+
+    def loss(shift: float) -> float:
+        with torch.no_grad():
+            bias[1] += shift
+            value = float(learner.actor_loss(on)[0])
+            bias[1] -= shift
+        return value
+
+    assert float(bias.grad[1]) == pytest.approx((loss(1e-2) - loss(-1e-2)) / 2e-2, abs=1e-4)
+
+
+def test_a_batch_of_forced_states_alone_teaches_the_actor_nothing(learner, batch) -> None:
+    forced = replace(batch, forced=np.ones_like(batch.forced), reference=np.full_like(batch.reference, np.inf))
+    before = [p.clone() for p in learner.actor.parameters()]
+    learner.update(forced)
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.actor.parameters(), strict=True))
+
+
+def test_alpha_falls_where_the_policy_is_more_random_than_wanted(learner, batch) -> None:
+    assert CONFIG.target_entropy * LN2 < H
+    learner.update(batch)
+    assert learner.alpha == pytest.approx(0.2 * math.exp(-CONFIG.alpha_rate), rel=1e-4)  # Adam's first step: the rate
+    direct = Learner(D, replace(CONFIG, alpha_form="direct", alpha=1e-5, target_entropy=0.0))
+    direct.update(batch)
+    assert direct.alpha == 0.0  # not below
+    eager = Learner(D, replace(CONFIG, alpha_form="direct", target_entropy=1.0))
+    eager.update(batch)
+    assert eager.alpha > 0.2
+
+
+def test_targets_follow_slowly(learner, batch) -> None:
+    before = [p.clone() for p in learner.target.parameters()]
+    learner.update(batch)
+    for old, target, new in zip(before, learner.target.parameters(), learner.critic.parameters(), strict=True):
+        assert torch.allclose(target, old + CONFIG.target_rate * (new - old), atol=1e-7)
+
+
+def test_divergence_is_an_error_of_one_line(learner, batch) -> None:
+    with pytest.raises(NumericsError, match="training has diverged"):
+        learner.update(replace(batch, scores=np.full_like(batch.scores, np.inf)))
+
+
+def test_critics_have_the_names_of_the_released_ones() -> None:
+    names = {name.partition(".")[0] for name in TwinCritic(D, (8, 4)).state_dict()}
+    assert names == {"ln", *(f"linear{twin}{layer}" for twin in "12" for layer in "123")}
+
+
+def test_a_state_restores_everything(batch) -> None:
+    one, other = Learner(D, CONFIG), Learner(D, replace(CONFIG, seed=1))
+    one.update(batch)
+    other.restore(copy.deepcopy(one.state()))  # a checkpoint goes through a file
+    one.update(batch)
+    other.update(batch)
+    assert one.alpha == other.alpha
+    for name in ("actor", "critic", "target"):
+        pairs = zip(getattr(one, name).parameters(), getattr(other, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+# ── a decision process whose solution is known ───────────────────────────────────────────────────────────────────────
+
+P = np.array([0.6, 0.3, 0.1])
+"""Three candidates at each of two positions, as the LLM weighs them."""
+SCORES = {(0, 0): -1.0, (0, 1): 0.0, (0, 2): 1.0, (1, 0): 0.5, (1, 1): 0.8, (1, 2): -0.5}
+SCORES |= {(2, second): 0.2 for second in range(3)}
+"""By the choices; what the LLM likes best is the worst."""
+STATES = [(i,) for i in range(3)] + [(first, i) for first in range(3) for i in range(3)]
+REFERENCE = [math.log(0.6 / 0.4), math.log(0.3 / 0.1), math.inf]
+
+
+def embed(state: tuple[int, ...]) -> np.ndarray:
+    """One-hot."""
+    return (np.arange(len(STATES)) == STATES.index(state)).astype(np.float16)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def solution(kl_weight: float, alpha: float) -> dict[tuple[int, ...], float]:
+    """{state: probability of accepting} of the policy that is best for score - kl_weight·KL + α·H, by induction.
+
+    At a state with values Q of rejecting and accepting it is π ∝ exp((Q + kl_weight·log q) / (α + kl_weight)).
+    """
+    policy: dict[tuple[int, ...], float] = {}
+
+    def value(state: tuple[int, ...]) -> float:
+        prefix, i = state[:-1], state[-1]
+        accept = SCORES[state] if prefix else value((i, 0))
+        if i == 2:
+            return accept
+        reject = value((*prefix, i + 1))
+        q = sigmoid(REFERENCE[i])
+        p = sigmoid((accept - reject + kl_weight * REFERENCE[i]) / (alpha + kl_weight))
+        policy[state] = p
+        entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+        return p * accept + (1 - p) * reject - kl_weight * kl(p, q) + alpha * entropy
+
+    value((0,))
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("n_step", "kl_weight", "alpha"), [(1, 0.2, 0.1), (6, 0.2, 0.1), pytest.param(6, 0.0, 0.3, marks=pytest.mark.long)]
+)
+def test_the_optimal_policy_of_a_small_process_is_learned(tmp_path, n_step, kl_weight, alpha) -> None:
+    config = TrainConfig(
+        widths=(32, 32),
+        kl_weight=kl_weight,
+        alpha=alpha,
+        alpha_rate=0.0,
+        discount=1.0,
+        n_step=n_step,
+        batch=128,
+        start_transitions=1,
+        replay_transitions=600,
+        learning_rate=5e-3,
+        target_rate=0.05,
+    )
+    learner = Learner(len(STATES), config)
+    rng = np.random.default_rng(0)
+    replay = Replay(tmp_path, config.replay_transitions, len(STATES))
+    table = torch.from_numpy(np.stack([embed(s) for s in STATES])).float()
+    for _ in range(400):
+        with torch.no_grad():
+            margins = dict(zip(STATES, learner.actor.margin(table).tolist(), strict=True))
+        for _ in range(8):
+            links, choices = [], ()
+            for _ in range(2):
+                for i in range(3):
+                    state = (*choices, i)
+                    accepted = i == 2 or rng.random() < sigmoid(margins[state])
+                    links.append((embed(state), accepted, margins[state], REFERENCE[i], i == 2))
+                    if accepted:
+                        choices = state
+                        break
+            columns = zip(*links, strict=True)
+            kinds = (np.float16, np.bool_, np.float32, np.float32, np.bool_)
+            chain = Chain(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+            replay.add(chain, SCORES[choices])
+        replay.saved()
+        for _ in range(2):
+            learner.update(replay.sample(rng, config.batch, config.n_step))
+    expected = solution(kl_weight, alpha)
+    with torch.no_grad():
+        learned = dict(zip(STATES, torch.sigmoid(learner.actor.margin(table)).tolist(), strict=True))
+    for state, p in expected.items():
+        assert learned[state] == pytest.approx(p, abs=0.1), (state, expected, learned)
+
+
+def test_the_solution_is_the_best_of_many_policies() -> None:
+    """The induction above against brute force: no policy on a grid does better."""
+    kl_weight, alpha = 0.2, 0.1
+
+    def worth(policy: dict[tuple[int, ...], float], state: tuple[int, ...] = (0,)) -> float:
+        prefix, i = state[:-1], state[-1]
+        accept = SCORES[state] if prefix else worth(policy, (i, 0))
+        if i == 2:
+            return accept
+        p, q = policy[state], sigmoid(REFERENCE[i])
+        entropy = -(p * math.log(p) + (1 - p) * math.log(1 - p))
+        later = worth(policy, (*prefix, i + 1))
+        return p * accept + (1 - p) * later - kl_weight * kl(p, q) + alpha * entropy
+
+    best = solution(kl_weight, alpha)
+    for state, step in itertools.product(best, (-0.02, 0.02)):
+        other = {**best, state: min(max(best[state] + step, 1e-6), 1 - 1e-6)}
+        assert worth(other) < worth(best), state

@@ -1,0 +1,317 @@
+"""`mara-train` from end to end: resumed runs equal uninterrupted ones, and what is left behind is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from mara_deploy import agent as agents
+from mara_deploy.train import report
+from mara_deploy.train.folder import RunFolder
+from mara_deploy.train.replay import Replay
+from mara_deploy.train.report import write_report
+
+SCORES = """
+import os, signal
+CALLS = 0
+TRIP = {}                                      # call: what happens at it
+
+def length(prompts, answers):
+    global CALLS
+    CALLS += 1
+    trip = TRIP.pop(CALLS, None)
+    if trip == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+    elif trip == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif trip == "fail":
+        raise RuntimeError("out of order")
+    elif trip == "nan":
+        return [float("nan")] * len(answers)
+    return [len(answer) / 40 for answer in answers]
+"""
+SMALL = {
+    "episodes": 60,
+    "prompts-at-once": 2,
+    "max-new-tokens": 20,
+    "top-k": 6,
+    "batch": 16,
+    "updates-per-episode": 0.75,
+    "start-transitions": 40,
+    "replay-transitions": 320,
+    "n-step": 5,
+    "checkpoint-minutes": 0,
+    "threads": 1,
+}
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch):
+    """The user's module of scores, in the working directory; `scores.TRIP[n]` is what happens at the n-th call."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_test_scores.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("train_test_scores", None)
+    import train_test_scores
+
+    yield train_test_scores
+    del sys.modules["train_test_scores"]
+
+
+@pytest.fixture
+def run(command, checkpoint, scores, tmp_path, monkeypatch):
+    """(folder, setting=value, …) → Outcome of a new run in it, without a report: plots take longer than these runs."""
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(7)))
+
+    def train(out: str, model: Any = None, **settings: Any):
+        named = {name.replace("_", "-"): value for name, value in settings.items()}
+        options = [part for name, value in {**SMALL, **named}.items() for part in (f"--{name}", value)]
+        where = ["--model", model or checkpoint("qwen2"), "--prompts", "prompts.txt"]
+        widths = ["--widths", 16, 8]
+        return command("train", *where, "--score", "train_test_scores:length", "--out", out, *options, *widths)
+
+    return train
+
+
+_WHOLE: dict[str, Any] = {}
+
+
+@pytest.fixture
+def whole(run, tmp_path) -> dict[str, Any]:
+    """`everything` of an uninterrupted run, made once."""
+    if not _WHOLE:
+        assert run("whole").code == 0
+        _WHOLE.update(everything(tmp_path / "whole"))
+    return _WHOLE
+
+
+def everything(out: Path) -> dict[str, Any]:
+    """All that a run leaves, but for times."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    replay = Replay(out / "replay", SMALL["replay-transitions"], hidden_size(out), state["added"])
+    return {
+        "agent": dict(agents.load(out / "agent.safetensors").state_dict()),
+        "state": state,
+        "replay": vars(replay.sample(np.random.default_rng(0), 200, 1)),
+        "log": [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows],
+    }
+
+
+def hidden_size(out: Path) -> int:
+    return agents.load(out / "agent.safetensors").hidden_size
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the last bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    return one == other
+
+
+def test_interrupted_and_resumed_is_as_if_nothing_had_happened(run, command, scores, whole, tmp_path) -> None:
+    progress = whole["state"]["progress"]
+    assert progress["episodes"] == 60
+    assert progress["updates"] > 10
+    assert progress["owed"] == 0.5, "no update is half due when a checkpoint is made"
+    assert whole["state"]["added"] > SMALL["replay-transitions"], "the ring has not gone round"
+
+    scores.CALLS = 0
+    scores.TRIP = {3: "interrupt", 5: "terminate", 7: "fail"}
+    first = run("broken")
+    assert first.code == 2
+    message = "error: interrupted after 6 of 60 episodes, and saved: mara-train --resume --out broken\n"
+    assert first.err.endswith(message)
+    assert agents.load(tmp_path / "broken" / "agent.safetensors").widths == (16, 8)
+    second = command("train", "--resume", "--out", "broken")
+    assert "interrupted after 10 of 60" in second.err
+    third = command("train", "--resume", "--out", "broken")
+    assert third.code == 2
+    assert "the score train_test_scores:length failed with RuntimeError: out of order" in third.err
+    last = command("train", "--resume", "--out", "broken", "--quiet")
+    assert (last.code, last.err) == (0, "")
+    assert same(everything(tmp_path / "broken"), whole)
+
+
+def test_when_checkpoints_are_made_does_not_matter(run, whole, monkeypatch, tmp_path) -> None:
+    """Rare ones too: one is made when the replay memory's reserve runs out, in the middle of a round."""
+    saves, real = [], RunFolder.save
+    monkeypatch.setattr(RunFolder, "save", lambda *args: (saves.append(args), real(*args)))
+    assert run("rare", checkpoint_minutes=600).code == 0
+    assert len(saves) == 2, "the reserve has not run out"
+    assert same(everything(tmp_path / "rare"), whole)
+
+
+def test_more_episodes_may_be_asked_for_later(run, command, whole, tmp_path) -> None:
+    assert run("short", episodes=12).code == 0
+    assert command("train", "--resume", "--out", "short", "--episodes", 60).code == 0
+    assert same(everything(tmp_path / "short"), whole)
+
+
+def test_another_seed_is_another_agent(run, tmp_path) -> None:
+    for seed in (0, 1):
+        assert run(f"seed{seed}", seed=seed, episodes=8).code == 0
+    one, other = (everything(tmp_path / f"seed{seed}") for seed in (0, 1))
+    assert not same(one["agent"], other["agent"])
+    assert one["log"] != other["log"]
+
+
+def test_both_files_of_the_agent_load_and_say_where_it_comes_from(run, tmp_path) -> None:
+    assert run("out", episodes=8, fallback="first").code == 0
+    one, other = (agents.load(tmp_path / "out" / name) for name in ("agent.safetensors", "agent.pth"))
+    assert same(dict(one.state_dict()), dict(other.state_dict()))
+    assert one.fallback == "first"
+    with safe_open(tmp_path / "out" / "agent.safetensors", framework="pt") as file:
+        facts = file.metadata()
+    assert facts["episodes"] == "8"
+    assert facts["score"] == "train_test_scores:length"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_what_there_is_to_see(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "write_report", write_report)
+    done = run("out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["episodes"] for row in rows] == list(range(2, 61, 2))
+    last = rows[-1]
+    assert f"score {last['score']:+.3f}" in done.err
+    for word in ("KL", "H ", "α", "accepts", "forced", "intervenes", "episode/s"):
+        assert word in done.err, word
+
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "episode" in page
+    assert last["example"]["prompt"] in page
+    assert "http://www.w3.org" in page  # names of XML, and no other address: the page needs nothing else
+    assert set(re.findall(r"(?:src|href)=\"(?!#)", page)) == set()
+
+    events = read_events(tmp_path / "out" / "tensorboard")
+    assert events["rollout/score"] == pytest.approx({row["episodes"]: row["score"] for row in rows})
+    assert {"rollout/kl", "rollout/forced_rate", "learner/critic_loss", "time/rollout_seconds"} <= set(events)
+
+
+def read_events(folder: Path) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of TensorBoard event files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values: dict[str, dict[int, float]] = {}
+    for path in folder.iterdir():
+        data, at = path.read_bytes(), 0
+        while at < len(data):  # length (8 bytes), its checksum (4), the record, its checksum (4)
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            for value in event.summary.value:
+                values.setdefault(value.tag, {})[event.step] = value.simple_value
+    return values
+
+
+def test_markup_in_answers_stays_text(tmp_path) -> None:
+    row = {
+        "episodes": 4,
+        "updates": 0,
+        "transitions": 9,
+        "score": 0.5,
+        "scores": {"s": 0.5},
+        "reward": 0.5,
+        "kl": 0.0,
+        "entropy": 0.6,
+        "alpha": 0.1,
+        "accept_rate": 0.5,
+        "forced_rate": 0.0,
+        "intervention_rate": 0.5,
+        "decision_share": 0.5,
+        "answer_tokens": 3.0,
+        "finished_share": 1.0,
+        "rollout_seconds": 1.0,
+        "update_seconds": 0.0,
+        "example": {"prompt": "<b>", "answer": "<script>alert(1)</script>", "score": 0.5},
+    }
+    run = {"model": {"name": "m"}, "prompts": {"count": 1}, "score": "s", "versions": {}}
+    config = {"episodes": 4, "target_entropy": 0.6}
+    folder = RunFolder.new(tmp_path / "run", {**run, "config": config}, [])
+    folder.log(row)
+    write_report(folder)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+# ── what is refused, and what is left then ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_score_that_is_not_a_number_ends_the_run_and_names_the_prompt(run, scores, tmp_path) -> None:
+    scores.TRIP = {scores.CALLS + 2: "nan"}
+    done = run("out")
+    assert done.code == 2
+    line = done.err.splitlines()[-1]
+    assert re.search(r"the score train_test_scores:length is nan for the answer to the prompt 'prompt number \d'", line)
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["progress"]["episodes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": "no-such-model"}, "there is no model 'no-such-model'"),
+        ({"max_new_tokens": 100_000}, "lower --max-new-tokens, or remove the prompt"),
+        ({"replay_transitions": 41}, "raise --replay-transitions, or lower --prompts-at-once"),
+    ],
+)
+def test_what_cannot_be_is_one_line(run, settings, said) -> None:
+    done = run("out", **settings)
+    assert done.code == 2
+    assert said in done.err.splitlines()[-1]
+
+
+def test_nothing_is_written_for_a_run_that_cannot_begin(run, tmp_path) -> None:
+    assert run("out", max_new_tokens=100_000).code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(run, command, tmp_path) -> None:
+    assert run("out", episodes=4).code == 0
+    again = run("out")
+    assert again.code == 2
+    assert "exists already and is not an empty folder: choose another --out or go on with it by --resume" in again.err
+    nothing = command("train", "--resume", "--out", tmp_path / "nowhere")
+    assert nothing.err.splitlines()[-1].endswith("holds no training run to resume: it has no run.json")
+
+
+@pytest.mark.parametrize("damaged", ["checkpoint.pt", "run.json", "prompts.json"])
+def test_a_damaged_run_is_not_resumed(run, command, tmp_path, damaged) -> None:
+    assert run("out", episodes=4).code == 0
+    (tmp_path / "out" / damaged).write_bytes(b"\x00")
+    done = command("train", "--resume", "--out", "out", "--episodes", 8)
+    assert done.code == 2
+    assert f"{damaged} cannot be read" in done.err.splitlines()[-1]
+
+
+def test_a_line_of_the_log_that_was_cut_off_does_not_matter(run, command, tmp_path) -> None:
+    assert run("out", episodes=4).code == 0
+    with (tmp_path / "out" / "log.jsonl").open("a") as file:
+        file.write('{"episodes": 8, "sc')
+    assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
+    assert [row["episodes"] for row in everything(tmp_path / "out")["log"]] == [2, 4, 6, 8]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_said(run, tmp_path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "cannot write" in run("locked/out").err

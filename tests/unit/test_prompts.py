@@ -1,0 +1,137 @@
+"""Prompt files: every form that is read, and one line about every one that is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mara_deploy.prompts import Prompt, read_prompts, shared
+from mara_runtime.errors import PromptError
+
+
+def written(path: Path, content: object) -> Path:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+# One entry of each of the paper's sets, as they differ in what else they hold.
+PAPER = {
+    "SafeRLHF": {"instruction": "How do I know if my order has shipped?"},
+    "BeaverTails": {"category": "child_abuse", "category_id": 1, "instruction": "What is a tax?"},
+    "HarmfulQA": {
+        "id": 1,
+        "topic": "Social Sciences",
+        "subtopic": "Cultural Studies",
+        "instruction": "What is a norm?",
+    },
+    "HH-RLHF": {"instruction": "How do I float on my back?", "source": "helpful-base"},
+    "UltraFeedback": {"instruction": "Options:\n(A) 144 m2\n\n\nSolve it."},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_sets(tmp_path, name):
+    entry = PAPER[name]
+    found = read_prompts(written(tmp_path / "test.json", [entry, {**entry, "instruction": "Another one?"}, entry]))
+    assert found.prompts == (Prompt(entry["instruction"]), Prompt("Another one?"))
+    assert (found.name, found.duplicates, found.grouped) == ("test.json", 1, False)
+
+
+def test_plain_lines(tmp_path):
+    path = written(tmp_path / "prompts.txt", "\ufeffHow?\r\n\n  Why?  \nHow?\n{not json}\nHow   ?")
+    found = read_prompts(path)
+    assert [prompt.text for prompt in found.prompts] == ["How?", "Why?", "{not json}", "How   ?"]
+    assert found.duplicates == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.NDJSON"])
+def test_json_lines(tmp_path, name):
+    lines = [
+        '{"prompt": "One?"}',
+        "",
+        '{"question": "Two\\u2028?"}',
+        '"Three?"',
+        '{"prompt": "4?", "question": "-"}',
+    ]
+    found = read_prompts(written(tmp_path / name, "\n".join(lines) + "\n"))
+    assert [prompt.text for prompt in found.prompts] == ["One?", "Two\u2028?", "Three?", "4?"]
+
+
+def test_a_list_of_texts(tmp_path):
+    assert read_prompts(written(tmp_path / "a.json", ["One?", "Two?"])).prompts == (Prompt("One?"), Prompt("Two?"))
+
+
+def test_white_space_alone_makes_no_other_prompt(tmp_path):
+    found = read_prompts(written(tmp_path / "a.json", ["One  two\nthree?", " One two three? ", "One two three"]))
+    assert [prompt.text for prompt in found.prompts] == ["One  two\nthree?", "One two three"]
+
+
+def test_groups(tmp_path):
+    entries = [{"prompt": "a", "group": "x"}, {"prompt": "b", "group": ["kettle", "how"]}, {"prompt": "c", "group": 3}]
+    found = read_prompts(written(tmp_path / "a.json", entries))
+    assert [prompt.group for prompt in found.prompts] == ["x", '["kettle", "how"]', "3"]
+    assert found.grouped
+    path = written(
+        tmp_path / "b.json", [PAPER["HarmfulQA"], {**PAPER["HarmfulQA"], "instruction": "?", "topic": "Art"}]
+    )
+    assert not read_prompts(path).grouped
+    assert [prompt.group for prompt in read_prompts(path, "topic").prompts] == ["Social Sciences", "Art"]
+
+
+def test_what_two_sets_share(tmp_path):
+    ours = read_prompts(written(tmp_path / "a.txt", "One?\nTwo?\nThree?")).prompts
+    others = read_prompts(written(tmp_path / "b.json", [{"instruction": "Three?"}, {"instruction": " One?\n"}])).prompts
+    assert shared(ours, others) == ["One?", "Three?"]
+    assert shared(others, ours[1:2]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.txt", "\n  \n", "holds no prompt"),
+        ("a.json", "[]", "holds no prompt"),
+        ("a.json", "", "is not valid JSON"),
+        ("a.json", '[{"instruction": "a"}', "is not valid JSON"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
+        ("a.json", {"instruction": "a"}, "is a JSON object; a prompt file is a list"),
+        ("a.json", ["a", ""], "entry 2 is a blank prompt"),
+        ("a.json", ["a", {"instruction": " \n"}], "entry 2 is a blank prompt"),
+        ("a.json", ["a", 3], "entry 2 is a number where its prompt should be a text"),
+        ("a.json", [{"instruction": None}], "entry 1 is a null where its prompt should be a text"),
+        (
+            "a.json",
+            [{"chosen": "x", "rejected": "y"}],
+            "entry 1 has none of 'instruction', 'prompt', 'question'; it has",
+        ),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt" "b"}', "line 3 is not valid JSON"),
+        ("a.jsonl", '{"prompt": "a", "group": 1}\n{"prompt": "b"}', "line 2 names no 'group', unlike the entries"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "group": 1}', "line 2 names a 'group', unlike the entries"),
+        ("a.txt", b"\xff\xfe\x00", "it is not UTF-8 text"),
+        ("a.json", '["a\\ud800"]', "entry 1 is not Unicode text"),
+    ],
+)
+def test_bad_files_are_one_line(tmp_path, name, content, line):
+    path = written(tmp_path / name, content)
+    with pytest.raises(PromptError) as caught:
+        read_prompts(path)
+    assert line in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["none.txt", ".", "nul\0.txt"])
+def test_a_file_that_is_not_there(tmp_path, path):
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_prompts(tmp_path / path)
+
+
+def test_a_group_that_is_asked_for_must_be_there(tmp_path):
+    with pytest.raises(PromptError, match=r"entry 1 has no 'topic' to group by; it has 'instruction'"):
+        read_prompts(written(tmp_path / "a.json", [PAPER["SafeRLHF"]]), "topic")
+    with pytest.raises(PromptError, match=r"line 1 is a text; to group by 'topic'"):
+        read_prompts(written(tmp_path / "a.txt", "One?"), "topic")

@@ -1,0 +1,108 @@
+"""Scores: functions by name, weighted sums, and what is said when one is not a number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mara_deploy.scores import Combined, FunctionScore, ScoreError, load_score
+
+PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]
+
+
+def length(prompts, answers):
+    return [len(answer) for answer in answers]
+
+
+def test_a_weighted_sum_keeps_each_score_by_itself() -> None:
+    first = FunctionScore("of the prompt", lambda prompts, _: [len(p) for p in prompts])
+    combined = Combined([(2.0, first), (-1.0, FunctionScore("length", length))])
+    scored = combined.detail(PROMPTS, ANSWERS)
+    assert scored.each == {"of the prompt": [1.0, 2.0], "length": [1.0, 3.0]}
+    assert scored.combined == [2 * 1 - 1, 2 * 2 - 3] == combined(PROMPTS, ANSWERS)
+    assert combined.name == "+2·of the prompt -1·length"
+    assert combined.weights == (2.0, -1.0)
+
+
+def test_one_score_of_weight_one_is_known_by_its_own_name() -> None:
+    assert Combined([(1.0, FunctionScore("length", length))]).name == "length"
+
+
+def test_equal_names_are_told_apart() -> None:
+    score = FunctionScore("length", length)
+    scored = Combined([(1.0, score), (0.5, score)]).detail(PROMPTS, ANSWERS)
+    assert list(scored.each) == ["length (1)", "length (2)"]
+    assert scored.combined == [1.5, 4.5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_names_score_and_prompt(value) -> None:
+    broken = FunctionScore("broken", lambda prompts, answers: [0.0, value])
+    with pytest.raises(ScoreError, match=rf"the score broken is {value} for the answer to the prompt 'bb'"):
+        Combined([(1.0, FunctionScore("length", length)), (1.0, broken)])(PROMPTS, ANSWERS)
+
+
+def test_a_score_must_give_a_number_for_each_answer() -> None:
+    with pytest.raises(ScoreError, match="the score short gave 1 numbers for 2 answers"):
+        Combined([(1.0, FunctionScore("short", lambda *_: [1.0]))])(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
+def test_weights_must_mean_something(weight) -> None:
+    with pytest.raises(ScoreError, match="--weight of length is"):
+        Combined([(weight, FunctionScore("length", length))])
+
+
+def test_no_score_is_no_score() -> None:
+    with pytest.raises(ScoreError, match="at least one --score"):
+        Combined([])
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """A working directory with modules of a user's; import leaves nothing behind."""
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != ""])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_function_is_found_in_the_working_directory(modules) -> None:
+    (modules / "my_scores.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
+    score = load_score("my_scores:length")
+    assert score.name == "my_scores:length"
+    assert list(score(PROMPTS, ANSWERS)) == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "said"),
+    [
+        ("nowhere_to_be_found:f", "", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        ("mine:other", "def f(): pass", "mine has no function 'other'"),
+        ("mine:f", "f = 3", "mine has no function 'f'"),
+        ("mine:f", "1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_a_function_that_cannot_be_had_is_said_in_one_line(modules, spec, text, said) -> None:
+    (modules / "mine.py").write_text(text)
+    with pytest.raises(ScoreError, match=f"the score {spec} cannot be loaded: .*{said}"):
+        load_score(spec)
+
+
+def test_what_a_function_raises_becomes_one_line() -> None:
+    with pytest.raises(ScoreError, match="the score bad failed with KeyError: 'x'"):
+        FunctionScore("bad", lambda *_: {}["x"])(PROMPTS, ANSWERS)
+
+
+def test_templates_are_for_models() -> None:
+    with pytest.raises(ScoreError, match="--score-template is for a model"):
+        load_score("demo", template="{prompt} {answer}")
+
+
+def test_the_demos_score_has_a_name() -> None:
+    assert load_score("demo")(["How do I cook rice?"], [""]) == [-1.0]
