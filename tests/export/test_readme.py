@@ -41,6 +41,10 @@ def place(tmp_path_factory, checkpoint, agent_file):
     """A folder with an agent, and a Hub cache that holds a tiny model under the name behind `qwen2`."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copy(agent_file("qwen2"), folder / "agent.safetensors")
+    (folder / "prompts.txt").write_text("How do I keep bread fresh?\nAnd cheese?\n")
+    (folder / "my_scores.py").write_text(
+        "def politeness(prompts, answers):\n    return [answer.count('please') for answer in answers]\n"
+    )
     repository = folder / "hf" / "hub" / ("models--" + ALIASES["qwen2"].replace("/", "--"))
     revision = "0" * 40
     shutil.copytree(checkpoint("qwen2"), repository / "snapshots" / revision)
@@ -66,7 +70,13 @@ def run(command: str, folder: Path) -> str:
 
 def test_every_command_runs(place):
     ran = [command for command in commands() if command not in NOT_RUN_HERE]
-    assert {command.split()[0] for command in ran} == {"mara-export", "mara-run", "mara-inspect", "mara-bench"}
+    assert {command.split()[0] for command in ran} == {
+        "mara-export",
+        "mara-run",
+        "mara-eval",
+        "mara-inspect",
+        "mara-bench",
+    }
     for command in ran:
         assert run(command, place).strip(), command
     (code,) = blocks("python")
