@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from mara_runtime import AlignedDecoder, DecodeConfig
 
 
 @pytest.fixture(scope="module")
-def agent() -> agents.Agent:
+def demo_agent() -> agents.Agent:
     return agents.load(AGENT_FILE)
 
 
@@ -32,16 +31,16 @@ def contest() -> Contest:
 
 
 @pytest.fixture(scope="module")
-def trained(contest, agent) -> dict[str, Any]:
-    return contest.measure("the demo's agent", agent)
+def trained(contest, demo_agent) -> dict[str, Any]:
+    return contest.measure("the demo's agent", demo_agent)
 
 
-def test_it_is_what_the_recipe_makes(agent) -> None:
+def test_it_is_what_the_recipe_makes(demo_agent) -> None:
     run = json.loads((AGENT_FILE.parent / "run.json").read_text())
     assert run["config"] == json.loads(json.dumps(RECIPES["demo"].to_json())), "train the demo's agent again"
     assert run["prompts"]["count"] == len(demo_prompts("demo"))
-    assert agent.widths == RECIPES["demo"].widths
-    assert agent.fallback == RECIPES["demo"].fallback
+    assert demo_agent.widths == RECIPES["demo"].widths
+    assert demo_agent.fallback == RECIPES["demo"].fallback
     with safe_open(AGENT_FILE, framework="pt") as file:
         facts = file.metadata()
     assert facts["episodes"] == str(RECIPES["demo"].episodes)
@@ -75,7 +74,7 @@ def prompts(count: int | None) -> list[corpus.Prompt]:
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(None, marks=pytest.mark.long)])
-def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, agent, tmp_path: Path) -> None:
+def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo_agent) -> None:
     from mara_deploy.demo import MODEL_FOLDER
     from mara_deploy.scores import Combined, load_score
     from mara_deploy.train.task import open_task
@@ -90,7 +89,7 @@ def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, agen
     eos = set(decoder.bundle.manifest.model.eos_token_ids)
     for start in range(0, len(asked), 128):
         part = np.arange(start, min(start + 128, len(asked)))
-        episodes = task.answer(part, agent_policy(agent), None, agent.fallback, record=False).episodes
+        episodes = task.answer(part, agent_policy(demo_agent), None, demo_agent.fallback, record=False).episodes
         for i, episode in zip(part, episodes, strict=True):
             answer = decoder.generate(asked[i].text, config)
             assert [t for t in answer.token_ids if t not in eos] == episode.token_ids, asked[i].text
