@@ -105,7 +105,7 @@ def _others(first: int, top: int, vocab_size: int, rng: np.random.Generator) -> 
 
 def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Logits that top-k 40 and top-p 0.95 turn into one candidate or about eight, and the verdicts on them."""
-    probabilities = np.full(top, 1e-9)
+    probabilities = 1e-9 * np.linspace(1.0, 0.9, top)
     accepted = rng.random(top) < profile.accept
     if rng.random() >= profile.decisions:
         probabilities[0] = 1.0

@@ -339,7 +339,7 @@ def test_a_manifest_of_more_candidates(command, bundle_copy) -> None:
     """The graph returns too few tokens for them."""
     bundle = bundle_copy()
     rewrite(bundle, lambda manifest: manifest.update(max_candidates=MAX_CANDIDATES + 1))
-    assert "step.onnx does not fit its manifest: top_ids should have the shape ('R', 73)" in run_refused(
+    assert "step.onnx does not fit its manifest: top_ids should have the shape ('P', 73)" in run_refused(
         command, bundle
     )
 

@@ -315,7 +315,7 @@ def test_the_manifest_states_the_facts(make, tmp_path, reference) -> None:
     for side, infos in (("inputs", graph.input), ("outputs", graph.output)):
         assert [t["name"] for t in manifest["io"][side]] == [info.name for info in infos]
     assert [t["name"] for t in manifest["io"]["inputs"]][:3] == ["input_ids", "position_ids", "write_indices"]
-    assert manifest["io"]["outputs"][2] == {"name": "top_ids", "dtype": "int64", "shape": ["R", 72]}
+    assert manifest["io"]["outputs"][2] == {"name": "top_ids", "dtype": "int64", "shape": ["P", 72]}
     assert set(manifest["noise"]) == {"margins", "logits"}
 
 
