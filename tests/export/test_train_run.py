@@ -154,7 +154,7 @@ def test_when_checkpoints_are_made_does_not_matter(run, whole, monkeypatch, tmp_
     saves, real = [], RunFolder.save
     monkeypatch.setattr(RunFolder, "save", lambda *args: (saves.append(args), real(*args)))
     assert run("rare", checkpoint_minutes=600).code == 0
-    assert len(saves) == 2, "the reserve has not run out"
+    assert len(saves) > 1, "the reserve has not run out"
     assert same(everything(tmp_path / "rare"), whole)
 
 
