@@ -38,7 +38,7 @@ def select(
     """Top-k, then top-p, of the best tokens of one position.
 
     ids, logits: (K,) the K ≥ top_k best tokens, or all, in any order; quickest in descending order.
-    They are ranked by the logits themselves, equal logits by lower token id; exactly top_k survive the first filter. From
+    Ranked by the logits themselves, equal logits by lower token id; exactly top_k survive the first filter. From
     the low end, every id whose ascending cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped;
     the best always stays.
     """
