@@ -1,7 +1,7 @@
 """Remake the whole demo, LM and agent, from nothing: `python -m mara_deploy.demo.remake [--out DIR]`.
 
 It runs the two commands that made what is shipped, one after the other: `python -m mara_deploy.demo.train` and
-`mara-train`, both with their default recipes. About eight minutes on one CPU core.
+`mara-train`, both with their default recipes. About ten minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "python -m mara_deploy.demo.remake",
-        "Train the demo's LM from scratch, and then its agent (about eight minutes on one CPU core).",
+        "Train the demo's LM from scratch, and then its agent (about ten minutes on one CPU core).",
     )
     options.add_argument("--out", default="demo-remade", metavar="DIR", help="folder to write; must be new or empty")
     options.add_argument("--seed", type=int, default=0, metavar="N", help="of both (default 0)")
