@@ -371,6 +371,8 @@ def test_the_examples_of_the_page_run(bundle, tmp_path, monkeypatch, capsys):
     (tmp_path / "BUNDLE").symlink_to(bundle("demo"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "my_scores", None)  # what is imported under this name is gone after the test
+    del sys.modules["my_scores"]
     assert main([*shlex.split(line), "--quiet", *LIMITS]) == 0
     folder = tmp_path / "evaluations" / bundle("demo").name
     assert list(read(folder)["comparisons"]) == ["greedy", "sample"]

@@ -73,9 +73,11 @@ def modules(tmp_path, monkeypatch):
 
 
 def test_a_function_is_found_in_the_working_directory(modules) -> None:
-    (modules / "my_scores.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
-    score = load_score("my_scores:length")
-    assert score.name == "my_scores:length"
+    (modules / "scores_found_here.py").write_text(
+        "def length(prompts, answers):\n    return [len(a) for a in answers]\n"
+    )
+    score = load_score("scores_found_here:length")
+    assert score.name == "scores_found_here:length"
     assert list(score(PROMPTS, ANSWERS)) == [1.0, 3.0]
 
 
