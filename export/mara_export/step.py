@@ -22,8 +22,20 @@ _CHOSEN = "step/rows"
 """(R,) rows for the LM head."""
 
 
-def join(llm: onnx.ModelProto, agent: onnx.ModelProto, shape: ModelShape, max_candidates: int) -> None:
-    """Make `llm`, a lowered LLM, the step graph, in place. agent: a traced agent of the same hidden size."""
+def join(
+    llm: onnx.ModelProto,
+    agent: onnx.ModelProto,
+    shape: ModelShape,
+    max_candidates: int,
+    *,
+    cache: str = "float32",
+    always_head: bool = False,
+) -> None:
+    """Make `llm`, a lowered LLM, the step graph, in place. agent: a traced agent of the same hidden size.
+
+    cache: type of the KV cache. always_head: put one row through the LM head even when nobody is chosen, so that all
+    sizes follow from the inputs' sizes, as TensorRT and CUDA graphs want it.
+    """
     top = tensors.top_tokens(max_candidates, shape.vocab_size)
     graph = llm.graph
     body, head = _split(graph)
@@ -33,12 +45,12 @@ def join(llm: onnx.ModelProto, agent: onnx.ModelProto, shape: ModelShape, max_ca
     parts = {name: _Nodes(name) for name in ("mask", "choice", "top")}
     _mask(parts["mask"])
     _agent(parts["choice"], agent, shape)
-    _choice(parts["choice"])
-    _best_tokens(parts["top"], top)
+    _choice(parts["choice"], always_head)
+    _best_tokens(parts["top"], top, pad=not always_head)
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend([*parts["mask"].nodes, *body, *parts["choice"].nodes, *head, *parts["top"].nodes])
-    graph.input.extend(value_info(t) for t in tensors.step_inputs(shape))
-    graph.output.extend(value_info(t) for t in tensors.step_outputs(shape, top))
+    graph.input.extend(value_info(t) for t in tensors.step_inputs(shape, cache))
+    graph.output.extend(value_info(t) for t in tensors.step_outputs(shape, top, cache))
     graph.initializer.extend(agent.graph.initializer)
     for part in parts.values():
         graph.initializer.extend(part.constants)
@@ -75,39 +87,49 @@ def _agent(add: _Nodes, agent: onnx.ModelProto, shape: ModelShape) -> None:
     add("Add", f"agent/{tensors.AGENT_MARGIN}", poison, to=tensors.MARGINS)
 
 
-def _choice(add: _Nodes) -> None:
+def _choice(add: _Nodes, always_head: bool) -> None:
     """Rows for the LM head: those asked for, then the elected one or the fallback, if there is either."""
     accepted = add("Greater", tensors.MARGINS, tensors.THRESHOLD)
     score = add("Add", tensors.PRIORITIES, add("Mul", tensors.MARGINS, tensors.MARGIN_WEIGHT))
     nobody = add.constant([-np.inf])
     score = add("Where", accepted, score, nobody)
     score = add("Concat", score, nobody, axis=0)  # so that there is a greatest even among no rows
-    best = add("ArgMax", score, axis=0, keepdims=1)
+    row = add("Unsqueeze", score, add.constant([0]))  # TensorRT takes no arg-max of a vector
+    best = add("ArgMax", row, axis=1, keepdims=0)
     elected = add("Gather", add("Concat", tensors.AGENT_ROWS, add.constant([0]), axis=0), best, axis=0)
     somebody = add("Greater", add("Gather", score, best, axis=0), nobody)
-    elected = add("Slice", elected, add.constant([0]), add.whole(somebody))
-    one = add("Slice", add("Concat", elected, tensors.FALLBACK_ROW, axis=0), add.constant([0]), add.constant([1]))
-    add("Concat", tensors.HEAD_ROWS, one, axis=0, to=_CHOSEN)
+    one = add("Where", somebody, elected, tensors.FALLBACK_ROW)
+    add("Concat", tensors.HEAD_ROWS, one, axis=0, to=tensors.ROWS)
+    exists = add("Greater", one, add.constant([-1]))
+    if always_head:
+        some_row = add("Where", exists, one, add.constant([0]))
+    else:
+        some_row = add("Slice", one, add.constant([0]), add.whole(exists))
+    add("Concat", tensors.HEAD_ROWS, some_row, axis=0, to=_CHOSEN)
 
 
-def _best_tokens(add: _Nodes, top: int) -> None:
-    """Of each row of logits the best tokens, and the normaliser (ReduceLogSumExp is ten times slower on a CPU)."""
+def _best_tokens(add: _Nodes, top: int, pad: bool) -> None:
+    """Of each row of logits the best tokens, and the normaliser (ReduceLogSumExp is ten times slower on a CPU).
+
+    pad: the rows may be one fewer than is told of them.
+    """
+    size = add("Add", add("Shape", tensors.HEAD_ROWS), add.constant([1])) if pad else ""
+
+    def padded(value: str, nothing: Any) -> str:
+        return add("Slice", add("Concat", value, add.constant(nothing), axis=0), add.constant([0]), size)
+
     values, ids = add.several(
         "TopK", [tensors.LOGITS, add.constant([top])], ["step/top_logits", "step/top_ids"], axis=-1, largest=1, sorted=1
     )
     greatest = add("Slice", values, add.constant([0]), add.constant([1]), add.constant([1]))
     total = add("ReduceSum", add("Exp", add("Sub", tensors.LOGITS, greatest)), add.constant([1]), keepdims=1)
     normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.constant([1]))
-
-    size = add("Add", add("Shape", tensors.HEAD_ROWS), add.constant([1]))
-
-    def padded(value: str, nothing: Any, to: str) -> None:
-        add("Slice", add("Concat", value, add.constant(nothing), axis=0), add.constant([0]), size, to=to)
-
-    padded(_CHOSEN, [-1], tensors.ROWS)
-    padded(ids, [[0] * top], tensors.TOP_IDS)
-    padded(values, [[0.0] * top], tensors.TOP_LOGITS)
-    padded(normaliser, [0.0], tensors.LOG_NORMALISER)
+    for value, nothing, name in (
+        (ids, [[0] * top], tensors.TOP_IDS),
+        (values, [[0.0] * top], tensors.TOP_LOGITS),
+        (normaliser, [0.0], tensors.LOG_NORMALISER),
+    ):
+        add("Identity", padded(value, nothing) if pad else value, to=name)
 
 
 class _Nodes:

@@ -64,6 +64,16 @@ class Weights:
         self._graph.initializer.append(tensor)
         self._tensors[tensor.name] = self._graph.initializer[-1]
 
+    def replace(self, tensor: TensorProto) -> None:
+        """Give the weight of that name other values."""
+        self._tensors[tensor.name].CopyFrom(tensor)
+
+    def _bytes(self, tensor: TensorProto) -> Any:
+        """A tensor as ONNX lays it out; numbers of four bits are packed in pairs there, and not in NumPy."""
+        if tensor.HasField("raw_data"):
+            return tensor.raw_data
+        return np.ascontiguousarray(self.read(tensor.name)).reshape(-1).view(np.uint8).data
+
     def drop_unused(self) -> None:
         """Leave out the weights that no node reads."""
         used = {name for node in self._graph.node for name in node.input}
@@ -80,7 +90,7 @@ class Weights:
             for tensor in self._graph.initializer:
                 if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() < INLINE_BYTES:
                     continue
-                raw: Any = np.ascontiguousarray(self.read(tensor.name)).reshape(-1).view(np.uint8).data
+                raw = self._bytes(tensor)
                 digest = hashlib.sha256(raw).digest()
                 if digest not in places:
                     file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)

@@ -14,7 +14,7 @@ STRATEGIES = ("top1", "max_prob", "random")
 ORDERS = ("ranked", "best_last", "reversed")
 FALLBACKS = ("first", "last")
 SCHEDULES = ("adaptive", "one-by-one", "together")
-ENGINES = ("cuda", "cpu")
+ENGINES = ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
 """Engines in the order of preference: `auto` takes the first that both bundle and machine have."""
 
 

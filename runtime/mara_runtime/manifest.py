@@ -10,10 +10,12 @@ from typing import Any
 
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError
-from mara_runtime.tensors import ModelShape
+from mara_runtime.tensors import CACHE_BYTES, ModelShape
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
+"""Targets whose engines a bundle holds ready-made; the others load its graph."""
 MAX_DEPTH = 16
 """Levels of nesting; the format has five."""
 
@@ -59,6 +61,35 @@ class GraphFacts:
     precision: str
     quantisation: dict[str, Any] | None
     """bits, block_size, quantiser, keep; None when nothing was quantised"""
+    cache: str
+    """type of the KV cache's entries, and of what the LLM computes: one of CACHE_BYTES"""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """One TensorRT engine of the bundle's graph, for a KV cache of one size."""
+
+    target: str
+    """tensorrt or tensorrt-rtx"""
+    file: str
+    slots: int
+    """size of the KV cache, C: fixed in the engine"""
+    decode_rows: int
+    """rows of a pass at most, in the engine's first optimisation profile"""
+    prefill_rows: int
+    """rows of a pass at most, in its second"""
+    head_rows: int
+    """rows whose logits may be asked for in one pass, in both"""
+    in_place: bool
+    """present is written over past; False: into memory of its own, and the two change places after each pass"""
+    version: str
+    """of the TensorRT that built it: it must be the one that runs it, unless `options` has version_compatible"""
+    compute_capability: str
+    """of the GPU that it was built for, like 8.7; with a + behind it, of that and of later ones"""
+    platform: str
+    """operating system and processor, like linux-aarch64"""
+    options: dict[str, Any]
+    """how it was built, for the reader"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,8 @@ class Manifest:
     targets: tuple[str, ...]
     """engines this bundle was made for"""
     step: GraphFacts
+    engines: tuple[EngineFacts, ...]
+    """TensorRT engines of that graph; may be empty"""
     tokenizer: TokenizerFacts | None
     made_with: dict[str, str]
     """{package: version}"""
@@ -184,7 +217,9 @@ class _Reader:
                 self._text("step.lowering"),
                 self._text("step.precision"),
                 self._get("step.quantisation", dict, type(None)),
+                self._text("step.cache", tuple(CACHE_BYTES)),
             ),
+            engines=tuple(self._engine(f"engines.{i}") for i in range(len(self._get("engines", list)))),
             tokenizer=None
             if tokenizer is None
             else TokenizerFacts(
@@ -205,6 +240,21 @@ class _Reader:
             io=self._get("io", dict),
         )
 
+    def _engine(self, path: str) -> EngineFacts:
+        return EngineFacts(
+            target=self._text(f"{path}.target", ENGINE_TARGETS),
+            file=self._file(f"{path}.file"),
+            slots=self._count(f"{path}.slots"),
+            decode_rows=self._count(f"{path}.decode_rows"),
+            prefill_rows=self._count(f"{path}.prefill_rows"),
+            head_rows=self._count(f"{path}.head_rows"),
+            in_place=self._get(f"{path}.in_place", bool),
+            version=self._text(f"{path}.version"),
+            compute_capability=self._text(f"{path}.compute_capability"),
+            platform=self._text(f"{path}.platform"),
+            options=self._get(f"{path}.options", dict),
+        )
+
     def _noise(self) -> dict[str, float] | None:
         noise = self._get("noise", dict, type(None))
         return None if noise is None else {name: self._number(f"noise.{name}") for name in ("margins", "logits")}
@@ -218,9 +268,12 @@ class _Reader:
     def _get(self, path: str, *kinds: type) -> Any:
         value: Any = self._root
         for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
+            if isinstance(value, list) and key.isdecimal():  # its length is known to whoever asks
+                value = value[int(key)]
+            elif isinstance(value, dict) and key in value:
+                value = value[key]
+            else:
                 raise self._wrong(path, "is missing")
-            value = value[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise self._wrong(path, f"is {_short(value)}")
         return value

@@ -56,7 +56,7 @@ class _Bound:
     outputs: dict[str, NDArray[Any]]
 
 
-_Key = tuple[int, int, int, int]  # S, H0, N, F
+_Key = tuple[int, int, int]  # S, H0, N
 
 
 class OrtEngine:
@@ -163,7 +163,7 @@ class OrtEngine:
         """See `Engine.run`."""
         count = len(work.tokens)
         self._make_room(work.slot + count)
-        bound = self._bind((count, len(work.head_rows), len(work.agent_rows), int(work.fallback_row is not None)))
+        bound = self._bind((count, len(work.head_rows), len(work.agent_rows)))
         self._fill(bound.inputs, work)
         self._session.run_with_iobinding(bound.binding)
         self._remember(work)
@@ -183,14 +183,14 @@ class OrtEngine:
         rows = range(len(tokens))
         self._make_room(slot + len(rows))
         work = Pass(tokens, positions, slot, rows, rows, [-np.inf] * len(rows))
-        bound = self._make_binding((len(rows), len(rows), len(rows), 0))
+        bound = self._make_binding((len(rows), len(rows), len(rows)))
         self._fill(bound.inputs, work)
         for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
             bound.binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(bound.binding)
         self._remember(work)
         *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
-        return Everything(hidden.numpy()[0], logits.numpy(), bound.outputs[tensors.MARGINS])
+        return Everything(hidden.numpy()[0], logits.numpy()[: len(rows)], bound.outputs[tensors.MARGINS])
 
     def _fill(self, inputs: dict[str, NDArray[Any]], work: Pass) -> None:
         inputs[tensors.INPUT_IDS][0] = work.tokens
@@ -201,8 +201,7 @@ class OrtEngine:
         inputs[tensors.PRIORITIES][:] = work.priorities
         inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
         inputs[tensors.THRESHOLD][0] = _below(work.threshold)
-        if work.fallback_row is not None:
-            inputs[tensors.FALLBACK_ROW][0] = work.fallback_row
+        inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
 
     def _remember(self, work: Pass) -> None:
         if not self._in_reach:
@@ -220,8 +219,8 @@ class OrtEngine:
     def _make_binding(self, key: _Key) -> _Bound:
         import onnxruntime as ort
 
-        rows, heads, asked, fallbacks = key
-        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": asked, "F": fallbacks, "P": heads + 1}
+        rows, heads, asked = key
+        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": asked, "P": heads + 1}
         binding = self._session.io_binding()
 
         def arrays(wanted: list[tensors.Tensor]) -> dict[str, NDArray[Any]]:

@@ -2,8 +2,8 @@
 
 A bundle has one graph, the *step*: the LLM, the agent beside it, the choice among candidates, and the LM head on the
 rows that need one. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows shown to the agent,
-H0 rows whose logits are wanted whatever the agent says, F fallback rows (0 or 1), R rows that went through the head,
-P = H0 + 1 rows of what is told of them.
+H0 rows whose logits are wanted whatever the agent says, R rows that went through the head, P = H0 + 1 rows of what is
+told of them.
 A row is one token; it is written to one KV slot and has one position:
 
     row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots below
@@ -13,10 +13,11 @@ Slot and position are different things: sibling candidates share a position and 
 drafted chain has positions T, T+1, …, siblings T, T, …, and both may stand in one pass.
 
 The choice: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
-`priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, if one
-was given. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
+`priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, unless
+that is -1. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
 best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where nobody
-was chosen, a row of -1 and zeros stands for it: outputs whose sizes are known before need no allocation.
+was chosen, `rows` has a -1, and what stands beside it means nothing: outputs whose sizes are known before need no
+allocation.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ the host sorts them and cuts."""
 DRAFT_ROWS = 16
 """Longest drafted continuation; with the candidates and one re-fed fallback the KV cache's spare slots."""
 
-MASKED = -1e9
-"""Additive mask of a slot that a row must not see; finite, so that no row of it can become NaN."""
+MASKED = -3e4
+"""Additive mask of a slot that a row must not see; finite, in float16 too, so that no row of it can become NaN."""
+CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Types that the entries of the KV cache may have, and the size of a number."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def spare_slots(max_candidates: int) -> int:
     return max_candidates + DRAFT_ROWS + 1
 
 
-def llm_inputs(shape: ModelShape) -> list[Tensor]:
+def llm_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
     """Inputs of the traced LLM, in order."""
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
@@ -108,16 +111,16 @@ def llm_inputs(shape: ModelShape) -> list[Tensor]:
         Tensor(ATTENTION_MASK, "float32", (1, 1, "S", "C")),
         Tensor(WRITE_INDICES, "int64", (1,)),
         Tensor(ROWS, "int64", ("R",)),
-        *_cache(shape, 0),
+        *_cache(shape, 0, cache),
     ]
 
 
-def llm_outputs(shape: ModelShape) -> list[Tensor]:
+def llm_outputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
     """Outputs of the traced LLM, in order; the hidden state is taken after the final norm."""
     return [
         Tensor(LOGITS, "float32", ("R", shape.vocab_size)),
         Tensor(LAST_HIDDEN_STATE, "float32", (1, "S", shape.hidden_size)),
-        *_cache(shape, 1),
+        *_cache(shape, 1, cache),
     ]
 
 
@@ -131,8 +134,8 @@ def agent_outputs() -> list[Tensor]:
     return [Tensor(AGENT_MARGIN, "float32", ("N",))]
 
 
-def step_inputs(shape: ModelShape) -> list[Tensor]:
-    """Inputs of `step.onnx`, in order."""
+def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
+    """Inputs of `step.onnx`, in order. cache: type of the KV cache, one of CACHE_BYTES."""
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
         Tensor(POSITION_IDS, "int64", (1, "S")),
@@ -142,12 +145,12 @@ def step_inputs(shape: ModelShape) -> list[Tensor]:
         Tensor(PRIORITIES, "float32", ("N",)),
         Tensor(MARGIN_WEIGHT, "float32", (1,)),
         Tensor(THRESHOLD, "float32", (1,)),
-        Tensor(FALLBACK_ROW, "int64", ("F",)),
-        *_cache(shape, 0),
+        Tensor(FALLBACK_ROW, "int64", (1,)),
+        *_cache(shape, 0, cache),
     ]
 
 
-def step_outputs(shape: ModelShape, top: int) -> list[Tensor]:
+def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Tensor]:
     """Outputs of `step.onnx`, in order. The last two before the cache are for whoever asks, and cost nothing else."""
     return [
         Tensor(MARGINS, "float32", ("N",)),
@@ -155,7 +158,7 @@ def step_outputs(shape: ModelShape, top: int) -> list[Tensor]:
         Tensor(TOP_IDS, "int64", ("P", top)),
         Tensor(TOP_LOGITS, "float32", ("P", top)),
         Tensor(LOG_NORMALISER, "float32", ("P",)),
-        *llm_outputs(shape),
+        *llm_outputs(shape, cache),
     ]
 
 
@@ -164,9 +167,9 @@ def top_tokens(max_candidates: int, vocab_size: int) -> int:
     return min(max_candidates + TOP_SPARE, vocab_size)
 
 
-def _cache(shape: ModelShape, side: int) -> list[Tensor]:
+def _cache(shape: ModelShape, side: int, dtype: str) -> list[Tensor]:
     size = (1, shape.num_kv_heads, "C", shape.head_dim)
-    return [Tensor(names[side], "float32", size) for names in kv_names(shape.num_layers)]
+    return [Tensor(names[side], dtype, size) for names in kv_names(shape.num_layers)]
 
 
 def dynamic_axes(tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:
