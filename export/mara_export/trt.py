@@ -42,6 +42,11 @@ def load(target: str) -> Any:
     return trt
 
 
+def name(trt: Any) -> str:
+    """What a TensorRT module is, for messages."""
+    return f"TensorRT{' for RTX' if 'rtx' in trt.__name__ else ''} {trt.__version__}"
+
+
 def version(trt: Any) -> tuple[int, ...]:
     """Of a TensorRT module, as numbers."""
     return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
@@ -60,7 +65,7 @@ class Network:
         model = onnx.load(str(path), load_external_data=False)
         _fix(model, "C", slots)
         if not self._parser.parse(model.SerializeToString(), str(path)):
-            raise EngineError(f"TensorRT {trt.__version__} cannot read {path.name}: {self._parser_error()}")
+            raise EngineError(f"{name(trt)} cannot read {path.name}: {self._parser_error()}")
 
     def kinds(self) -> dict[str, int]:
         """How many layers of each kind the network has."""
@@ -77,7 +82,7 @@ class Network:
             count = a_layer * num_layers
             if kinds.get(kind, 0) != count:
                 raise EngineError(
-                    f"TensorRT {self.trt.__version__} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
+                    f"{name(self.trt)} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
                     f"should have {count}: export the bundle again, with --lowering decomposed if that does not help"
                 )
 
@@ -115,15 +120,15 @@ class Network:
         apart: list[str] = []
         plan, errors = self._run(config, tell)
         while plan is None and len(apart) < len(attentions) and _NO_FUSED_KERNEL.search(errors):
-            named = [name for name in attentions if name in errors]
+            named = [layer for layer in attentions if layer in errors]
             apart = list(attentions) if apart or not named else named  # a name at a time would take a build each
             which = "any layer" if len(apart) == len(attentions) else ", ".join(apart)
             note(f"no fused attention kernel for {which} here: built of several, which is slower and takes more memory")
-            for name in apart:
-                attentions[name].decomposable = True
+            for layer in apart:
+                attentions[layer].decomposable = True
             plan, errors = self._run(config, tell)
         if plan is None:
-            raise EngineError(f"TensorRT {self.trt.__version__} cannot build the engine: {one_line(errors)}")
+            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}")
         return plan, "all" if apart and len(apart) == len(attentions) else apart
 
     def _run(self, config: Any, tell: Callable[[str, int, int], None]) -> tuple[Any, str]:
@@ -174,7 +179,8 @@ def one_line(text: str) -> str:
     telling = (line for line in lines if "Error Code" in line and "Cuda Runtime" not in line)
     text = next(telling, lines[0] if lines else "it gives no reason")
     text = re.sub(r"^.*?Error Code \d+: ", "", " ".join(text.split()))
-    text = re.sub(r"\s*(\[[\w.]+:\d+: \w+\]|In \w+ at /\S+(?=\)|$|\s))", "", text)
+    text = re.sub(r"\[[\w.]+:\d+: \w+\] |\s*\bIn \w+ at /\S+?(?=\)|$|\s)", "", text)
+    text = re.sub(r"^(?:API Usage Error|Internal Error|Myelin) \((.*)\)$", r"\1", text)
     return text if len(text) <= 400 else text[:397] + "..."
 
 
