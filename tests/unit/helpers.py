@@ -66,7 +66,7 @@ def manifest_json(
         "special_tokens": special_tokens or {},
     }
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "model": {
             "source": "example/tiny",
             "revision": "0123abc",
@@ -90,7 +90,9 @@ def manifest_json(
             "lowering": "ort",
             "precision": "int4",
             "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
+            "cache": "float32",
         },
+        "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
         "parity": {"prompts": 2, "rows": 40},
@@ -100,6 +102,24 @@ def manifest_json(
             for name, content in files.items()
         },
         "io": {"inputs": [], "outputs": []},
+    }
+
+
+def engine_json(file: str, **facts: Any) -> dict[str, Any]:
+    """A valid entry of `engines`; its file must be among the manifest's."""
+    return {
+        "target": "tensorrt",
+        "file": file,
+        "slots": 64,
+        "decode_rows": 26,
+        "prefill_rows": 64,
+        "head_rows": 17,
+        "in_place": True,
+        "version": "10.16.1.11",
+        "compute_capability": "8.7",
+        "platform": "linux-aarch64",
+        "options": {"decomposable": "all"},
+        **facts,
     }
 
 
