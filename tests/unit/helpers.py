@@ -93,7 +93,6 @@ def manifest_json(
             "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
             "cache": "float32",
         },
-        "engines": [],
         "engines": [engine_json(name) for name in files if name.endswith(".engine")],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
