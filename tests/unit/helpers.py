@@ -89,11 +89,10 @@ def manifest_json(
             "file": "step.onnx",
             "lowering": "ort",
             "precision": "int4",
-            "cache": "float32",
             "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
             "cache": "float32",
         },
-        "engines": [engine_json(name) for name in files if name.endswith(".engine")],
+        "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
         "parity": {"prompts": 2, "rows": 40},
@@ -121,24 +120,6 @@ def engine_json(file: str, **facts: Any) -> dict[str, Any]:
         "platform": "linux-aarch64",
         "options": {"decomposable": "all"},
         **facts,
-    }
-
-
-def engine_json(file: str) -> dict[str, Any]:
-    """A valid entry of `engines`, of a file engines/<target>/step-<slots>.engine."""
-    _, target, name = file.split("/")
-    return {
-        "target": target,
-        "file": file,
-        "slots": int(name.removeprefix("step-").removesuffix(".engine")),
-        "decode_rows": 26,
-        "prefill_rows": 64,
-        "head_rows": 17,
-        "in_place": True,
-        "version": "10.16.1.11",
-        "compute_capability": "8.7",
-        "platform": "linux-aarch64",
-        "options": {"decomposable": []},
     }
 
 
