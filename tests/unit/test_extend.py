@@ -126,9 +126,13 @@ def _at_each_rename(patch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MaraError])
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle, error: type[BaseException]) -> None:
-    with pytest.raises(error), additions(bundle) as staged:
-        (staged / "step-64.engine").write_text("half an eng")
-        raise error
+    def build() -> None:
+        with additions(bundle) as staged:
+            (staged / "step-64.engine").write_text("half an eng")
+            raise error
+
+    with pytest.raises(error):
+        build()
     assert assert_whole(bundle.folder) == bundle
 
 
