@@ -177,12 +177,9 @@ def _build_one(
             network.check_in_place(manifest.model.shape.num_layers)
         kinds = network.kinds()
         usual = min(USUAL_ROWS, decode_rows)
-        config = network.config(
-            [
-                ((1, 1, 1), (usual, 1, usual), (decode_rows, HEAD_ROWS, decode_rows)),
-                ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows)),
-            ]
-        )
+        decode = ((1, 1, 1), (usual, 1, usual), (decode_rows, HEAD_ROWS, decode_rows))
+        prefill = ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows))
+        config = network.config([decode, prefill])
         capability = _configure(config, target, options, trt)
         with _timings(config, target, options, trt, capability):
             plan, apart = network.build(config, tell, progress.note)
@@ -221,8 +218,8 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
     if options.optimisation_level is not None:
         config.builder_optimization_level = options.optimisation_level
     if target == "tensorrt-rtx":
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # so that passes can be captured in CUDA graphs
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that passes can be captured in CUDA graphs
         wanted = options.compute_capabilities
         config.num_compute_capabilities = len(wanted)
         for i, number in enumerate(wanted):
