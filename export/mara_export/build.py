@@ -31,6 +31,8 @@ SLOT_MULTIPLE = 16
 """Slots are rounded up to it, so that the rows of the mask are aligned as fused kernels want them."""
 USUAL_ROWS = 4
 """Of a decoding pass: what the kernels of the first profile are chosen for."""
+TOO_OLD = 35
+"""cudaErrorInsufficientDriver: also where there is no driver at all."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
@@ -266,7 +268,8 @@ def _device() -> tuple[str, str | None]:
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or count == 0:
         found = cuda.cudaGetErrorString(status)[1].decode()
-        return "", f"there is no NVIDIA GPU ({found}), and TensorRT builds on the one that will run the engine"
+        hint = "; with a driver for CUDA 12: pip install 'cuda-bindings<13'" if int(status) == TOO_OLD else ""
+        return "", f"there is no NVIDIA GPU ({found}), and TensorRT builds on the one that will run the engine{hint}"
     attributes = cuda.cudaDeviceAttr
     major = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0)[1]
     minor = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0)[1]

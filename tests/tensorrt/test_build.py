@@ -363,14 +363,14 @@ def test_without_tensorrt_the_package_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "not one of tensorrt, tensorrt-rtx" in str(why_cannot_build("cuda"))
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, gpus: int) -> None:
-    """A TensorRT and a CUDA that are asked for nothing but their version and the GPUs."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, gpus: int, status: int = 100) -> None:
+    """A TensorRT and a CUDA that are asked for nothing but their version and the GPUs; status: where there is none."""
     module = types.ModuleType("tensorrt")
     module.__dict__.update(__version__=version, HardwareCompatibilityLevel=types.SimpleNamespace(NONE=0))
     runtime = types.ModuleType("cuda.bindings.runtime")
     major, minor = object(), object()
     runtime.__dict__.update(
-        cudaGetDeviceCount=lambda: (0, gpus) if gpus else (100, 0),
+        cudaGetDeviceCount=lambda: (0, gpus) if gpus else (status, 0),
         cudaGetErrorString=lambda status: (0, b"no CUDA-capable device is detected"),
         cudaDeviceAttr=types.SimpleNamespace(
             cudaDevAttrComputeCapabilityMajor=major, cudaDevAttrComputeCapabilityMinor=minor
@@ -387,6 +387,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, gpus: int) -> None:
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "10.16.1.11", gpus=0)
     assert "there is no NVIDIA GPU (no CUDA-capable device is detected)" in str(why_cannot_build("tensorrt"))
+    assert "cuda-bindings<13" not in str(why_cannot_build("tensorrt"))
+    stand_in(monkeypatch, "10.16.1.11", gpus=0, status=35)
+    assert "pip install 'cuda-bindings<13'" in str(why_cannot_build("tensorrt"))
     stand_in(monkeypatch, "10.16.1.11", gpus=1)
     assert why_cannot_build("tensorrt") is None
 
