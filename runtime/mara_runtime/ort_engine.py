@@ -10,7 +10,7 @@ that moves is computed again, as a row of the next pass (mara_runtime.refeed). T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -116,14 +116,14 @@ class OrtEngine:
         """Size of the KV cache now."""
         return int(self._slab.shape[3])
 
-    def _allocate(self, slots: int, held: Sequence[NDArray[Any]] | None = None) -> None:
+    def _allocate(self, slots: int, held: Iterable[NDArray[Any]] = ()) -> None:
         """Make a cache of that size; `held`: the entries that it begins with, by layer and part."""
         import onnxruntime as ort
 
         shape = self._shape
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
         self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
-        for layer, entries in zip(self._slab, () if held is None else held, strict=False):
+        for layer, entries in zip(self._slab, held, strict=False):
             layer[:, :, : entries.shape[2]] = entries
         device = {} if self._refeed is None else {"device_type": self._name, "device_id": 0}
         self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]

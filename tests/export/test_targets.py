@@ -100,3 +100,33 @@ def test_what_a_target_cannot_do_is_said_first(make, tmp_path, options, said) ->
         make(**options)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_mara_export_builds_the_engine_where_it_can(command, checkpoint, agent_file, tmp_path) -> None:
+    out = tmp_path / "rtx"
+    model = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 128]
+    done = command("export", *model, "--target", "tensorrt-rtx", "--out", out)
+    assert done.code == 0, done.err
+    (engine,) = Bundle.open(out).manifest.engines
+    assert (engine.target, engine.in_place) == ("tensorrt-rtx", True)
+    assert f"engine    tensorrt-rtx {engine.version} for compute capability 8.0+" in done.out
+    assert "mara-build" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target", "tensorrt"], "no engine was built: "),
+        (["--target", "tensorrt-rtx", "--no-build"], "no engine was asked for (--no-build)"),
+    ],
+)
+def test_mara_export_says_what_builds_the_engine_where_it_cannot(
+    command, checkpoint, agent_file, tmp_path, options, said
+) -> None:
+    out = tmp_path / "later"
+    model = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 128]
+    done = command("export", *model, *options, "--out", out)
+    assert done.code == 0, done.err
+    assert Bundle.open(out).manifest.engines == ()
+    assert said in done.out
+    assert f"mara-build {out} --target {options[1]}" in done.out
