@@ -84,7 +84,7 @@ def test_the_commands_of_the_runtime_import_without_the_heavy_packages(command: 
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "export", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "export", "build", "eval"])
 def test_help_answers_without_any_heavy_package_and_without_numpy(command: str) -> None:
     # numpy too would be felt: --help answers at once.
     code = (
