@@ -54,7 +54,11 @@ def parser() -> Parser:
         "elsewhere in float16, with bf16 in bfloat16 (TensorRT only)",
     )
     options.add_argument(
-        "--block-size", type=int, metavar="N", help="int8, int4: weights that share a scale (default 32)"
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="int8, int4: weights that share a scale "
+        "(default 32; tensorrt: int4 64 or 128, int8 a scale for each column)",
     )
     options.add_argument(
         "--quantiser",
@@ -134,12 +138,14 @@ def _export(args: argparse.Namespace) -> None:
 def _quantisation(args: argparse.Namespace) -> Quantisation | None:
     if args.block_size is None and args.quantiser is None and not args.keep:
         return None
+    from mara_export.export import TARGETS, block_size
     from mara_export.quantise import Quantisation
 
     bits = {"int8": 8, "int4": 4}.get(args.precision)
     if bits is None:
         raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-    return Quantisation(bits, args.block_size or 32, args.quantiser or "rtn", tuple(args.keep))
+    size = args.block_size or block_size(bits, args.target, args.lowering or TARGETS[args.target][0])
+    return Quantisation(bits, size, args.quantiser or "rtn", tuple(args.keep))
 
 
 def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:
