@@ -36,6 +36,7 @@ check: lint
 
 docs: setup
 	$(BIN)/python docs/make_commands.py
+	$(BIN)/python docs/make_memory.py
 
 clean:
 	rm -rf $(VENV) bundles demo-lm demo-remade build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
