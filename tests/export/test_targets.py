@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
 from mara_export.sources import resolve_model
 from mara_runtime import AlignedDecoder, DecodeConfig
@@ -20,8 +21,11 @@ CONTEXT = 128
 @pytest.fixture
 def make(checkpoint, agent, tmp_path):
     def made(architecture: str = "qwen2", **options) -> Bundle:
-        source = resolve_model(str(checkpoint(architecture)))
         options = {"max_context": CONTEXT, "max_candidates": 8, **options}
+        if architecture == "demo":
+            export_demo(tmp_path / "out", quiet=True, **options)
+            return Bundle.open(tmp_path / "out")
+        source = resolve_model(str(checkpoint(architecture)))
         return export(source, agent(architecture), "agent", tmp_path / "out", **options)
 
     return made
@@ -37,7 +41,7 @@ def elements(folder: Path, name: str) -> int:
     ("target", "options", "lowering", "precision"),
     [
         ("cuda", {}, "ort", "fp16"),
-        ("cuda", {"architecture": "llama", "precision": "int4"}, "ort", "int4"),
+        ("cuda", {"architecture": "demo", "precision": "int4"}, "ort", "int4"),
         ("tensorrt", {}, "portable", "fp16"),
         ("tensorrt-rtx", {"precision": "int8"}, "portable", "int8"),
     ],
