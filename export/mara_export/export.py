@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -22,8 +22,10 @@ from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError, ParityError
 from mara_export.folder import whole_or_absent
 from mara_export.lower import LOWERINGS, lower
+from mara_export.narrow import narrow
 from mara_export.progress import Progress
-from mara_export.quantise import PRECISIONS, Quantisation, halve, quantise
+from mara_export.qdq import quantise_qdq
+from mara_export.quantise import Quantisation, halve, quantise
 from mara_export.sources import ModelSource
 from mara_export.step import join
 from mara_export.tokenizer import load_tokenizer, write_tokenizer
@@ -43,6 +45,20 @@ from mara_runtime.manifest import (
 from mara_runtime.ort_engine import OrtEngine
 
 STEP_FILE = "step.onnx"
+TARGETS = {
+    "cpu": LOWERINGS,
+    "cuda": ("ort",),
+    "tensorrt": ("portable", "decomposed"),
+    "tensorrt-rtx": ("portable", "decomposed"),
+}
+"""Engines to export for, and the lowerings that each runs, its own first."""
+PRECISIONS = {
+    "cpu": ("fp32", "fp16", "int8", "int4"),
+    "cuda": ("fp16", "int8", "int4"),
+    "tensorrt": ("fp16", "bf16", "fp32", "int8", "int4"),
+    "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8", "int4"),
+}
+"""What a target's weights may be, the default first. (GroupQueryAttention with a mask takes no float32 on CUDA.)"""
 MAX_CANDIDATES = 1024
 """More siblings than this would make the mask of one pass larger than the model's own work."""
 
@@ -67,8 +83,9 @@ def export(
     agent_name: str,
     out: Path,
     *,
-    lowering: str = "ort",
-    precision: str = "fp32",
+    target: str = "cpu",
+    lowering: str | None = None,
+    precision: str | None = None,
     quantisation: Quantisation | None = None,
     max_context: int | None = None,
     max_candidates: int = 64,
@@ -77,14 +94,15 @@ def export(
 ) -> Bundle:
     """Export a frozen LLM and its agent to the folder `out`, which must not exist or be empty.
 
-    precision: of the LLM's weights, one of PRECISIONS; quantisation: how int8 and int4 are made, None for the defaults;
+    target: engine to export for, one of TARGETS; lowering, precision: one of the target's, None for its first;
+    quantisation: how int8 and int4 are made, None for the defaults;
     max_context: tokens of prompt and answer, None for 4096 or the model's own if smaller; max_candidates: of a
     position; gate: compare with Hugging Face eager before anything is kept. Returns the finished bundle.
     Raises MaraError (ModelError, ParityError, OptionError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
-    how = _check_options(lowering, precision, quantisation, max_candidates)
+    plan = _plan(target, lowering, precision, quantisation, max_candidates, gate)
     config, context = vet(source, agent, agent_name, max_context)
     shape = model_shape(config)
 
@@ -107,19 +125,24 @@ def export(
                 graph, weights = load(trace_llm(model, scratch))
                 del model
                 gc.collect()  # it sits in cycles
-            with progress.stage(f"lower to {lowering!r}"):
-                lower(graph, weights, shape, lowering, rotary)
-            if how is not None:
-                with progress.stage(f"quantise to {precision}"):
-                    quantise(graph, weights, how, progress.parts)
+            with progress.stage(f"lower to {plan.lowering!r}"):
+                lower(graph, weights, shape, plan.lowering, rotary)
+            if plan.quantisation is not None:
+                with progress.stage(f"quantise to {plan.precision}"):
+                    (quantise if plan.lowering == "ort" else quantise_qdq)(
+                        graph, weights, plan.quantisation, progress.parts
+                    )
             else:
                 tie_head(graph.graph, weights)
-                if precision == "fp16":
-                    halve(graph.graph, weights)
+            if plan.cache != "float32":
+                narrow(graph.graph, weights, plan.cache)
+            elif plan.precision == "fp16":
+                halve(graph.graph, weights)
             weights.drop_unused()
             with progress.stage("join with the agent, and write"):
                 trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, scratch / "agent.onnx")
-                join(graph, onnx.load(scratch / "agent.onnx"), shape, max_candidates)
+                traced = onnx.load(scratch / "agent.onnx")
+                join(graph, traced, shape, max_candidates, cache=plan.cache, always_head=target != "cpu")
                 Weights(graph.graph, scratch).save(graph, folder / STEP_FILE)
                 del graph, weights
 
@@ -131,16 +154,23 @@ def export(
             ),
             max_context=context,
             max_candidates=max_candidates,
-            targets=("cpu",),
-            step=GraphFacts(STEP_FILE, lowering, precision, None if how is None else how.to_json()),
+            targets=tuple(dict.fromkeys((target, *(("cpu",) if plan.runs_on_cpu else ())))),
+            step=GraphFacts(
+                STEP_FILE,
+                plan.lowering,
+                plan.precision,
+                None if plan.quantisation is None else plan.quantisation.to_json(),
+                plan.cache,
+            ),
+            engines=(),
             tokenizer=None if tokenizer is None else write_tokenizer(tokenizer, folder),
             made_with=_versions(),
             parity=None,
             noise=None,
             files={},
             io={
-                "inputs": [asdict(t) for t in tensors.step_inputs(shape)],
-                "outputs": [asdict(t) for t in tensors.step_outputs(shape, top)],
+                "inputs": [asdict(t) for t in tensors.step_inputs(shape, plan.cache)],
+                "outputs": [asdict(t) for t in tensors.step_outputs(shape, top, plan.cache)],
             },
         )
         if gate:
@@ -149,7 +179,7 @@ def export(
                 report = parity.compare(
                     cases,
                     [parity.engine_side(engine, case) for case in progress.parts(cases)],
-                    parity.GATES[precision],
+                    parity.GATES[plan.precision],
                 )
                 del engine
             if report.failures:
@@ -185,27 +215,63 @@ def vet(
     return config, context
 
 
-def _check_options(
-    lowering: str, precision: str, quantisation: Quantisation | None, max_candidates: int
-) -> Quantisation | None:
-    """Refuse what cannot be; return how the weights are quantised, if they are."""
+@dataclass(frozen=True)
+class _Plan:
+    """What the graph becomes."""
+
+    lowering: str
+    precision: str
+    quantisation: Quantisation | None
+    cache: str
+    """type that the LLM computes in, and of its KV cache"""
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        return self.cache != "bfloat16"  # ONNX Runtime's CPU provider has no such kernels
+
+
+def _plan(
+    target: str,
+    lowering: str | None,
+    precision: str | None,
+    quantisation: Quantisation | None,
+    max_candidates: int,
+    gate: bool,
+) -> _Plan:
+    """Refuse what cannot be, and fill in what was not said."""
+    if target not in TARGETS:
+        raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
+    lowering = lowering or TARGETS[target][0]
     if lowering not in LOWERINGS:
         raise OptionError(f"--lowering is {lowering!r}; it must be one of {', '.join(LOWERINGS)}")
-    if precision not in PRECISIONS:
-        raise OptionError(f"--precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if lowering not in TARGETS[target]:
+        raise OptionError(f"--lowering is {lowering!r}; for --target {target} take {' or '.join(TARGETS[target])}")
+    precision = precision or PRECISIONS[target][0]
+    if precision not in parity.GATES:
+        raise OptionError(f"--precision is {precision!r}; it must be one of {', '.join(parity.GATES)}")
+    if precision not in PRECISIONS[target]:
+        raise OptionError(f"--precision is {precision!r}; for --target {target} take {', '.join(PRECISIONS[target])}")
     if not 1 <= max_candidates <= MAX_CANDIDATES:
         raise OptionError(f"--max-candidates is {max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
     bits = {"int8": 8, "int4": 4}.get(precision)
-    if bits is None:
-        if quantisation is not None:
-            raise OptionError(f"--precision is {precision}; block size and quantiser are for int8 and int4")
-        return None
-    if lowering != "ort":
-        raise OptionError(f"--lowering {lowering} is for fp32 and fp16 so far; --precision {precision} needs ort")
-    how = quantisation or Quantisation(bits)
-    if how.bits != bits:
+    if bits is None and quantisation is not None:
+        raise OptionError(f"--precision is {precision}; block size and quantiser are for int8 and int4")
+    how = quantisation or (None if bits is None else Quantisation(bits))
+    if how is not None and how.bits != bits:
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
-    return how
+    if how is not None and lowering != "ort" and how.quantiser != "rtn":
+        raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
+    if target == "cpu" or precision == "fp32":
+        cache = "float32"
+    else:
+        cache = "bfloat16" if precision == "bf16" else "float16"
+    plan = _Plan(lowering, precision, how, cache)
+    if gate and not plan.runs_on_cpu:
+        raise OptionError(
+            "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
+            "take fp16, or give --no-gate and compare on the device (benchmarks/gpu.sh)"
+        )
+    return plan
 
 
 def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:

@@ -66,6 +66,7 @@ class Gate:
 GATES = {
     "fp32": Gate(least_cosine=0.99999, greatest_difference=1e-4, all_ranks=True),
     "fp16": Gate(least_cosine=0.9999, greatest_difference=2e-2, differing=0.02, lead=0.05),
+    "bf16": Gate(least_cosine=0.999, greatest_difference=0.1, differing=0.05, lead=0.2),
     "int8": Gate(least_cosine=0.99, greatest_difference=0.2, differing=0.05, lead=0.25),
     "int4": Gate(least_cosine=0.7, greatest_difference=1.0, differing=0.2, lead=1.0),
 }

@@ -6,7 +6,6 @@ as it is: an engine would widen all of it to look one row up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,28 +15,26 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
+from mara_export.quantise import Quantisation
 from mara_export.weights import Weights
 from mara_runtime.errors import OptionError
 
 _INTEGERS: dict[int, Any] = {4: ml_dtypes.int4, 8: np.int8}
 
 
-def quantise_qdq(
-    graph: onnx.GraphProto,
-    weights: Weights,
-    *,
-    bits: int,
-    block_size: int,
-    keep: Iterable[str] = (),
-    parts: Callable[[list[NodeProto]], Iterable[NodeProto]] = iter,
-) -> None:
+def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts: Any = iter) -> None:
     """Replace in place the matrices of a lowered LLM by integers and their scales.
 
-    keep: names of nodes, with * for anything, that stay as they are. Raises OptionError when a matrix is no whole number
-    of blocks.
+    parts: wraps the sequence of matrices, for a progress bar. Raises OptionError when `keep` matches nothing, and when
+    a matrix is no whole number of blocks.
     """
+    graph = model.graph
     matrices = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    kept = [node for node in matrices if any(fnmatchcase(node.name, pattern) for pattern in keep)]
+    for pattern in how.keep:
+        if not any(fnmatchcase(node.name, pattern) for node in matrices):
+            raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {matrices[0].name}")
+    kept = [node for node in matrices if any(fnmatchcase(node.name, pattern) for pattern in how.keep)]
+    bits, block_size = how.bits, how.block_size
     made: dict[str, list[NodeProto]] = {}
     for node in parts([node for node in matrices if node not in kept]):
         name = node.input[1]

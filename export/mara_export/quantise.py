@@ -25,7 +25,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mara_export.weights import INLINE_BYTES, Weights
 from mara_runtime.errors import OptionError
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 QUANTISERS = ("rtn", "hqq", "k-quant")
 """rtn: round to nearest; hqq: half-quadratic, int4 only; k-quant: as llama.cpp chooses scales, blocks of 32 only"""
 BLOCK_SIZES = (16, 32, 64, 128, 256)

@@ -40,12 +40,18 @@ def parser() -> Parser:
         "--agent", required=True, metavar="A", help="demo, a .pth or .safetensors file, or hub-id:file"
     )
     options.add_argument("--out", metavar="DIR", help="default: bundles/<model>-<agent>-<target>-<precision>")
-    options.add_argument("--target", default="cpu", choices=("cpu",), help="engine to export for (default cpu)")
+    options.add_argument(
+        "--target",
+        default="cpu",
+        choices=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
+        help="engine to export for (default cpu); cuda: ONNX Runtime on a GPU; TensorRT engines are built here if that "
+        "is possible, else by mara-build on the device",
+    )
     options.add_argument(
         "--precision",
-        default="fp32",
-        choices=("fp32", "fp16", "int8", "int4"),
-        help="what the LLM's weights are stored as (default fp32)",
+        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        help="what the LLM's weights are stored as (default fp32 on cpu, else fp16). On cpu it computes in float32, "
+        "elsewhere in float16, with bf16 in bfloat16 (TensorRT only)",
     )
     options.add_argument(
         "--block-size", type=int, metavar="N", help="int8, int4: weights that share a scale (default 32)"
@@ -73,9 +79,9 @@ def parser() -> Parser:
     )
     options.add_argument(
         "--lowering",
-        default="ort",
-        choices=("ort", "portable"),
-        help="ort: ONNX Runtime's fused attention (default); portable: standard ONNX operators only",
+        choices=("ort", "portable", "decomposed"),
+        help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default "
+        "for TensorRT, from 10.15 on); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
     )
     options.add_argument("--no-gate", action="store_true", help="skip the parity gate; the manifest says so")
     options.add_argument("--quiet", action="store_true", help="no progress, no summary")
@@ -106,6 +112,7 @@ def _export(args: argparse.Namespace) -> None:
         agent,
         agent_name,
         out,
+        target=args.target,
         lowering=args.lowering,
         precision=args.precision,
         quantisation=_quantisation(args),
@@ -167,7 +174,7 @@ def _agent(name: str, model: str) -> tuple[Agent, str]:
 def _default_name(args: argparse.Namespace, source: ModelSource, agent_name: str) -> str:
     model = source.name.rpartition("/")[2]
     agent = Path(agent_name.rpartition(":")[2]).stem if args.agent != "demo" else "demo"
-    return f"{model}-{agent}-{args.target}-{args.precision}"
+    return f"{model}-{agent}-{args.target}-{args.precision or ('fp32' if args.target == 'cpu' else 'fp16')}"
 
 
 if __name__ == "__main__":

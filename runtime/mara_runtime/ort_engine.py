@@ -4,8 +4,8 @@ Past and present of a layer are bound to the same memory, so a pass writes its r
 and outputs are NumPy arrays that ONNX Runtime reads and writes in place, bound once for each shape of pass: a new
 binding costs more than the rest of the host's work in a step.
 
-Proved on the CPU provider. On CUDA the same class keeps the cache on the device, where NumPy cannot reach it: `move`
-then computes the entry again, in one row.
+Proved on the CPU provider. On CUDA the same class keeps the cache on the device, where NumPy cannot reach it: an entry
+that moves is computed again, as a row of the next pass (mara_runtime.refeed). That has not run on hardware yet.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Everything, Outcome, Pass
 from mara_runtime.errors import EngineError, OptionError
+from mara_runtime.refeed import Refeed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine name."""
@@ -69,7 +70,6 @@ class OrtEngine:
             raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
         self._bundle = bundle
         self._name = name
-        self._in_reach = name == "cpu"  # of NumPy: the cache's memory is the slab's
         self._threads = threads
         manifest = bundle.manifest
         path = bundle.path(manifest.step.file)
@@ -84,8 +84,12 @@ class OrtEngine:
 
         self._shape = manifest.model.shape
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
-        self._check_io(path, tensors.step_inputs(self._shape), tensors.step_outputs(self._shape, self._top))
+        self._type = manifest.step.cache
+        inputs = tensors.step_inputs(self._shape, self._type)
+        self._check_io(path, inputs, tensors.step_outputs(self._shape, self._top, self._type))
         self._slots = manifest.max_context + tensors.spare_slots(manifest.max_candidates)
+        # where the cache's memory is the slab's, NumPy moves entries; elsewhere it is out of reach
+        self._refeed = None if name == "cpu" else Refeed(self._slots)
         self._bound: dict[_Key, _Bound] = {}
         self._allocate(min(FIRST_SLOTS, self._slots))
 
@@ -112,16 +116,17 @@ class OrtEngine:
         """Size of the KV cache now."""
         return int(self._slab.shape[3])
 
-    def _allocate(self, slots: int) -> None:
+    def _allocate(self, slots: int, held: Sequence[NDArray[Any]] | None = None) -> None:
+        """Make a cache of that size; `held`: the entries that it begins with, by layer and part."""
         import onnxruntime as ort
 
         shape = self._shape
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
-        self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), np.float32)
-        device = {} if self._in_reach else {"device_type": self._name, "device_id": 0}
+        self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
+        for layer, entries in zip(self._slab, held or (), strict=False):
+            layer[:, :, : entries.shape[2]] = entries
+        device = {} if self._refeed is None else {"device_type": self._name, "device_id": 0}
         self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]
-        self._tokens = [0] * slots  # what `move` needs where the cache is out of NumPy's reach
-        self._positions = [0] * slots
         self._bound.clear()
 
     def _make_room(self, slots: int) -> None:
@@ -131,48 +136,46 @@ class OrtEngine:
         size = self.allocated_slots
         while size < slots:
             size = min(2 * size, self._slots)
-        if size == self.allocated_slots:
-            return
-        held = self._slab if self._in_reach else [value.numpy() for value in self._cache]
-        tokens, positions = self._tokens, self._positions
-        self._allocate(size)
-        for layer, entries in zip(self._slab, held, strict=True):
-            layer[:, :, : len(tokens)] = entries
-        self._tokens[: len(tokens)], self._positions[: len(tokens)] = tokens, positions
-        self._upload()
-
-    def _upload(self) -> None:
-        if not self._in_reach:
-            for value, layer in zip(self._cache, self._slab, strict=True):
-                value.update_inplace(layer)
+        if size > self.allocated_slots:
+            self._allocate(size, self._slab if self._refeed is None else [value.numpy() for value in self._cache])
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
-        if self._in_reach:
+        if self._refeed is None:
             self._slab[:, :, :, target] = self._slab[:, :, :, source]
         else:
-            self.run(Pass([self._tokens[source]], [self._positions[source]], target))
+            self._refeed.owe(source, target)
 
     def clear(self) -> None:
         """See `Engine.clear`; the cache is as small as at first again."""
         self._allocate(min(FIRST_SLOTS, self._slots))
+        if self._refeed is not None:
+            self._refeed.forget()
 
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, work: Pass) -> Outcome:
         """See `Engine.run`."""
+        if self._refeed is None:
+            return self._run(work)
+        *before, last = self._refeed.prepare(work)
+        for prepared in before:
+            self._run(prepared.work)
+        return self._run(last.work, last.extra)
+
+    def _run(self, work: Pass, extra: int = 0) -> Outcome:
+        """extra: rows in front that the caller knows nothing of."""
         count = len(work.tokens)
         self._make_room(work.slot + count)
         bound = self._bind((count, len(work.head_rows), len(work.agent_rows)))
         self._fill(bound.inputs, work)
         self._session.run_with_iobinding(bound.binding)
-        self._remember(work)
         outputs = bound.outputs
         rows = outputs[tensors.ROWS]
         told = len(rows) if rows[-1] >= 0 else len(rows) - 1
         return Outcome(
             outputs[tensors.MARGINS],
-            rows[:told],
+            rows[:told] - extra if extra else rows[:told],
             outputs[tensors.TOP_IDS][:told],
             outputs[tensors.TOP_LOGITS][:told],
             outputs[tensors.LOG_NORMALISER][:told],
@@ -183,12 +186,14 @@ class OrtEngine:
         rows = range(len(tokens))
         self._make_room(slot + len(rows))
         work = Pass(tokens, positions, slot, rows, rows, [-np.inf] * len(rows))
+        if self._refeed is not None:
+            for prepared in self._refeed.prepare(work, together=False)[:-1]:
+                self._run(prepared.work)
         bound = self._make_binding((len(rows), len(rows), len(rows)))
         self._fill(bound.inputs, work)
         for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
             bound.binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(bound.binding)
-        self._remember(work)
         *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
         return Everything(hidden.numpy()[0], logits.numpy()[: len(rows)], bound.outputs[tensors.MARGINS])
 
@@ -202,11 +207,6 @@ class OrtEngine:
         inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
         inputs[tensors.THRESHOLD][0] = _below(work.threshold)
         inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
-
-    def _remember(self, work: Pass) -> None:
-        if not self._in_reach:
-            rows = slice(work.slot, work.slot + len(work.tokens))
-            self._tokens[rows], self._positions[rows] = map(int, work.tokens), map(int, work.positions)
 
     def _bind(self, key: _Key) -> _Bound:
         bound = self._bound.get(key)

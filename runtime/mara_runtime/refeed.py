@@ -1,8 +1,9 @@
-"""Making a KV entry that of another slot where nothing but a pass may write to the cache.
+"""Owed rows: how an engine whose KV cache lies out of the host's reach moves an entry.
 
-An accepted sibling's entry has to lie where its sequence goes on. Where the cache is out of reach, the entry is
-computed again: the row is *owed*, and stands in front of the next pass, which is one row wider for it and costs little
-more. The result is a copy's as long as the slots below the row's position are what they were.
+An accepted candidate's entry lies in a slot of its own and belongs into the sequence's next one. To copy it there takes
+a call for every layer; to compute it again takes one more row in a pass that runs anyway. So the engine only notes that
+the row is owed, and the next pass begins with it. The result is a copy's as long as the slots below the row's position
+are what they were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,15 @@ from mara_runtime.engine import Pass
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A pass to run."""
+
+    work: Pass
+    extra: int = 0
+    """rows in front that the caller did not ask for; 0 or 1"""
+
+
+@dataclass(frozen=True)
 class _Owed:
     token: int
     position: int
@@ -20,50 +30,43 @@ class _Owed:
 
 
 class Refeed:
-    """What each slot was written from, and the rows that are owed."""
+    """What was written to each slot, and which rows are owed."""
 
     def __init__(self, slots: int) -> None:
         self._written: list[tuple[int, int] | None] = [None] * slots  # (token, position)
         self._owed: list[_Owed] = []
 
-    def note(self, work: Pass) -> None:
-        """A pass is run: remember its tokens and positions by slot."""
-        rows = zip(work.tokens, work.positions, strict=True)
-        self._written[work.slot : work.slot + len(work.tokens)] = [(int(t), int(p)) for t, p in rows]
-
     def owe(self, source: int, target: int) -> None:
-        """The entry of slot `source` is to be that of slot `target`. Raises ValueError for a slot never written."""
+        """The entry of slot `source` shall be that of slot `target`. Raises IndexError when `source` holds none."""
         entry = self._written[source]
         if entry is None:
-            raise ValueError(f"slot {source} was never written")
+            raise IndexError(f"slot {source} holds no entry")
         self._written[target] = entry
         if source != target:
             self._owed.append(_Owed(*entry, target))
 
-    def prepend(self, work: Pass, most: int) -> list[tuple[Pass, int]]:
-        """The passes to run for `work`, `work` the last, each with how many rows in front the caller did not ask for.
-
-        most: rows of a pass at most. Row numbers in what the last pass returns are higher by its rows in front.
-        """
-        rows = self._due(work)
-        front = rows and rows[-1].slot + 1 == work.slot and len(work.tokens) < most
-        alone = [(Pass([row.token], [row.position], row.slot), 1) for row in (rows[:-1] if front else rows)]
-        return [*alone, (_in_front(rows[-1], work), 1) if front else (work, 0)]
-
-    def clear(self) -> None:
-        """Nothing is written, nothing is owed."""
+    def forget(self) -> None:
+        """The cache was emptied."""
         self._written = [None] * len(self._written)
         self._owed.clear()
 
-    def _due(self, work: Pass) -> list[_Owed]:
-        """What is owed, less what `work` writes over anyway."""
+    def prepare(self, work: Pass, *, together: bool = True) -> list[Prepared]:
+        """The passes that do what is owed and then `work`, the last of them.
+
+        together: where `work` goes on right behind the owed row, one pass does both, with that row in front.
+        """
         rows, self._owed = self._owed, []
-        while rows and work.slot <= rows[-1].slot < work.slot + len(work.tokens):
-            rows.pop()  # from the end only: a later row may look at an earlier one
-        return rows
+        after = work.slot + len(work.tokens)
+        while rows and work.slot <= rows[-1].slot < after:
+            rows.pop()  # `work` writes over it; from the end only, as a later row may look at an earlier one
+        for slot, (token, position) in enumerate(zip(work.tokens, work.positions, strict=True), work.slot):
+            self._written[slot] = (int(token), int(position))
+        joined = rows.pop() if together and rows and rows[-1].slot + 1 == work.slot else None
+        alone = [Prepared(Pass([row.token], [row.position], row.slot), 1) for row in rows]
+        return [*alone, Prepared(work) if joined is None else Prepared(_join(joined, work), 1)]
 
 
-def _in_front(row: _Owed, work: Pass) -> Pass:
+def _join(row: _Owed, work: Pass) -> Pass:
     return replace(
         work,
         tokens=[row.token, *work.tokens],

@@ -66,7 +66,7 @@ def manifest_json(
         "special_tokens": special_tokens or {},
     }
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "model": {
             "source": "example/tiny",
             "revision": "0123abc",
@@ -90,7 +90,9 @@ def manifest_json(
             "lowering": "ort",
             "precision": "int4",
             "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
+            "cache": "float32",
         },
+        "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
         "parity": {"prompts": 2, "rows": 40},

@@ -1,14 +1,13 @@
 """Rows that are owed: TableEngine, whose cache is told everything by passes, against itself with its own `move`."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mara_runtime.engine import Outcome, Pass
-from mara_runtime.refeed import Refeed
+from mara_runtime.refeed import Prepared, Refeed
 from mara_runtime.table_engine import TableEngine
 from tests.unit import helpers
 
@@ -24,93 +23,91 @@ class Refeeding(TableEngine):
         self.widths: list[int] = []
 
     def run(self, work: Pass) -> Outcome:
-        *alone, (last, front) = self.refeed.prepend(work, MOST)
-        for part, _ in alone:
-            super().run(part)
-        self.widths.append(len(last.tokens))
-        out = super().run(last)
-        self.refeed.note(work)
-        return replace(out, rows=out.rows - front)
+        *before, last = self.refeed.prepare(work, together=len(work.tokens) < MOST)
+        for prepared in before:
+            super().run(prepared.work)
+        self.widths.append(len(last.work.tokens))
+        out = super().run(last.work)
+        return replace(out, rows=out.rows - last.extra)
 
     def move(self, source: int, target: int) -> None:
         self.refeed.owe(source, target)
 
     def clear(self) -> None:
         super().clear()
-        self.refeed.clear()
+        self.refeed.forget()
 
 
-def slots(passes: Sequence[tuple[Pass, int]]) -> list[tuple[int, list[int], int]]:
-    """(slot, tokens, rows in front) of each pass."""
-    return [(work.slot, list(work.tokens), front) for work, front in passes]
+def passes(refeed: Refeed, work: Pass, *, together: bool = True) -> list[tuple[int, list[int], int]]:
+    """(slot, tokens, rows in front) of each pass that does `work`."""
+    prepared = refeed.prepare(work, together=together)
+    return [(p.work.slot, list(p.work.tokens), p.extra) for p in prepared]
 
 
 @pytest.fixture
 def refeed() -> Refeed:
     """A prompt in slots 0 to 2, and three siblings after it."""
     refeed = Refeed(32)
-    refeed.note(Pass([1, 2, 3], [0, 1, 2], 0))
-    refeed.note(Pass([7, 8, 9], [3, 3, 3], 3))
+    refeed.prepare(Pass([1, 2, 3], [0, 1, 2], 0))
+    refeed.prepare(Pass([7, 8, 9], [3, 3, 3], 3))
     return refeed
 
 
 def test_the_row_stands_in_front_of_the_pass_that_follows_it(refeed: Refeed) -> None:
     refeed.owe(5, 3)
     work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1)
-    assert refeed.prepend(work, MOST) == [
-        (Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2), 1),
-    ]
-    assert refeed.prepend(work, MOST) == [(work, 0)]  # it is owed once
+    joined = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2)
+    assert refeed.prepare(work) == [Prepared(joined, 1)]
+    assert refeed.prepare(work) == [Prepared(work)]  # it is owed once
 
 
 def test_no_fallback_stays_none(refeed: Refeed) -> None:
     refeed.owe(5, 3)
-    assert refeed.prepend(Pass([4], [4], 4), MOST)[0][0].fallback_row is None
+    assert refeed.prepare(Pass([4], [4], 4))[0].work.fallback_row is None
 
 
-def test_a_pass_that_is_full_already_comes_after_it(refeed: Refeed) -> None:
+def test_a_pass_that_shall_be_no_wider_comes_after_it(refeed: Refeed) -> None:
     refeed.owe(5, 3)
-    wide = Pass([4] * MOST, range(4, 4 + MOST), 4)
-    assert slots(refeed.prepend(wide, MOST)) == [(3, [9], 1), (4, [4] * MOST, 0)]
+    assert passes(refeed, Pass([4, 5], [4, 5], 4), together=False) == [(3, [9], 1), (4, [4, 5], 0)]
 
 
 def test_a_row_that_is_written_over_is_not_owed(refeed: Refeed) -> None:
     for work in (Pass([4], [3], 3), Pass([4, 5, 6], [1, 2, 3], 1)):
         refeed.owe(5, 3)
-        assert refeed.prepend(work, MOST) == [(work, 0)]
+        assert refeed.prepare(work) == [Prepared(work)]
 
 
 def test_elsewhere_the_row_runs_alone_and_first(refeed: Refeed) -> None:
     for slot in (1, 7):
         refeed.owe(5, 3)
-        assert slots(refeed.prepend(Pass([4], [slot], slot), MOST)) == [(3, [9], 1), (slot, [4], 0)]
+        assert passes(refeed, Pass([4], [slot], slot)) == [(3, [9], 1), (slot, [4], 0)]
 
 
 def test_several_rows_come_in_their_order(refeed: Refeed) -> None:
     refeed.owe(5, 3)
     refeed.owe(4, 6)
-    assert slots(refeed.prepend(Pass([4], [7], 7), MOST)) == [(3, [9], 1), (6, [8, 4], 1)]
+    assert passes(refeed, Pass([4], [7], 7)) == [(3, [9], 1), (6, [8, 4], 1)]
     refeed.owe(6, 4)
     refeed.owe(4, 5)  # the entry that slot 4 was to have
-    assert slots(refeed.prepend(Pass([4, 4], [4, 4], 4), MOST)) == [(4, [4, 4], 0)]
+    assert passes(refeed, Pass([4, 4], [4, 4], 4)) == [(4, [4, 4], 0)]
     refeed.owe(3, 4)
     refeed.owe(4, 9)
-    assert slots(refeed.prepend(Pass([4, 4], [4, 4], 4), MOST)) == [(4, [9], 1), (9, [9], 1), (4, [4, 4], 0)]
+    assert passes(refeed, Pass([4, 4], [4, 4], 4)) == [(4, [9], 1), (9, [9], 1), (4, [4, 4], 0)]
 
 
 def test_to_its_own_place_nothing_is_owed(refeed: Refeed) -> None:
     refeed.owe(3, 3)
     work = Pass([4], [4], 4)
-    assert refeed.prepend(work, MOST) == [(work, 0)]
+    assert refeed.prepare(work) == [Prepared(work)]
 
 
 def test_what_was_never_written_cannot_be_moved(refeed: Refeed) -> None:
-    with pytest.raises(ValueError, match="slot 6 was never written"):
+    with pytest.raises(IndexError, match="slot 6 holds no entry"):
         refeed.owe(6, 3)
     refeed.owe(5, 3)
-    refeed.clear()
-    assert len(refeed.prepend(Pass([4], [4], 4), MOST)) == 1
-    with pytest.raises(ValueError, match="slot 5 was never written"):
+    refeed.forget()
+    assert passes(refeed, Pass([4], [4], 4)) == [(4, [4], 0)]
+    with pytest.raises(IndexError, match="slot 5 holds no entry"):
         refeed.owe(5, 3)
 
 
