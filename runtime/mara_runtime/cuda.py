@@ -54,6 +54,14 @@ def why_not() -> str | None:
     return None
 
 
+def compute_capability() -> str:
+    """Of the first GPU, like 8.7."""
+    cuda = load()
+    attributes = cuda.cudaDeviceAttr
+    wanted = attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor
+    return ".".join(str(_checked(cuda, "cudaDeviceGetAttribute", attribute, 0)) for attribute in wanted)
+
+
 class Cuda:
     """Memory, one stream and CUDA graphs on the first GPU. Whatever is asked of the stream happens in order, later."""
 
@@ -73,12 +81,11 @@ class Cuda:
 
     def facts(self) -> DeviceFacts:
         """What the GPU is."""
-        found = self._call("cudaGetDeviceProperties", 0)
+        name = self._call("cudaGetDeviceProperties", 0).name
         driver = self._call("cudaDriverGetVersion")
-        name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
         return DeviceFacts(
-            name.rstrip("\0"),
-            f"{found.major}.{found.minor}",
+            name.split(b"\0")[0].decode(),
+            compute_capability(),
             self._call("cudaMemGetInfo")[1],
             f"{driver // 1000}.{driver % 1000 // 10}",
         )
@@ -107,7 +114,7 @@ class Cuda:
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
         """Page-locked host memory, the only kind that copies can use while the program goes on; zeroed."""
         address = int(self._call("cudaMallocHost", size))
-        array = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        array: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         array[:] = 0
         return array
 
@@ -174,11 +181,15 @@ class Cuda:
         self._call("cudaStreamDestroy", self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """The result of a call: None, a value, or several."""
-        status, *values = getattr(self._cuda, name)(*arguments)
-        if int(status) != 0:
-            raise EngineError(f"the GPU failed: {name} says {_text(self._cuda, status)}")
-        return values[0] if len(values) == 1 else tuple(values) or None
+        return _checked(self._cuda, name, *arguments)
+
+
+def _checked(cuda: Any, name: str, *arguments: Any) -> Any:
+    """The result of a call: None, a value, or several. Raises EngineError when it failed."""
+    status, *values = getattr(cuda, name)(*arguments)
+    if int(status) != 0:
+        raise EngineError(f"the GPU failed: {name} says {_text(cuda, status)}")
+    return values[0] if len(values) == 1 else tuple(values) or None
 
 
 def _text(cuda: Any, status: Any) -> str:
