@@ -86,7 +86,7 @@ def ids(tokens: list[int]) -> str:
 # --- help, at once ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["export", "run", "inspect"])
+@pytest.mark.parametrize("name", ["export", "build", "run", "inspect"])
 def test_help_is_quick_and_loads_nothing_heavy(name) -> None:
     argv = [sys.executable, "-X", "importtime", "-m", f"mara_deploy.commands.{name}", "--help"]
     seconds = []
@@ -106,7 +106,7 @@ def test_help_is_quick_and_loads_nothing_heavy(name) -> None:
 
 def test_the_commands_are_installed() -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    for name in ("export", "run", "inspect"):
+    for name in ("export", "build", "run", "inspect"):
         assert scripts[f"mara-{name}"] == f"mara_deploy.commands.{name}:main"
 
 
