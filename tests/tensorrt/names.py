@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 MODULE = (("trt",), ("self", "_trt"), ("self", "trt"))
@@ -67,25 +68,24 @@ class _Reader:
         found = []
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Attribute) and id(node) not in self._inner:
-                found += self._use(node, self._tensorrt_name(_chain(node)))
+                found += self._use(node, self._tensorrt_names(_chain(node)))
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) >= 2:
                 name = node.args[1]
                 if node.func.id in ("getattr", "hasattr") and isinstance(name, ast.Constant):
                     asks = node.func.id == "hasattr" or len(node.args) == 3
-                    dotted = self._tensorrt_name([*_chain(node.args[0]), str(name.value)])
-                    found += [] if dotted is None else [Use(dotted, self._where(node), optional=asks)]
+                    dotted = self._tensorrt_names([*_chain(node.args[0]), str(name.value)])
+                    found += [Use(name, self._where(node), optional=asks) for name in dotted]
         asked = {use.name for use in found if use.optional}
         return [Use(u.name, u.where, u.positional, u.keywords, u.name in asked) for u in found]
 
-    def _tensorrt_name(self, chain: Sequence[str]) -> str | None:
+    def _tensorrt_names(self, chain: Sequence[str]) -> list[str]:
+        """What is looked up in a chain like self, _engine, num_io_tensors: of the module, or of known objects."""
         if chain and chain[0] in self._aliases and (alias := self._of_module(_chain(self._aliases[chain[0]]))):
-            return f"{alias}.{'.'.join(chain[1:])}" if chain[1:] else None
+            return [".".join([alias, *chain[1:]])] if chain[1:] else []
         if (name := self._of_module(chain)) is not None:
-            return name
-        for at, part in enumerate(chain[:-1]):
-            if part in self._receivers:
-                return f"{self._receivers[part]}.{chain[at + 1]}"
-        return None
+            return [name]
+        known = [(self._receivers.get(part), of) for part, of in pairwise(chain)]
+        return [f"{receiver}.{name}" for receiver, name in known if receiver is not None]
 
     def _of_module(self, chain: Sequence[str]) -> str | None:
         for prefix in MODULE:
@@ -100,7 +100,8 @@ class _Reader:
                 chain = _chain(node)
                 if chain and chain[0] in self._aliases:
                     chain = [*_chain(self._aliases[chain[0]]), *chain[1:]]
-                found += self._use(node, ".".join(part for part in chain if re.match("cuda[A-Z]", part)) or None)
+                name = ".".join(part for part in chain if re.match("cuda[A-Z]", part))
+                found += self._use(node, [name] if name else [])
             elif isinstance(node, ast.Call):
                 for at, argument in enumerate(node.args):
                     if isinstance(argument, ast.Constant) and re.match("cuda[A-Z]", str(argument.value)):
@@ -109,14 +110,17 @@ class _Reader:
                         found.append(Use(str(argument.value), self._where(node), None if starred else len(handed)))
         return found
 
-    def _use(self, node: ast.Attribute, name: str | None) -> list[Use]:
-        if name is None:
+    def _use(self, node: ast.Attribute, found: Sequence[str]) -> list[Use]:
+        """The uses in one chain; if it is called, then the last."""
+        where = self._where(node)
+        if not found or node.attr == "__class__":
             return []
         call = self._calls.get(id(node))
         if call is None or any(isinstance(a, ast.Starred) for a in call.args):
-            return [Use(name, self._where(node))]
+            return [Use(name, where) for name in found]
         keywords = frozenset(keyword.arg for keyword in call.keywords if keyword.arg)
-        return [Use(name, self._where(node), len(call.args), keywords)]
+        unbound = node.attr == "__init__"  # called on the class: the first argument is self
+        return [*(Use(name, where) for name in found[:-1]), Use(found[-1], where, len(call.args) - unbound, keywords)]
 
     def _where(self, node: ast.expr) -> str:
         return f"{self._path.name}:{node.lineno}"
