@@ -259,11 +259,8 @@ def _plan(
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
     if how is not None and lowering != "ort" and how.quantiser != "rtn":
         raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
-    if target == "cpu" or precision == "fp32":
-        cache = "float32"
-    else:
-        cache = "bfloat16" if precision == "bf16" else "float16"
-    plan = _Plan(lowering, precision, how, cache)
+    narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
+    plan = _Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
     if gate and not plan.runs_on_cpu:
         raise OptionError(
             "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.cuda import Cuda, aligned
 from mara_runtime.tensors import Tensor
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a pass follow from; all at least 1."""
+
+    rows: int
+    """S"""
+    heads: int
+    """H0"""
+    asked: int
+    """N"""
+
+    def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
+        """A shape with these sizes in it; C does not occur. One row more than asked goes through the head, always."""
+        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "P": self.heads + 1, "R": self.heads + 1}
+        return tuple(values[size] if isinstance(size, str) else size for size in shape)
 
 
 class Block:
@@ -20,15 +36,15 @@ class Block:
     kilobytes, and a copy of them costs what a copy of one byte costs.
     """
 
-    def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: dict[str, int]) -> None:
-        """most: the greatest value of each symbolic size."""
+    def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: Sizes) -> None:
+        """most: the sizes of the largest pass."""
         self._cuda = cuda
         self._types = {t.name: np.dtype(t.dtype) for t in wanted}
         self._offsets: dict[str, int] = {}
         self.size_bytes = 0
         for tensor in wanted:
             self._offsets[tensor.name] = self.size_bytes
-            count = math.prod(most[size] if isinstance(size, str) else size for size in tensor.shape)
+            count = math.prod(most.of(tensor.shape))
             self.size_bytes = aligned(self.size_bytes + count * self._types[tensor.name].itemsize)
         self.device = cuda.allocate(self.size_bytes, "inputs and outputs")
         try:

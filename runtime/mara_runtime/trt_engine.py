@@ -24,11 +24,11 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.cuda import Cuda, aligned
 from mara_runtime.engine import Everything, Outcome, Pass, float32_below
 from mara_runtime.errors import EngineError
-from mara_runtime.io_block import Block
+from mara_runtime.io_block import Block, Sizes
 from mara_runtime.manifest import EngineFacts
 from mara_runtime.refeed import Refeed
-from mara_runtime.tensors import ModelShape, Tensor
-from mara_runtime.trt_plan import Plan, Sizes
+from mara_runtime.tensors import ModelShape
+from mara_runtime.trt_plan import Plan
 
 INSTALL = {
     "tensorrt": "pip install 'mara-deploy[tensorrt]'; on a Jetson it comes with JetPack",
@@ -168,13 +168,11 @@ class TrtEngine:
         open_ = self._open
         open_.cuda = cuda = Cuda()
         self._device = cuda.facts()
-        most = {"S": self._rows, "H0": self._heads, "N": self._rows, "P": self._heads + 1}
+        most = Sizes(self._rows, self._heads, self._rows)
         inputs, outputs = ([t for t in side if "C" not in t.shape] for side in self._io)
         open_.inputs = Block(cuda, inputs, most)
         open_.outputs = Block(cuda, [t for t in outputs if t.name not in _APART], most)
-        logits, hidden = (next(t for t in outputs if t.name == name) for name in _APART)
-        most_logits = Tensor(logits.name, logits.dtype, ("P", self._shape.vocab_size))
-        open_.apart = Block(cuda, [most_logits, hidden], most)
+        open_.apart = Block(cuda, [t for t in outputs if t.name in _APART], most)
         self._enter(0)
 
     def _enter(self, index: int) -> None:

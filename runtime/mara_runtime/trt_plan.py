@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mara_runtime import tensors
 from mara_runtime.cuda import Cuda
 from mara_runtime.errors import EngineError
-from mara_runtime.io_block import Block
+from mara_runtime.io_block import Block, Sizes
 from mara_runtime.manifest import EngineFacts
 
 KEPT_SHAPES = 32
@@ -42,22 +42,6 @@ def load(target: str) -> Any:
         except ImportError:  # NVIDIA's meta package, which has that name, is not needed to run engines
             import tensorrt_rtx_bindings as trt
     return trt
-
-
-class Sizes(NamedTuple):
-    """What the shapes of a pass follow from; all at least 1."""
-
-    rows: int
-    """S"""
-    heads: int
-    """H0"""
-    asked: int
-    """N"""
-
-    def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
-        """A shape with these sizes in it; C does not occur."""
-        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "P": self.heads + 1}
-        return tuple(values[size] if isinstance(size, str) else size for size in shape)
 
 
 @dataclass

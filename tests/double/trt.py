@@ -250,7 +250,7 @@ class IExecutionContext:
                 shapes[name] = self._shapes.get(name, fixed)
         for tensor in engine.session.get_inputs():
             symbols.update({d: n for d, n in zip(tensor.shape, shapes[tensor.name], strict=True) if isinstance(d, str)})
-        symbols["P"] = symbols["H0"] + 1
+        symbols["P"] = symbols["R"] = symbols["H0"] + 1
         for tensor in engine.session.get_outputs():
             shapes[tensor.name] = tuple(symbols[d] if isinstance(d, str) else d for d in tensor.shape)
         for name in names:
