@@ -41,7 +41,9 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _distinct(hub_ids: dict[str, str], decoders: dict[str, object], names: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+def _distinct(
+    hub_ids: dict[str, str], decoders: dict[str, object], names: dict[str, list[str]]
+) -> list[tuple[str, list[str]]]:
     """Each shape once, with all the aliases that have it."""
     firsts: dict[str, tuple[str, list[str]]] = {}
     for hub_id in hub_ids.values():
