@@ -13,8 +13,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mara_runtime import tensors
-
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph's own file."""
 _M_MMAP_THRESHOLD = -3

@@ -185,6 +185,7 @@ class OrtEngine:
         """See `Engine.run`."""
         if self._refeed is None:
             return self._run(work)
+        self._make_room(work.slot + len(work.tokens))
         *before, last = self._refeed.prepare(work)
         for prepared in before:
             self._run(prepared.work)

@@ -18,7 +18,7 @@ from mara_runtime import ort_engine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
-from mara_runtime.engine import Outcome, Pass, check_row, is_finite, open_engine
+from mara_runtime.engine import Outcome, Pass, check_row, float32_below, is_finite, open_engine
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import DRAFT_ROWS, TOP_SPARE, spare_slots, top_tokens
@@ -60,21 +60,22 @@ def opened(
 
 def test_auto_takes_the_preferred_one_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, CUDA, CPU)
-    assert ENGINES == ("cuda", "cpu")
-    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), {})
+    assert ENGINES == ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
+    not_for = dict.fromkeys(("tensorrt", "tensorrt-rtx"), "the bundle was not exported for it (targets: cpu, cuda)")
+    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), not_for)
 
 
 def test_auto_says_why_the_preferred_one_declined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, CPU)
     engine, declined = opened(bundle_for(tmp_path / "both", "cpu", "cuda"), threads=3)
     assert engine == ("cpu", 3)
-    assert list(declined) == ["cuda"]
+    assert list(declined) == ["tensorrt", "tensorrt-rtx", "cuda"]
     assert f"no {CUDA} (it has {CPU})" in declined["cuda"]
 
     have(monkeypatch, CUDA, CPU)
     engine, declined = opened(bundle_for(tmp_path / "cpu", "cpu"))
     assert engine == ("cpu", None)
-    assert declined == {"cuda": "the bundle was not exported for it (targets: cpu)"}
+    assert declined == dict.fromkeys(ENGINES[:-1], "the bundle was not exported for it (targets: cpu)")
 
 
 def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,8 @@ def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["tensor-rt", "", "CPU", "auto,cpu"])
 def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
-    with pytest.raises(EngineError, match=rf"^unknown engine {name!r}; known: auto, cuda, cpu$"):
+    known = "auto, tensorrt, tensorrt-rtx, cuda, cpu"
+    with pytest.raises(EngineError, match=rf"^unknown engine {name!r}; known: {known}$"):
         open_engine(bundle_for(tmp_path, "cpu"), name)
 
 
@@ -128,7 +130,7 @@ def test_the_decoder_records_which_engine_and_why_not_the_others(
     result = decoder.generate([1], DecodeConfig(top_k=2, max_new_tokens=1))
     assert result.to_json()["stats"]["engine"] == {
         "name": "cpu",
-        "declined": {"cuda": "the bundle was not exported for it (targets: cpu)"},
+        "declined": dict.fromkeys(ENGINES[:-1], "the bundle was not exported for it (targets: cpu)"),
     }
 
 
@@ -290,7 +292,7 @@ def test_only_the_rows_asked_for_are_shown_to_the_agent() -> None:
 
 
 def test_a_threshold_is_compared_in_full() -> None:
-    # The decode loop compares the same margin with the same threshold in float64; ort_engine._below does the rest.
+    # The decode loop compares the same margin with the same threshold in float64; float32_below does the rest.
     margin = float(np.float32(0.1))
     assert elected([margin], [0.0], threshold=0.1) == [0]  # float32(0.1) > 0.1
     assert elected([float(np.float32(0.7))], [0.0], threshold=0.7) == []  # float32(0.7) < 0.7
@@ -300,14 +302,14 @@ def test_a_threshold_is_compared_in_full() -> None:
 def test_a_float32_margin_exceeds_the_threshold_of_a_graph_when_it_exceeds_the_option_s(
     threshold: float, margin: float
 ) -> None:
-    assert (np.float32(margin) > ort_engine._below(threshold)) == (margin > threshold)
+    assert (np.float32(margin) > float32_below(threshold)) == (margin > threshold)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float32_margin_beside_the_threshold(threshold: float) -> None:
     with np.errstate(over="ignore"):
         near = np.float32(threshold)
-        below = ort_engine._below(threshold)
+        below = float32_below(threshold)
         beside = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
     for margin in beside:
         assert (margin > below) == (float(margin) > threshold)
