@@ -50,6 +50,11 @@ def bundle_for(folder: Path, *targets: str) -> Bundle:
     return Bundle.open(helpers.make_bundle(folder, targets=targets))
 
 
+def not_for(*engines: str, targets: str = "cpu, cuda") -> dict[str, str]:
+    """What engines say that a bundle of these targets was not made for."""
+    return dict.fromkeys(engines, f"the bundle was not exported for it (targets: {targets})")
+
+
 def opened(
     bundle: Bundle, name: str = "auto", threads: int | None = None
 ) -> tuple[tuple[str, int | None], dict[str, str]]:
@@ -61,8 +66,7 @@ def opened(
 def test_auto_takes_the_preferred_one_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, CUDA, CPU)
     assert ENGINES == ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
-    not_for = dict.fromkeys(("tensorrt", "tensorrt-rtx"), "the bundle was not exported for it (targets: cpu, cuda)")
-    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), not_for)
+    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), not_for("tensorrt", "tensorrt-rtx"))
 
 
 def test_auto_says_why_the_preferred_one_declined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +79,7 @@ def test_auto_says_why_the_preferred_one_declined(tmp_path: Path, monkeypatch: p
     have(monkeypatch, CUDA, CPU)
     engine, declined = opened(bundle_for(tmp_path / "cpu", "cpu"))
     assert engine == ("cpu", None)
-    assert declined == dict.fromkeys(ENGINES[:-1], "the bundle was not exported for it (targets: cpu)")
+    assert declined == not_for("tensorrt", "tensorrt-rtx", "cuda", targets="cpu")
 
 
 def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +94,9 @@ def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["tensor-rt", "", "CPU", "auto,cpu"])
 def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
-    known = "auto, tensorrt, tensorrt-rtx, cuda, cpu"
-    with pytest.raises(EngineError, match=rf"^unknown engine {name!r}; known: {known}$"):
+    with pytest.raises(
+        EngineError, match=rf"^unknown engine {name!r}; known: auto, tensorrt, tensorrt-rtx, cuda, cpu$"
+    ):
         open_engine(bundle_for(tmp_path, "cpu"), name)
 
 
@@ -130,7 +135,7 @@ def test_the_decoder_records_which_engine_and_why_not_the_others(
     result = decoder.generate([1], DecodeConfig(top_k=2, max_new_tokens=1))
     assert result.to_json()["stats"]["engine"] == {
         "name": "cpu",
-        "declined": dict.fromkeys(ENGINES[:-1], "the bundle was not exported for it (targets: cpu)"),
+        "declined": not_for("tensorrt", "tensorrt-rtx", "cuda", targets="cpu"),
     }
 
 
