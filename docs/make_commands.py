@@ -14,13 +14,13 @@ PAGE = Path(__file__).with_name("commands.md")
 
 def page() -> str:
     """The text of commands.md."""
-    from mara_deploy.commands import bench, eval, export, inspect, run, train
+    from mara_deploy.commands import bench, build, eval, export, inspect, run, train
     from mara_deploy.demo import __main__ as demo
     from mara_deploy.demo import remake
     from mara_deploy.demo import train as demo_lm
 
     parts = ["# Commands\n\nMade from the commands' help texts by `make docs`.\n"]
-    for module in (export, run, inspect, bench, train, eval, demo, demo_lm, remake):
+    for module in (export, build, run, inspect, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(

@@ -20,7 +20,7 @@ from mara_export import parity, qdq
 from mara_export.architectures import check_supported, model_shape
 from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import whole_or_absent
+from mara_export.folder import file_entries, whole_or_absent, write_manifest
 from mara_export.lower import LOWERINGS, lower
 from mara_export.narrow import narrow
 from mara_export.progress import Progress
@@ -31,12 +31,10 @@ from mara_export.tokenizer import load_tokenizer, write_tokenizer
 from mara_export.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.weights import Weights, load, return_large_blocks, tie_head
 from mara_runtime import tensors
-from mara_runtime.bundle import Bundle, sha256
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import (
-    MANIFEST_FILE,
     AgentFacts,
-    FileEntry,
     GraphFacts,
     Manifest,
     ModelFacts,
@@ -188,8 +186,8 @@ def export(
                     + "); nothing was written"
                 )
             manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise())
-        manifest = replace(manifest, files=_file_entries(folder))
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = replace(manifest, files=file_entries(folder))
+        write_manifest(folder, manifest)
     return Bundle(out, manifest)
 
 
@@ -262,11 +260,8 @@ def _plan(
         qdq.check(how, target)
     elif how is not None and how.block_size not in BLOCK_SIZES:
         raise OptionError(f"--block-size is {how.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if target == "cpu" or precision == "fp32":
-        cache = "float32"
-    else:
-        cache = "bfloat16" if precision == "bf16" else "float16"
-    plan = _Plan(lowering, precision, how, cache)
+    narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
+    plan = _Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
     if gate and not plan.runs_on_cpu:
         raise OptionError(
             "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
@@ -277,7 +272,8 @@ def _plan(
 
 def block_size(bits: int, target: str, lowering: str) -> int:
     """How many weights share a scale unless the user says it."""
-    return Quantisation(bits).block_size if lowering == "ort" else qdq.BLOCK_SIZES[target][bits][0]
+    standard = qdq.BLOCK_SIZES.get(target) if lowering != "ort" else None
+    return standard[bits][0] if standard else Quantisation(bits).block_size
 
 
 def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:
@@ -298,8 +294,3 @@ def _versions() -> dict[str, str]:
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     versions = {name: version(name) for name in packages}
     return {"python": platform.python_version(), **versions, "onnxruntime": onnxruntime.__version__}
-
-
-def _file_entries(folder: Path) -> dict[str, FileEntry]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256(p)) for p in paths}

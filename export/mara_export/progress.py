@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:  # engines are built on devices, too, where only the runtime is installed
+    tqdm = None
 
 T = TypeVar("T")
+REFRESH_S = 0.1
 
 
 class Progress:
@@ -36,7 +40,45 @@ class Progress:
         if not self.quiet:
             sys.stderr.write(f"{chr(13) if live else ''}  {what:<44} {time.perf_counter() - start:6.1f} s\n")
 
+    def note(self, what: str) -> None:
+        """Say something that the user should know."""
+        if not self.quiet:
+            sys.stderr.write(f"{chr(13) if sys.stderr.isatty() else ''}  {what}\n")
+
     def parts(self, items: Iterable[T]) -> Iterator[T]:
         """The items of a stage, with a bar on a terminal."""
-        bar = tqdm(items, file=sys.stderr, leave=False, disable=True if self.quiet else None, ncols=72)
-        yield from bar
+        if tqdm is None:
+            yield from items
+            return
+        yield from tqdm(items, file=sys.stderr, leave=False, disable=True if self.quiet else None, ncols=72)
+
+    @contextmanager
+    def phases(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A function (phase, steps done, steps) to call as work goes on that has phases within phases.
+
+        On a terminal it moves a bar or, without tqdm, writes a line for each new phase. Any thread may call it.
+        """
+        live = not self.quiet and sys.stderr.isatty()
+        if tqdm is None:
+            said: set[str] = set()
+
+            def line(phase: str, done: int, steps: int) -> None:
+                if live and phase not in said:
+                    said.add(phase)
+                    sys.stderr.write(f"\n    {phase}")
+                    sys.stderr.flush()
+
+            yield line
+            return
+        with tqdm(file=sys.stderr, leave=False, disable=not live, ncols=100, mininterval=REFRESH_S) as bar:
+            shown, moved = "", 0.0
+
+            def move(phase: str, done: int, steps: int) -> None:
+                nonlocal shown, moved
+                if phase == shown and time.monotonic() - moved < REFRESH_S:
+                    return
+                shown, moved = phase, time.monotonic()
+                bar.total, bar.n = steps, done
+                bar.set_description_str(f"    {phase}"[:60])
+
+            yield move

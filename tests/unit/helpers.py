@@ -105,6 +105,24 @@ def manifest_json(
     }
 
 
+def engine_json(file: str, **facts: Any) -> dict[str, Any]:
+    """A valid entry of `engines`; its file must be among the manifest's."""
+    return {
+        "target": "tensorrt",
+        "file": file,
+        "slots": 64,
+        "decode_rows": 26,
+        "prefill_rows": 64,
+        "head_rows": 17,
+        "in_place": True,
+        "version": "10.16.1.11",
+        "compute_capability": "8.7",
+        "platform": "linux-aarch64",
+        "options": {"decomposable": "all"},
+        **facts,
+    }
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     return manifest

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "runtime" / "mara_runtime"
 EXPORT = ROOT / "export" / "mara_export"
 HEAVY = ("torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "tqdm", "mara_export")
-COMMANDS = ("run", "inspect", "shared")
+COMMANDS = ("run", "inspect", "build", "shared")
 
 BLOCK = f"""
 import importlib.abc, sys
@@ -84,7 +84,7 @@ def test_the_commands_of_the_runtime_import_without_the_heavy_packages(command: 
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "inspect", "export", "eval"])
+@pytest.mark.parametrize("command", ["run", "inspect", "export", "build", "eval"])
 def test_help_answers_without_any_heavy_package_and_without_numpy(command: str) -> None:
     # numpy too would be felt: --help answers at once.
     code = (

@@ -11,24 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_runtime.errors import BundleError
-from mara_runtime.manifest import Manifest, parse
+from mara_runtime.manifest import EngineFacts, Manifest, parse
 from tests.unit import helpers
 
-FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja"), b"x")
+ENGINE = "engines/tensorrt/step-64.engine"
+FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE), b"x")
 VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
+VALID["engines"] = [helpers.engine_json(ENGINE)]
 MISSING = object()
+
+
+def at(holder: Any, path: tuple[str, ...]) -> Any:
+    """The value at a place; in a list, keys are numbers."""
+    for key in path:
+        holder = holder[int(key) if isinstance(holder, list) else key]
+    return holder
 
 
 def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
     """The valid manifest with one value replaced, or taken out."""
     manifest = copy.deepcopy(VALID)
-    holder: Any = manifest
-    for key in path[:-1]:
-        holder = holder[key]
+    holder = at(manifest, path[:-1])
+    key = int(path[-1]) if isinstance(holder, list) else path[-1]
     if value is MISSING:
-        del holder[path[-1]]
+        del holder[key]
     else:
-        holder[path[-1]] = value
+        holder[key] = value
     return manifest
 
 
@@ -42,9 +50,13 @@ def paths(value: object, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
         ("made_with",),
         ("tokenizer", "special_tokens"),
         ("step", "quantisation"),
+        ("engines", "0", "options"),
     }:
         for key, inner in value.items():
             yield from paths(inner, (*prefix, key))
+    if prefix == ("engines",):
+        for key in value[0]:
+            yield (*prefix, "0", key)
 
 
 ALL_PATHS = [path for path in paths(VALID) if path != ("files",) and path[:1] != ("files",)]
@@ -92,6 +104,12 @@ def test_reads_every_field() -> None:
     assert (manifest.step.file, manifest.step.lowering, manifest.step.precision) == ("step.onnx", "ort", "int4")
     assert manifest.step.quantisation == {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []}
     assert manifest.noise == {"margins": 0.001, "logits": 0.0025}
+    assert manifest.step.cache == "float32"
+    (engine,) = manifest.engines
+    assert (engine.target, engine.file, engine.slots, engine.in_place) == ("tensorrt", ENGINE, 64, True)
+    assert (engine.decode_rows, engine.prefill_rows, engine.head_rows) == (26, 64, 17)
+    assert (engine.version, engine.compute_capability, engine.platform) == ("10.16.1.11", "8.7", "linux-aarch64")
+    assert engine.options == {"decomposable": "all"}
     assert manifest.files["step.onnx"].size_bytes == 1
     assert json.loads(manifest.to_json()) == VALID
 
@@ -141,6 +159,7 @@ def test_the_valid_manifest_has_every_field_of_the_dataclasses() -> None:
     for name in ("model", "agent", "step", "tokenizer"):
         kind = type(getattr(parse(json.dumps(VALID), "here"), name))
         assert {f.name for f in dataclasses.fields(kind)} == set(VALID[name])
+    assert {f.name for f in dataclasses.fields(EngineFacts)} == set(VALID["engines"][0])
 
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=".".join)
@@ -153,13 +172,11 @@ def wrong_values() -> Iterator[tuple[tuple[str, ...], object]]:
     for path in ALL_PATHS:
         if path == ("schema_version",):
             continue  # has a test of its own
-        value: Any = VALID
-        for key in path:
-            value = value[key]
+        value = at(VALID, path)
         for other in (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []}):
             if other is None and path in NULLABLE:
                 continue
-            if type(other) is type(value) and not isinstance(value, list | int):
+            if type(other) is type(value) and type(value) not in (list, int):
                 continue  # another text, another mapping: the tests below
             if other == [] and isinstance(value, list):
                 continue  # empty lists are allowed
@@ -190,6 +207,17 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
         (("tokenizer", "special_tokens"), {"bos_token": None}),
         (("step", "file"), "other.onnx"),
         (("step", "file"), "../step.onnx"),
+        (("step", "cache"), "int8"),
+        (("engines", "0", "target"), "cpu"),
+        (("engines", "0", "file"), "engines/tensorrt/other.engine"),
+        (("engines", "0", "file"), "../../secret"),
+        (("engines", "0", "file"), "step.onnx"),
+        (("engines", "0", "file"), "/etc/passwd"),
+        (("engines", "0", "slots"), 0),
+        (("engines", "0", "decode_rows"), -1),
+        (("engines", "0", "prefill_rows"), 0),
+        (("engines", "0", "head_rows"), 0),
+        (("engines", "0", "in_place"), 1),
         (("noise", "margins"), -0.001),
         (("noise", "logits"), -1),
         (("tokenizer", "file"), "/etc/passwd"),
@@ -200,6 +228,32 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
 def test_a_value_out_of_range_is_named(path: tuple[str, ...], value: object) -> None:
     message = refused(json.dumps(changed(path, value)))
     assert f"field {'.'.join(path)} " in message
+
+
+def test_an_engine_lies_in_the_folder_of_its_target() -> None:
+    # What replaces an engine deletes its file: that must not be another part of the bundle.
+    message = refused(json.dumps(changed(("engines", "0", "target"), "tensorrt-rtx")))
+    assert "field engines.0.file" in message
+    assert "engines/tensorrt-rtx/" in message
+
+
+def test_two_engines_of_one_target_and_size_are_refused() -> None:
+    value = changed(("engines",), [*VALID["engines"], helpers.engine_json(ENGINE, version="10.3.0")])
+    assert "field engines.1.slots is 64, as that of another engine for tensorrt" in refused(json.dumps(value))
+
+
+def test_engines_of_several_sizes_and_targets_are_fine() -> None:
+    value = copy.deepcopy(VALID)
+    for target, slots in (("tensorrt", 128), ("tensorrt-rtx", 64)):
+        name = f"engines/{target}/step-{slots}.engine"
+        value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
+        value["engines"].append(helpers.engine_json(name, target=target, slots=slots))
+    engines = parse(json.dumps(value), "here").engines
+    assert [(engine.target, engine.slots) for engine in engines] == [
+        ("tensorrt", 64),
+        ("tensorrt", 128),
+        ("tensorrt-rtx", 64),
+    ]
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,11 +333,11 @@ def test_json_that_is_no_manifest(text: str) -> None:
     assert "schema_version" in refused(text)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -2, "2", None, [2], {}, 2.5, True, 2.0], ids=repr)
+@pytest.mark.parametrize("version", [0, 1, 2, 4, -2, "3", None, [3], {}, 3.5, True, 3.0], ids=repr)
 def test_another_schema_version_is_named(version: object) -> None:
     message = refused(json.dumps(changed(("schema_version",), version)))
     assert f"schema version {version!r}" in message
-    assert "reads version 2" in message
+    assert "reads version 3" in message
 
 
 def test_a_key_given_twice_is_refused() -> None:
