@@ -1,4 +1,4 @@
-"""`mara-inspect`: what is in a bundle, and whether it is intact."""
+"""`mara-inspect`: what is in a bundle, and whether it is intact; what a bundle or a model takes of memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,43 @@ from collections.abc import Sequence
 
 from mara_deploy.commands.shared import Parser, guarded
 from mara_runtime.bundle import Bundle
+from mara_runtime.errors import OptionError
+
+EPILOG = """\
+examples:
+  mara-inspect BUNDLE
+  mara-inspect --memory qwen2
+  mara-inspect --memory BUNDLE --context 1024
+"""
 
 
 def parser() -> Parser:
     """The command's options."""
-    options = Parser("mara-inspect", "Show what a bundle holds, and check every file against its checksum.")
-    options.add_argument("bundle", metavar="BUNDLE", help="folder made by mara-export")
-    options.add_argument("--json", action="store_true", help="print the manifest")
+    options = Parser(
+        "mara-inspect",
+        "Show what a bundle holds, and check every file against its checksum. With --memory: what a bundle\n"
+        "takes where it runs, or what one of a model would take, and which Jetson has it.",
+        EPILOG,
+    )
+    options.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        help="folder made by mara-export; with --memory also an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder "
+        "with a config.json",
+    )
+    options.add_argument("--json", action="store_true", help="print the manifest, with --memory the figures")
+    options.add_argument("--memory", action="store_true", help="print engine, KV cache, workspace and host memory")
+    group = options.add_argument_group("memory")
+    group.add_argument(
+        "--context", type=int, action="append", metavar="N", help="tokens (may be repeated; default 2048 and 8192)"
+    )
+    group.add_argument("--target", metavar="NAME", help="as of mara-export (default tensorrt, or the bundle's first)")
+    group.add_argument("--precision", metavar="NAME", help="of a model (default: all that the target has)")
+    group.add_argument("--lowering", metavar="NAME", help="of a model; decomposed has two KV caches in TensorRT")
+    group.add_argument("--max-candidates", type=int, default=64, metavar="K", help="of a model (default 64)")
+    group.add_argument(
+        "--block-size", type=int, default=32, metavar="N", help="of a model's int8 and int4 (default 32)"
+    )
     return options
 
 
@@ -25,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.memory:
+        from mara_deploy.commands.memory import show
+
+        show(args)
+        return
+    for flag in ("context", "target", "precision", "lowering"):
+        if getattr(args, flag):
+            raise OptionError(f"--{flag} is {getattr(args, flag)!r}, but it acts on --memory only; leave it out")
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))
@@ -52,6 +90,11 @@ def summary(bundle: Bundle) -> list[str]:
         f"falls back to the {m.agent.fallback} candidate",
         f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
         f"for {', '.join(m.targets)}",
+        *(
+            f"engine    {e.target} {e.version} for compute capability {e.compute_capability} on {e.platform}: "
+            f"{e.slots} KV slots, {m.files[e.file].size_bytes / 1e6:.1f} MB"
+            for e in m.engines
+        ),
         f"capacity  {m.max_context} tokens of prompt and answer, {m.max_candidates} candidates",
         f"tokenizer {text}",
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),

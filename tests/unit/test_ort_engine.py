@@ -1,138 +1,98 @@
-"""ONNX Runtime against the table: one model, small enough to be written down twice, behind the real step graph.
+"""Every engine against the table: a model that is written down twice (tests/unit/written_model.py).
 
-The hidden state of a row is the sum, over the slots it sees, of its tokens' vectors times a weight of their positions.
-All are whole numbers, so both engines agree to the last bit whatever the width of a pass, and ties abound.
+ONNX Runtime runs itself, TensorRT on a double of it (tests/double).
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
-from mara_export import step
-from mara_export.lower import value_info
 from mara_runtime import ort_engine, tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES, DecodeConfig
 from mara_runtime.decode import Session, decode
 from mara_runtime.drafts import NGrams
-from mara_runtime.engine import Outcome, Pass
+from mara_runtime.engine import Engine, Outcome, Pass
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.schedule import Adaptive, Fixed, Schedule
 from mara_runtime.stats import Stats
 from mara_runtime.table_engine import TableEngine
-from mara_runtime.tensors import ModelShape, spare_slots
+from mara_runtime.trt_engine import TrtEngine
+from tests.double.machine import Machine
 from tests.unit import helpers
 from tests.unit.sequential import sequential
-
-F32 = NDArray[np.float32]
-
-SHAPE = ModelShape(hidden_size=4, vocab_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
-CANDIDATES, CONTEXT = 5, 60
-SLOTS = CONTEXT + spare_slots(CANDIDATES)
-FINE, INFINITE = 23, 23
-"""Tokens below the first are fine; the vector of the second is infinite."""
-_rng = np.random.default_rng(3)
-VECTORS = _rng.integers(-2, 3, (SHAPE.vocab_size, SHAPE.hidden_size)).astype(np.float32)
-VECTORS[INFINITE] = np.inf
-HEAD = _rng.integers(-1, 2, (SHAPE.hidden_size, SHAPE.vocab_size)).astype(np.float32)
-HEAD[:, INFINITE] = 0
-AGENT = np.array([0.25, -0.5, 0.25, 0.0], np.float32)
-PERIOD = 5
-
-
-@cache
-def table(prefix: tuple[int, ...]) -> tuple[F32, F32]:
-    """The model by prefix."""
-    with np.errstate(invalid="ignore"):
-        weights = np.arange(len(prefix), dtype=np.float32) % PERIOD + 1
-        hidden = (VECTORS[list(prefix)] * weights[:, None]).sum(axis=0, dtype=np.float32)
-        return hidden @ HEAD, hidden
-
-
-def judge(hidden: F32) -> F32:
-    """The agent's margins."""
-    margins: F32 = hidden @ AGENT
-    return margins
-
-
-class Nodes:
-    """A graph in the making."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[TensorProto] = []
-
-    def constant(self, value: Any, dtype: str = "int64") -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), f"constant_{len(self.constants)}"))
-        return str(self.constants[-1].name)
-
-    def __call__(self, op: str, *inputs: str, result: str | None = None, **attributes: Any) -> str:
-        name = result or f"{op}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, inputs, [name], f"node_{len(self.nodes)}", **attributes))
-        return name
-
-    def model(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> onnx.ModelProto:
-        io = [value_info(t) for t in inputs], [value_info(t) for t in outputs]
-        graph = helper.make_graph(self.nodes, "graph", *io, self.constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def traced_llm() -> onnx.ModelProto:
-    """The model as a graph. Keys hold the weights of positions, values the vectors of tokens."""
-    add = Nodes()
-    zero, one, first, last = add.constant(0), add.constant(1), add.constant([0]), add.constant([2])
-    place = add("Add", add("Mod", tensors.POSITION_IDS, add.constant(PERIOD)), one)
-    weights = add("Unsqueeze", add("Cast", place, to=TensorProto.FLOAT), last)  # (1, S, 1)
-    vectors = add("Gather", add.constant(VECTORS, "float32"), tensors.INPUT_IDS)  # (1, S, D)
-    count = add("Squeeze", add("Shape", tensors.INPUT_IDS, start=1, end=2))
-    slots = add("Unsqueeze", add("Add", add("Range", zero, count, one), tensors.WRITE_INDICES), add.constant([1]))
-    indices = add("Concat", add("Mul", slots, zero), add("Mul", slots, zero), slots, axis=1)  # (S, 3)
-    for part, value in (("key", add("Expand", weights, add("Shape", vectors))), ("value", vectors)):
-        add("ScatterND", tensors.past(0, part), indices, add("Squeeze", value, first), result=tensors.present(0, part))
-    entries = add("Mul", tensors.present(0, "key"), tensors.present(0, "value"))
-    seen = add("MatMul", add("Exp", tensors.ATTENTION_MASK), entries)  # (1, 1, S, D)
-    hidden = add("Squeeze", seen, first, result=tensors.LAST_HIDDEN_STATE)
-    states = add("Gather", add("Squeeze", hidden, first), tensors.ROWS)
-    add("MatMul", states, add.constant(HEAD, "float32"), result=tensors.LOGITS)
-    return add.model(tensors.llm_inputs(SHAPE), tensors.llm_outputs(SHAPE))
-
-
-def traced_agent() -> onnx.ModelProto:
-    add = Nodes()
-    add("MatMul", tensors.AGENT_STATES, add.constant(AGENT, "float32"), result=tensors.AGENT_MARGIN)
-    return add.model(tensors.agent_inputs(SHAPE.hidden_size), tensors.agent_outputs())
+from tests.unit.written_model import (
+    CANDIDATES,
+    CONTEXT,
+    FINE,
+    INFINITE,
+    SIZES,
+    SLOTS,
+    add_engines,
+    judge,
+    table,
+    write_bundle,
+)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    model = traced_llm()
-    step.join(model, traced_agent(), SHAPE, CANDIDATES)
-    folder = helpers.make_bundle(
-        tmp_path_factory.mktemp("bundle"),
-        graph=model.SerializeToString(),
-        vocab_size=SHAPE.vocab_size,
-        hidden_size=SHAPE.hidden_size,
-        max_context=CONTEXT,
-        max_candidates=CANDIDATES,
-    )
-    return Bundle.open(folder)
+    return Bundle.open(write_bundle(tmp_path_factory.mktemp("bundle"), always_head=False))
 
 
-@pytest.fixture(params=[512, 4], ids=["one size", "growing"])
-def engine(bundle: Bundle, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> OrtEngine:
-    monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
-    return OrtEngine(bundle, threads=1)
+@pytest.fixture(scope="module")
+def trt_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Bundle]:
+    """By whether passes write the cache in place."""
+    folders = {in_place: tmp_path_factory.mktemp("bundle") for in_place in (True, False)}
+    return {
+        in_place: add_engines(write_bundle(folder, always_head=True), SIZES, in_place)
+        for in_place, folder in folders.items()
+    }
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A GPU, from which everything taken is given back at the end."""
+    machine = Machine()
+    machine.install(monkeypatch)
+    yield machine
+    machine.check_given_back()
+
+
+ENGINES = {
+    "ort, one size": 512,
+    "ort, growing": 4,
+    "trt, in place": (True, True),
+    "trt, in place, no graphs": (True, False),
+    "trt, two sides": (False, True),
+    "trt, two sides, no graphs": (False, False),
+}
+
+
+@pytest.fixture(params=ENGINES.values(), ids=ENGINES.keys())
+def engine(
+    bundle: Bundle,
+    trt_bundles: dict[bool, Bundle],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Engine]:
+    if isinstance(request.param, int):
+        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
+        yield OrtEngine(bundle, threads=1)
+        return
+    in_place, graphs = request.param
+    machine: Machine = request.getfixturevalue("machine")
+    engine = TrtEngine(trt_bundles[in_place], "tensorrt", graphs=graphs)
+    yield engine
+    assert (machine.cuda.launched > 0) <= graphs
+    engine.close()
 
 
 def twin() -> TableEngine:
@@ -172,7 +132,7 @@ def some_pass(rng: random.Random, length: int, placed: int) -> Pass:
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_any_pass_gives_what_the_table_gives(engine: OrtEngine, part: int) -> None:
+def test_any_pass_gives_what_the_table_gives(engine: Engine, part: int) -> None:
     rng = random.Random(part)
     for _ in range(4):
         engine.clear()
@@ -200,7 +160,7 @@ def test_any_pass_gives_what_the_table_gives(engine: OrtEngine, part: int) -> No
                 np.testing.assert_array_equal(everything.margins, wanted.margins)
 
 
-def test_a_threshold_is_not_rounded(engine: OrtEngine) -> None:
+def test_a_threshold_is_not_rounded(engine: Engine) -> None:
     # A margin of 0.25 exceeds whatever is below it in float64, though float32 may not tell them apart.
     tokens = range(FINE)
     margins = engine.evaluate(tokens, [0] * FINE, 0).margins.tolist()
@@ -210,7 +170,7 @@ def test_a_threshold_is_not_rounded(engine: OrtEngine) -> None:
         assert engine.run(work).rows.tolist() == elected
 
 
-def test_a_row_sees_the_slots_below_its_position_and_its_own(engine: OrtEngine) -> None:
+def test_a_row_sees_the_slots_below_its_position_and_its_own(engine: Engine) -> None:
     engine.run(Pass([1, 2, 3], [0, 1, 2], 0))
     for position in range(4):
         for slot in range(position, 9):
@@ -233,7 +193,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_answers_are_those_of_the_sequential_procedure(engine: OrtEngine, name: str) -> None:
+def test_answers_are_those_of_the_sequential_procedure(engine: Engine, name: str) -> None:
     rng = random.Random(name)
     session = Session(engine, SCHEDULES[name], NGrams())
     moved = confirmed = reused = 0
@@ -285,7 +245,7 @@ def test_the_cache_grows_and_keeps_what_it_holds(bundle: Bundle, monkeypatch: py
     assert engine.allocated_slots == SLOTS  # no more than may be wanted
 
 
-def test_what_lies_beyond_the_cache_is_refused(engine: OrtEngine) -> None:
+def test_what_lies_beyond_the_cache_is_refused(engine: Engine) -> None:
     engine.run(Pass([1], [0], 0))
     engine.run(Pass([1, 1], [1, 1], SLOTS - 2))
     with pytest.raises(EngineError, match=f"{SLOTS + 1} slots are needed; the KV cache has {SLOTS}"):
@@ -304,7 +264,7 @@ def test_clear_makes_the_cache_small_and_zero(bundle: Bundle, monkeypatch: pytes
     same(engine.run(work), twin().run(work))
 
 
-def test_an_entry_is_moved_in_both_its_parts(engine: OrtEngine) -> None:
+def test_an_entry_is_moved_in_both_its_parts(engine: Engine) -> None:
     engine.run(Pass([1, 2, 3, 4], [0, 1, 1, 1], 0))
     engine.move(3, 1)
     work = Pass([5], [2], 2, [0])
@@ -313,7 +273,7 @@ def test_an_entry_is_moved_in_both_its_parts(engine: OrtEngine) -> None:
     same(engine.run(work), expected.run(work))
 
 
-def test_passes_of_one_shape_again_and_again(engine: OrtEngine) -> None:
+def test_passes_of_one_shape_again_and_again(engine: Engine) -> None:
     # The binding is kept: an answer must not come from the pass before, nor fill a place of another size.
     expected = twin()
     for e in (engine, expected):
@@ -329,7 +289,7 @@ def test_passes_of_one_shape_again_and_again(engine: OrtEngine) -> None:
 # ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: OrtEngine) -> None:
+def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: Engine) -> None:
     # What `clear` after an error is for, and why a prompt is searched row by row.
     engine.run(Pass([1], [0], 0))
     out = engine.run(Pass([2, INFINITE], [1, 1], 1, [0], [0, 1], [0.0, 0.0]))
@@ -342,7 +302,7 @@ def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: OrtEng
 
 
 @pytest.mark.parametrize("at", [0, 3, 6])
-def test_a_prompt_that_is_not_finite_is_named_and_forgotten(engine: OrtEngine, at: int) -> None:
+def test_a_prompt_that_is_not_finite_is_named_and_forgotten(engine: Engine, at: int) -> None:
     session = Session(engine, Fixed(None))
     prompt = [1, 2, 3, 4, 5, 6, 7]
     options: dict[str, Any] = {"fallback": "first", "eos_token_ids": set(), "limit": 5}

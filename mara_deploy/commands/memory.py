@@ -1,0 +1,158 @@
+"""`mara-inspect --memory`: what a model or a bundle takes, by precision and context, and which Jetson has it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mara_deploy import memory
+from mara_deploy.decoders import DECODERS, Decoder, from_config
+from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, TARGETS, Memory, Setting
+from mara_export.errors import ModelError
+from mara_export.sources import ALIASES, local_path, resolve_file
+from mara_runtime.bundle import Bundle
+from mara_runtime.errors import OptionError
+from mara_runtime.manifest import MANIFEST_FILE
+
+Row = tuple[Setting, Memory]
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the table, or with --json one object."""
+    folder = local_path(args.bundle)
+    if folder is not None and (folder / MANIFEST_FILE).is_file():
+        title, rows = of_bundle(Bundle.open(folder), args)
+    else:
+        title, rows = of_model(args.bundle, args)
+    if args.json:
+        found = [{**asdict(setting), "slots": setting.slots, **sizes.to_json()} for setting, sizes in rows]
+        print(json.dumps({"model": title, "system_bytes": SYSTEM_BYTES, "settings": found}, ensure_ascii=False))
+    else:
+        print("\n".join([title, "", *table(rows), "", *NOTES]))
+
+
+def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
+    """An alias, a Hub id or a folder, in every precision of the target, or in the one asked for."""
+    hub_id, model = find(name)
+    target = args.target or "tensorrt"
+    if target not in TARGETS:
+        raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
+    precisions = (args.precision,) if args.precision else TARGETS[target]
+    rows = [
+        (setting, memory.estimate(model, setting))
+        for precision in precisions
+        for context in args.context or CONTEXTS
+        for setting in [_setting(args, target, precision, context)]
+    ]
+    return f"{hub_id} ({model.parameters / 1e9:.2f} · 10⁹ parameters) on {target}", rows
+
+
+def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]:
+    """A bundle as it is: the sizes of its own files in place of estimates."""
+    manifest = bundle.manifest
+    target, step = args.target or manifest.targets[0], manifest.step
+    for flag, value in (("--precision", args.precision), ("--lowering", args.lowering)):
+        if value:
+            raise OptionError(f"{flag} is {value!r}, but {bundle.folder} is a bundle already: leave it out")
+    if target not in manifest.targets:
+        raise OptionError(f"--target is {target!r}; {bundle.folder} was made for {', '.join(manifest.targets)}")
+    stored = sum(e.size_bytes for name, e in manifest.files.items() if name.startswith(step.file))
+    block = int((step.quantisation or {}).get("block_size", 32))
+
+    def setting(context: int) -> Setting:
+        return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block)
+
+    whole = setting(manifest.max_context)
+    model = _decoder(manifest.model.architecture, asdict(manifest.model.shape), stored, whole)
+    beyond = memory.engine_memory_bytes(model, whole) - memory.weight_bytes(model, whole)
+    built = {e.slots: manifest.files[e.file].size_bytes for e in manifest.engines if e.target == target}
+    contexts = args.context or sorted({*(c for c in CONTEXTS if c < manifest.max_context), manifest.max_context})
+    rows = []
+    for context in contexts:
+        if context > manifest.max_context:
+            raise OptionError(f"--context is {context}; {bundle.folder} was made for {manifest.max_context} tokens")
+        one = setting(context)
+        engine = next((size for slots, size in sorted(built.items()) if slots >= one.slots), stored + beyond)
+        rows.append((one, memory.estimate(model, one, engine)))
+    return f"{bundle.folder}: {manifest.model.source} on {target}", rows
+
+
+def find(name: str) -> tuple[str, Decoder]:
+    """The model of that name, by its configuration alone, and what others call it. Raises ModelError."""
+    folder = local_path(name)
+    if name == "demo":
+        from mara_deploy.demo import MODEL_FOLDER
+
+        folder = Path(MODEL_FOLDER)
+    hub_id = ALIASES.get(name, name)
+    if folder is None and hub_id in DECODERS:
+        return hub_id, DECODERS[hub_id]
+    if folder is None:
+        if hub_id.count("/") != 1:
+            raise ModelError(
+                f"there is no bundle or model {name!r}: give a folder, a Hub id (owner/name), or one of "
+                + ", ".join(ALIASES)
+            )
+        path = resolve_file(hub_id, "config.json")
+    else:
+        path, hub_id = folder / "config.json", folder.resolve().name
+        if not path.is_file():
+            raise ModelError(f"{folder} is neither a bundle nor a Hugging Face model: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a Hugging Face configuration")
+    return hub_id, from_config(config, hub_id)
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    """Lines: megabytes of each part, gigabytes that each Jetson has left."""
+    boards = "".join(f"{f'{gb} GB':>9}" for gb in JETSONS_GB)
+    yield f"{'':24}{'MB':>8}{'left for the system, GB, of':>59}"
+    yield f"{'precision':<10}{'context':>8}{'engine':>9}{'KV':>8}{'workspace':>11}{'host':>7}{'sum':>9}{boards}"
+    for setting, sizes in rows:
+        parts = (sizes.engine_bytes, sizes.kv_bytes, sizes.workspace_bytes, sizes.host_bytes, sizes.total_bytes)
+        engine, kv, workspace, host, total = (f"{part / 1e6:.0f}" for part in parts)
+        left = "".join(f"{f'{sizes.left_bytes(gb) / 1e9:.1f}' if sizes.fits(gb) else 'no':>9}" for gb in JETSONS_GB)
+        yield (f"{setting.precision:<10}{setting.context:>8}{engine:>9}{kv:>8}{workspace:>11}{host:>7}{total:>9}{left}")
+
+
+NOTES = (
+    f"no: less than {SYSTEM_BYTES / 1e9:.1f} GB would be left, which Linux, CUDA and its libraries are taken to need.",
+    "MB and GB are 10⁶ and 10⁹ bytes. What the figures rest on: docs/memory.md.",
+)
+
+
+def _setting(args: argparse.Namespace, target: str, precision: str, context: int) -> Setting:
+    return Setting(target, precision, context, args.max_candidates, args.lowering or "", args.block_size)
+
+
+def _decoder(architecture: str, shape: dict[str, Any], stored: int, setting: Setting) -> Decoder:
+    """A bundle's model. The manifest has all sizes but the MLP's: that one is what the weights' bytes leave for it.
+
+    Where head and table are apart, it comes out a little large; it counts in the workspace alone.
+    """
+
+    def with_mlp(size: int) -> Decoder:
+        config = {
+            "model_type": architecture,
+            "hidden_size": shape["hidden_size"],
+            "intermediate_size": size,
+            "num_hidden_layers": shape["num_layers"],
+            "num_attention_heads": shape["num_heads"],
+            "num_key_value_heads": shape["num_kv_heads"],
+            "head_dim": shape["head_dim"],
+            "vocab_size": shape["vocab_size"],
+            "tie_word_embeddings": True,
+        }
+        return from_config(config, "the bundle's model")
+
+    unit = setting.block_size
+    none, one = (memory.weight_bytes(with_mlp(size), setting) for size in (unit, 2 * unit))
+    return with_mlp(max(unit, unit + round(unit * (stored - none) / (one - none))))

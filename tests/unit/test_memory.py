@@ -1,0 +1,205 @@
+"""The memory model's arithmetic, and `mara-inspect --memory`."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mara_deploy import memory
+from mara_deploy.commands import inspect
+from mara_deploy.decoders import DECODERS, Decoder, from_config
+from mara_deploy.memory import Setting, estimate
+from mara_export.errors import ModelError
+from mara_export.sources import ALIASES
+from mara_runtime.errors import OptionError
+from tests.unit import helpers
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = {
+    "Qwen/Qwen2-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+}
+"""Parameters of the checkpoints, shared ones once, as the Hub and whoever has loaded them report."""
+LLAMA_1B = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+SMALL = Decoder(64, 160, 2, 4, 2, 16, 512, tied=True)
+
+
+def test_every_alias_has_its_sizes_and_their_parameters_are_the_published_ones():
+    assert {hub_id: model.parameters for hub_id, model in DECODERS.items()} == PUBLISHED
+    assert set(ALIASES.values()) == set(DECODERS)
+
+
+def test_sizes_come_from_a_configuration():
+    assert from_config(LLAMA_1B, "x") == DECODERS["meta-llama/Llama-3.2-1B-Instruct"]
+    qwen3 = {**LLAMA_1B, "model_type": "qwen3", "head_dim": 128}
+    assert from_config(qwen3, "x").qk_norm
+    assert from_config(qwen3, "x").head_dim == 128
+    whole = from_config({**LLAMA_1B, "num_key_value_heads": None, "tie_word_embeddings": False}, "x")
+    assert (whole.num_kv_heads, whole.tied) == (32, False)
+    biased = from_config({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
+    assert biased.biases == (32 + 16) * 64 + 2048 + 2 * 8192 + 2048
+    assert from_config({**LLAMA_1B, "model_type": "qwen2"}, "x").biases == (32 + 16) * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "architecture 'gemma'"),
+        ({"hidden_size": None}, "hidden_size = None"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"num_hidden_layers": "16"}, "num_hidden_layers = '16'"),
+    ],
+)
+def test_a_configuration_without_sizes_is_refused(change, message):
+    with pytest.raises(ModelError, match=message):
+        from_config({**LLAMA_1B, **change}, "x")
+
+
+def test_the_cache_holds_keys_and_values_of_every_slot():
+    at_2k = Setting("tensorrt", "fp16", 2048, max_candidates=64)
+    assert at_2k.slots == 2144  # 2048 + 64 + 16 + 1, in sixteens
+    a_slot = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 2
+    assert estimate(SMALL, at_2k).kv_bytes == 2144 * a_slot
+    assert estimate(SMALL, replace(at_2k, lowering="decomposed")).kv_bytes == 2 * 2144 * a_slot
+    on_cpu = Setting("cpu", "fp32", 2048)
+    assert on_cpu.slots == 2129
+    assert estimate(SMALL, on_cpu).kv_bytes == 2129 * 2 * a_slot
+    # the cache of 2048 is held while that of 2129 is filled
+    grown = estimate(SMALL, on_cpu).host_bytes - estimate(SMALL, Setting("cpu", "fp32", 256)).host_bytes
+    assert grown == 2048 * 2 * a_slot
+
+
+def test_weights_by_precision():
+    """By hand: 2 layers of 64·(64+32+32+64) + 3·64·160 numbers, a table of 512·64; the rest is the same in all."""
+    matrices, table = 2 * (64 * 192 + 3 * 64 * 160), 512 * 64
+
+    def stored(target: str, precision: str, model: Decoder = SMALL) -> int:
+        return memory.weight_bytes(model, Setting(target, precision, 2048))
+
+    rest = stored("tensorrt", "fp16") - 2 * (matrices + table)
+    assert stored("tensorrt", "bf16") - rest == 2 * (matrices + table)
+    assert stored("tensorrt", "int4") - rest == (matrices + table) // 2 + (matrices + table) // 32 * 2 + 2 * table
+    assert stored("tensorrt", "int8") - rest == (matrices + table) + (matrices + table) // 32 * 2 + 2 * table
+    assert stored("cuda", "int4") - stored("tensorrt", "int4") < 0  # the lookup reads the head's packed weights
+    untied = replace(SMALL, tied=False)
+    assert stored("tensorrt", "fp16", untied) - stored("tensorrt", "fp16") == 2 * table
+    assert stored("tensorrt", "int4", untied) == stored("tensorrt", "int4")
+    assert stored("cpu", "fp32", untied) - stored("cpu", "fp32") == 4 * table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "tpu"}, "--target is 'tpu'"),
+        ({"target": "cpu", "precision": "bf16"}, "--precision is 'bf16'; --target cpu has"),
+        ({"context": 1}, "--context is 1"),
+        ({"max_candidates": 0}, "--max-candidates is 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Setting(**options)
+
+
+def test_what_a_board_has_left():
+    sizes = memory.Memory(4_000_000_000, 1_000_000_000, 300_000_000, 200_000_000)
+    assert sizes.total_bytes == 5_500_000_000
+    assert sizes.left_bytes(8) == 2_500_000_000
+    assert sizes.fits(8)
+    assert not replace(sizes, host_bytes=200_000_001).fits(8)
+    assert sizes.to_json()["jetson"]["8 GB"] == {"left_bytes": 2_500_000_000, "fits": True}
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = inspect.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_an_alias_in_every_precision(capsys):
+    code, out, _ = run(capsys, "--memory", "llama3.2-3b")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith(("fp", "bf", "int"))]
+    assert [(r[0], r[1]) for r in rows] == [(p, c) for p in memory.TARGETS["tensorrt"] for c in ("2048", "8192")]
+    for row in rows:
+        assert sum(int(part) for part in row[2:6]) == pytest.approx(int(row[6]), abs=2)
+    assert rows[4][7] == "no"  # fp32 on 8 GB
+
+
+def test_json_says_the_same(capsys):
+    code, out, _ = run(capsys, "--memory", "qwen2", "--precision", "int4", "--context", 1024, "--json")
+    (found,) = json.loads(out)["settings"]
+    assert code == 0
+    assert (found["precision"], found["context"], found["slots"]) == ("int4", 1024, 1120)
+    parts = ("engine_bytes", "kv_bytes", "workspace_bytes", "host_bytes")
+    assert found["total_bytes"] == sum(found[part] for part in parts)
+
+
+def test_a_folder_with_a_configuration(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B), encoding="utf-8")
+    _, by_folder, _ = run(capsys, "--memory", tmp_path, "--json")
+    _, by_alias, _ = run(capsys, "--memory", "llama3.2-1b", "--json")
+    assert json.loads(by_folder)["settings"] == json.loads(by_alias)["settings"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "nobody"), "there is no bundle or model 'nobody'"),
+        (("--memory", "qwen2", "--target", "tpu"), "--target is 'tpu'"),
+        (("--memory", "qwen2", "--target", "cuda", "--precision", "fp32"), "--target cuda has fp16, int8, int4"),
+        (("--memory", "qwen2", "--context", "0"), "--context is 0"),
+        (("qwen2", "--target", "cpu"), "acts on --memory only"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_damaged_configurations_are_one_line(capsys, tmp_path):
+    for text, message in (("{", "is not JSON"), ("[]", "is not a Hugging Face configuration")):
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        code, _, err = run(capsys, "--memory", tmp_path)
+        assert code == 2
+        assert message in err
+
+
+def test_a_bundle_is_asked_for_what_it_is(capsys, tmp_path):
+    folder = helpers.make_bundle(tmp_path / "bundle", max_context=32)
+    assert run(capsys, "--memory", folder, "--precision", "int4")[0] == 2
+    assert run(capsys, "--memory", folder, "--target", "cuda")[0] == 2
+    assert "was made for 32 tokens" in run(capsys, "--memory", folder, "--context", 64)[2]
+
+
+def test_the_page_is_current():
+    spec = importlib.util.spec_from_file_location("make_memory", ROOT / "docs" / "make_memory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run `make docs`"
