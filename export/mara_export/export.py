@@ -257,7 +257,7 @@ def _plan(
     if how is not None and how.bits != bits:
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
     if how is not None and lowering != "ort":
-        qdq.check(how, target)
+        qdq.check(how, target, lowering)
     elif how is not None and how.block_size not in BLOCK_SIZES:
         raise OptionError(f"--block-size is {how.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
