@@ -136,7 +136,9 @@ def _quantised(how: dict[str, object] | None) -> str:
     if how is None:
         return ""
     kept = f", kept {how['keep']}" if how.get("keep") else ""
-    return f" ({how.get('quantiser')}, blocks of {how.get('block_size')}{kept})"
+    size = how.get("block_size")
+    shared = "a scale a column" if size == -1 else f"blocks of {size}"
+    return f" ({how.get('quantiser')}, {shared}{kept})"
 
 
 if __name__ == "__main__":
