@@ -98,6 +98,19 @@ def decoder_of(bundle: Bundle) -> Any:
     return find(str(bundle.folder.parent / bundle.manifest.model.source))[1]
 
 
+def test_targets_and_sizes_are_those_of_the_export():
+    from mara_export import build, export
+
+    assert memory.TARGETS == export.PRECISIONS
+    assert memory.LOWERINGS == export.TARGETS
+    assert memory.SLOT_MULTIPLE == build.SLOT_MULTIPLE
+    assert memory.HEAD_ROWS == build.HEAD_ROWS + 1
+    for target, precisions in memory.TARGETS.items():
+        for precision in {"int8", "int4"} & set(precisions):
+            setting = Setting(target, precision)
+            assert setting.block_size == export.block_size(int(precision[3:]), target, setting.lowering)
+
+
 @pytest.mark.parametrize(
     ("shape", "target", "precision", "lowering"),
     [
