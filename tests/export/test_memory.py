@@ -167,7 +167,7 @@ def largest(log: list[str], what: str) -> int:
     ],
 )
 def test_an_engine_takes_what_was_computed(made, log, shape, precision, lowering, context):
-    """Weights and the engine's file to a few hundredths; activations are never more than computed."""
+    """To a few hundredths; activations without fused attention are less than computed."""
     from mara_export.build import build
 
     bundle, setting = made(shape, "tensorrt-rtx", precision, lowering, context)
@@ -179,7 +179,7 @@ def test_an_engine_takes_what_was_computed(made, log, shape, precision, lowering
     size = built.manifest.files[engine.file].size_bytes
     assert memory.engine_memory_bytes(model, setting) == pytest.approx(size, rel=0.05)
     activations = largest(log, "Total Activation Memory")
-    assert 0.98 * activations <= memory.activation_bytes(model, setting) <= 1.5 * activations
+    assert 0.98 * activations <= memory.activation_bytes(model, setting) <= (1.05 if setting.fused else 1.5) * activations
 
     # a bundle that has an engine is asked for its size, and finds out the MLP's
     _, rows = of_bundle(built, Options())
