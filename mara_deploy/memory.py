@@ -21,6 +21,13 @@ TARGETS = {
     "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8", "int4"),
 }
 """Targets of mara-export, and the precisions that each has."""
+LOWERINGS = {
+    "cpu": ("ort", "portable", "decomposed"),
+    "cuda": ("ort",),
+    "tensorrt": ("portable", "decomposed"),
+    "tensorrt-rtx": ("portable", "decomposed"),
+}
+"""Lowerings that each target runs, its own first. (What the export says of the same needs PyTorch to be read.)"""
 CONTEXTS = (2048, 8192)
 JETSONS_GB = (8, 16, 32, 64)
 """Memory that processor and GPU of a Jetson share, in 10⁹ bytes: about what Linux has of a module of so many GiB."""
@@ -68,8 +75,13 @@ class Setting:
             raise OptionError(f"--context is {self.context}; it must be at least 2")
         if self.max_candidates < 1:
             raise OptionError(f"--max-candidates is {self.max_candidates}; it must be at least 1")
+        if self.lowering not in ("", *LOWERINGS[self.target]):
+            takes = " or ".join(LOWERINGS[self.target])
+            raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} takes {takes}")
+        if self.block_size is not None and self.block_size != COLUMN and self.block_size < 1:
+            raise OptionError(f"--block-size is {self.block_size}; it must be at least 1")
         if not self.lowering:
-            object.__setattr__(self, "lowering", "portable" if self.on_tensorrt else "ort")
+            object.__setattr__(self, "lowering", LOWERINGS[self.target][0])
         if self.block_size is None:
             column = self.precision == "int8" and self.on_tensorrt
             object.__setattr__(self, "block_size", COLUMN if column else 64 if self.target == "tensorrt" else 32)

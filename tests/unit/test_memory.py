@@ -116,6 +116,8 @@ def test_weights_by_precision():
         ({"target": "tpu"}, "--target is 'tpu'"),
         ({"target": "cpu", "precision": "bf16"}, "--precision is 'bf16'; --target cpu has"),
         ({"context": 1}, "--context is 1"),
+        ({"lowering": "ort"}, "--lowering is 'ort'; --target tensorrt takes portable or decomposed"),
+        ({"block_size": 0}, "--block-size is 0"),
         ({"max_candidates": 0}, "--max-candidates is 0"),
     ],
 )
