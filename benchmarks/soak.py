@@ -1,0 +1,145 @@
+"""Two thousand steps in one process: does memory grow, and what does a token cost in energy?
+
+    python -m benchmarks.soak BUNDLE [--engine NAME] [--steps 2000]
+
+Plain and aligned decoding on the instrument of mara-bench (half of the positions decisions, 90 % accepted), answer
+after answer. Memory is read once everything has reached its full size, and after the steps: the last line of the
+output is a JSON object, and the exit code is 1 when memory grew. Device memory is what the whole GPU has in use, so
+other programs on it count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from benchmarks.board import Jetson, Meter, NoBoard, find
+from mara_deploy.bench.worker import Subject
+from mara_runtime.errors import MaraError
+
+PROFILE = {"decisions": 0.5, "accept": 0.9}
+WAYS: dict[str, dict[str, Any]] = {"plain": {"align": False, "draft": 0}, "aligned": {"draft": 0}}
+ANSWER = 200
+"""Steps of an answer, at most."""
+GROWTH_BYTES = {"device": 2 << 20, "shared": 32 << 20, "host": 8 << 20}
+"""What may be lost: CUDA gives memory in pieces of 2 MiB; a Jetson shares it with all that runs; Python's own heap."""
+IDLE_S = 3.0
+
+Turn = Callable[[str, int], None]
+"""(way, seed): one answer."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--steps", type=int, default=2000, help="of each way (default 2000)")
+    args = parser.parse_args()
+    try:
+        board = find()
+    except NoBoard as error:
+        board = None
+        print(f"no power is read: {error}", file=sys.stderr)
+    meter = None if board is None else Meter(board)
+    try:
+        subject = Subject(args.bundle, args.engine, args.threads)
+        capacity = subject.capacity
+        tokens = min(ANSWER, capacity // 2)
+        context = min(256, capacity - tokens - 1)
+
+        def turn(way: str, seed: int) -> None:
+            profile = {**PROFILE, "seed": seed}
+            subject.profile(profile, context, tokens, {way: WAYS[way]})
+
+        with meter or nullcontext():
+            idle = _idle(meter)
+            subject.width()
+            found = {way: soak(turn, way, args.steps, tokens, memory, meter) for way in WAYS}
+    except MaraError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 2
+    about = subject.describe()
+    where = "host" if about["name"] == "cpu" else "shared" if isinstance(board, Jetson) else "device"
+    grown = {way: too_much(result["memory"], where) for way, result in found.items()}
+    print(json.dumps({**about, "context": context, "idle": idle, **found, "grown": grown}))
+    for way, lines in grown.items():
+        for line in lines:
+            print(f"soak: {way}: {line}", file=sys.stderr)
+    return int(any(grown.values()))
+
+
+def soak(
+    turn: Turn, way: str, steps: int, tokens: int, memory: Callable[[], dict[str, int | None]], meter: Meter | None
+) -> dict[str, Any]:
+    """Answers of `tokens` steps until there were `steps`; the first two, in which memory is taken, do not count."""
+    for seed in range(2):
+        turn(way, seed)
+    before, started, done = memory(), time.monotonic(), 0
+    while done < steps:
+        turn(way, done)
+        done += tokens
+    ended = time.monotonic()
+    drawn = None if meter is None else meter.between(started, ended)
+    energy = None if drawn is None or drawn["joules"] is None else drawn["joules"] / done
+    return {
+        "steps": done,
+        "seconds": ended - started,
+        "joules_per_token": energy,
+        "power": drawn,
+        "memory": {"before": before, "after": memory()},
+    }
+
+
+def too_much(found: dict[str, dict[str, int | None]], where: str) -> list[str]:
+    """What grew by more than it may, or cannot be told, in words. where: whose memory the engine uses."""
+    limits = {"host_bytes": GROWTH_BYTES["host"]}
+    if where != "host":
+        limits["device_bytes"] = GROWTH_BYTES[where]
+    lines = []
+    for name, limit in limits.items():
+        before, after = found["before"][name], found["after"][name]
+        if before is None or after is None:
+            lines.append(f"{name} cannot be read, so nobody knows whether it grew")
+        elif after - before > limit:
+            lines.append(f"{name} grew from {before} to {after}, by more than {limit}")
+    return lines
+
+
+def memory() -> dict[str, int | None]:
+    """Bytes in use: on the GPU by all programs, in host memory by this one. None: cannot be read."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return {"device_bytes": _device_bytes(), "host_bytes": resident and int(resident[1]) * 1024}
+
+
+def _device_bytes() -> int | None:
+    try:
+        from cuda.bindings import runtime
+
+        status, free, total = runtime.cudaMemGetInfo()
+    except (ImportError, RuntimeError):  # not installed; no driver
+        return None
+    return int(total - free) if int(status) == 0 else None
+
+
+def _idle(meter: Meter | None) -> dict[str, float | None] | None:
+    """What is drawn while nothing runs, with the model in memory."""
+    if meter is None:
+        return None
+    started = time.monotonic()
+    time.sleep(IDLE_S)
+    return meter.between(started, time.monotonic())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers
+    sys.exit(main())
