@@ -21,21 +21,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.board import Jetson, Meter, NoBoard, find
+from benchmarks.board import Board, Jetson, Meter, NoBoard, find
 from mara_deploy.bench.worker import Subject
 from mara_runtime.errors import MaraError
 
 PROFILE = {"decisions": 0.5, "accept": 0.9}
 WAYS: dict[str, dict[str, Any]] = {"plain": {"align": False, "draft": 0}, "aligned": {"draft": 0}}
-ANSWER = 200
-"""Steps of an answer, at most."""
+CONTEXT, ANSWER = 256, 200
+"""Tokens before an answer, and steps of one, at most."""
 GROWTH_BYTES = {"device": 2 << 20, "shared": 32 << 20, "host": 8 << 20}
 """What may be lost: CUDA gives memory in pieces of 2 MiB; a Jetson shares it with all that runs; Python's own heap."""
 IDLE_S = 3.0
 
-Turn = Callable[[str, int], None]
-"""(way, seed): one answer."""
-
+Memory = dict[str, "int | None"]
+"""Bytes by whose they are."""
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,25 +51,17 @@ def main() -> int:
     meter = None if board is None else Meter(board)
     try:
         subject = Subject(args.bundle, args.engine, args.threads)
-        capacity = subject.capacity
-        tokens = min(ANSWER, capacity // 2)
-        context = min(256, capacity - tokens - 1)
-
-        def turn(way: str, seed: int) -> None:
-            profile = {**PROFILE, "seed": seed}
-            subject.profile(profile, context, tokens, {way: WAYS[way]})
-
         with meter or nullcontext():
-            idle = _idle(meter)
+            idle = None if meter is None else _idle(meter)
             subject.width()
-            found = {way: soak(turn, way, args.steps, tokens, memory, meter) for way in WAYS}
+            found = {way: soak(subject, way, args.steps, meter) for way in WAYS}
     except MaraError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 2
     about = subject.describe()
-    where = "host" if about["name"] == "cpu" else "shared" if isinstance(board, Jetson) else "device"
+    where = whose_memory(about["name"], board)
     grown = {way: too_much(result["memory"], where) for way, result in found.items()}
-    print(json.dumps({**about, "context": context, "idle": idle, **found, "grown": grown}))
+    print(json.dumps({**about, "idle": idle, **found, "grown": grown}))
     for way, lines in grown.items():
         for line in lines:
             print(f"soak: {way}: {line}", file=sys.stderr)
@@ -78,19 +69,27 @@ def main() -> int:
 
 
 def soak(
-    turn: Turn, way: str, steps: int, tokens: int, memory: Callable[[], dict[str, int | None]], meter: Meter | None
+    subject: Subject, way: str, steps: int, meter: Meter | None = None, memory: Callable[[], Memory] | None = None
 ) -> dict[str, Any]:
-    """Answers of `tokens` steps until there were `steps`; the first two, in which memory is taken, do not count."""
+    """Answers one after another until there were `steps`. The first two, in which memory is taken, do not count."""
+    memory = memory or memory_in_use
+    tokens = min(ANSWER, subject.capacity // 2)
+    context = min(CONTEXT, subject.capacity - tokens - 1)
+
+    def answer(seed: int) -> None:
+        subject.profile({**PROFILE, "seed": seed}, context, tokens, {way: WAYS[way]})
+
     for seed in range(2):
-        turn(way, seed)
+        answer(seed)
     before, started, done = memory(), time.monotonic(), 0
     while done < steps:
-        turn(way, done)
+        answer(2 + done)
         done += tokens
     ended = time.monotonic()
     drawn = None if meter is None else meter.between(started, ended)
     energy = None if drawn is None or drawn["joules"] is None else drawn["joules"] / done
     return {
+        "context": context,
         "steps": done,
         "seconds": ended - started,
         "joules_per_token": energy,
@@ -99,8 +98,13 @@ def soak(
     }
 
 
-def too_much(found: dict[str, dict[str, int | None]], where: str) -> list[str]:
-    """What grew by more than it may, or cannot be told, in words. where: whose memory the engine uses."""
+def whose_memory(engine: str, board: Board | None) -> str:
+    """One of GROWTH_BYTES: what an engine fills beside the host's memory."""
+    return "host" if engine == "cpu" else "shared" if isinstance(board, Jetson) else "device"
+
+
+def too_much(found: dict[str, Memory], where: str) -> list[str]:
+    """What grew by more than it may, or cannot be told, in words. where: see `whose_memory`."""
     limits = {"host_bytes": GROWTH_BYTES["host"]}
     if where != "host":
         limits["device_bytes"] = GROWTH_BYTES[where]
@@ -114,7 +118,7 @@ def too_much(found: dict[str, dict[str, int | None]], where: str) -> list[str]:
     return lines
 
 
-def memory() -> dict[str, int | None]:
+def memory_in_use() -> Memory:
     """Bytes in use: on the GPU by all programs, in host memory by this one. None: cannot be read."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     resident = re.search(r"VmRSS:\s+(\d+) kB", status)
@@ -131,10 +135,8 @@ def _device_bytes() -> int | None:
     return int(total - free) if int(status) == 0 else None
 
 
-def _idle(meter: Meter | None) -> dict[str, float | None] | None:
+def _idle(meter: Meter) -> dict[str, float | None]:
     """What is drawn while nothing runs, with the model in memory."""
-    if meter is None:
-        return None
     started = time.monotonic()
     time.sleep(IDLE_S)
     return meter.between(started, time.monotonic())
