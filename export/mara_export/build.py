@@ -31,6 +31,8 @@ SLOT_MULTIPLE = 16
 """Slots are rounded up to it, so that the rows of the mask are aligned as fused kernels want them."""
 USUAL_ROWS = 4
 """Of a decoding pass: what the kernels of the first profile are chosen for."""
+TOO_OLD = 35
+"""cudaErrorInsufficientDriver: also where there is no driver at all."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
@@ -177,12 +179,9 @@ def _build_one(
             network.check_in_place(manifest.model.shape.num_layers)
         kinds = network.kinds()
         usual = min(USUAL_ROWS, decode_rows)
-        config = network.config(
-            [
-                ((1, 1, 1), (usual, 1, usual), (decode_rows, HEAD_ROWS, decode_rows)),
-                ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows)),
-            ]
-        )
+        decode = ((1, 1, 1), (usual, 1, usual), (decode_rows, HEAD_ROWS, decode_rows))
+        prefill = ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows))
+        config = network.config([decode, prefill])
         capability = _configure(config, target, options, trt)
         with _timings(config, target, options, trt, capability):
             plan, apart = network.build(config, tell, progress.note)
@@ -221,8 +220,8 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
     if options.optimisation_level is not None:
         config.builder_optimization_level = options.optimisation_level
     if target == "tensorrt-rtx":
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # so that passes can be captured in CUDA graphs
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that passes can be captured in CUDA graphs
         wanted = options.compute_capabilities
         config.num_compute_capabilities = len(wanted)
         for i, number in enumerate(wanted):
@@ -269,7 +268,8 @@ def _device() -> tuple[str, str | None]:
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or count == 0:
         found = cuda.cudaGetErrorString(status)[1].decode()
-        return "", f"there is no NVIDIA GPU ({found}), and TensorRT builds on the one that will run the engine"
+        hint = "; with a driver for CUDA 12: pip install 'cuda-bindings<13'" if int(status) == TOO_OLD else ""
+        return "", f"there is no NVIDIA GPU ({found}), and TensorRT builds on the one that will run the engine{hint}"
     attributes = cuda.cudaDeviceAttr
     major = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0)[1]
     minor = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0)[1]

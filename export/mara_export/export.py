@@ -20,7 +20,7 @@ from mara_export import parity
 from mara_export.architectures import check_supported, model_shape
 from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import whole_or_absent
+from mara_export.folder import file_entries, whole_or_absent, write_manifest
 from mara_export.lower import LOWERINGS, lower
 from mara_export.narrow import narrow
 from mara_export.progress import Progress
@@ -32,12 +32,10 @@ from mara_export.tokenizer import load_tokenizer, write_tokenizer
 from mara_export.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.weights import Weights, load, return_large_blocks, tie_head
 from mara_runtime import tensors
-from mara_runtime.bundle import Bundle, sha256
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import (
-    MANIFEST_FILE,
     AgentFacts,
-    FileEntry,
     GraphFacts,
     Manifest,
     ModelFacts,
@@ -189,8 +187,8 @@ def export(
                     + "); nothing was written"
                 )
             manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise())
-        manifest = replace(manifest, files=_file_entries(folder))
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        manifest = replace(manifest, files=file_entries(folder))
+        write_manifest(folder, manifest)
     return Bundle(out, manifest)
 
 
@@ -261,11 +259,8 @@ def _plan(
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
     if how is not None and lowering != "ort" and how.quantiser != "rtn":
         raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
-    if target == "cpu" or precision == "fp32":
-        cache = "float32"
-    else:
-        cache = "bfloat16" if precision == "bf16" else "float16"
-    plan = _Plan(lowering, precision, how, cache)
+    narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
+    plan = _Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
     if gate and not plan.runs_on_cpu:
         raise OptionError(
             "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
@@ -292,8 +287,3 @@ def _versions() -> dict[str, str]:
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     versions = {name: version(name) for name in packages}
     return {"python": platform.python_version(), **versions, "onnxruntime": onnxruntime.__version__}
-
-
-def _file_entries(folder: Path) -> dict[str, FileEntry]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, sha256(p)) for p in paths}

@@ -100,6 +100,8 @@ def extend(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bund
             for name in names:
                 path = bundle.path(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.parent.resolve().is_relative_to(bundle.folder.resolve()):
+                    raise MaraError(f"{path.parent} is a link out of the bundle: remove it")
                 moved.append(name)
                 (staged / name).replace(path)
             manifest = replace(

@@ -227,5 +227,7 @@ def _scale(node: NodeProto) -> float:
 
 def value_info(tensor: Tensor) -> onnx.ValueInfoProto:
     """A tensor of mara_runtime.tensors as ONNX declares it."""
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)) if tensor.dtype != "bfloat16" else TensorProto.BFLOAT16
+    element = (
+        helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)) if tensor.dtype != "bfloat16" else TensorProto.BFLOAT16
+    )
     return helper.make_tensor_value_info(tensor.name, element, tensor.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
@@ -85,15 +85,23 @@ class Network:
                     f"{name(self.trt)} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
                     f"should have {count}: export the bundle again, with --lowering decomposed if that does not help"
                 )
+        updates = {layer.get_input(0).name: layer.get_output(0).name for layer in self._of_kind("KV_CACHE_UPDATE")}
+        for past, present in tensors.kv_names(num_layers):
+            if updates.get(past) != present:
+                raise EngineError(f"the graph's {present} is not an update of {past} in place: export the bundle again")
+
+    def _of_kind(self, kind: str) -> Iterator[Any]:
+        for i in range(self.network.num_layers):
+            layer = self.network.get_layer(i)
+            if layer.type.name == kind:
+                yield layer
 
     def attentions(self) -> dict[str, Any]:
         """The fused attentions by name."""
         found: dict[str, Any] = {}
-        for i in range(self.network.num_layers):
-            layer = self.network.get_layer(i)
-            if layer.type.name == "ATTENTION_INPUT":
-                layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
-                found[layer.attention.name] = layer.attention
+        for layer in self._of_kind("ATTENTION_INPUT"):
+            layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
+            found[layer.attention.name] = layer.attention
         return found
 
     def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:

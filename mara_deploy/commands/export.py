@@ -80,8 +80,8 @@ def parser() -> Parser:
     options.add_argument(
         "--lowering",
         choices=("ort", "portable", "decomposed"),
-        help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default "
-        "for TensorRT, from 10.15 on); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
+        help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default"
+        " for TensorRT; 10.15 and later); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
     )
     options.add_argument("--no-gate", action="store_true", help="skip the parity gate; the manifest says so")
     options.add_argument("--quiet", action="store_true", help="no progress, no summary")
@@ -138,9 +138,7 @@ def _quantisation(args: argparse.Namespace) -> Quantisation | None:
 
     bits = {"int8": 8, "int4": 4}.get(args.precision)
     if bits is None:
-        raise OptionError(
-            f"--precision is {args.precision}; --block-size, --quantiser and --keep are for int8 and int4"
-        )
+        raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
     return Quantisation(bits, args.block_size or 32, args.quantiser or "rtn", tuple(args.keep))
 
 

@@ -219,7 +219,7 @@ class _Reader:
                 self._get("step.quantisation", dict, type(None)),
                 self._text("step.cache", tuple(CACHE_BYTES)),
             ),
-            engines=tuple(self._engine(f"engines.{i}") for i in range(len(self._get("engines", list)))),
+            engines=self._engines(),
             tokenizer=None
             if tokenizer is None
             else TokenizerFacts(
@@ -240,10 +240,24 @@ class _Reader:
             io=self._get("io", dict),
         )
 
+    def _engines(self) -> tuple[EngineFacts, ...]:
+        engines: dict[tuple[str, int], EngineFacts] = {}
+        for i in range(len(self._get("engines", list))):
+            engine = self._engine(f"engines.{i}")
+            if (engine.target, engine.slots) in engines:
+                raise self._wrong(
+                    f"engines.{i}.slots", f"is {engine.slots}, as that of another engine for {engine.target}"
+                )
+            engines[engine.target, engine.slots] = engine
+        return tuple(engines.values())
+
     def _engine(self, path: str) -> EngineFacts:
+        target, file = self._text(f"{path}.target", ENGINE_TARGETS), self._file(f"{path}.file")
+        if not file.startswith(f"engines/{target}/"):
+            raise self._wrong(f"{path}.file", f"names {_short(file)}, which does not lie in engines/{target}/")
         return EngineFacts(
-            target=self._text(f"{path}.target", ENGINE_TARGETS),
-            file=self._file(f"{path}.file"),
+            target=target,
+            file=file,
             slots=self._count(f"{path}.slots"),
             decode_rows=self._count(f"{path}.decode_rows"),
             prefill_rows=self._count(f"{path}.prefill_rows"),

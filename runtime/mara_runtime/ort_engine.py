@@ -123,7 +123,7 @@ class OrtEngine:
         shape = self._shape
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
         self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
-        for layer, entries in zip(self._slab, held or (), strict=False):
+        for layer, entries in zip(self._slab, () if held is None else held, strict=False):
             layer[:, :, : entries.shape[2]] = entries
         device = {} if self._refeed is None else {"device_type": self._name, "device_id": 0}
         self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]

@@ -273,15 +273,15 @@ def test_a_flipped_byte_and_a_missing_file(command, bundle_copy, prog, name) -> 
     assert f"{name} is missing" in refusal(command(prog, bundle, *options), f"mara-{prog}")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, 2.0, True])
+@pytest.mark.parametrize("version", [0, 1, 2, "3", None, 3.0, True])
 def test_another_schema_version(command, bundle_copy, version) -> None:
     bundle = bundle_copy()
     rewrite(bundle, lambda manifest: manifest.update(schema_version=version))
     message = run_refused(command, bundle)
-    assert f"has schema version {version!r}; this release reads version 2" in message
+    assert f"has schema version {version!r}; this release reads version 3" in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"schema_version": 2}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"schema_version": 3}', "\udcff"])
 def test_a_manifest_that_is_none(command, bundle_copy, text) -> None:
     bundle = bundle_copy()
     (bundle / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -462,7 +462,7 @@ def test_standard_input_that_is_not_utf8(bundle) -> None:
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--sample"], "--sample is for plain decoding: add --no-align"),
-        (["--engine", "abacus"], "unknown engine 'abacus'; known: auto, cuda, cpu"),
+        (["--engine", "abacus"], "unknown engine 'abacus'; known: auto, tensorrt, tensorrt-rtx, cuda, cpu"),
         (["--engine", "cuda"], "cuda: the bundle was not exported for it (targets: cpu)"),
         (["--strategy", "best"], "argument --strategy: invalid choice: 'best'"),
         (["--order", "random"], "argument --order: invalid choice: 'random'"),

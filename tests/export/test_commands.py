@@ -86,7 +86,7 @@ def ids(tokens: list[int]) -> str:
 # --- help, at once ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["export", "run", "inspect"])
+@pytest.mark.parametrize("name", ["export", "build", "run", "inspect"])
 def test_help_is_quick_and_loads_nothing_heavy(name) -> None:
     argv = [sys.executable, "-X", "importtime", "-m", f"mara_deploy.commands.{name}", "--help"]
     seconds = []
@@ -106,7 +106,7 @@ def test_help_is_quick_and_loads_nothing_heavy(name) -> None:
 
 def test_the_commands_are_installed() -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    for name in ("export", "run", "inspect"):
+    for name in ("export", "build", "run", "inspect"):
         assert scripts[f"mara-{name}"] == f"mara_deploy.commands.{name}:main"
 
 
@@ -129,7 +129,8 @@ def test_json_is_one_object_with_the_documented_keys(result, bundle) -> None:
     assert stats["prefill_ms"] > 0
     assert stats["tokens_per_second"] == pytest.approx(stats["tokens"] / stats["decode_ms"] * 1e3, rel=0.01)
     assert stats["engine"]["name"] == "cpu"
-    assert stats["engine"]["declined"] == {"cuda": "the bundle was not exported for it (targets: cpu)"}
+    assert set(stats["engine"]["declined"]) == {"tensorrt", "tensorrt-rtx", "cuda"}
+    assert set(stats["engine"]["declined"].values()) == {"the bundle was not exported for it (targets: cpu)"}
     assert found["finish_reason"] == ("stop" if found["token_ids"][-1] in checkpoints.EOS_IDS else "length")
     side = TextSide(Bundle.open(bundle("qwen2")))
     assert found["text"] == side.decode(found["token_ids"])

@@ -215,7 +215,7 @@ def test_a_dangling_link_is_not_followed_nor_lost(make, tmp_path) -> None:
         ({"max_candidates": 0}, "--max-candidates is 0; it must lie between 1 and 1024"),
         ({"max_candidates": 1025}, "--max-candidates is 1025"),
         ({"lowering": "tensorrt"}, "--lowering is 'tensorrt'; it must be one of ort, portable"),
-        ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, int8, int4"),
+        ({"precision": "fp8"}, "--precision is 'fp8'; it must be one of fp32, fp16, bf16, int8, int4"),
     ],
 )
 def test_options_are_checked_first(make, tmp_path, monkeypatch, options, message) -> None:
@@ -299,7 +299,7 @@ def test_the_returned_bundle_is_the_one_on_disk(make, tmp_path) -> None:
 
 def test_the_manifest_states_the_facts(make, tmp_path, reference) -> None:
     manifest = json.loads((make(tmp_path / "out", "llama").folder / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["schema_version"] == 2
+    assert manifest["schema_version"] == 3
     assert manifest["model"]["source"] == "llama"
     assert manifest["model"]["architecture"] == "llama"
     assert manifest["model"]["eos_token_ids"] == list(checkpoints.EOS_IDS)  # config.json names only the first
@@ -310,7 +310,14 @@ def test_the_manifest_states_the_facts(make, tmp_path, reference) -> None:
     assert (manifest["max_context"], manifest["max_candidates"]) == (64, 64)
     assert manifest["targets"] == ["cpu"]
     assert manifest["made_with"]["torch"] == torch.__version__
-    assert manifest["step"] == {"file": "step.onnx", "lowering": "ort", "precision": "fp32", "quantisation": None}
+    assert manifest["step"] == {
+        "file": "step.onnx",
+        "lowering": "ort",
+        "precision": "fp32",
+        "quantisation": None,
+        "cache": "float32",
+    }
+    assert manifest["engines"] == []
     graph = onnx.load(tmp_path / "out" / "step.onnx", load_external_data=False).graph
     for side, infos in (("inputs", graph.input), ("outputs", graph.output)):
         assert [t["name"] for t in manifest["io"][side]] == [info.name for info in infos]

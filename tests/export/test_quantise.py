@@ -134,8 +134,8 @@ def test_half_precision_is_widened_when_it_is_read(demo) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--precision", "int4", "--lowering", "portable"], "--precision int4 needs ort"),
-        (["--block-size", 64], "--precision is fp32; --block-size, --quantiser and --keep are for int8 and int4"),
+        (["--precision", "int4", "--lowering", "portable", "--quantiser", "hqq"], "--lowering portable has rtn"),
+        (["--block-size", 64], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
         (["--precision", "int8", "--quantiser", "hqq"], "--quantiser hqq is for --precision int4"),
         (["--precision", "int4", "--quantiser", "k-quant", "--block-size", 64], "k-quant has blocks of 32"),
         (["--precision", "int4", "--block-size", 48], "--block-size is 48; it must be one of 16, 32"),

@@ -34,6 +34,15 @@ def test_the_bundle_page_names_every_field():
     from mara_runtime import manifest as m
 
     page = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
-    for kind in (m.Manifest, m.ModelFacts, m.AgentFacts, m.GraphFacts, m.TokenizerFacts, m.FileEntry, m.ModelShape):
+    for kind in (
+        m.Manifest,
+        m.ModelFacts,
+        m.AgentFacts,
+        m.GraphFacts,
+        m.EngineFacts,
+        m.TokenizerFacts,
+        m.FileEntry,
+        m.ModelShape,
+    ):
         for field in fields(kind):
             assert re.search(rf"\b{field.name}\b", page), f"{kind.__name__}.{field.name}"

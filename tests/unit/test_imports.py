@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "runtime" / "mara_runtime"
 EXPORT = ROOT / "export" / "mara_export"
 HEAVY = ("torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "tqdm", "mara_export")
-COMMANDS = ("run", "inspect", "shared")
+COMMANDS = ("run", "inspect", "build", "shared")
 
 BLOCK = f"""
 import importlib.abc, sys

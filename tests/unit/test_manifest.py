@@ -176,7 +176,7 @@ def wrong_values() -> Iterator[tuple[tuple[str, ...], object]]:
         for other in (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []}):
             if other is None and path in NULLABLE:
                 continue
-            if type(other) is type(value) and not isinstance(value, list | int):
+            if type(other) is type(value) and type(value) not in (list, int):
                 continue  # another text, another mapping: the tests below
             if other == [] and isinstance(value, list):
                 continue  # empty lists are allowed
@@ -211,6 +211,7 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
         (("engines", "0", "target"), "cpu"),
         (("engines", "0", "file"), "engines/tensorrt/other.engine"),
         (("engines", "0", "file"), "../../secret"),
+        (("engines", "0", "file"), "step.onnx"),
         (("engines", "0", "file"), "/etc/passwd"),
         (("engines", "0", "slots"), 0),
         (("engines", "0", "decode_rows"), -1),
@@ -227,6 +228,32 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
 def test_a_value_out_of_range_is_named(path: tuple[str, ...], value: object) -> None:
     message = refused(json.dumps(changed(path, value)))
     assert f"field {'.'.join(path)} " in message
+
+
+def test_an_engine_lies_in_the_folder_of_its_target() -> None:
+    # What replaces an engine deletes its file: that must not be another part of the bundle.
+    message = refused(json.dumps(changed(("engines", "0", "target"), "tensorrt-rtx")))
+    assert "field engines.0.file" in message
+    assert "engines/tensorrt-rtx/" in message
+
+
+def test_two_engines_of_one_target_and_size_are_refused() -> None:
+    value = changed(("engines",), [*VALID["engines"], helpers.engine_json(ENGINE, version="10.3.0")])
+    assert "field engines.1.slots is 64, as that of another engine for tensorrt" in refused(json.dumps(value))
+
+
+def test_engines_of_several_sizes_and_targets_are_fine() -> None:
+    value = copy.deepcopy(VALID)
+    for target, slots in (("tensorrt", 128), ("tensorrt-rtx", 64)):
+        name = f"engines/{target}/step-{slots}.engine"
+        value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
+        value["engines"].append(helpers.engine_json(name, target=target, slots=slots))
+    engines = parse(json.dumps(value), "here").engines
+    assert [(engine.target, engine.slots) for engine in engines] == [
+        ("tensorrt", 64),
+        ("tensorrt", 128),
+        ("tensorrt-rtx", 64),
+    ]
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,102 @@
+"""What `mara-export --target` writes for engines other than ONNX Runtime on a CPU, run there all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto
+
+from mara_export.export import export
+from mara_export.sources import resolve_model
+from mara_runtime import AlignedDecoder, DecodeConfig
+from mara_runtime.bundle import Bundle
+from mara_runtime.errors import OptionError
+
+CONTEXT = 128
+
+
+@pytest.fixture
+def make(checkpoint, agent, tmp_path):
+    def made(architecture: str = "qwen2", **options) -> Bundle:
+        source = resolve_model(str(checkpoint(architecture)))
+        options = {"max_context": CONTEXT, "max_candidates": 8, **options}
+        return export(source, agent(architecture), "agent", tmp_path / "out", **options)
+
+    return made
+
+
+def elements(folder: Path, name: str) -> int:
+    graph = onnx.load(folder / "step.onnx", load_external_data=False).graph
+    (found,) = [info for info in (*graph.input, *graph.output) if info.name == name]
+    return found.type.tensor_type.elem_type
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "lowering", "precision"),
+    [
+        ("cuda", {}, "ort", "fp16"),
+        ("cuda", {"architecture": "llama", "precision": "int4"}, "ort", "int4"),
+        ("tensorrt", {}, "portable", "fp16"),
+        ("tensorrt-rtx", {"precision": "int8"}, "portable", "int8"),
+    ],
+)
+def test_a_graph_for_a_gpu_computes_in_float16_and_passes_the_gate_on_a_cpu(
+    make, target, options, lowering, precision
+) -> None:
+    bundle = make(target=target, **options)
+    manifest = bundle.manifest
+    assert manifest.targets == (target, "cpu")
+    assert (manifest.step.lowering, manifest.step.precision, manifest.step.cache) == (lowering, precision, "float16")
+    assert manifest.parity is not None
+    assert manifest.parity["passed"] is True
+    for name in ("past_key_values.0.key", "present.1.value"):
+        assert elements(bundle.folder, name) == TensorProto.FLOAT16
+    for name in ("margins", "logits", "last_hidden_state", "top_logits"):
+        assert elements(bundle.folder, name) == TensorProto.FLOAT
+    decoder = AlignedDecoder(bundle, engine="cpu", threads=1)
+    results = [
+        decoder.generate([5, 6, 7], DecodeConfig(top_k=8, max_new_tokens=24, schedule=schedule)).token_ids
+        for schedule in ("one-by-one", "together", "adaptive")
+    ]
+    assert all(1 <= len(ids) <= 24 for ids in results)
+
+
+def test_float32_for_tensorrt_is_exact_under_every_schedule(make) -> None:
+    bundle = make(target="tensorrt", precision="fp32")
+    assert bundle.manifest.step.cache == "float32"
+    decoder = AlignedDecoder(bundle, engine="cpu", threads=1)
+    answers = {
+        tuple(decoder.generate([5, 6, 7], DecodeConfig(top_k=8, max_new_tokens=48, schedule=schedule)).token_ids)
+        for schedule in ("one-by-one", "together", "adaptive")
+    }
+    assert len(answers) == 1
+
+
+def test_bfloat16_is_not_for_a_cpu(make) -> None:
+    with pytest.raises(OptionError, match=r"ONNX Runtime on a CPU cannot run.*--no-gate"):
+        make(target="tensorrt", precision="bf16")
+    bundle = make(target="tensorrt", precision="bf16", gate=False)
+    assert bundle.manifest.targets == ("tensorrt",)
+    assert bundle.manifest.step.cache == "bfloat16"
+    assert bundle.manifest.parity is None
+    assert elements(bundle.folder, "past_key_values.0.key") == TensorProto.BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": "metal"}, "--target is 'metal'; it must be one of cpu, cuda, tensorrt, tensorrt-rtx"),
+        ({"target": "cuda", "precision": "fp32"}, "--precision is 'fp32'; for --target cuda take fp16, int8, int4"),
+        ({"target": "cuda", "precision": "bf16"}, "--precision is 'bf16'; for --target cuda take fp16, int8, int4"),
+        ({"precision": "bf16"}, "--precision is 'bf16'; for --target cpu take fp32, fp16, int8, int4"),
+        ({"target": "cuda", "lowering": "portable"}, "--lowering is 'portable'; for --target cuda take ort"),
+        ({"target": "tensorrt", "lowering": "ort"}, "--lowering is 'ort'; for --target tensorrt take portable"),
+    ],
+)
+def test_what_a_target_cannot_do_is_said_first(make, tmp_path, options, said) -> None:
+    with pytest.raises(OptionError) as caught:
+        make(**options)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
