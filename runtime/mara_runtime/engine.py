@@ -7,8 +7,9 @@ candidates, strategies or text; rows and slots are explained in `mara_runtime.te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from mara_runtime.config import ENGINES
 from mara_runtime.errors import EngineError, NumericsError
+from mara_runtime.manifest import ENGINE_TARGETS
 
 if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle
@@ -101,6 +103,14 @@ def is_finite(out: Outcome) -> bool:
     return math.isfinite(total)  # a sum of which one is not a number is none, and float32 values cannot overflow it
 
 
+@lru_cache(maxsize=8)
+def float32_below(threshold: float) -> float:
+    """The greatest float32 not above a float64: the same float32 margins exceed the two."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(threshold)
+    return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))
+
+
 def check_row(engine: Engine, token: int, position: int, slot: int, *, margin: bool) -> None:
     """Run one row. Raises NumericsError, naming its position, when it gives something that is not a number.
 
@@ -130,15 +140,25 @@ def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) 
     Returns the engine and, for each engine preferred to it, why that one declined.
     Raises EngineError, with every reason, when none fits.
     """
-    from mara_runtime.ort_engine import OrtEngine, why_not
-
     if name not in ("auto", *ENGINES):
         raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
     declined: dict[str, str] = {}
     for candidate in ENGINES if name == "auto" else (name,):
+        why_not, make = _kind(candidate)
         reason = why_not(bundle, candidate)
         if reason is None:
-            return OrtEngine(bundle, candidate, threads), declined
+            return make(bundle, candidate, threads), declined
         declined[candidate] = reason
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in declined.items())
     raise EngineError(f"no engine can run {bundle.folder} here ({reasons})")
+
+
+def _kind(name: str) -> tuple[Callable[[Bundle, str], str | None], Callable[[Bundle, str, int | None], Engine]]:
+    """Of an engine: why it cannot run a bundle here, and what opens it."""
+    if name in ENGINE_TARGETS:
+        from mara_runtime import trt_engine
+
+        return trt_engine.why_not, lambda bundle, name, threads: trt_engine.TrtEngine(bundle, name)
+    from mara_runtime import ort_engine
+
+    return ort_engine.why_not, ort_engine.OrtEngine

@@ -10,9 +10,8 @@ that moves is computed again, as a row of the next pass (mara_runtime.refeed). T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Everything, Outcome, Pass
+from mara_runtime.engine import Everything, Outcome, Pass, float32_below
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.refeed import Refeed
 
@@ -116,14 +115,14 @@ class OrtEngine:
         """Size of the KV cache now."""
         return int(self._slab.shape[3])
 
-    def _allocate(self, slots: int, held: Sequence[NDArray[Any]] | None = None) -> None:
+    def _allocate(self, slots: int, held: Iterable[NDArray[Any]] = ()) -> None:
         """Make a cache of that size; `held`: the entries that it begins with, by layer and part."""
         import onnxruntime as ort
 
         shape = self._shape
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
         self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
-        for layer, entries in zip(self._slab, () if held is None else held, strict=False):
+        for layer, entries in zip(self._slab, held, strict=False):
             layer[:, :, : entries.shape[2]] = entries
         device = {} if self._refeed is None else {"device_type": self._name, "device_id": 0}
         self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]
@@ -205,7 +204,7 @@ class OrtEngine:
         inputs[tensors.AGENT_ROWS][:] = work.agent_rows
         inputs[tensors.PRIORITIES][:] = work.priorities
         inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
-        inputs[tensors.THRESHOLD][0] = _below(work.threshold)
+        inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
         inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
 
     def _bind(self, key: _Key) -> _Bound:
@@ -253,11 +252,3 @@ class OrtEngine:
             "precision": graph.precision,
             "threads": self._threads,
         }
-
-
-@lru_cache(maxsize=8)
-def _below(threshold: float) -> float:
-    """The greatest float32 not above a float64: the same float32 margins exceed the two."""
-    with np.errstate(over="ignore"):
-        nearest = np.float32(threshold)
-    return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))

@@ -1,12 +1,17 @@
-"""ONNX Runtime against the table: one model, small enough to be written down twice, behind the real step graph.
+"""Every engine against the table: one model, small enough to be written down twice, behind the real step graph.
+
+ONNX Runtime runs itself, TensorRT on a double of it (tests/double).
 
 The hidden state of a row is the sum, over the slots it sees, of its tokens' vectors times a weight of their positions.
 All are whole numbers, so both engines agree to the last bit whatever the width of a pass, and ties abound.
 """
 
+import gc
+import hashlib
 import math
+import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,13 +30,15 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES, DecodeConfig
 from mara_runtime.decode import Session, decode
 from mara_runtime.drafts import NGrams
-from mara_runtime.engine import Outcome, Pass
+from mara_runtime.engine import Engine, Outcome, Pass
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.schedule import Adaptive, Fixed, Schedule
 from mara_runtime.stats import Stats
 from mara_runtime.table_engine import TableEngine
-from mara_runtime.tensors import ModelShape, spare_slots
+from mara_runtime.tensors import DRAFT_ROWS, ModelShape, spare_slots
+from mara_runtime.trt_engine import TrtEngine
+from tests.double.machine import Machine, write_engine
 from tests.unit import helpers
 from tests.unit.sequential import sequential
 
@@ -114,25 +121,91 @@ def traced_agent() -> onnx.ModelProto:
     return add.model(tensors.agent_inputs(SHAPE.hidden_size), tensors.agent_outputs())
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+DECODE_ROWS, HEAD_ROWS = spare_slots(CANDIDATES) + 1, DRAFT_ROWS + 1
+SIZES = (16, 40, SLOTS)
+"""Slots of the engines of a bundle that has several."""
+
+
+def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
+    """A bundle of the model, with a graph whose head runs always or when it is needed."""
     model = traced_llm()
-    step.join(model, traced_agent(), SHAPE, CANDIDATES)
-    folder = helpers.make_bundle(
-        tmp_path_factory.mktemp("bundle"),
-        graph=model.SerializeToString(),
-        vocab_size=SHAPE.vocab_size,
-        hidden_size=SHAPE.hidden_size,
-        max_context=CONTEXT,
-        max_candidates=CANDIDATES,
-    )
+    step.join(model, traced_agent(), SHAPE, CANDIDATES, always_head=always_head)
+    sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size}
+    most = {"max_context": CONTEXT, "max_candidates": CANDIDATES}
+    return helpers.make_bundle(folder, graph=model.SerializeToString(), **sizes, **most, **options)
+
+
+def add_engines(folder: Path, slots: Sequence[int], in_place: bool, **facts: Any) -> Bundle:
+    """Give a bundle engines of the double; facts: those of EngineFacts that differ from what the double is."""
+    manifest = helpers.read_manifest(folder)
+    for size in slots:
+        file = f"engines/tensorrt/step-{size}.engine"
+        rows = {"decode_rows": DECODE_ROWS, "prefill_rows": min(32, size), "head_rows": HEAD_ROWS}
+        known = {"slots": size, **rows, "in_place": in_place}
+        write_engine(folder / file, folder / "step.onnx", **known, **facts.get("options", {}))
+        content = (folder / file).read_bytes()
+        entry = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest["files"][file] = entry
+        here = f"{platform.system()}-{platform.machine()}".lower()
+        built = {"version": "10.16.1.11", "compute_capability": "8.7", "platform": here, "options": {}}
+        manifest["engines"].append({"target": "tensorrt", "file": file, **known, **built, **facts})
+    manifest["targets"] = ["tensorrt"]
+    helpers.write_manifest(folder, manifest)
     return Bundle.open(folder)
 
 
-@pytest.fixture(params=[512, 4], ids=["one size", "growing"])
-def engine(bundle: Bundle, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> OrtEngine:
-    monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
-    return OrtEngine(bundle, threads=1)
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(write_bundle(tmp_path_factory.mktemp("bundle"), always_head=False))
+
+
+@pytest.fixture(scope="module")
+def trt_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Bundle]:
+    """By whether passes write the cache in place."""
+    folders = {in_place: tmp_path_factory.mktemp("bundle") for in_place in (True, False)}
+    return {
+        in_place: add_engines(write_bundle(folder, always_head=True), SIZES, in_place)
+        for in_place, folder in folders.items()
+    }
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """A GPU, from which everything taken is given back at the end."""
+    machine = Machine()
+    machine.install(monkeypatch)
+    yield machine
+    gc.collect()
+    machine.check_given_back()
+
+
+ENGINES = {
+    "ort, one size": 512,
+    "ort, growing": 4,
+    "trt, in place": (True, True),
+    "trt, in place, no graphs": (True, False),
+    "trt, two sides": (False, True),
+    "trt, two sides, no graphs": (False, False),
+}
+
+
+@pytest.fixture(params=ENGINES.values(), ids=ENGINES.keys())
+def engine(
+    bundle: Bundle,
+    trt_bundles: dict[bool, Bundle],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Engine]:
+    if isinstance(request.param, int):
+        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
+        yield OrtEngine(bundle, threads=1)
+        return
+    in_place, graphs = request.param
+    machine: Machine = request.getfixturevalue("machine")
+    engine = TrtEngine(trt_bundles[in_place], "tensorrt", graphs=graphs)
+    yield engine
+    assert (machine.cuda.launched > 0) <= graphs
+    engine.close()
 
 
 def twin() -> TableEngine:
@@ -172,7 +245,7 @@ def some_pass(rng: random.Random, length: int, placed: int) -> Pass:
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_any_pass_gives_what_the_table_gives(engine: OrtEngine, part: int) -> None:
+def test_any_pass_gives_what_the_table_gives(engine: Engine, part: int) -> None:
     rng = random.Random(part)
     for _ in range(4):
         engine.clear()
@@ -200,7 +273,7 @@ def test_any_pass_gives_what_the_table_gives(engine: OrtEngine, part: int) -> No
                 np.testing.assert_array_equal(everything.margins, wanted.margins)
 
 
-def test_a_threshold_is_not_rounded(engine: OrtEngine) -> None:
+def test_a_threshold_is_not_rounded(engine: Engine) -> None:
     # A margin of 0.25 exceeds whatever is below it in float64, though float32 may not tell them apart.
     tokens = range(FINE)
     margins = engine.evaluate(tokens, [0] * FINE, 0).margins.tolist()
@@ -210,7 +283,7 @@ def test_a_threshold_is_not_rounded(engine: OrtEngine) -> None:
         assert engine.run(work).rows.tolist() == elected
 
 
-def test_a_row_sees_the_slots_below_its_position_and_its_own(engine: OrtEngine) -> None:
+def test_a_row_sees_the_slots_below_its_position_and_its_own(engine: Engine) -> None:
     engine.run(Pass([1, 2, 3], [0, 1, 2], 0))
     for position in range(4):
         for slot in range(position, 9):
@@ -233,7 +306,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_answers_are_those_of_the_sequential_procedure(engine: OrtEngine, name: str) -> None:
+def test_answers_are_those_of_the_sequential_procedure(engine: Engine, name: str) -> None:
     rng = random.Random(name)
     session = Session(engine, SCHEDULES[name], NGrams())
     moved = confirmed = reused = 0
@@ -285,7 +358,7 @@ def test_the_cache_grows_and_keeps_what_it_holds(bundle: Bundle, monkeypatch: py
     assert engine.allocated_slots == SLOTS  # no more than may be wanted
 
 
-def test_what_lies_beyond_the_cache_is_refused(engine: OrtEngine) -> None:
+def test_what_lies_beyond_the_cache_is_refused(engine: Engine) -> None:
     engine.run(Pass([1], [0], 0))
     engine.run(Pass([1, 1], [1, 1], SLOTS - 2))
     with pytest.raises(EngineError, match=f"{SLOTS + 1} slots are needed; the KV cache has {SLOTS}"):
@@ -304,7 +377,7 @@ def test_clear_makes_the_cache_small_and_zero(bundle: Bundle, monkeypatch: pytes
     same(engine.run(work), twin().run(work))
 
 
-def test_an_entry_is_moved_in_both_its_parts(engine: OrtEngine) -> None:
+def test_an_entry_is_moved_in_both_its_parts(engine: Engine) -> None:
     engine.run(Pass([1, 2, 3, 4], [0, 1, 1, 1], 0))
     engine.move(3, 1)
     work = Pass([5], [2], 2, [0])
@@ -313,7 +386,7 @@ def test_an_entry_is_moved_in_both_its_parts(engine: OrtEngine) -> None:
     same(engine.run(work), expected.run(work))
 
 
-def test_passes_of_one_shape_again_and_again(engine: OrtEngine) -> None:
+def test_passes_of_one_shape_again_and_again(engine: Engine) -> None:
     # The binding is kept: an answer must not come from the pass before, nor fill a place of another size.
     expected = twin()
     for e in (engine, expected):
@@ -329,7 +402,7 @@ def test_passes_of_one_shape_again_and_again(engine: OrtEngine) -> None:
 # ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: OrtEngine) -> None:
+def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: Engine) -> None:
     # What `clear` after an error is for, and why a prompt is searched row by row.
     engine.run(Pass([1], [0], 0))
     out = engine.run(Pass([2, INFINITE], [1, 1], 1, [0], [0, 1], [0.0, 0.0]))
@@ -342,7 +415,7 @@ def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: OrtEng
 
 
 @pytest.mark.parametrize("at", [0, 3, 6])
-def test_a_prompt_that_is_not_finite_is_named_and_forgotten(engine: OrtEngine, at: int) -> None:
+def test_a_prompt_that_is_not_finite_is_named_and_forgotten(engine: Engine, at: int) -> None:
     session = Session(engine, Fixed(None))
     prompt = [1, 2, 3, 4, 5, 6, 7]
     options: dict[str, Any] = {"fallback": "first", "eos_token_ids": set(), "limit": 5}

@@ -1,0 +1,293 @@
+"""One TensorRT engine, opened: passes of any shape put into the stream, repeated ones as CUDA graphs.
+
+A graph holds everything that a pass does on the device: inputs in, the pass, outputs out. It is bound to one shape, one
+set of addresses and one execution context, as TensorRT wants it (its developer guide: one context a captured graph, the
+contexts sharing their activation memory). So a shape that comes back gets a context of its own, runs in it once, and is
+captured the next time. Everything else runs in one context for each optimisation profile.
+
+API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/ExecutionContext.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mara_runtime import tensors
+from mara_runtime.cuda import Cuda
+from mara_runtime.errors import EngineError
+from mara_runtime.io_block import Block, Sizes
+from mara_runtime.manifest import EngineFacts
+
+KEPT_SHAPES = 32
+"""Shapes of passes that have a context and a graph of their own; the one used longest ago makes room."""
+_SEEN_SHAPES = 4096
+_TYPES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+"""TensorRT's names of types."""
+
+
+def load(target: str) -> Any:
+    """The Python module of a target. Raises ImportError when it, or what it needs, is not installed."""
+    if target == "tensorrt":
+        import tensorrt as trt
+    else:
+        try:
+            import tensorrt_rtx as trt
+        except ImportError:  # NVIDIA's meta package, which has that name, is not needed to run engines
+            import tensorrt_rtx_bindings as trt
+    return trt
+
+
+@dataclass
+class _Kept:
+    """A shape that came back, on one side of the cache."""
+
+    context: Any
+    graph: Any = None
+
+
+class Plan:
+    """An opened engine, its contexts, their activation memory, and its graphs."""
+
+    def __init__(
+        self,
+        trt: Any,
+        cuda: Cuda,
+        path: Path,
+        facts: EngineFacts,
+        io: tuple[Sequence[tensors.Tensor], Sequence[tensors.Tensor]],
+        blocks: tuple[Block, Block],
+        sides: Sequence[Mapping[str, int]],
+        graphs: bool,
+    ) -> None:
+        """io: the graph's inputs and outputs. blocks: what is copied before and after a pass.
+
+        sides: addresses of all tensors by name, for each side of the cache. Raises EngineError.
+        """
+        self._trt, self._cuda, self._path, self._facts = trt, cuda, path, facts
+        self._inputs, self._blocks, self._sides = io[0], blocks, sides
+        self.no_graphs: str | None = None if graphs else "switched off"
+        """Why passes do not run as CUDA graphs; None: they do."""
+        self.streamed_bytes = 0
+        """of weights that stay in host memory"""
+        self.activation_bytes = 0
+        self._kept: OrderedDict[tuple[Sizes, int], _Kept] = OrderedDict()
+        self._seen: set[tuple[Sizes, int]] = set()
+        self._shared: dict[int, tuple[Any, Sizes, int]] = {}  # by profile: a context, and what it is set to
+        self._activations = 0
+        try:
+            self._runtime = trt.Runtime(_logger(trt))
+            if facts.options.get("version_compatible"):
+                self._runtime.engine_host_code_allowed = True  # it brings the runtime of the version that built it
+            self._engine = self._deserialise()
+            self._check_io(*io)
+            self._stream_weights()
+            self.activation_bytes = max(int(self._engine.device_memory_size_v2), 1)
+            self._activations = cuda.allocate(self.activation_bytes, f"the activations of {path.name}")
+        except BaseException:
+            self.close()
+            raise
+
+    # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _deserialise(self) -> Any:
+        size = self._path.stat().st_size
+        # mapped, not read: on a Jetson the copy would take the memory that the engine needs
+        with self._path.open("rb") as file, contextlib.ExitStack() as stack:
+            data: Any = b""
+            if size:
+                data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            free = self._cuda.free_bytes()
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            why = _logger(self._trt).last or "it gives no reason"
+            memory = (
+                f"; it takes about {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free" if size > free else ""
+            )
+            raise EngineError(
+                f"TensorRT {self._trt.__version__} cannot open {self._path} ({why}){memory}: {rebuild(self._path)}"
+            )
+        return engine
+
+    def _check_io(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> None:
+        """Does the engine have the tensors that the manifest's sizes ask for? If not, it would write beyond them."""
+        engine, modes = self._engine, self._trt.TensorIOMode
+        there = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        for tensor, mode in [*((t, modes.INPUT) for t in inputs), *((t, modes.OUTPUT) for t in outputs)]:
+            if tensor.name not in there or engine.get_tensor_mode(tensor.name) != mode:
+                raise self._unfit(f"it has no {mode.name.lower()} {tensor.name}")
+            shape = tuple(engine.get_tensor_shape(tensor.name))
+            wanted = tuple(self._facts.slots if size == "C" else size for size in tensor.shape)
+            dtype = engine.get_tensor_dtype(tensor.name)
+            agree = len(shape) == len(wanted) and all(
+                isinstance(want, str) or size == want for want, size in zip(wanted, shape, strict=True)
+            )
+            if not agree or dtype != getattr(self._trt.DataType, _TYPES[tensor.dtype]):
+                raise self._unfit(
+                    f"{tensor.name} should be {tensor.dtype} {wanted} and is {dtype.name.lower()} {shape}"
+                )
+        if len(there) != len(inputs) + len(outputs):
+            raise self._unfit(f"it has {len(there)} inputs and outputs, not {len(inputs) + len(outputs)}")
+        if hasattr(engine, "get_aliased_input_tensor"):  # TensorRT ≥ 10.15; before, no engine is in place
+            pasts = [t.name for t in inputs if "C" in t.shape]
+            for past, present in zip(pasts, (t.name for t in outputs if "C" in t.shape), strict=True):
+                alias = engine.get_aliased_input_tensor(present) or None
+                if alias != (past if self._facts.in_place else None):
+                    raise self._unfit(f"{present} is written over {alias or 'no input'}")
+
+    def _unfit(self, what: str) -> EngineError:
+        return EngineError(f"{self._path} does not fit its manifest: {what}; {rebuild(self._path)}")
+
+    def _stream_weights(self) -> None:
+        """Leave in host memory what does not fit the device, if the engine was built for that."""
+        engine = self._engine
+        streamable = int(engine.streamable_weights_size)
+        if not streamable:
+            return
+        fits = streamable + int(engine.device_memory_size_v2) < self._cuda.free_bytes()
+        budget = streamable if fits else int(engine.get_weight_streaming_automatic_budget())
+        engine.weight_streaming_budget_v2 = budget
+        self.streamed_bytes = max(streamable - budget, 0)
+        if self.streamed_bytes:
+            self.no_graphs = self.no_graphs or "weights are streamed from host memory, which no graph can do"
+
+    # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, sizes: Sizes, side: int) -> None:
+        """Copy the inputs in, run the pass, copy the outputs out, and wait until that is done."""
+        if sizes.rows > self._facts.decode_rows:
+            self._put(self._context(1, sizes, side))
+        elif self.no_graphs is not None or (sizes, side) not in self._seen:
+            if len(self._seen) >= _SEEN_SHAPES:
+                self._seen.clear()
+            self._seen.add((sizes, side))
+            self._put(self._context(0, sizes, side))
+        else:
+            self._repeat(sizes, side)
+        self._cuda.wait()
+
+    def _repeat(self, sizes: Sizes, side: int) -> None:
+        """Run a shape that came back."""
+        kept = self._kept.get((sizes, side))
+        if kept is None:
+            if len(self._kept) >= KEPT_SHAPES:
+                self._drop(self._kept.popitem(last=False)[1])
+            kept = self._kept[sizes, side] = _Kept(self._new_context(0, sizes, side))
+            self._put(kept.context)  # TensorRT wants one pass before it is captured
+            return
+        self._kept.move_to_end((sizes, side))
+        if kept.graph is None:
+            try:
+                kept.graph = self._capture(kept.context)
+            except EngineError as error:
+                self.no_graphs = str(error)
+                self._drop_all()
+                self._put(self._context(0, sizes, side))
+                return
+        self._cuda.launch(kept.graph)
+
+    def _capture(self, context: Any) -> Any:
+        capturable = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX
+        if capturable is not None and not capturable(self._cuda.stream):
+            raise EngineError("TensorRT says that its work cannot be captured")
+        self._cuda.begin_capture()
+        try:
+            self._put(context)
+            return self._cuda.end_capture()
+        except EngineError:
+            self._cuda.abandon_capture()
+            raise
+
+    def _put(self, context: Any) -> None:
+        before, after = self._blocks
+        self._cuda.upload(before.device, before.host)
+        if not context.execute_async_v3(self._cuda.stream):
+            raise EngineError(f"TensorRT cannot run a pass: {_logger(self._trt).last or 'it gives no reason'}")
+        self._cuda.download(after.host, after.device)
+
+    # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _context(self, profile: int, sizes: Sizes, side: int) -> Any:
+        """The context that a profile's passes share, set to a shape."""
+        if profile not in self._shared:
+            self._shared[profile] = (self._new_context(profile, sizes, side), sizes, side)
+        context, sizes_now, side_now = self._shared[profile]
+        if sizes != sizes_now:
+            self._set_shapes(context, sizes)
+        if side != side_now:
+            self._set_addresses(context, side)
+        self._shared[profile] = (context, sizes, side)
+        return context
+
+    def _new_context(self, profile: int, sizes: Sizes, side: int) -> Any:
+        # Contexts share their activation memory, as one stream never runs two of them at once.
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise EngineError(f"TensorRT makes no execution context: {_logger(self._trt).last or 'it gives no reason'}")
+        context.set_device_memory(self._activations, self.activation_bytes)
+        if not context.set_optimization_profile_async(profile, self._cuda.stream):
+            raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {_logger(self._trt).last}")
+        self._set_shapes(context, sizes)
+        self._set_addresses(context, side)
+        return context
+
+    def _set_shapes(self, context: Any, sizes: Sizes) -> None:
+        for tensor in self._inputs:
+            if "C" not in tensor.shape and not context.set_input_shape(tensor.name, sizes.of(tensor.shape)):
+                raise EngineError(
+                    f"TensorRT refuses the shape {sizes.of(tensor.shape)} of {tensor.name}: {_logger(self._trt).last}"
+                )
+
+    def _set_addresses(self, context: Any, side: int) -> None:
+        for name, address in self._sides[side].items():
+            if not context.set_tensor_address(name, address):
+                raise EngineError(f"TensorRT refuses the address of {name}: {_logger(self._trt).last}")
+
+    # ── closing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _drop(self, kept: _Kept) -> None:
+        if kept.graph is not None:
+            self._cuda.destroy(kept.graph)
+        kept.graph = kept.context = None
+
+    def _drop_all(self) -> None:
+        while self._kept:
+            self._drop(self._kept.popitem()[1])
+
+    def close(self) -> None:
+        """Give everything back, in the order that TensorRT wants: graphs, contexts, engine, runtime."""
+        self._drop_all()
+        self._shared.clear()
+        self._engine = self._runtime = None
+        if self._activations:
+            self._cuda.free(self._activations)
+            self._activations = 0
+
+
+def rebuild(path: Path) -> str:
+    """The command that builds a bundle's engine again; `path` is BUNDLE/engines/TARGET/FILE."""
+    return f"build it again on this machine with mara-build {path.parents[2]} --target {path.parent.name}"
+
+
+@cache
+def _logger(trt: Any) -> Any:
+    """The first logger of a process stays that of all its builders and runtimes, so it must outlive them."""
+
+    class Last(trt.ILogger):  # type: ignore[misc]
+        """Keeps the last error, and prints nothing."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.last = " ".join(message.split())[:300]
+
+    return Last()
