@@ -64,18 +64,24 @@ def _failures(path: Path) -> dict[str, str]:
 
 
 def _tests(path: Path) -> dict[str, Any] | None:
-    """Of a JUnit file: how many passed, what failed, why others were skipped."""
+    """Of a JUnit file of tests/gpu: how many passed by target, what failed, why others were skipped."""
     if not path.exists():
         return None
-    passed, failed, skipped = 0, [], Counter[str]()
+    passed, failed, skipped = Counter[str](), [], Counter[str]()
     for case in ElementTree.parse(path).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(case.get("name"))
         elif (skip := case.find("skipped")) is not None:
             skipped[skip.get("message", "")] += 1
         else:
-            passed += 1
-    return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
+            passed.update(p.get("value", "") for p in case.iter("property") if p.get("name") == "target")
+    return {"passed": dict(passed), "failed": failed, "skipped": dict(skipped)}
+
+
+def untested(found: dict[str, Any]) -> list[str]:
+    """Targets with figures, of which no test has passed."""
+    passed = found["tests"]["passed"] if found["tests"] else {}
+    return [target for target in found["targets"] if target not in passed]
 
 
 def _board() -> dict[str, Any] | None:
@@ -106,12 +112,16 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def main() -> None:
+def main() -> int:
     folder = Path(sys.argv[1])
     path = folder / "results.json"
-    path.write_text(json.dumps(gather(folder), indent=1) + "\n", encoding="utf-8")
+    found = gather(folder)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for target in untested(found):
+        print(f"gather: no test of tests/gpu has passed on {target}", file=sys.stderr)
     print(path)
+    return int(bool(untested(found)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,10 +57,11 @@ if [[ -z ${BOARD:-} ]]; then
         BOARD=$("$python" benchmarks/board.py) || exit
     fi
 fi
-fact() {
-    "$python" -c 'import json, sys; print(json.loads(sys.argv[1]).get(sys.argv[2]) or "")' "$BOARD" "$1"
-}
-kind=$(fact kind) l4t=$(fact l4t) driver_cuda=$(fact driver_cuda)
+mapfile -t facts < <("$python" -c 'import json, sys
+board = json.loads(sys.argv[1])
+for name in "kind", "l4t", "driver_cuda":
+    print(board.get(name) or "")' "$BOARD")
+kind=${facts[0]} l4t=${facts[1]} driver_cuda=${facts[2]}
 
 lowering=portable
 case $kind-$l4t in
@@ -159,9 +160,9 @@ for target in "${ready[@]}"; do
     step "$target-soak" "$python" -m benchmarks.soak "$bundles/$target" --engine "$target" --steps 2000 || true
 done
 
-must gather "$python" -m benchmarks.gather "$out"
-((dry)) || [[ ! -e $out/failed.tsv ]] || {
+step gather "$python" -m benchmarks.gather "$out" || true
+if [[ -e $out/failed.tsv ]] && ((!dry)); then
     echo "gpu.sh: not everything worked:" >&2
     sed 's/\t/: /' "$out/failed.tsv" >&2
     exit 1
-}
+fi

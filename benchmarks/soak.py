@@ -36,13 +36,18 @@ IDLE_S = 3.0
 Memory = dict[str, "int | None"]
 """Bytes by whose they are."""
 
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("bundle")
+    options.add_argument("--engine", default="auto")
+    options.add_argument("--threads", type=int)
+    options.add_argument("--steps", type=int, default=2000, help="of each way (default 2000)")
+    return options
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle")
-    parser.add_argument("--engine", default="auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--steps", type=int, default=2000, help="of each way (default 2000)")
-    args = parser.parse_args()
+    args = parser().parse_args()
     try:
         board = find()
     except NoBoard as error:

@@ -7,7 +7,7 @@ is exported and its engine built, which needs PyTorch.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,13 @@ def target(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(reason)
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _told(request: pytest.FixtureRequest, record_property: Callable[[str, str], None]) -> None:
+    """In --junitxml, which target a test ran on: benchmarks/gather.py counts them."""
+    if "target" in request.fixturenames:
+        record_property("target", request.getfixturevalue("target"))
 
 
 @pytest.fixture(scope="session")
