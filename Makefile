@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: setup demo test test-long check lint docs clean
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready $(VENV)/.names
 
 # torch first and alone: only this step sees PyTorch's CPU index, so that no CUDA packages are installed.
 # --no-deps and one retry keep it short where that index cannot be reached.
@@ -17,7 +17,20 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup
+# NVIDIA's Python packages of the releases that we support, each in a folder of its own and without the libraries that
+# belong to it: tests/tensorrt/test_api_names.py reads their names. There are none for other machines, and of the old ones
+# none for a new Python: those lines may fail.
+$(VENV)/.names: $(VENV)/.ready
+ifeq ($(shell uname -sm),Linux x86_64)
+	-$(PIP) install --no-deps --upgrade --target $(VENV)/tensorrt-10.3 tensorrt-cu12-bindings==10.3.0
+	-$(PIP) install --no-deps --upgrade --target $(VENV)/tensorrt-10.13 tensorrt-cu12-bindings==10.13.3.9
+	-$(PIP) install --no-deps --upgrade --target $(VENV)/tensorrt-10.16 tensorrt-cu13-bindings==10.16.1.11
+	$(PIP) install --no-deps --upgrade --target $(VENV)/tensorrt-11.4 tensorrt-cu13-bindings==11.4.0.106
+	$(PIP) install --no-deps --upgrade --target $(VENV)/cuda-bindings-12.9 cuda-bindings==12.9.10
+endif
+	touch $@
+
+demo: $(VENV)/.ready
 	$(BIN)/python -m mara_deploy.demo
 
 test: setup
@@ -36,6 +49,7 @@ check: lint
 
 docs: setup
 	$(BIN)/python docs/make_commands.py
+	$(BIN)/python docs/make_memory.py
 
 clean:
 	rm -rf $(VENV) bundles demo-lm demo-remade build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

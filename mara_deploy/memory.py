@@ -35,7 +35,6 @@ PLAN_BYTES, PLAN_BYTES_A_LAYER = 4_800_000, 710_000
 """Of a TensorRT engine beside its weights: kernels and names."""
 SCRATCH_BYTES = 8_270_000
 """Of a TensorRT engine whatever its size, for choosing among candidates and finding the best tokens."""
-INT8_SCRATCH_BYTES = 3_200_000
 HOST_BYTES = {"cpu": 60_000_000, "cuda": 60_000_000, "tensorrt": 145_000_000, "tensorrt-rtx": 145_000_000}
 """A process that has imported the runtime, the tokenizer and the engine's Python package, and opened nothing."""
 
@@ -79,6 +78,11 @@ class Setting:
     def number_bytes(self) -> int:
         """Of an activation and of an entry of the KV cache."""
         return 4 if self.target == "cpu" or self.precision == "fp32" else 2
+
+    @property
+    def fused(self) -> bool:
+        """Is the attention one kernel, without its scores in memory? TensorRT has none for float32."""
+        return self.on_tensorrt and self.lowering == "portable" and self.precision != "fp32"
 
     @property
     def slots(self) -> int:
@@ -168,24 +172,21 @@ def kv_bytes(model: Decoder, setting: Setting) -> int:
 
 def workspace_bytes(model: Decoder, setting: Setting) -> int:
     """The most that is alive at a time in the widest pass, inputs and outputs included."""
-    rows, heads, b = PREFILL_ROWS, HEAD_ROWS, setting.number_bytes
-    outputs = 4 * (heads * model.vocab_size + rows * model.hidden_size)
-    if setting.on_tensorrt:
-        extra = INT8_SCRATCH_BYTES if setting.precision == "int8" else 0
-        fused = b == 2 and setting.lowering == "portable"
-        phases = _phases(model, rows, heads, setting.slots, b, fused=fused)
-        return outputs + SCRATCH_BYTES + extra + max(phases)
-    return outputs + max(_phases(model, rows, heads, setting.slots, b, fused=False))
+    outputs = 4 * (HEAD_ROWS * model.vocab_size + PREFILL_ROWS * model.hidden_size)
+    return outputs + activation_bytes(model, setting)
 
 
-def _phases(model: Decoder, rows: int, heads: int, slots: int, b: int, *, fused: bool) -> tuple[int, int, int]:
-    """Bytes alive in the MLP, in the attention, and in the LM head."""
-    d, heads_width = model.hidden_size, model.num_heads * model.head_dim
-    mlp = rows * (3 * model.intermediate_size + 3 * d) * b + rows * slots
-    scores = 0 if fused else 2 * rows * model.num_heads * slots * b
-    attention = rows * slots * 4 + rows * (2 * d + 4 * heads_width) * b + scores
-    head = heads * model.vocab_size * (b + 4) + rows * d * (b + 4)
-    return mlp, attention, head
+def activation_bytes(model: Decoder, setting: Setting) -> int:
+    """The most that is alive at a time within the widest pass: in an MLP, in an attention, or in the LM head."""
+    rows, b, d = PREFILL_ROWS, setting.number_bytes, model.hidden_size
+    width = model.num_heads * model.head_dim
+    mask = rows * setting.slots
+    mlp = rows * (3 * model.intermediate_size + 4 * d) * b + mask
+    attention = rows * (2 * d + 4 * width) * b + 4 * mask
+    if not setting.fused:  # scores and their softmax; keys and values, repeated for every head
+        attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
+    head = HEAD_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
+    return max(mlp, attention, head) + (SCRATCH_BYTES if setting.on_tensorrt else 0)
 
 
 def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from mara_export import parity
+from mara_export import parity, qdq
 from mara_export.architectures import check_supported, model_shape
 from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError, ParityError
@@ -24,8 +24,7 @@ from mara_export.folder import file_entries, whole_or_absent, write_manifest
 from mara_export.lower import LOWERINGS, lower
 from mara_export.narrow import narrow
 from mara_export.progress import Progress
-from mara_export.qdq import quantise_qdq
-from mara_export.quantise import Quantisation, halve, quantise
+from mara_export.quantise import BLOCK_SIZES, Quantisation, halve, quantise
 from mara_export.sources import ModelSource
 from mara_export.step import join
 from mara_export.tokenizer import load_tokenizer, write_tokenizer
@@ -127,7 +126,7 @@ def export(
                 lower(graph, weights, shape, plan.lowering, rotary)
             if plan.quantisation is not None:
                 with progress.stage(f"quantise to {plan.precision}"):
-                    (quantise if plan.lowering == "ort" else quantise_qdq)(
+                    (quantise if plan.lowering == "ort" else qdq.quantise_qdq)(
                         graph, weights, plan.quantisation, progress.parts
                     )
             else:
@@ -254,11 +253,13 @@ def _plan(
     bits = {"int8": 8, "int4": 4}.get(precision)
     if bits is None and quantisation is not None:
         raise OptionError(f"--precision is {precision}; block size and quantiser are for int8 and int4")
-    how = quantisation or (None if bits is None else Quantisation(bits))
+    how = quantisation or (None if bits is None else Quantisation(bits, block_size(bits, target, lowering)))
     if how is not None and how.bits != bits:
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
-    if how is not None and lowering != "ort" and how.quantiser != "rtn":
-        raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
+    if how is not None and lowering != "ort":
+        qdq.check(how, target)
+    elif how is not None and how.block_size not in BLOCK_SIZES:
+        raise OptionError(f"--block-size is {how.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
     plan = _Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
     if gate and not plan.runs_on_cpu:
@@ -267,6 +268,11 @@ def _plan(
             "take fp16, or give --no-gate and compare on the device (benchmarks/gpu.sh)"
         )
     return plan
+
+
+def block_size(bits: int, target: str, lowering: str) -> int:
+    """How many weights share a scale unless the user says it."""
+    return Quantisation(bits).block_size if lowering == "ort" else qdq.BLOCK_SIZES[target][bits][0]
 
 
 def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:

@@ -4,24 +4,26 @@
 |---|---|---|
 | `ort` | com.microsoft GroupQueryAttention, in place on a preallocated cache; see fuse.py | ONNX Runtime |
 | `portable` | standard Attention, TensorScatter, RotaryEmbedding, RMSNormalization | ONNX Runtime, TensorRT ≥ 10.15 |
+| `decomposed` | basic operators, not in place; see decomposed.py | ONNX Runtime, TensorRT ≥ 10.3 |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mara_export import decomposed
 from mara_export.fuse import drop_dead, fuse
 from mara_export.trace import DOMAIN, NODE, NORM, ROTARY
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape, Tensor
 
-LOWERINGS = ("ort", "portable")
+LOWERINGS = ("ort", "portable", "decomposed")
 _MICROSOFT = "com.microsoft"
 _COS, _SIN = "rotary/cos", "rotary/sin"
 _INSIDE = 16
@@ -37,7 +39,7 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
     rotary: cosines and sines (positions, head_dim / 2), for as many positions as a row may have.
     """
     graph = _Graph(model.graph)
-    nodes, opsets = {"ort": _ort, "portable": _portable}[lowering](graph, shape)
+    nodes, constants, opsets = {"ort": _ort, "portable": _portable, "decomposed": _decomposed}[lowering](graph, shape)
     del model.graph.node[:], model.graph.value_info[:], model.graph.input[:], model.graph.output[:]
     del model.opset_import[:]
     model.graph.node.extend(nodes)
@@ -45,6 +47,8 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
     model.graph.output.extend(value_info(t) for t in tensors.llm_outputs(shape))
     for name, table in zip((_COS, _SIN), rotary, strict=True):
         weights.add(numpy_helper.from_array(np.ascontiguousarray(table), name))
+    for tensor in constants:
+        weights.add(tensor)
     model.opset_import.extend(opsets)
     model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
     model.producer_name, model.producer_version, model.doc_string = "mara-export", "", ""
@@ -53,7 +57,7 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
         fuse(model.graph, weights)
 
 
-_Lowered = tuple[list[NodeProto], list[onnx.OperatorSetIdProto]]
+_Lowered = tuple[list[NodeProto], Iterable[TensorProto], list[onnx.OperatorSetIdProto]]
 
 
 class _Graph:
@@ -116,7 +120,14 @@ def _portable(graph: _Graph, shape: ModelShape) -> _Lowered:
     nodes: list[NodeProto] = []
     for node, attends in graph.others():
         nodes += rewrite(node) if attends else _rotations(node) if node.op_type == ROTARY else [_norm(node)]
-    return nodes, [helper.make_opsetid("", 24)]
+    return nodes, (), [helper.make_opsetid("", 24)]
+
+
+def _decomposed(graph: _Graph, shape: ModelShape) -> _Lowered:
+    parts = decomposed.Decomposed(shape, (_COS, _SIN))
+    for node in graph.nodes:
+        parts.rewrite(node)
+    return parts.nodes, parts.constants.values(), [helper.make_opsetid("", decomposed.OPSET)]
 
 
 def _ort(graph: _Graph, shape: ModelShape) -> _Lowered:
@@ -201,7 +212,7 @@ def _ort(graph: _Graph, shape: ModelShape) -> _Lowered:
                 nodes.extend(_rotations(node, _MICROSOFT))
         elif not replaced & set(node.output):
             nodes.append(_norm(node))
-    return nodes, [helper.make_opsetid("", 23), helper.make_opsetid(_MICROSOFT, 1)]
+    return nodes, (), [helper.make_opsetid("", 23), helper.make_opsetid(_MICROSOFT, 1)]
 
 
 def _rotations(node: NodeProto, domain: str = "") -> list[NodeProto]:

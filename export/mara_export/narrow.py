@@ -1,7 +1,8 @@
 """Computing in float16 or bfloat16: every float of a lowered LLM, its KV cache included.
 
-What the step adds stays float32: the agent, its margins, the logits and what is made of them. RMSNormalization computes
-in float32 whatever it reads (`stash_type`), and so does every engine's attention when it sums.
+What the step adds stays float32: the agent, its margins, the logits and what is made of them. So do the *islands* that
+a lowering marks, with a Cast at each border: norms and softmax, where they are made of basic operators. The fused
+operators keep to float32 within: RMSNormalization by its `stash_type`, and every engine's attention when it sums.
 """
 
 from __future__ import annotations
@@ -19,35 +20,65 @@ from mara_runtime import tensors
 
 NARROW = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_MARK = ("mara.compute", "float32")
+_WIDE_INPUTS = (tensors.ATTENTION_MASK,)
+_WIDE_OUTPUTS = (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
+
+
+def island(node: NodeProto) -> None:
+    """Mark a node as one that computes in float32 always. Its inputs are floats, or constants."""
+    node.metadata_props.add(key=_MARK[0], value=_MARK[1])
 
 
 def narrow(graph: onnx.GraphProto, weights: Weights, dtype: str) -> None:
     """Rewrite a lowered LLM in place. dtype: one of NARROW. Its inputs and outputs but the cache stay float32."""
     element = NARROW[dtype]
+    outside = {name for node in graph.node if not _is_island(node) for name in node.input}
     for tensor in list(graph.initializer):
-        if tensor.data_type == TensorProto.FLOAT:
+        if tensor.data_type == TensorProto.FLOAT and tensor.name in outside:
             weights.replace(numpy_helper.from_array(_cast(weights.read(tensor.name), dtype), tensor.name))
-    nodes: list[NodeProto] = [_convert(tensors.ATTENTION_MASK, f"{tensors.ATTENTION_MASK}_narrow", element)]
+    constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    wide = {name for node in graph.node if _is_island(node) for name in node.output}
+    wide |= {*_WIDE_INPUTS, *_WIDE_OUTPUTS, *(name for name, kind in constants.items() if kind == TensorProto.FLOAT)}
+    casts: dict[str, str] = {}
+    nodes: list[NodeProto] = []
+
+    def converted(name: str, to_wide: bool) -> str:
+        if name not in casts:
+            casts[name] = f"{name}_{'wide' if to_wide else 'narrow'}"
+            nodes.append(_convert(name, casts[name], TensorProto.FLOAT if to_wide else element))
+        return casts[name]
+
     for node in graph.node:
+        computes_wide = _is_island(node)
         for i, name in enumerate(node.input):
-            if name == tensors.ATTENTION_MASK:
-                node.input[i] = nodes[0].output[0]
-            elif name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
-                node.input[i] = f"{name}_narrow"
-        for attribute in node.attribute:
-            if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
-                values = numpy_helper.to_array(attribute.t)
-                attribute.t.CopyFrom(numpy_helper.from_array(_cast(values, dtype), attribute.t.name))
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = element
-        wide = [name for name in node.output if name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)]
+            is_float = constants.get(name, element) in (element, TensorProto.FLOAT)
+            if is_float and (name in wide) != computes_wide:
+                node.input[i] = converted(name, computes_wide)
+        if not computes_wide:
+            _narrow_attributes(node, dtype)
+        shown = [name for name in node.output if name in _WIDE_OUTPUTS]
         for i, name in enumerate(node.output):
-            if name in wide:
-                node.output[i] = f"{name}_narrow"
+            if name in shown:
+                node.output[i] = casts[name] = f"{name}_narrow"
         nodes.append(node)
-        nodes += [_convert(f"{name}_narrow", name, TensorProto.FLOAT) for name in wide]
+        nodes += [_convert(casts[name], name, TensorProto.FLOAT) for name in shown]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _is_island(node: NodeProto) -> bool:
+    return _MARK in ((entry.key, entry.value) for entry in node.metadata_props)
+
+
+def _narrow_attributes(node: NodeProto, dtype: str) -> None:
+    """The values of a Constant, and what a Cast makes."""
+    for attribute in node.attribute:
+        if attribute.HasField("t") and attribute.t.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(attribute.t)
+            attribute.t.CopyFrom(numpy_helper.from_array(_cast(values, dtype), attribute.t.name))
+        elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = NARROW[dtype]
 
 
 def _convert(source: str, target: str, element: int) -> NodeProto:

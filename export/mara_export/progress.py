@@ -69,6 +69,8 @@ class Progress:
                     sys.stderr.flush()
 
             yield line
+            if said:
+                sys.stderr.write("\n")
             return
         with tqdm(file=sys.stderr, leave=False, disable=not live, ncols=100, mininterval=REFRESH_S) as bar:
             shown, moved = "", 0.0

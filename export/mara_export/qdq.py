@@ -1,7 +1,8 @@
 """Weight-only int8 and int4 in standard operators, as TensorRT reads them: DequantizeLinear in front of each MatMul.
 
-Symmetric, rounded to nearest; `block_size` weights along the input dimension share a scale. The embedding's table stays
-as it is: an engine would widen all of it to look one row up.
+Symmetric, rounded to nearest. int4 has blocks along the input dimension, of a size that TensorRT's documentation names;
+int8 a scale for each column, as TensorRT 10.3's DequantizeLinear takes no blocks of it (NvInfer.h, IDequantizeLayer).
+The embedding's table stays as it is: an engine would widen all of it to look one row up.
 """
 
 from __future__ import annotations
@@ -15,11 +16,32 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
-from mara_export.quantise import Quantisation
+from mara_export.quantise import COLUMN, Quantisation
 from mara_export.weights import Weights
 from mara_runtime.errors import OptionError
 
+BLOCK_SIZES: dict[str, dict[int, tuple[int, ...]]] = {
+    "cpu": {4: (32, 16, 64, 128, 256), 8: (32, 16, 64, 128, 256)},
+    "tensorrt": {4: (64, 128), 8: (COLUMN,)},
+    "tensorrt-rtx": {4: (32, 64, 128), 8: (COLUMN,)},
+}
+"""By target and bits, the default first. Source for TensorRT: its documentation, "Quantization Schemes"; that for RTX
+builds blocks of 32 was tried with 1.7.1. ONNX Runtime on a CPU makes MatMulNBits of blocks alone."""
 _INTEGERS: dict[int, Any] = {4: ml_dtypes.int4, 8: np.int8}
+_BLOCK_OPSET = 21
+"""Blocks, and numbers of four bits, came with it; TensorRT 10.3 reads them, though it says no more than opset 20."""
+
+
+def check(how: Quantisation, target: str) -> None:
+    """Raises OptionError for what the target does not read."""
+    sizes = BLOCK_SIZES[target][how.bits]
+    if how.quantiser != "rtn":
+        raise OptionError(f"--quantiser is {how.quantiser!r}; for --target {target} take rtn")
+    if how.block_size not in sizes:
+        wanted = (
+            "int8 has a scale a column: leave it out" if sizes == (COLUMN,) else f"take {' or '.join(map(str, sizes))}"
+        )
+        raise OptionError(f"--block-size is {how.block_size}; for --target {target} {wanted}")
 
 
 def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts: Any = iter) -> None:
@@ -34,38 +56,41 @@ def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, pa
         if not any(fnmatchcase(node.name, pattern) for node in matrices):
             raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {matrices[0].name}")
     kept = [node for node in matrices if any(fnmatchcase(node.name, pattern) for pattern in how.keep)]
-    bits, block_size = how.bits, how.block_size
+    column = how.block_size == COLUMN
+    where: dict[str, Any] = {"axis": 1} if column else {"axis": 0, "block_size": how.block_size}
     made: dict[str, list[NodeProto]] = {}
     for node in parts([node for node in matrices if node not in kept]):
         name = node.input[1]
-        values, scales = quantised(weights.read(name), node.name, bits, block_size)
-        integers, scale, wide = f"{name}_int{bits}", f"{name}_scale", f"{name}_wide"
+        values, scales = quantised(weights.read(name), node.name, how)
+        integers, scale, wide = f"{name}_int{how.bits}", f"{name}_scale", f"{name}_wide"
         weights.add(numpy_helper.from_array(values, integers))
         weights.add(numpy_helper.from_array(scales, scale))
         made[node.name] = [
-            helper.make_node(
-                "DequantizeLinear", [integers, scale], [wide], f"{node.name}/widen", axis=0, block_size=block_size
-            )
+            helper.make_node("DequantizeLinear", [integers, scale], [wide], f"{node.name}/widen", **where)
         ]
         node.input[1] = wide
     nodes = [part for node in graph.node for part in (*made.get(node.name, ()), node)]
     del graph.node[:]
     graph.node.extend(nodes)
+    if not column:
+        (standard,) = (opset for opset in model.opset_import if opset.domain == "")
+        standard.version = max(standard.version, _BLOCK_OPSET)
 
 
-def quantised(
-    matrix: NDArray[np.float32], name: str, bits: int, block_size: int
-) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Integers (K, N) and scales (K / block_size, N) of a matrix (K, N)."""
+def quantised(matrix: NDArray[np.float32], name: str, how: Quantisation) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Integers (K, N) of a matrix (K, N), and its scales: (N,), or with blocks (K / block_size, N)."""
     rows, columns = matrix.shape
-    if rows % block_size:
+    size = rows if how.block_size == COLUMN else how.block_size
+    if rows % size:
         raise OptionError(
-            f"--block-size is {block_size}, and {name} has {rows} inputs, which is no multiple of it: take a smaller one, "
-            "or leave the matrix as it is with --keep"
+            f"--block-size is {size}, and {name} has {rows} inputs, which is no multiple of it: take another, or "
+            "leave the matrix as it is with --keep"
         )
-    most = 2 ** (bits - 1) - 1
-    blocks = matrix.reshape(rows // block_size, block_size, columns)
+    most = 2 ** (how.bits - 1) - 1
+    blocks = matrix.reshape(rows // size, size, columns)
     scales = np.abs(blocks).max(axis=1) / np.float32(most)
     scales = np.where(scales > 0, scales, np.float32(1)).astype(np.float32)
-    integers = np.clip(np.rint(blocks / scales[:, None]), -most, most)
-    return integers.reshape(rows, columns).astype(np.int8).astype(_INTEGERS[bits]), scales
+    integers = np.clip(np.rint(blocks / scales[:, None]), -most, most).reshape(rows, columns)
+    if how.block_size == COLUMN:
+        scales = scales[0]
+    return integers.astype(np.int8).astype(_INTEGERS[how.bits]), scales

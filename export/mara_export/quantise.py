@@ -28,6 +28,8 @@ from mara_runtime.errors import OptionError
 QUANTISERS = ("rtn", "hqq", "k-quant")
 """rtn: round to nearest; hqq: half-quadratic, int4 only; k-quant: as llama.cpp chooses scales, blocks of 32 only"""
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+COLUMN = -1
+"""Block size of a scale for each column, as GPTQ writes it; in standard operators only (qdq.py)."""
 SLICE_COLUMNS = 16384
 """Columns of a matrix that are quantised at a time."""
 _MICROSOFT = "com.microsoft"
@@ -45,7 +47,7 @@ class Quantisation:
     """names of nodes, with * for anything, whose weights stay float32, as in */lm_head/*"""
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
+        if self.block_size not in (*BLOCK_SIZES, COLUMN):
             raise OptionError(f"--block-size is {self.block_size}; it must be one of {_listed(BLOCK_SIZES)}")
         if self.quantiser not in QUANTISERS:
             raise OptionError(f"--quantiser is {self.quantiser!r}; it must be one of {_listed(QUANTISERS)}")

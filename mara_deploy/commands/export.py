@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy.commands.shared import Parser, guarded
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.manifest import ENGINE_TARGETS
 
 if TYPE_CHECKING:
     from mara_deploy.agent import Agent
@@ -54,7 +56,11 @@ def parser() -> Parser:
         "elsewhere in float16, with bf16 in bfloat16 (TensorRT only)",
     )
     options.add_argument(
-        "--block-size", type=int, metavar="N", help="int8, int4: weights that share a scale (default 32)"
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="int8, int4: weights that share a scale "
+        "(default 32; tensorrt: int4 64 or 128, int8 a scale for each column)",
     )
     options.add_argument(
         "--quantiser",
@@ -82,6 +88,11 @@ def parser() -> Parser:
         choices=("ort", "portable", "decomposed"),
         help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default"
         " for TensorRT; 10.15 and later); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
+    )
+    options.add_argument(
+        "--no-build",
+        action="store_true",
+        help="TensorRT: build no engine now; mara-build does it on the device that will run it",
     )
     options.add_argument("--no-gate", action="store_true", help="skip the parity gate; the manifest says so")
     options.add_argument("--quiet", action="store_true", help="no progress, no summary")
@@ -121,25 +132,46 @@ def _export(args: argparse.Namespace) -> None:
         gate=not args.no_gate,
         progress=Progress(args.quiet),
     )
+    to_build = _build(bundle, args) if args.target in ENGINE_TARGETS else None
     if args.quiet:
         return
 
     from mara_deploy.commands.inspect import summary
 
-    print("\n".join(summary(bundle)))
+    print("\n".join(summary(Bundle.open(out, verify=False))))
+    if to_build is not None:
+        print(f"no engine {to_build}: on the device that will run it,\nmara-build {out} --target {args.target}")
     prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
     print(f"\nmara-run {out} {prompt}")
+
+
+def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
+    """Build an engine here, if that can be. Returns why it was not built."""
+    from mara_export.build import build, why_cannot_build
+    from mara_export.progress import Progress
+
+    reason = "was asked for (--no-build)" if args.no_build else None
+    if reason is None and (why := why_cannot_build(args.target)) is not None:
+        reason = f"was built: {why}"
+    if reason is None:
+        try:
+            build(bundle, args.target, progress=Progress(args.quiet))
+        except MaraError as error:
+            raise MaraError(f"the bundle {bundle.folder} is written, but without an engine: {error}") from error
+    return reason
 
 
 def _quantisation(args: argparse.Namespace) -> Quantisation | None:
     if args.block_size is None and args.quantiser is None and not args.keep:
         return None
+    from mara_export.export import TARGETS, block_size
     from mara_export.quantise import Quantisation
 
     bits = {"int8": 8, "int4": 4}.get(args.precision)
     if bits is None:
         raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-    return Quantisation(bits, args.block_size or 32, args.quantiser or "rtn", tuple(args.keep))
+    size = args.block_size or block_size(bits, args.target, args.lowering or TARGETS[args.target][0])
+    return Quantisation(bits, size, args.quantiser or "rtn", tuple(args.keep))
 
 
 def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:

@@ -90,6 +90,11 @@ def summary(bundle: Bundle) -> list[str]:
         f"falls back to the {m.agent.fallback} candidate",
         f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
         f"for {', '.join(m.targets)}",
+        *(
+            f"engine    {e.target} {e.version} for compute capability {e.compute_capability} on {e.platform}: "
+            f"{e.slots} KV slots, {m.files[e.file].size_bytes / 1e6:.1f} MB"
+            for e in m.engines
+        ),
         f"capacity  {m.max_context} tokens of prompt and answer, {m.max_candidates} candidates",
         f"tokenizer {text}",
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),

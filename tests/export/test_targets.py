@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
 from mara_export.sources import resolve_model
 from mara_runtime import AlignedDecoder, DecodeConfig
@@ -20,8 +21,11 @@ CONTEXT = 128
 @pytest.fixture
 def make(checkpoint, agent, tmp_path):
     def made(architecture: str = "qwen2", **options) -> Bundle:
-        source = resolve_model(str(checkpoint(architecture)))
         options = {"max_context": CONTEXT, "max_candidates": 8, **options}
+        if architecture == "demo":
+            export_demo(tmp_path / "out", quiet=True, **options)
+            return Bundle.open(tmp_path / "out")
+        source = resolve_model(str(checkpoint(architecture)))
         return export(source, agent(architecture), "agent", tmp_path / "out", **options)
 
     return made
@@ -37,7 +41,7 @@ def elements(folder: Path, name: str) -> int:
     ("target", "options", "lowering", "precision"),
     [
         ("cuda", {}, "ort", "fp16"),
-        ("cuda", {"architecture": "llama", "precision": "int4"}, "ort", "int4"),
+        ("cuda", {"architecture": "demo", "precision": "int4"}, "ort", "int4"),
         ("tensorrt", {}, "portable", "fp16"),
         ("tensorrt-rtx", {"precision": "int8"}, "portable", "int8"),
     ],
@@ -100,3 +104,33 @@ def test_what_a_target_cannot_do_is_said_first(make, tmp_path, options, said) ->
         make(**options)
     assert said in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_mara_export_builds_the_engine_where_it_can(command, checkpoint, agent_file, tmp_path) -> None:
+    out = tmp_path / "rtx"
+    model = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 128]
+    done = command("export", *model, "--target", "tensorrt-rtx", "--out", out)
+    assert done.code == 0, done.err
+    (engine,) = Bundle.open(out).manifest.engines
+    assert (engine.target, engine.in_place) == ("tensorrt-rtx", True)
+    assert f"engine    tensorrt-rtx {engine.version} for compute capability 8.0+" in done.out
+    assert "mara-build" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target", "tensorrt"], "no engine was built: "),
+        (["--target", "tensorrt-rtx", "--no-build"], "no engine was asked for (--no-build)"),
+    ],
+)
+def test_mara_export_says_what_builds_the_engine_where_it_cannot(
+    command, checkpoint, agent_file, tmp_path, options, said
+) -> None:
+    out = tmp_path / "later"
+    model = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 128]
+    done = command("export", *model, *options, "--out", out)
+    assert done.code == 0, done.err
+    assert Bundle.open(out).manifest.engines == ()
+    assert said in done.out
+    assert f"mara-build {out} --target {options[1]}" in done.out

@@ -24,7 +24,7 @@ MAX_CONTEXT, MAX_CANDIDATES = 128, 16
 def bundle(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path], agent: Callable[[str], Agent]
 ) -> Callable[..., Path]:
-    """(architecture, precision="fp16", lowering="portable") → folder of a bundle for TensorRT, without engines."""
+    """(architecture, precision="fp16", lowering="portable") → folder of a bundle without engines."""
     root = tmp_path_factory.mktemp("bundles")
 
     @cache
@@ -41,7 +41,7 @@ def bundle(
                 agent(architecture),
                 "an-agent",
                 out,
-                target="tensorrt",
+                target="tensorrt-rtx",
                 lowering=lowering,
                 precision=precision,
                 max_context=MAX_CONTEXT,

@@ -24,6 +24,7 @@ from onnx import numpy_helper
 
 from mara_export import trt as parts
 from mara_export.build import BuildOptions, build, why_cannot_build
+from mara_export.lower import LOWERINGS
 from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
@@ -37,7 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RTX = "tensorrt-rtx"
 SLOTS = 176  # MAX_CONTEXT + MAX_CANDIDATES + 17, and up to a multiple of 16
 CACHE = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "HALF", "int4": "HALF"}
-LOWERINGS = ("portable",)
+CASES = [
+    *((architecture, precision, "portable") for architecture in checkpoints.ARCHITECTURES for precision in CACHE),
+    *((architecture, "fp16", "decomposed") for architecture in checkpoints.ARCHITECTURES),
+    *(("qwen2", precision, "decomposed") for precision in CACHE if precision != "fp16"),
+]
+CASES = [case for case in CASES if case[2] in LOWERINGS]
 
 
 @pytest.fixture
@@ -102,9 +108,7 @@ class Noted(Progress):
 # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("precision", list(CACHE))
-@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "precision", "lowering"), CASES)
 def test_an_engine_of_every_architecture_and_precision(
     copied: Callable[..., Bundle], architecture: str, precision: str, lowering: str
 ) -> None:
@@ -128,6 +132,8 @@ def test_an_engine_of_every_architecture_and_precision(
     if lowering == "portable":
         assert layers["ATTENTION_INPUT"] == layers["ATTENTION_OUTPUT"] == depth
         assert layers["KV_CACHE_UPDATE"] == layers["ROTARY_EMBEDDING"] == 2 * depth
+    else:
+        assert not {"ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING"} & set(layers)
     assert layers["MATRIX_MULTIPLY"] == counts["MatMul"] + counts["Gemm"]
     assert layers.get("DEQUANTIZE", 0) == counts["DequantizeLinear"]
     assert (counts["DequantizeLinear"] > 0) == (precision in ("int8", "int4"))

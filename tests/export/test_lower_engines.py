@@ -1,0 +1,359 @@
+"""The graphs for TensorRT: operators that its parser knows, types, and numbers against Hugging Face eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+from mara_deploy.demo.__main__ import export_demo
+from mara_export.architectures import model_shape
+from mara_export.export import export
+from mara_export.narrow import island, narrow
+from mara_export.qdq import quantised
+from mara_export.quantise import COLUMN, Quantisation
+from mara_export.sources import resolve_model
+from mara_export.weights import Weights
+from mara_runtime import tensors
+from mara_runtime.bundle import Bundle
+from mara_runtime.errors import OptionError
+from tests import checkpoints
+
+# github.com/onnx/onnx-tensorrt, docs/operators.md of its branch 10.1-GA: the rows marked Y that an exported LLM could
+# have. TensorRT 10.2 and 10.3 add none (docs/Changelog.md); it says it reads opsets 9 to 20.
+TENSORRT_10_3 = frozenset(
+    """
+    Abs Add And ArgMax ArgMin Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear
+    Div Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual
+    Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax MatMul Max Mean Min Mod Mul Neg Not Or Pad
+    Pow QuantizeLinear Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin
+    ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round ScatterElements ScatterND Shape Sigmoid Sign Sin Size Slice
+    Softmax Softplus Split Sqrt Squeeze Sub Sum Tan Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
+    """.split()  # noqa: SIM905
+)
+OPSETS = range(9, 21)
+BLOCK_OPSET = 21  # of int4; the importer of 10.1 takes the blocks from the shapes, and refuses no opset for being new
+CONSTANT_AXES = ("ReduceMean", "ReduceSum", "ReduceMax", "Squeeze", "Unsqueeze")  # by their second input
+MOST_TOP = 3840
+NO_BLOCKS_OF_64 = ("*/down_proj/*", "*/o_proj/*")  # 96 inputs, in the tiny checkpoints
+GRAPHS = [*((a, "fp16") for a in checkpoints.ARCHITECTURES), *(("qwen3", p) for p in ("fp32", "bf16", "int8", "int4"))]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory, checkpoint, agent) -> Callable[..., Bundle]:
+    """(architecture, precision, lowering="decomposed") → a bundle for target tensorrt, without the gate."""
+    root = tmp_path_factory.mktemp("engines")
+
+    @cache
+    def make(architecture: str, precision: str, lowering: str) -> Bundle:
+        return export(
+            resolve_model(str(checkpoint(architecture))),
+            agent(architecture),
+            "agent",
+            root / f"{architecture}-{precision}-{lowering}",
+            target="tensorrt",
+            lowering=lowering,
+            precision=precision,
+            quantisation=Quantisation(4, 64, keep=NO_BLOCKS_OF_64) if precision == "int4" else None,
+            max_context=64,
+            max_candidates=8,
+            gate=False,
+        )
+
+    return lambda architecture, precision, lowering="decomposed": make(architecture, precision, lowering)
+
+
+@pytest.fixture(scope="module")
+def graphs(bundles) -> Callable[..., onnx.ModelProto]:
+    """The same → its step graph, weights within it."""
+    read = cache(lambda *which: onnx.load(bundles(*which).path("step.onnx")))
+    return lambda architecture, precision, lowering="decomposed": read(architecture, precision, lowering)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every value; the checker of ONNX refuses operators that do not take them."""
+    graph = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
+    values = [*graph.value_info, *graph.input, *graph.output]
+    return {
+        **{v.name: v.type.tensor_type.elem_type for v in values},
+        **{t.name: t.data_type for t in graph.initializer},
+    }
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+# --- what the parser of TensorRT 10.3 reads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "precision"), GRAPHS)
+def test_every_node_is_one_that_tensorrt_10_3_reads(graphs, architecture, precision) -> None:
+    model = graphs(architecture, precision)
+    assert {(node.domain, node.op_type) for node in model.graph.node} <= {("", op) for op in TENSORRT_10_3}
+    assert not model.functions
+    (opset,) = model.opset_import
+    assert opset.version in OPSETS or (precision == "int4" and opset.version == BLOCK_OPSET)
+
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = attributes(node)["value"]
+    kinds = types(model)
+    for node in model.graph.node:
+        kind, given = node.op_type, attributes(node)
+        if kind in CONSTANT_AXES:
+            assert node.input[1] in constants, node
+        elif kind == "Slice":
+            assert len(node.input) < 4 or node.input[3] in constants, node
+        elif kind == "TopK":
+            assert given["sorted"] == 1
+            assert constants[node.input[1]] < MOST_TOP
+        elif kind == "ScatterND":
+            assert not given  # a `reduction`, even of none, is refused
+        elif kind == "LayerNormalization":
+            assert len(node.output) == 1
+        elif kind == "Range":
+            assert {kinds[name] for name in node.input} == {TensorProto.INT64}
+        elif kind in ("Less", "Equal", "Greater"):
+            assert kinds[node.input[0]] in (TensorProto.INT64, TensorProto.FLOAT)
+        elif kind in ("Gather", "Where"):
+            floats = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+            assert kinds[node.output[0]] in (TensorProto.INT64, *floats)
+        elif kind == "DequantizeLinear":
+            integers, scales = (constants[name] for name in node.input)  # symmetric: no zero point
+            assert integers.ndim == 2
+            assert (scales > 0).all()
+            if precision == "int8":  # IDequantizeLayer (NvInfer.h, 10.3): blocks are for int4 only
+                assert given == {"axis": 1}
+                assert scales.shape == integers.shape[1:]
+            else:
+                assert given == {"axis": 0, "block_size": 64}
+                assert scales.shape == (integers.shape[0] // 64, integers.shape[1])
+
+
+@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
+def test_no_key_is_repeated(graphs, reference, architecture) -> None:
+    """The queries of a group are rows of one product with the keys that they share."""
+    shape = model_shape(reference(architecture).config)
+    assert shape.num_heads > shape.num_kv_heads
+    graph = shape_inference.infer_shapes(graphs(architecture, "fp16"), strict_mode=True, data_prop=True).graph
+    sizes = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    columns = {n.output[0] for n in graph.node if n.op_type == "Transpose" and n.input[0].startswith("present")}
+    products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in columns]
+    assert len(products) == shape.num_layers
+    for node in products:
+        assert sizes[node.input[0]][:2] == [1, shape.num_kv_heads]
+        assert sizes[node.input[1]] == [1, shape.num_kv_heads, shape.head_dim, "C"]
+
+
+def test_the_cache_that_is_given_stays_as_it_is(graphs, reference) -> None:
+    """Two buffers may change places: what is new stands in present, and nothing was written to past."""
+    model = graphs("qwen3", "fp32")
+    shape = model_shape(reference("qwen3").config)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    slots, slot, rows = 12, 5, 3
+    rng = np.random.default_rng(0)
+    names = tensors.kv_names(shape.num_layers)
+    size = (1, shape.num_kv_heads, slots, shape.head_dim)
+    past = {name: rng.normal(size=size).astype(np.float32) for name, _ in names}
+    before = {name: array.copy() for name, array in past.items()}
+    found = session.run(
+        [present for _, present in names],
+        {
+            "input_ids": np.array([[1, 2, 3]]),
+            "position_ids": np.array([[5, 5, 6]]),
+            "write_indices": np.array([slot]),
+            "head_rows": np.array([0]),
+            "agent_rows": np.array([0]),
+            "priorities": np.zeros(1, np.float32),
+            "margin_weight": np.zeros(1, np.float32),
+            "threshold": np.zeros(1, np.float32),
+            "fallback_row": np.array([-1]),
+            **past,
+        },
+    )
+    written = slice(slot, slot + rows)
+    for (name, _), present in zip(names, found, strict=True):
+        assert np.array_equal(past[name], before[name])
+        assert np.array_equal(np.delete(present, written, 2), np.delete(past[name], written, 2))
+        assert (present[:, :, written] != past[name][:, :, written]).all()
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lowering", ["portable", "decomposed"])
+def test_the_llm_computes_in_float16_and_the_step_in_float32(graphs, lowering) -> None:
+    model = graphs("qwen3", "fp16", lowering)
+    kinds = types(model)
+    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
+    for node in model.graph.node:
+        if node.op_type == "Gemm":
+            assert kinds[node.output[0]] == (single if node.name.startswith("agent/") else half)  # or a tied head
+        elif node.op_type in ("MatMul", "Attention", "RMSNormalization", "TensorScatter", "ScatterND", "Sigmoid"):
+            assert kinds[node.output[0]] == half, node.name
+        elif node.op_type in ("Softmax", "ReduceMean", "Sqrt", "LayerNormalization", "Exp", "TopK"):
+            assert kinds[node.output[0]] == single, node.name
+    shown = {t.name: kinds[t.name] for t in model.graph.output}
+    cache_ = {present for _, present in tensors.kv_names(10)} & set(shown)
+    assert {shown.pop(name) for name in cache_} == {half}
+    assert set(shown.values()) == {single, TensorProto.INT64}
+
+
+@pytest.mark.parametrize("lowering", ["portable", "decomposed"])
+def test_bfloat16_differs_from_float16_in_types_alone(bundles, graphs, lowering) -> None:
+    """ONNX Runtime has no bfloat16 on a CPU: that the float16 graph is right has to do for both."""
+    short, brain = graphs("qwen3", "fp16", lowering), graphs("qwen3", "bf16", lowering)
+
+    def as_float16(element: int) -> int:
+        return TensorProto.FLOAT16 if element == TensorProto.BFLOAT16 else element
+
+    changed = 0
+    for a, b in zip(short.graph.initializer, brain.graph.initializer, strict=True):
+        assert (a.name, a.data_type) == (b.name, as_float16(b.data_type))
+        x, y = (numpy_helper.to_array(t).astype(np.float64) for t in (a, b))
+        np.testing.assert_allclose(x, y, rtol=2**-8, atol=2**-14)  # the same number, rounded to either
+        changed += a.data_type != b.data_type
+    assert changed > 10
+    for a, b in zip(short.graph.node, brain.graph.node, strict=True):
+        if b.op_type == "Cast":
+            b.attribute[0].i = as_float16(b.attribute[0].i)
+        elif b.op_type == "Constant":
+            b.attribute[0].t.data_type = as_float16(b.attribute[0].t.data_type)
+        assert a == b
+    for a, b in zip([*short.graph.input, *short.graph.output], [*brain.graph.input, *brain.graph.output], strict=True):
+        b.type.tensor_type.elem_type = as_float16(b.type.tensor_type.elem_type)
+        assert a == b
+    bundle = bundles("qwen3", "bf16", lowering)
+    assert bundle.manifest.targets == ("tensorrt",)
+    with pytest.raises(Exception, match=r"NOT_IMPLEMENTED|not a registered|bfloat16"):
+        onnxruntime.InferenceSession(str(bundle.path("step.onnx")), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_island_computes_in_float32(tmp_path: Path, marked: bool) -> None:
+    """300² is more than float16 holds. (ONNX's own evaluator rounds every result; ONNX Runtime on a CPU does not.)"""
+    nodes = [
+        helper.make_node("Mul", ["hidden", "factor"], ["x"], "before"),
+        helper.make_node("Mul", ["x", "x"], ["squares"], "squares"),
+        helper.make_node("ReduceMean", ["squares", "axes"], ["mean"], "mean"),
+        helper.make_node("Sqrt", ["mean"], ["root"], "root"),
+        helper.make_node("Div", ["x", "root"], ["unit"], "unit"),
+        helper.make_node("Mul", ["unit", "factor"], [tensors.LAST_HIDDEN_STATE], "after"),
+    ]
+    if marked:
+        for node in nodes[1:5]:
+            island(node)
+    graph = helper.make_graph(
+        nodes,
+        "norm",
+        [helper.make_tensor_value_info("hidden", TensorProto.FLOAT16, [1, 4])],
+        [helper.make_tensor_value_info(tensors.LAST_HIDDEN_STATE, TensorProto.FLOAT, [1, 4])],
+        [
+            numpy_helper.from_array(np.array([2.0], np.float32), "factor"),
+            numpy_helper.from_array(np.array([-1]), "axes"),
+        ],
+    )
+    narrow(graph, Weights(graph, tmp_path), "float16")
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    with np.errstate(over="ignore"):
+        (found,) = ReferenceEvaluator(model).run(None, {"hidden": np.array([[150, 150, -150, 150]], np.float16)})
+    assert found.tolist() == [[2.0, 2.0, -2.0, 2.0] if marked else [0.0, 0.0, 0.0, 0.0]]
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lowering", "precision"),
+    [
+        ("qwen2", "decomposed", "fp16"),
+        ("llama", "decomposed", "int8"),
+        ("qwen3", "portable", "fp16"),
+        ("mistral", "portable", "int8"),
+    ],
+)
+def test_the_graph_for_tensorrt_passes_the_gate_on_the_cpu(
+    checkpoint, agent, tmp_path, architecture, lowering, precision
+) -> None:
+    made = export(
+        resolve_model(str(checkpoint(architecture))),
+        agent(architecture),
+        "agent",
+        tmp_path,
+        target="tensorrt",
+        lowering=lowering,
+        precision=precision,
+        max_context=64,
+        max_candidates=8,
+    )
+    assert made.manifest.targets == ("tensorrt", "cpu")  # ONNX Runtime ran the same graph, which chooses always
+    assert made.manifest.step.cache == "float16"
+    assert made.manifest.parity is not None
+
+
+@pytest.mark.parametrize("lowering", ["portable", "decomposed"])
+def test_int4_of_a_trained_model_passes_the_gate_on_the_cpu(tmp_path, lowering) -> None:
+    """Random matrices, as the tiny checkpoints have them, lose too much to four bits in any lowering."""
+    options = {"target": "tensorrt", "lowering": lowering, "precision": "int4", "max_context": 64, "max_candidates": 8}
+    export_demo(tmp_path / "demo", quiet=True, **options)
+    step = Bundle.open(tmp_path / "demo").manifest.step
+    assert step.quantisation == {"bits": 4, "block_size": 64, "quantiser": "rtn", "keep": []}
+
+
+@pytest.mark.parametrize(
+    "how", [Quantisation(8, COLUMN), Quantisation(8, 32), Quantisation(4, 64), Quantisation(4, 16)]
+)
+def test_rounding_loses_half_a_step_at_most(how: Quantisation) -> None:
+    matrix = np.random.default_rng(0).normal(size=(128, 24)).astype(np.float32)
+    matrix[:, 3] = 0.0
+    integers, scales = quantised(matrix, "name", how)
+    most = 2 ** (how.bits - 1) - 1
+    assert int(np.abs(integers.astype(np.int8)).max()) == most
+    size = 128 if how.block_size == COLUMN else how.block_size
+    assert scales.shape == ((24,) if how.block_size == COLUMN else (128 // size, 24))
+    steps = np.repeat(scales.reshape(-1, 24), size, axis=0)
+    error = np.abs(integers.astype(np.float32) * steps - matrix)
+    assert (error <= steps * 0.5001).all()
+    assert not error[:, 3].any()
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "how", "message"),
+    [
+        ("tensorrt", Quantisation(4, 32), r"--block-size is 32; for --target tensorrt take 64 or 128"),
+        ("tensorrt", Quantisation(8, 32), r"--block-size is 32; for --target tensorrt int8 has a scale a column"),
+        ("tensorrt-rtx", Quantisation(4, 16), r"--block-size is 16; for --target tensorrt-rtx take 32 or 64 or 128"),
+        ("tensorrt", Quantisation(4, 64, "hqq"), r"--quantiser is 'hqq'; for --target tensorrt take rtn"),
+        ("tensorrt", Quantisation(4, 64), r"--block-size is 64, and /model/\S+ has 96 inputs, which is no multiple"),
+        ("tensorrt", Quantisation(4, 64, keep=("nothing/*",)), r"--keep is 'nothing/\*', which matches no matrix"),
+        ("cpu", Quantisation(8, COLUMN), r"--block-size is -1; it must be one of 16, 32"),
+    ],
+)
+def test_blocks_that_a_target_does_not_read(checkpoint, agent, tmp_path, target, how, message) -> None:
+    out = tmp_path / "bundle"
+    with pytest.raises(OptionError, match=message):
+        export(
+            resolve_model(str(checkpoint("qwen2"))),
+            agent("qwen2"),
+            "agent",
+            out,
+            target=target,
+            precision=f"int{how.bits}",
+            quantisation=how,
+            gate=False,
+        )
+    assert not out.exists()

@@ -1,0 +1,335 @@
+"""What only TensorRT engines do, on a double of TensorRT and CUDA: graphs, growth, owed rows, refusals.
+
+What every engine does: tests/unit/test_ort_engine.py.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mara_runtime import trt_engine, trt_plan
+from mara_runtime.bundle import Bundle
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decode import Session, decode
+from mara_runtime.engine import Pass, open_engine
+from mara_runtime.errors import EngineError
+from mara_runtime.schedule import Fixed
+from mara_runtime.stats import Stats
+from mara_runtime.trt_engine import TrtEngine
+from tests.double.machine import Machine
+from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SIZES, SLOTS, add_engines, table, write_bundle
+
+INSTALLED = "10.16.1.11"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine()
+    machine.install(monkeypatch)
+    yield machine
+    machine.check_given_back()
+
+
+def bundle(folder: Path, in_place: bool = True, slots: tuple[int, ...] = (SLOTS,), **facts: Any) -> Bundle:
+    return add_engines(write_bundle(folder, always_head=True), slots, in_place, **facts)
+
+
+def row(position: int) -> Pass:
+    return Pass([position % FINE], [position], position, [0])
+
+
+def right(out: Any, position: int) -> bool:
+    return bool(out.top_logits[0, 0] == table(tuple(i % FINE for i in range(position + 1)))[0].max())
+
+
+# ── CUDA graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_shape_that_comes_back_twice_is_launched_from_then_on(
+    tmp_path: Path, machine: Machine, in_place: bool
+) -> None:
+    engine = TrtEngine(bundle(tmp_path, in_place), "tensorrt")
+    launched = []
+    for position in range(12):
+        assert right(engine.run(row(position)), position)
+        launched.append(machine.cuda.launched)
+    eager = 2 if in_place else 4  # twice for each side of the cache
+    assert launched == [0] * eager + list(range(1, 13 - eager))
+    assert engine.describe()["cuda_graphs"] is True
+    engine.close()
+
+
+def test_a_wide_pass_is_no_graph(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    for _ in range(4):
+        engine.run(Pass([1] * 30, range(30), 0, [29]))
+    assert machine.cuda.launched == 0
+    engine.close()
+
+
+def test_no_more_shapes_are_kept_than_there_is_room_for(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_plan, "KEPT_SHAPES", 2)
+    monkeypatch.setattr(trt_plan, "_SEEN_SHAPES", 3)
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    for turn in range(4):
+        for width in (1, 2, 3, 4):
+            for _ in range(4):
+                out = engine.run(Pass([turn] * width, [0] * width, 0, [0]))
+                assert out.top_logits[0, 0] == table((turn,))[0].max()
+        assert machine.held()["graphs"] <= 2
+        assert machine.held()["contexts"] <= 3
+    assert machine.cuda.launched > 8
+    engine.close()
+
+
+def test_where_capture_fails_passes_run_without_and_that_is_recorded(tmp_path: Path, machine: Machine) -> None:
+    machine.cuda.refuse_capture = True
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    for position in range(6):
+        assert right(engine.run(row(position)), position)
+    assert "cudaErrorStreamCaptureInvalidated" in engine.describe()["cuda_graphs"]
+    assert machine.held()["graphs"] == machine.cuda.launched == 0
+    engine.close()
+
+
+def test_the_switch_off_is_recorded(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt", graphs=False)
+    for position in range(5):
+        engine.run(row(position))
+    assert machine.cuda.launched == 0
+    assert engine.describe()["cuda_graphs"] == "switched off"
+    engine.close()
+
+
+# ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_cache_grows_and_keeps_what_it_holds(tmp_path: Path, machine: Machine, in_place: bool) -> None:
+    engine = TrtEngine(bundle(tmp_path, in_place, SIZES), "tensorrt")
+    assert (engine.slots, engine.allocated_slots) == (SLOTS, SIZES[0])
+    sizes = []
+    for position in range(CONTEXT):
+        assert right(engine.run(row(position)), position)
+        sizes.append(engine.allocated_slots)
+        assert machine.held()["engines"] == 1
+    assert sorted(set(sizes)) == list(SIZES)
+    assert sizes.index(SIZES[1]) == SIZES[0]  # not before it must
+    engine.close()
+
+
+def test_a_row_is_owed_across_growth(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path, True, SIZES), "tensorrt")
+    for position in range(SIZES[0] - 2):
+        engine.run(row(position))
+    engine.run(Pass([7, 8], [SIZES[0] - 2] * 2, SIZES[0] - 2))
+    engine.move(SIZES[0] - 1, SIZES[0] - 2)
+    out = engine.run(Pass([1, 2], [SIZES[0] - 1] * 2, SIZES[0] - 1, [1], [0, 1], [0.0, 0.0], threshold=99.0))
+    prefix = (*(i % FINE for i in range(SIZES[0] - 2)), 8, 2)
+    assert out.rows.tolist() == [1]
+    assert out.top_logits[0, 0] == table(prefix)[0].max()
+    engine.close()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_nothing_grows_over_2000_steps(tmp_path: Path, machine: Machine, in_place: bool) -> None:
+    engine = TrtEngine(bundle(tmp_path, in_place), "tensorrt")
+    session, config = Session(engine, Fixed(2)), DecodeConfig(top_k=3, top_p=1.0, max_new_tokens=CONTEXT - 2)
+    steps, held = 0, []
+    while steps < 2000:
+        options: dict[str, Any] = {"fallback": "first", "eos_token_ids": set(), "limit": CONTEXT - 2}
+        steps += len(list(decode(session, [1, steps % FINE], config, **options, stats=Stats())))
+        held.append(machine.held())
+    assert held[-1] == held[len(held) // 4]  # every shape has come back by then
+    assert machine.cuda.launched > 1000
+    engine.close()
+
+
+def test_what_is_dropped_is_given_back(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    engine.run(row(0))
+    del engine
+    machine.check_given_back()
+
+
+def test_closing_twice_is_closing_once(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    engine.close()
+    engine.close()
+
+
+# ── passes beyond the engine's bounds ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pass_that_is_too_wide_is_refused_and_evaluated_in_pieces(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    tokens = [i % FINE for i in range(45)]
+    with pytest.raises(EngineError, match="a pass of 45 rows, 0 of them for the LM head, is wider than the 32 and 17"):
+        engine.run(Pass(tokens, range(45), 0))
+    with pytest.raises(EngineError, match=f"{HEAD_ROWS + 1} of them"):
+        engine.run(Pass(tokens[:20], range(20), 0, range(HEAD_ROWS + 1)))
+    found = engine.evaluate(tokens, range(45), 0)
+    for position in range(45):
+        logits, hidden = table(tuple(tokens[: position + 1]))
+        np.testing.assert_array_equal(found.hidden[position], hidden)
+        np.testing.assert_array_equal(found.logits[position], logits)
+    engine.close()
+
+
+def test_an_owed_row_makes_no_pass_too_wide(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    engine.run(Pass([3, 4], [0, 0], 0))
+    engine.move(1, 0)
+    out = engine.run(Pass([5] * 32, range(1, 33), 1, [31]))
+    assert out.rows.tolist() == [31]
+    assert out.top_logits[0, 0] == table((4, *[5] * 32))[0].max()
+    engine.close()
+
+
+# ── weights that are streamed ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_weights_are_streamed_if_they_must(tmp_path: Path, machine: Machine, fits: bool) -> None:
+    machine.trt.automatic_budget = 3000
+    size = 5000 if fits else machine.cuda.total_bytes
+    engine = TrtEngine(bundle(tmp_path, file={"streamable_weights_bytes": size}), "tensorrt")
+    for position in range(6):
+        assert right(engine.run(row(position)), position)
+    facts = engine.describe()
+    assert facts["streamed_weight_bytes"] == (0 if fits else size - 3000)
+    assert facts["cuda_graphs"] is True if fits else "weights are streamed" in facts["cuda_graphs"]
+    engine.close()
+
+
+# ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_ran_is_described(tmp_path: Path, machine: Machine) -> None:
+    engine, declined = open_engine(bundle(tmp_path), "auto")
+    assert isinstance(engine, TrtEngine)
+    assert declined == {}
+    facts = engine.describe()
+    assert {k: facts[k] for k in ("name", "version", "gpu", "compute_capability", "driver", "slots")} == {
+        "name": "tensorrt",
+        "version": f"tensorrt {INSTALLED}",
+        "gpu": "Double",
+        "compute_capability": "8.7",
+        "driver": "13.2",
+        "slots": SLOTS,
+    }
+    assert facts["kv_cache_bytes"] >= 2 * SLOTS * 4 * 4
+    assert facts["activation_bytes"] == 4096
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"version": "10.3.0"}, f"is of TensorRT 10.3.0, and this machine has TensorRT {INSTALLED}"),
+        ({"version": "11.1.0", "options": {"version_compatible": True}}, "is of TensorRT 11.1.0, and"),
+        ({"version": "10.17.0", "options": {"version_compatible": True}}, "is of TensorRT 10.17.0, and"),
+        ({"compute_capability": "9.0"}, "is for compute capability 9.0, and this machine has a GPU of 8.7"),
+        ({"compute_capability": "8.9+"}, "is for compute capability 8.9+, and this machine has a GPU of 8.7"),
+        ({"compute_capability": "8.6, 8.9"}, "is for compute capability 8.6, 8.9, and"),
+        ({"platform": "linux-riscv"}, "is for linux-riscv, and this machine has "),
+    ],
+    ids=str,
+)
+def test_an_engine_of_elsewhere_is_refused_with_the_command_that_builds_it(
+    tmp_path: Path, machine: Machine, facts: dict[str, Any], said: str
+) -> None:
+    made = bundle(tmp_path, **facts)
+    with pytest.raises(EngineError) as caught:
+        TrtEngine(made, "tensorrt")
+    assert said in str(caught.value)
+    assert str(caught.value).endswith(f"build it again with mara-build {tmp_path} --target tensorrt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"version": "10.14.0", "options": {"version_compatible": True}},
+        {"compute_capability": "8.0+"},
+        {"compute_capability": "8.6, 8.7"},
+    ],
+    ids=str,
+)
+def test_an_engine_that_this_machine_may_run_is_not_refused(
+    tmp_path: Path, machine: Machine, facts: dict[str, Any]
+) -> None:
+    engine = TrtEngine(bundle(tmp_path, file={"lean_runtime": "options" in facts}, **facts), "tensorrt")
+    assert right(engine.run(row(0)), 0)
+    engine.close()
+
+
+def test_what_is_missing_is_named(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bundle(tmp_path)
+    other = replace(made.manifest, engines=(), targets=("cpu",))
+    assert trt_engine.why_not(replace(made, manifest=other), "tensorrt") == (
+        "the bundle was not exported for it (targets: cpu)"
+    )
+    unbuilt = replace(made.manifest, engines=())
+    assert f"no engine for it yet: build one on this machine with mara-build {tmp_path}" in str(
+        trt_engine.why_not(replace(made, manifest=unbuilt), "tensorrt")
+    )
+    machine.cuda.devices = 0
+    assert "there is no NVIDIA GPU that can be used (cudaErrorNoDevice (100))" in str(
+        trt_engine.why_not(made, "tensorrt")
+    )
+
+    def missing(target: str) -> Any:
+        raise ImportError(f"No module named {target!r}")
+
+    monkeypatch.setattr(trt_plan, "load", missing)
+    assert "its Python package cannot be imported (No module named 'tensorrt'): pip install" in str(
+        trt_engine.why_not(made, "tensorrt")
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"not an engine"])
+def test_a_damaged_file_is_one_line(tmp_path: Path, machine: Machine, content: bytes) -> None:
+    made = bundle(tmp_path)
+    path = made.path(made.manifest.engines[0].file)
+    path.write_bytes(content)
+    with pytest.raises(EngineError) as caught:
+        TrtEngine(made, "tensorrt")
+    assert re.fullmatch(
+        rf"TensorRT {INSTALLED} cannot open {path} \(Serialization assertion failed \(magicTag\)\): build it again .*",
+        str(caught.value),
+    )
+    del caught
+    machine.check_given_back()
+
+
+@pytest.mark.parametrize("total", [1000, 60_000])
+def test_too_little_memory_is_told_in_numbers(tmp_path: Path, machine: Machine, total: int) -> None:
+    made = bundle(tmp_path, file={"activation_bytes": 1 << 30})
+    machine.cuda.total_bytes = total
+    with pytest.raises(EngineError, match=r"the GPU has no [\d,]+ MiB for .* \(0 MiB are free; .*\)"):
+        TrtEngine(made, "tensorrt")
+    machine.check_given_back()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ({"in_place": False}, "present.0.key is written over no input"),
+        ({"slots": SLOTS + 1}, rf"past_key_values.0.key should be float32 \(1, 1, {SLOTS}, 4\) and is float"),
+    ],
+    ids=str,
+)
+def test_an_engine_of_another_bundle_is_refused(
+    tmp_path: Path, machine: Machine, file: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(EngineError, match=f"does not fit its manifest: {said}"):
+        TrtEngine(bundle(tmp_path, file=file), "tensorrt")
