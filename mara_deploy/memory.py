@@ -21,12 +21,21 @@ TARGETS = {
     "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8", "int4"),
 }
 """Targets of mara-export, and the precisions that each has."""
+LOWERINGS = {
+    "cpu": ("ort", "portable", "decomposed"),
+    "cuda": ("ort",),
+    "tensorrt": ("portable", "decomposed"),
+    "tensorrt-rtx": ("portable", "decomposed"),
+}
+"""Lowerings that each target runs, its own first. (What the export says of the same needs PyTorch to be read.)"""
 CONTEXTS = (2048, 8192)
 JETSONS_GB = (8, 16, 32, 64)
 """Memory that processor and GPU of a Jetson share, in 10⁹ bytes: about what Linux has of a module of so many GiB."""
 SYSTEM_BYTES = 2_500_000_000
 """Left for Linux without a desktop, the CUDA context and the libraries' kernels: an assumption, not a measurement."""
 AGENT_WIDTHS = (1024, 256)
+COLUMN = -1
+"""Block size of a scale for each column, as in a manifest."""
 SLOT_MULTIPLE = 16
 """TensorRT engines have a multiple of so many slots."""
 HEAD_ROWS = DRAFT_ROWS + 2
@@ -53,8 +62,8 @@ class Setting:
     """candidates of a position; ≥ 1"""
     lowering: str = ""
     """ort, portable, decomposed; empty: the target's own"""
-    block_size: int = 32
-    """int8, int4: weights that share a scale"""
+    block_size: int | None = None
+    """int8, int4: weights that share a scale, COLUMN for one of each column; None: what mara-export takes"""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -66,8 +75,16 @@ class Setting:
             raise OptionError(f"--context is {self.context}; it must be at least 2")
         if self.max_candidates < 1:
             raise OptionError(f"--max-candidates is {self.max_candidates}; it must be at least 1")
+        if self.lowering not in ("", *LOWERINGS[self.target]):
+            takes = " or ".join(LOWERINGS[self.target])
+            raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} takes {takes}")
+        if self.block_size is not None and self.block_size != COLUMN and self.block_size < 1:
+            raise OptionError(f"--block-size is {self.block_size}; it must be at least 1")
         if not self.lowering:
-            object.__setattr__(self, "lowering", "portable" if self.on_tensorrt else "ort")
+            object.__setattr__(self, "lowering", LOWERINGS[self.target][0])
+        if self.block_size is None:
+            column = self.precision == "int8" and self.on_tensorrt
+            object.__setattr__(self, "block_size", COLUMN if column else 64 if self.target == "tensorrt" else 32)
 
     @property
     def on_tensorrt(self) -> bool:
@@ -138,12 +155,12 @@ def weight_bytes(model: Decoder, setting: Setting) -> int:
     matrices = sum(_matrix_bytes(k, n, setting) for _, k, n in model.matrices)
     plain = setting.number_bytes
     stored = 2 if setting.precision == "fp16" else plain  # on the CPU it is widened when it is loaded
-    tables = setting.slots if not setting.on_tensorrt else setting.context + spare_slots(setting.max_candidates)
+    positions = setting.context + spare_slots(setting.max_candidates)
     return (
         model.num_layers * matrices
         + _vocabulary_bytes(model, setting)
         + model.small * plain
-        + tables * model.head_dim * stored  # cosines and sines
+        + positions * model.head_dim * stored  # cosines and sines
         + 4 * _agent_parameters(model.hidden_size)
     )
 
@@ -152,14 +169,12 @@ def engine_memory_bytes(model: Decoder, setting: Setting) -> int:
     """Of the weights as the engine holds them, and of its code."""
     weights = weight_bytes(model, setting)
     if setting.on_tensorrt:
-        if setting.precision == "int8":  # q, k, v and gate, up are fused side by side, and widened for it
-            wide = sum(k * n for name, k, n in model.matrices if name in ("q", "k", "v", "gate", "up"))
-            weights += model.num_layers * wide
         return weights + PLAN_BYTES + PLAN_BYTES_A_LAYER * model.num_layers
-    if setting.precision == "fp16" and setting.target == "cpu":
+    if setting.target == "cpu" and setting.precision == "fp16":  # widened when it is loaded
         return weights + 2 * (model.parameters - model.small)
-    if setting.precision in ("int8", "int4") and model.tied and setting.target == "cpu":
-        # the multiplication reads a copy in an order of its own, the lookup what was stored
+    if (
+        setting.target == "cpu" and model.tied
+    ):  # multiplied from a copy in an order of its own; the lookup keeps the other
         return weights + _matrix_bytes(model.hidden_size, model.vocab_size, setting)
     return weights
 
@@ -194,8 +209,9 @@ def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:
     bits = {"int8": 8, "int4": 4}.get(setting.precision)
     if bits is None:
         return inputs * outputs * (4 if setting.precision == "fp32" else 2)
-    blocks = -(-inputs // setting.block_size)
-    return outputs * blocks * (setting.block_size * bits // 8 + setting.number_bytes)
+    size = inputs if setting.block_size in (None, COLUMN) else int(setting.block_size)
+    blocks = -(-inputs // size)
+    return outputs * blocks * (size * bits // 8 + setting.number_bytes)
 
 
 def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
@@ -203,7 +219,7 @@ def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
     head = _matrix_bytes(model.hidden_size, model.vocab_size, setting)
     if setting.precision not in ("int8", "int4"):
         return head if model.tied else 2 * head
-    if setting.lowering == "ort" and model.hidden_size % setting.block_size == 0:
+    if setting.lowering == "ort" and model.hidden_size % (setting.block_size or 1) == 0:
         return head if model.tied else 2 * head
     return head + model.table * setting.number_bytes  # Q/DQ leaves the table as it is
 

@@ -257,7 +257,7 @@ def _plan(
     if how is not None and how.bits != bits:
         raise OptionError(f"--precision is {precision}; the quantisation given has {how.bits} bits")
     if how is not None and lowering != "ort":
-        qdq.check(how, target)
+        qdq.check(how, target, lowering)
     elif how is not None and how.block_size not in BLOCK_SIZES:
         raise OptionError(f"--block-size is {how.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
@@ -272,7 +272,8 @@ def _plan(
 
 def block_size(bits: int, target: str, lowering: str) -> int:
     """How many weights share a scale unless the user says it."""
-    return Quantisation(bits).block_size if lowering == "ort" else qdq.BLOCK_SIZES[target][bits][0]
+    standard = qdq.BLOCK_SIZES.get(target) if lowering != "ort" else None
+    return standard[bits][0] if standard else Quantisation(bits).block_size
 
 
 def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context: int) -> list[tuple[list[int], bool]]:

@@ -32,11 +32,11 @@ _BLOCK_OPSET = 21
 """Blocks, and numbers of four bits, came with it; TensorRT 10.3 reads them, though it says no more than opset 20."""
 
 
-def check(how: Quantisation, target: str) -> None:
-    """Raises OptionError for what the target does not read."""
+def check(how: Quantisation, target: str, lowering: str) -> None:
+    """Raises OptionError for what the target does not read, or its lowering does not have."""
     sizes = BLOCK_SIZES[target][how.bits]
     if how.quantiser != "rtn":
-        raise OptionError(f"--quantiser is {how.quantiser!r}; for --target {target} take rtn")
+        raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
     if how.block_size not in sizes:
         wanted = (
             "int8 has a scale a column: leave it out" if sizes == (COLUMN,) else f"take {' or '.join(map(str, sizes))}"

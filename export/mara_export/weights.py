@@ -13,8 +13,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mara_runtime import tensors
-
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph's own file."""
 _M_MMAP_THRESHOLD = -3
@@ -112,9 +110,9 @@ def tie_head(graph: onnx.GraphProto, weights: Weights) -> None:
 
     The tracer writes the table (V, D) for the Gather and its transpose for the MatMul.
     """
-    table = next(node for node in graph.node if node.op_type == "Gather" and tensors.INPUT_IDS in node.input).input[0]
     head = next(node for node in reversed(graph.node) if node.op_type == "MatMul" and node.input[1] in weights)
-    if weights.shape(table) != weights.shape(head.input[1])[::-1]:
-        return
-    if np.array_equal(weights.read(table), weights.read(head.input[1]).T):
+    turned = weights.shape(head.input[1])[::-1]
+    lookups = (node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in weights)
+    table = next((name for name in lookups if weights.shape(name) == turned), None)  # others hold the rotary embedding
+    if table is not None and np.array_equal(weights.read(table), weights.read(head.input[1]).T):
         head.CopyFrom(helper.make_node("Gemm", [head.input[0], table], list(head.output), head.name, transB=1))

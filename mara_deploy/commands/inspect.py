@@ -44,7 +44,7 @@ def parser() -> Parser:
     group.add_argument("--lowering", metavar="NAME", help="of a model; decomposed has two KV caches in TensorRT")
     group.add_argument("--max-candidates", type=int, default=64, metavar="K", help="of a model (default 64)")
     group.add_argument(
-        "--block-size", type=int, default=32, metavar="N", help="of a model's int8 and int4 (default 32)"
+        "--block-size", type=int, metavar="N", help="of a model's int8 and int4 (default: as mara-export)"
     )
     return options
 
@@ -60,9 +60,11 @@ def _inspect(args: argparse.Namespace) -> None:
 
         show(args)
         return
-    for flag in ("context", "target", "precision", "lowering"):
+    for flag in ("context", "target", "precision", "lowering", "block_size"):
         if getattr(args, flag):
-            raise OptionError(f"--{flag} is {getattr(args, flag)!r}, but it acts on --memory only; leave it out")
+            raise OptionError(
+                f"--{flag.replace('_', '-')} is {getattr(args, flag)!r}, but it acts on --memory only; leave it out"
+            )
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))
@@ -134,7 +136,9 @@ def _quantised(how: dict[str, object] | None) -> str:
     if how is None:
         return ""
     kept = f", kept {how['keep']}" if how.get("keep") else ""
-    return f" ({how.get('quantiser')}, blocks of {how.get('block_size')}{kept})"
+    size = how.get("block_size")
+    shared = "a scale a column" if size == -1 else f"blocks of {size}"
+    return f" ({how.get('quantiser')}, {shared}{kept})"
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]
     if target not in manifest.targets:
         raise OptionError(f"--target is {target!r}; {bundle.folder} was made for {', '.join(manifest.targets)}")
     stored = sum(e.size_bytes for name, e in manifest.files.items() if name.startswith(step.file))
-    block = int((step.quantisation or {}).get("block_size", 32))
+    block = (step.quantisation or {}).get("block_size")
 
     def setting(context: int) -> Setting:
         return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block)
@@ -153,6 +153,6 @@ def _decoder(architecture: str, shape: dict[str, Any], stored: int, setting: Set
         }
         return from_config(config, "the bundle's model")
 
-    unit = setting.block_size
+    unit = 256  # a whole number of blocks, whatever their size
     none, one = (memory.weight_bytes(with_mlp(size), setting) for size in (unit, 2 * unit))
     return with_mlp(max(unit, unit + round(unit * (stored - none) / (one - none))))

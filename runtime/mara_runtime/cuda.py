@@ -138,8 +138,8 @@ class Cuda:
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
         """Copy `rows` rows of `width` bytes on the device, each so many bytes (`pitch`) after the one before."""
-        pitches = (target, target_pitch, source, source_pitch)
-        self._call("cudaMemcpy2DAsync", *pitches, width, rows, self._on_device, self._stream)
+        kind = self._on_device
+        self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self._stream)
 
     def wait(self) -> None:
         """Until the stream is empty."""

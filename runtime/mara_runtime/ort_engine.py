@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from mara_runtime.refeed import Refeed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine name."""
+DEVICES = {"cpu": "cpu", "cuda": "cuda"}
+"""Where each engine's inputs, outputs and KV cache lie, as ONNX Runtime names it."""
 MAX_THREADS = 1024
 FIRST_SLOTS = 512
 """The cache begins with so many slots and doubles when a conversation outgrows it."""
@@ -52,8 +56,14 @@ class _Bound:
     """A binding for passes of one shape, and the arrays that it reads and writes."""
 
     binding: Any
+    options: Any
+    """of the run"""
     inputs: dict[str, NDArray[Any]]
     outputs: dict[str, NDArray[Any]]
+    uploads: tuple[tuple[Any, NDArray[Any]], ...] = ()
+    """values on a device, and the arrays that they take their content from before a pass"""
+    downloads: tuple[tuple[Any, NDArray[Any]], ...] = ()
+    """the same, the other way round, after it"""
 
 
 _Key = tuple[int, int, int]  # S, H0, N
@@ -62,7 +72,11 @@ _Key = tuple[int, int, int]  # S, H0, N
 class OrtEngine:
     """See `Engine`; the manifest's capacity decides the greatest size of the KV cache."""
 
-    def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, name: str = "cpu", threads: int | None = None, *, graphs: bool = False) -> None:
+        """graphs: on CUDA, run repeated passes as CUDA graphs where ONNX Runtime allows it; off until a device has
+        shown that it holds. Raises EngineError and OptionError.
+        """
+
         import onnxruntime as ort
 
         if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -75,11 +89,16 @@ class OrtEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: ONNX Runtime's own choice, one a physical core
         options.log_severity_level = 3
+        self._graphs: bool | str = graphs
+        """are passes run as CUDA graphs; a text: why not"""
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[name]])
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
+            self._session = self._open(path, options)
+        except EngineError as error:
+            if not graphs:
+                raise
+            self._graphs = str(error)
+            self._session = self._open(path, options)
+        self._graph_ids = count()
 
         self._shape = manifest.model.shape
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
@@ -91,6 +110,16 @@ class OrtEngine:
         self._refeed = None if name == "cpu" else Refeed(self._slots)
         self._bound: dict[_Key, _Bound] = {}
         self._allocate(min(FIRST_SLOTS, self._slots))
+
+    def _open(self, path: Path, options: Any) -> Any:
+        import onnxruntime as ort
+
+        how = {"enable_cuda_graph": "1"} if self._graphs is True else {}
+        try:
+            return ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
 
     def _check_io(self, path: Any, *expected: list[tensors.Tensor]) -> None:
         """Does the graph have the tensors that the manifest's sizes ask for?"""
@@ -124,8 +153,7 @@ class OrtEngine:
         self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
         for layer, entries in zip(self._slab, held, strict=False):
             layer[:, :, : entries.shape[2]] = entries
-        device = {} if self._refeed is None else {"device_type": self._name, "device_id": 0}
-        self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, **device) for layer in self._slab]
+        self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, DEVICES[self._name], 0) for layer in self._slab]
         self._bound.clear()
 
     def _make_room(self, slots: int) -> None:
@@ -157,6 +185,7 @@ class OrtEngine:
         """See `Engine.run`."""
         if self._refeed is None:
             return self._run(work)
+        self._make_room(work.slot + len(work.tokens))
         *before, last = self._refeed.prepare(work)
         for prepared in before:
             self._run(prepared.work)
@@ -164,11 +193,11 @@ class OrtEngine:
 
     def _run(self, work: Pass, extra: int = 0) -> Outcome:
         """extra: rows in front that the caller knows nothing of."""
-        count = len(work.tokens)
-        self._make_room(work.slot + count)
-        bound = self._bind((count, len(work.head_rows), len(work.agent_rows)))
+        size = len(work.tokens)
+        self._make_room(work.slot + size)
+        bound = self._bind((size, len(work.head_rows), len(work.agent_rows)))
         self._fill(bound.inputs, work)
-        self._session.run_with_iobinding(bound.binding)
+        self._execute(bound)
         outputs = bound.outputs
         rows = outputs[tensors.ROWS]
         told = len(rows) if rows[-1] >= 0 else len(rows) - 1
@@ -188,13 +217,20 @@ class OrtEngine:
         if self._refeed is not None:
             for prepared in self._refeed.prepare(work, together=False)[:-1]:
                 self._run(prepared.work)
-        bound = self._make_binding((len(rows), len(rows), len(rows)))
+        bound = self._make_binding((len(rows), len(rows), len(rows)), kept=False)
         self._fill(bound.inputs, work)
         for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
             bound.binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(bound.binding)
+        self._execute(bound)
         *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
         return Everything(hidden.numpy()[0], logits.numpy()[: len(rows)], bound.outputs[tensors.MARGINS])
+
+    def _execute(self, bound: _Bound) -> None:
+        for value, array in bound.uploads:
+            value.update_inplace(array)
+        self._session.run_with_iobinding(bound.binding, bound.options)
+        for value, array in bound.downloads:
+            array[...] = value.numpy()
 
     def _fill(self, inputs: dict[str, NDArray[Any]], work: Pass) -> None:
         inputs[tensors.INPUT_IDS][0] = work.tokens
@@ -210,12 +246,13 @@ class OrtEngine:
     def _bind(self, key: _Key) -> _Bound:
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._make_binding(key)
-            if key[0] <= _KEPT_ROWS:
+            kept = key[0] <= _KEPT_ROWS
+            bound = self._make_binding(key, kept)
+            if kept:
                 self._bound[key] = bound
         return bound
 
-    def _make_binding(self, key: _Key) -> _Bound:
+    def _make_binding(self, key: _Key, kept: bool) -> _Bound:
         import onnxruntime as ort
 
         rows, heads, asked = key
@@ -231,14 +268,22 @@ class OrtEngine:
 
         inputs = arrays(tensors.step_inputs(self._shape))
         outputs = arrays(tensors.step_outputs(self._shape, self._top))
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, array in outputs.items():
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        device = DEVICES[self._name]
+        values = {n: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for n, a in (inputs | outputs).items()}
+        for name in inputs:
+            binding.bind_ortvalue_input(name, values[name])
+        for name in outputs:
+            binding.bind_ortvalue_output(name, values[name])
         for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), self._cache, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
-        return _Bound(binding, inputs, outputs)
+        options = ort.RunOptions()
+        if self._graphs is True:  # a graph is bound to shapes and addresses: one for each binding, -1 for none
+            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids) if kept else -1))
+        if self._refeed is None:  # the values are the arrays
+            return _Bound(binding, options, inputs, outputs)
+        copies = [tuple((values[n], a) for n, a in side.items() if a.size) for side in (inputs, outputs)]
+        return _Bound(binding, options, inputs, outputs, *copies)
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
@@ -251,4 +296,5 @@ class OrtEngine:
             "lowering": graph.lowering,
             "precision": graph.precision,
             "threads": self._threads,
+            **({"cuda_graphs": self._graphs} if self._name == "cuda" else {}),
         }

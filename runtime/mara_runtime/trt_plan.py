@@ -200,7 +200,7 @@ class Plan:
         try:
             self._put(context)
             return self._cuda.end_capture()
-        except EngineError:
+        except BaseException:
             self._cuda.abandon_capture()
             raise
 

@@ -185,8 +185,7 @@ WORK = [  # pairwise over the ways to schedule and to draft
 ]
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "lowering"), [*product(MODELS, LOWERINGS), ("llama", "decomposed")])
 def test_fifty_prompts_of_64_tokens(name, lowering, subject, answers, decoder):
     _, _, prompts = subject(name)
     assert len(prompts) >= 50

@@ -337,7 +337,7 @@ def test_rounding_loses_half_a_step_at_most(how: Quantisation) -> None:
         ("tensorrt", Quantisation(4, 32), r"--block-size is 32; for --target tensorrt take 64 or 128"),
         ("tensorrt", Quantisation(8, 32), r"--block-size is 32; for --target tensorrt int8 has a scale a column"),
         ("tensorrt-rtx", Quantisation(4, 16), r"--block-size is 16; for --target tensorrt-rtx take 32 or 64 or 128"),
-        ("tensorrt", Quantisation(4, 64, "hqq"), r"--quantiser is 'hqq'; for --target tensorrt take rtn"),
+        ("tensorrt", Quantisation(4, 64, "hqq"), r"--quantiser is 'hqq'; --lowering portable has rtn"),
         ("tensorrt", Quantisation(4, 64), r"--block-size is 64, and /model/\S+ has 96 inputs, which is no multiple"),
         ("tensorrt", Quantisation(4, 64, keep=("nothing/*",)), r"--keep is 'nothing/\*', which matches no matrix"),
         ("cpu", Quantisation(8, COLUMN), r"--block-size is -1; it must be one of 16, 32"),

@@ -18,7 +18,7 @@ from mara_runtime import ort_engine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
-from mara_runtime.engine import Outcome, Pass, check_row, is_finite, open_engine
+from mara_runtime.engine import Outcome, Pass, check_row, float32_below, is_finite, open_engine
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import DRAFT_ROWS, TOP_SPARE, spare_slots, top_tokens
@@ -50,6 +50,11 @@ def bundle_for(folder: Path, *targets: str) -> Bundle:
     return Bundle.open(helpers.make_bundle(folder, targets=targets))
 
 
+def not_for(*engines: str, targets: str = "cpu, cuda") -> dict[str, str]:
+    """What engines say that a bundle of these targets was not made for."""
+    return dict.fromkeys(engines, f"the bundle was not exported for it (targets: {targets})")
+
+
 def opened(
     bundle: Bundle, name: str = "auto", threads: int | None = None
 ) -> tuple[tuple[str, int | None], dict[str, str]]:
@@ -60,21 +65,21 @@ def opened(
 
 def test_auto_takes_the_preferred_one_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, CUDA, CPU)
-    assert ENGINES == ("cuda", "cpu")
-    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), {})
+    assert ENGINES == ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
+    assert opened(bundle_for(tmp_path, "cpu", "cuda")) == (("cuda", None), not_for("tensorrt", "tensorrt-rtx"))
 
 
 def test_auto_says_why_the_preferred_one_declined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, CPU)
     engine, declined = opened(bundle_for(tmp_path / "both", "cpu", "cuda"), threads=3)
     assert engine == ("cpu", 3)
-    assert list(declined) == ["cuda"]
+    assert list(declined) == ["tensorrt", "tensorrt-rtx", "cuda"]
     assert f"no {CUDA} (it has {CPU})" in declined["cuda"]
 
     have(monkeypatch, CUDA, CPU)
     engine, declined = opened(bundle_for(tmp_path / "cpu", "cpu"))
     assert engine == ("cpu", None)
-    assert declined == {"cuda": "the bundle was not exported for it (targets: cpu)"}
+    assert declined == not_for("tensorrt", "tensorrt-rtx", "cuda", targets="cpu")
 
 
 def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +94,9 @@ def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["tensor-rt", "", "CPU", "auto,cpu"])
 def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
-    with pytest.raises(EngineError, match=rf"^unknown engine {name!r}; known: auto, cuda, cpu$"):
+    with pytest.raises(
+        EngineError, match=rf"^unknown engine {name!r}; known: auto, tensorrt, tensorrt-rtx, cuda, cpu$"
+    ):
         open_engine(bundle_for(tmp_path, "cpu"), name)
 
 
@@ -128,7 +135,7 @@ def test_the_decoder_records_which_engine_and_why_not_the_others(
     result = decoder.generate([1], DecodeConfig(top_k=2, max_new_tokens=1))
     assert result.to_json()["stats"]["engine"] == {
         "name": "cpu",
-        "declined": {"cuda": "the bundle was not exported for it (targets: cpu)"},
+        "declined": not_for("tensorrt", "tensorrt-rtx", "cuda", targets="cpu"),
     }
 
 
@@ -290,7 +297,7 @@ def test_only_the_rows_asked_for_are_shown_to_the_agent() -> None:
 
 
 def test_a_threshold_is_compared_in_full() -> None:
-    # The decode loop compares the same margin with the same threshold in float64; ort_engine._below does the rest.
+    # The decode loop compares the same margin with the same threshold in float64; float32_below does the rest.
     margin = float(np.float32(0.1))
     assert elected([margin], [0.0], threshold=0.1) == [0]  # float32(0.1) > 0.1
     assert elected([float(np.float32(0.7))], [0.0], threshold=0.7) == []  # float32(0.7) < 0.7
@@ -300,14 +307,14 @@ def test_a_threshold_is_compared_in_full() -> None:
 def test_a_float32_margin_exceeds_the_threshold_of_a_graph_when_it_exceeds_the_option_s(
     threshold: float, margin: float
 ) -> None:
-    assert (np.float32(margin) > ort_engine._below(threshold)) == (margin > threshold)
+    assert (np.float32(margin) > float32_below(threshold)) == (margin > threshold)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float32_margin_beside_the_threshold(threshold: float) -> None:
     with np.errstate(over="ignore"):
         near = np.float32(threshold)
-        below = ort_engine._below(threshold)
+        below = float32_below(threshold)
         beside = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
     for margin in beside:
         assert (margin > below) == (float(margin) > threshold)

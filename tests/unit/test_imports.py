@@ -141,7 +141,8 @@ def dynamic_imports(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", files(RUNTIME), ids=lambda p: str(p.relative_to(RUNTIME)))
 def test_the_runtime_imports_only_what_the_base_install_and_an_engine_bring(path: Path) -> None:
-    allowed = {*sys.stdlib_module_names, "numpy", "tokenizers", "jinja2", "onnxruntime", "mara_runtime"}
+    engines = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
+    allowed = {*sys.stdlib_module_names, *engines, "numpy", "tokenizers", "jinja2", "mara_runtime"}
     assert set(imported(path)) - allowed == set()
     assert dynamic_imports(path) == []
 

@@ -98,9 +98,12 @@ def test_weights_by_precision():
 
     rest = stored("tensorrt", "fp16") - 2 * (matrices + table)
     assert stored("tensorrt", "bf16") - rest == 2 * (matrices + table)
-    assert stored("tensorrt", "int4") - rest == (matrices + table) // 2 + (matrices + table) // 32 * 2 + 2 * table
-    assert stored("tensorrt", "int8") - rest == (matrices + table) + (matrices + table) // 32 * 2 + 2 * table
-    assert stored("cuda", "int4") - stored("tensorrt", "int4") < 0  # the lookup reads the head's packed weights
+    numbers = matrices + table
+    assert stored("tensorrt-rtx", "int4") - rest == numbers // 2 + numbers // 32 * 2 + 2 * table
+    columns = 2 * (64 + 32 + 32 + 64 + 2 * 160 + 64) + 512  # with a scale each
+    assert stored("tensorrt", "int8") - rest == numbers + 2 * columns + 2 * table
+    lookup_of_its_own = 2 * table  # in Q/DQ; ONNX Runtime's reads what the head multiplies by
+    assert stored("cuda", "int4") == stored("tensorrt-rtx", "int4") - lookup_of_its_own
     untied = replace(SMALL, tied=False)
     assert stored("tensorrt", "fp16", untied) - stored("tensorrt", "fp16") == 2 * table
     assert stored("tensorrt", "int4", untied) == stored("tensorrt", "int4")
@@ -113,6 +116,8 @@ def test_weights_by_precision():
         ({"target": "tpu"}, "--target is 'tpu'"),
         ({"target": "cpu", "precision": "bf16"}, "--precision is 'bf16'; --target cpu has"),
         ({"context": 1}, "--context is 1"),
+        ({"lowering": "ort"}, "--lowering is 'ort'; --target tensorrt takes portable or decomposed"),
+        ({"block_size": 0}, "--block-size is 0"),
         ({"max_candidates": 0}, "--max-candidates is 0"),
     ],
 )

@@ -69,6 +69,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 ENGINES = {
     "ort, one size": 512,
     "ort, growing": 4,
+    "ort, out of reach": "cuda",
     "trt, in place": (True, True),
     "trt, in place, no graphs": (True, False),
     "trt, two sides": (False, True),
@@ -86,6 +87,12 @@ def engine(
     if isinstance(request.param, int):
         monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
         yield OrtEngine(bundle, threads=1)
+        return
+    if request.param == "cuda":  # as on a GPU, with a cache that the host cannot reach, on the provider that is here
+        monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
+        monkeypatch.setitem(ort_engine.DEVICES, "cuda", "cpu")
+        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 4)
+        yield OrtEngine(bundle, "cuda", threads=1)
         return
     in_place, graphs = request.param
     machine: Machine = request.getfixturevalue("machine")

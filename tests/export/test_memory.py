@@ -1,0 +1,223 @@
+"""The memory model against real bundles, NVIDIA's real builder, and a process that decodes.
+
+TensorRT for RTX builds without a GPU and tells, as it does, what its engine's weights and activations take. That is the
+only check of a workspace that there is without a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from mara_deploy import agent as agents
+from mara_deploy import memory
+from mara_deploy.commands.memory import find, of_bundle
+from mara_deploy.memory import Setting, estimate
+from mara_export.export import export
+from mara_export.sources import ModelSource
+from mara_runtime.bundle import Bundle
+from mara_runtime.tensors import spare_slots
+
+CANDIDATES = 16
+SHAPES: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "wide": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {
+            "hidden_size": 256,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "untied": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 32768,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle, Setting]]:
+    """(shape, target, precision, lowering, context) → a bundle with random weights, and its setting."""
+    root = tmp_path_factory.mktemp("memory")
+
+    @cache
+    def checkpoint(shape: str) -> Path:
+        config, model, sizes = SHAPES[shape]
+        torch.manual_seed(0)
+        decoder = model(config(**sizes, max_position_embeddings=16384))
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.02)  # zeros would be left out of the graph
+        decoder.save_pretrained(root / shape)
+        return root / shape
+
+    @cache
+    def make(shape: str, target: str, precision: str, lowering: str, context: int) -> tuple[Bundle, Setting]:
+        folder = checkpoint(shape)
+        bundle = export(
+            ModelSource(folder, shape, None),
+            agents.untrained(256, seed=0),
+            "agent",
+            root / f"{shape}-{target}-{precision}-{lowering}-{context}",
+            target=target,
+            precision=precision,
+            lowering=lowering,
+            max_context=context,
+            max_candidates=CANDIDATES,
+            gate=False,
+        )
+        return bundle, Setting(target, precision, context, CANDIDATES, lowering)
+
+    return lambda shape, target, precision, lowering, context=256: make(shape, target, precision, lowering, context)
+
+
+def decoder_of(bundle: Bundle) -> Any:
+    return find(str(bundle.folder.parent / bundle.manifest.model.source))[1]
+
+
+def test_targets_and_sizes_are_those_of_the_export():
+    from mara_export import build, export
+
+    assert memory.TARGETS == export.PRECISIONS
+    assert memory.LOWERINGS == export.TARGETS
+    assert memory.SLOT_MULTIPLE == build.SLOT_MULTIPLE
+    assert memory.HEAD_ROWS == build.HEAD_ROWS + 1
+    for target, precisions in memory.TARGETS.items():
+        for precision in {"int8", "int4"} & set(precisions):
+            setting = Setting(target, precision)
+            assert setting.block_size == export.block_size(int(precision[3:]), target, setting.lowering)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "precision", "lowering"),
+    [
+        ("wide", "cpu", "fp32", "ort"),
+        ("wide", "cpu", "fp16", "ort"),
+        ("wide", "cpu", "int4", "ort"),
+        ("wide", "cpu", "int8", "ort"),
+        ("wide", "cuda", "int4", "ort"),
+        ("wide", "tensorrt", "int4", "portable"),
+    ],
+)
+def test_the_weights_of_a_bundle_are_as_large_as_computed(made, shape, target, precision, lowering):
+    bundle, setting = made(shape, target, precision, lowering)
+    stored = bundle.path("step.onnx.data").stat().st_size
+    assert memory.weight_bytes(decoder_of(bundle), setting) == pytest.approx(stored, rel=0.005)
+
+
+def test_the_cache_is_what_an_engine_allocates(made):
+    from mara_runtime.ort_engine import OrtEngine
+
+    bundle, setting = made("wide", "cpu", "fp32", "ort")
+    engine = OrtEngine(bundle, threads=1)
+    assert engine.slots == setting.slots == 256 + spare_slots(CANDIDATES)
+    assert engine._slab.nbytes == estimate(decoder_of(bundle), setting).kv_bytes
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What TensorRT for RTX says while it builds."""
+    from mara_export import trt
+
+    try:
+        module = trt.load("tensorrt-rtx")
+    except ImportError as error:
+        pytest.skip(f"TensorRT for RTX is not installed: {error}")
+    said: list[str] = []
+    monkeypatch.setattr(type(trt._logger(module)), "log", lambda _, severity, message: said.append(message))
+    return said
+
+
+def largest(log: list[str], what: str) -> int:
+    return max(int(size) for line in log for size in re.findall(rf"{what}: (\d+)", line))
+
+
+@pytest.mark.parametrize(
+    ("shape", "precision", "lowering", "context"),
+    [
+        ("wide", "fp16", "portable", 256),
+        ("wide", "int8", "portable", 256),
+        ("wide", "int4", "portable", 256),
+        ("wide", "fp16", "decomposed", 256),
+        ("untied", "fp16", "portable", 8192),
+        ("untied", "fp32", "portable", 4096),
+    ],
+)
+def test_an_engine_takes_what_was_computed(made, log, shape, precision, lowering, context):
+    """To a few hundredths; activations without fused attention are less than computed."""
+    from mara_export.build import build
+
+    bundle, setting = made(shape, "tensorrt-rtx", precision, lowering, context)
+    model = decoder_of(bundle)
+    built = build(bundle, "tensorrt-rtx")
+    (engine,) = built.manifest.engines
+    assert engine.slots == setting.slots
+    assert memory.weight_bytes(model, setting) == pytest.approx(largest(log, "Total Weights Memory"), rel=0.01)
+    size = built.manifest.files[engine.file].size_bytes
+    assert memory.engine_memory_bytes(model, setting) == pytest.approx(size, rel=0.05)
+    activations = largest(log, "Total Activation Memory")
+    computed = memory.activation_bytes(model, setting)
+    assert 0.98 * activations <= computed <= (1.05 if setting.fused else 1.5) * activations
+
+    # a bundle that has an engine is asked for its size, and finds out the MLP's
+    _, rows = of_bundle(built, Options())
+    found = rows[-1][1]
+    assert found.engine_bytes == size
+    assert found.kv_bytes == memory.kv_bytes(model, setting)
+    if model.tied:
+        assert found.workspace_bytes == pytest.approx(memory.workspace_bytes(model, setting), rel=0.02)
+    else:  # it cannot know that head and table are apart
+        assert found.workspace_bytes >= 0.98 * memory.workspace_bytes(model, setting)
+
+
+class Options:
+    """`mara-inspect --memory` without any."""
+
+    target = precision = lowering = context = None
+
+
+def test_decoding_on_a_cpu_takes_what_was_computed(made):
+    """Peak of a process that takes a prompt. Rows of the embedding that no token asks for stay in the file."""
+    bundle, setting = made("untied", "cpu", "fp32", "ort", 4096)
+    code = """
+import re, sys
+import numpy as np
+from pathlib import Path
+from mara_runtime.bundle import Bundle
+from mara_runtime.decode import PREFILL_ROWS
+from mara_runtime.engine import Pass, open_engine
+engine, _ = open_engine(Bundle.open(sys.argv[1], verify=False), "cpu", 1)
+for start in range(0, 4096, PREFILL_ROWS):
+    rows = list(range(start, start + PREFILL_ROWS))
+    engine.run(Pass([8 * row for row in rows], rows, start, head_rows=[PREFILL_ROWS - 1]))
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle.folder)], capture_output=True, text=True, check=True, timeout=120
+    )
+    peak = int(done.stdout)
+    computed = estimate(decoder_of(bundle), setting).total_bytes
+    assert 0.65 * computed <= peak <= 1.05 * computed
