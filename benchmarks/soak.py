@@ -31,6 +31,8 @@ CONTEXT, ANSWER = 256, 200
 """Tokens before an answer, and steps of one, at most."""
 GROWTH_BYTES = {"device": 2 << 20, "shared": 32 << 20, "host": 8 << 20}
 """What may be lost: CUDA gives memory in pieces of 2 MiB; a Jetson shares it with all that runs; Python's own heap."""
+WARM_UP = 1000
+"""Steps before memory is looked at: every width of a pass that comes up takes some once, for a binding or a CUDA graph."""
 IDLE_S = 3.0
 
 Memory = dict[str, "int | None"]
@@ -76,7 +78,7 @@ def main() -> int:
 def soak(
     subject: Subject, way: str, steps: int, meter: Meter | None = None, memory: Callable[[], Memory] | None = None
 ) -> dict[str, Any]:
-    """Answers one after another until there were `steps`. The first two, in which memory is taken, do not count."""
+    """Answers one after another until there were `steps`, after WARM_UP that do not count."""
     memory = memory or memory_in_use
     tokens = min(ANSWER, subject.capacity // 2)
     context = min(CONTEXT, subject.capacity - tokens - 1)
@@ -84,11 +86,11 @@ def soak(
     def answer(seed: int) -> None:
         subject.profile({**PROFILE, "seed": seed}, context, tokens, {way: WAYS[way]})
 
-    for seed in range(2):
+    for seed in range(0, WARM_UP, tokens):
         answer(seed)
     before, started, done = memory(), time.monotonic(), 0
     while done < steps:
-        answer(2 + done)
+        answer(WARM_UP + done)
         done += tokens
     ended = time.monotonic()
     drawn = None if meter is None else meter.between(started, ended)
