@@ -32,7 +32,7 @@ CONTEXT, ANSWER = 256, 200
 GROWTH_BYTES = {"device": 2 << 20, "shared": 32 << 20, "host": 8 << 20}
 """What may be lost: CUDA gives memory in pieces of 2 MiB; a Jetson shares it with all that runs; Python's own heap."""
 WARM_UP = 1000
-"""Steps before memory is looked at: every width of a pass that comes up takes some once, for a binding or a CUDA graph."""
+"""Steps before memory is looked at: every width of a pass takes some once, for a binding or a CUDA graph."""
 IDLE_S = 3.0
 
 Memory = dict[str, "int | None"]
