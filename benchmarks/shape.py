@@ -28,9 +28,19 @@ SHAPES = {
         "max_position_embeddings": 32768,
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
-    }
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
 }
-"""From the published config.json of each model."""
+"""From the published config.json of each model; the tiny one is nobody's, and tries the commands."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export.narrow import island
-from mara_export.trace import NODE, NORM, ROTARY
+from mara_export.nodes import NODE, NORM, ROTARY
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 

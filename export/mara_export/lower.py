@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export import decomposed
 from mara_export.fuse import drop_dead, fuse
-from mara_export.trace import DOMAIN, NODE, NORM, ROTARY
+from mara_export.nodes import DOMAIN, NODE, NORM, ROTARY
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape, Tensor

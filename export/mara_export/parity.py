@@ -17,13 +17,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mara_runtime.engine import Engine
+
+if TYPE_CHECKING:  # only the reference needs it, and two engines are compared on devices that have none
+    import torch
 
 F32 = NDArray[np.float32]
 NAMES = ("hidden", "logits", "margins")
@@ -127,16 +129,18 @@ class Case:
     """False: random tokens, of which no model makes anything"""
 
 
-@torch.no_grad()
 def reference_case(
     model: Any, agent: Margins, tokens: Sequence[int], max_siblings: int = SIBLINGS, is_text: bool = True
 ) -> Case:
     """Run Hugging Face eager over a prompt. model: a causal LM in eval mode, float32, with eager attention."""
+    import torch
 
+    @torch.no_grad()
     def run(ids: list[list[int]], cache: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
         out = model(input_ids=torch.tensor(ids), past_key_values=cache, use_cache=True, output_hidden_states=True)
         return out.hidden_states[-1], out.logits, out.past_key_values
 
+    @torch.no_grad()
     def rows(hidden: torch.Tensor, logits: torch.Tensor) -> Rows:
         return Rows(hidden.numpy(), logits.numpy(), agent.margin(hidden).numpy())
 

@@ -38,9 +38,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.architectures import model_shape
 from mara_export.errors import ModelError
+from mara_export.nodes import DOMAIN, NODE, NORM, ROTARY
 from mara_runtime import tensors
 
-DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
 ATTENTION = "mara"
 """Name under which the seam is registered with transformers."""
 OPSET = 18

@@ -48,6 +48,11 @@ class Subject:
         self._cost: Cost | None = None
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and answer, at most."""
+        return self._bundle.manifest.max_context
+
     def describe(self) -> dict[str, Any]:
         """What is measured."""
         return {"name": "mara-deploy", **self._engine.describe()}

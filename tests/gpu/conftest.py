@@ -1,0 +1,106 @@
+"""What only a GPU can show. Without one, each test is skipped with what was looked for and not found.
+
+benchmarks/gpu.sh runs them with MARA_GPU_BUNDLES, a folder of bundles named by their targets. Without it, a tiny model
+is exported and its engine built, which needs PyTorch.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.board import NoBoard, find
+from mara_runtime.bundle import Bundle
+from mara_runtime.engine import Engine, open_engine
+from mara_runtime.ort_engine import PROVIDERS
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("tensorrt", "tensorrt-rtx", "cuda")
+
+
+def why_not(target: str) -> str | None:
+    """Why nothing can be run on `target` here, or None."""
+    try:
+        find()
+    except NoBoard as error:
+        return f"no NVIDIA GPU here: {error}"
+    if target != "cuda":
+        from mara_export.build import why_cannot_build
+
+        return why_cannot_build(target)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return f"ONNX Runtime cannot be imported: {error}"
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[target] not in available:
+        return f"this ONNX Runtime has no {PROVIDERS[target]} (it has {', '.join(available)})"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """A target that runs here."""
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _told(request: pytest.FixtureRequest, record_property: Callable[[str, str], None]) -> None:
+    """In --junitxml, which target a test ran on: benchmarks/gather.py counts them."""
+    if "target" in request.fixturenames:
+        record_property("target", request.getfixturevalue("target"))
+
+
+@pytest.fixture(scope="session")
+def bundle(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A real model for the target, float16, with its engine."""
+    given = os.environ.get("MARA_GPU_BUNDLES")
+    if given is None:
+        pytest.importorskip("torch", reason="without MARA_GPU_BUNDLES a bundle is exported here, which needs PyTorch")
+        return exported(target, tmp_path_factory.mktemp("gpu"))
+    folder = Path(given) / target
+    if not folder.is_dir():
+        pytest.skip(f"MARA_GPU_BUNDLES is {given}, and there is no bundle named {target} in it")
+    return Bundle.open(folder)
+
+
+@pytest.fixture
+def engine(bundle: Bundle, target: str) -> Iterator[Engine]:
+    """The target's engine on the real model, new."""
+    engine, _ = open_engine(bundle, target)
+    yield engine
+    close(engine)
+
+
+def close(engine: Engine) -> None:
+    """Give the device's memory back now, where an engine can."""
+    if hasattr(engine, "close"):
+        engine.close()
+
+
+def exported(target: str, folder: Path) -> Bundle:
+    """A tiny random model's bundle for the target."""
+
+    def run(*command: object) -> None:
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+
+    model, out = folder / "model", folder / "bundle"
+    run("benchmarks/shape.py", "tiny", model)
+    source = ("--model", model / "checkpoint", "--agent", model / "agent.safetensors")
+    options = ("--target", target, "--precision", "fp16", "--max-context", 512, "--out", out, "--quiet")
+    run("-m", "mara_deploy.commands.export", *source, *options)
+    if target != "cuda":
+        run("-m", "mara_deploy.commands.build", out, "--target", target, "--quiet")
+    return Bundle.open(out)

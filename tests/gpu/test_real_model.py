@@ -1,0 +1,50 @@
+"""A real transformer on the GPU against the same graph in ONNX Runtime on the CPU, and its memory over many steps.
+
+The bundle was compared with Hugging Face eager when it was exported, by that same CPU engine, so the two comparisons
+together reach from Hugging Face to the GPU, and the second needs no PyTorch on the device.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import board, soak
+from mara_deploy.bench.worker import Subject
+from mara_export import parity
+from mara_runtime.bundle import Bundle
+from mara_runtime.engine import Engine, Pass
+from mara_runtime.ort_engine import OrtEngine
+
+PROMPT_TOKENS = (1, 48, 200)
+"""The last goes through the engine's profile for prompts."""
+
+
+@pytest.fixture(scope="module")
+def cases(bundle: Bundle) -> list[parity.Case]:
+    """Random prompts, their best next tokens, and what the CPU makes of both."""
+    reference = OrtEngine(bundle)
+    rng, vocab_size = np.random.default_rng(0), bundle.manifest.model.shape.vocab_size
+    found = []
+    for length in PROMPT_TOKENS:
+        tokens = rng.integers(0, vocab_size, length).tolist()
+        best = reference.run(Pass(tokens, range(length), 0, [length - 1])).top_ids[0, : parity.SIBLINGS].tolist()
+        case = parity.Case(tokens, best, None, is_text=False)
+        found.append(replace(case, reference=parity.engine_side(reference, case)))
+    return found
+
+
+def test_the_gpu_computes_what_the_cpu_computes(engine: Engine, bundle: Bundle, cases: list[parity.Case]) -> None:
+    gate = parity.GATES[bundle.manifest.step.precision]
+    report = parity.compare(cases, [parity.engine_side(engine, case) for case in cases], gate)
+    assert report.failures == []
+    assert report.outcomes["first"]["compared"] > 0
+
+
+def test_memory_does_not_grow_over_two_thousand_steps(bundle: Bundle, target: str) -> None:
+    subject = Subject(str(bundle.folder), target, None)
+    subject.width()
+    where = soak.whose_memory(target, board.find())
+    for way in soak.WAYS:
+        found = soak.soak(subject, way, 2000)
+        assert soak.too_much(found["memory"], where) == []

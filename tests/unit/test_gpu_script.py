@@ -1,0 +1,215 @@
+"""benchmarks/gpu.sh as far as it goes without a GPU, and what it makes of its steps' output."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gather, soak
+from benchmarks.board import Jetson, NoBoard, find
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+BOARDS = {
+    "server": {"kind": "gpu", "driver_cuda": "13.0"},
+    "JetPack 6.2": {"kind": "jetson", "l4t": "36.4.3"},
+    "JetPack 7.1": {"kind": "jetson", "l4t": "38.4.0"},
+    "JetPack 7.2": {"kind": "jetson", "l4t": "39.2.0"},
+}
+
+
+def script(*arguments, **environment):
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "BOARD", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+    return subprocess.run(
+        [str(SCRIPT), *map(str, arguments)], env={**clean, **environment}, capture_output=True, text=True
+    )
+
+
+def commands(*arguments, board="server", **environment):
+    """What a dry run prints, as lists of words."""
+    result = script("--dry-run", *arguments, BOARD=json.dumps(BOARDS[board]), **environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def test_without_a_gpu_it_ends_at_once_and_leaves_nothing(tmp_path):
+    try:
+        if isinstance(find(), Jetson):
+            pytest.skip("this is a Jetson, whatever nvidia-smi says")
+    except NoBoard:
+        pass
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    program.chmod(0o755)
+    result = script("--out", tmp_path / "out", PATH=f"{program.parent}:{os.environ['PATH']}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "no NVIDIA GPU here: nvidia-smi says 'No devices were found'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+
+
+@pytest.mark.parametrize("board", BOARDS)
+@pytest.mark.parametrize("size", [(), ("--smoke",)])
+def test_every_command_is_one_that_its_program_takes(tmp_path, board, size):
+    lines = commands("--out", tmp_path / "out", *size, board=board)
+    assert not (tmp_path / "out").exists()
+    names = [line[0] for line in lines]
+    assert {"mara-export", "mara-build", "mara-bench"} <= set(names)
+    for line in lines:
+        if line[0].startswith("mara-"):
+            module = importlib.import_module(f"mara_deploy.commands.{line[0].removeprefix('mara-')}")
+            module.parser().parse_args(line[1:])
+        elif "benchmarks.soak" in line:
+            assert soak.parser().parse_args(line[3:]).steps == 2000
+        elif any(word.endswith("shape.py") for word in line):
+            assert f'"{line[2]}": {{' in (ROOT / line[1]).read_text()
+        else:
+            assert line[1:3] in (["-m", "venv"], ["-m", "pip"], ["-m", "benchmarks.gather"]) or line[0] == "env"
+    tests = next(line for line in lines if line[0] == "env")
+    exports = [line for line in lines if line[0] == "mara-export"]
+    folder = tests[1].removeprefix("MARA_GPU_BUNDLES=")
+    assert {line[line.index("--out") + 1] for line in exports} == {
+        f"{folder}/{line[line.index('--target') + 1]}" for line in exports
+    }
+
+
+@pytest.mark.parametrize(
+    ("board", "lowering", "targets", "site"),
+    [
+        ("server", "portable", ["tensorrt", "cuda"], False),
+        ("JetPack 6.2", "decomposed", ["tensorrt"], True),  # TensorRT 10.3; Python 3.10 has no onnxruntime-gpu
+        ("JetPack 7.1", "decomposed", ["tensorrt", "cuda"], True),  # TensorRT 10.13
+        ("JetPack 7.2", "portable", ["tensorrt", "cuda"], True),
+    ],
+)
+def test_what_differs_by_board(board, lowering, targets, site):
+    lines = commands(board=board)
+    exports = [line for line in lines if line[0] == "mara-export"]
+    assert [line[line.index("--target") + 1] for line in exports] == targets
+    assert exports[0][exports[0].index("--lowering") + 1] == lowering
+    assert ("--system-site-packages" in lines[0]) == site  # where TensorRT comes with the system
+
+
+def test_an_environment_and_bundles_that_are_there_are_used(tmp_path):
+    lines = commands("--bundles", tmp_path, "--targets", "tensorrt", PYTHON="python3")
+    assert [line[0] for line in lines] == ["mara-build", "env", "mara-bench", "python3", "python3"]
+    assert lines[0][1] == f"{tmp_path}/tensorrt"
+    without = commands("--bundles", tmp_path)
+    assert not any("export" in word or "torch" in word for line in without for word in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (("--quick",), {}, "there is no option --quick"),
+        (("--out",), {}, "--out needs a value"),
+        (("--dry-run",), {"BOARD": '{"kind": "gpu", "driver_cuda": "12.4"}'}, "this driver knows CUDA 12.4"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, environment, message):
+    result = script(*arguments, **environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_device_needs_no_pytorch():
+    """What gpu.sh --bundles runs."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors')))\n"
+        "import benchmarks.soak, benchmarks.gather, mara_deploy.commands.bench, mara_export.build, mara_export.parity\n"
+        "import tests.gpu.test_conformance, tests.gpu.test_real_model\n"
+        "print('imported')"
+    )
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.stdout == "imported\n", result.stderr
+
+
+def test_help_is_the_head_of_the_file():
+    text = script("--help").stdout
+    for option in ("--smoke", "--dry-run", "--out", "--bundles", "--targets", "PYTHON="):
+        assert option in text
+    assert "set -euo" not in text
+
+
+# ── two thousand steps under watch ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Counting:
+    """A subject that counts its steps and loses so many bytes each."""
+
+    def __init__(self, capacity: int = 512, lost: int = 0) -> None:
+        self.capacity, self.lost, self.steps = capacity, lost, 0
+        self.seeds: list[int] = []
+
+    def profile(self, profile, context, tokens, ways):
+        assert context >= 1
+        assert context + tokens < self.capacity
+        self.steps += tokens
+        self.seeds.append(profile["seed"])
+
+    def memory(self):
+        return {"device_bytes": 10**9 + self.lost * self.steps, "host_bytes": 10**8}
+
+
+@pytest.mark.parametrize("capacity", [40, 512, 4096])
+def test_as_many_steps_as_asked_for_and_no_text_twice(capacity):
+    subject = Counting(capacity)
+    found = soak.soak(subject, "aligned", 2000, memory=subject.memory)
+    assert 2000 <= found["steps"] < 2200
+    assert len(set(subject.seeds)) == len(subject.seeds)
+    assert found["joules_per_token"] is None
+
+
+def test_a_kilobyte_a_step_is_too_much():
+    for lost, where, grown in ((0, "device", 0), (2000, "device", 1), (2000, "host", 0), (20_000, "shared", 1)):
+        subject = Counting(lost=lost)
+        found = soak.soak(subject, "plain", 2000, memory=subject.memory)
+        assert len(soak.too_much(found["memory"], where)) == grown
+        assert grown == 0 or "device_bytes grew" in soak.too_much(found["memory"], where)[0]
+
+
+def test_memory_that_cannot_be_read_is_no_evidence():
+    nobody_knows = {"device_bytes": None, "host_bytes": 1}
+    found = {"before": nobody_knows, "after": nobody_knows}
+    assert soak.too_much(found, "host") == []
+    assert soak.too_much(found, "device") == ["device_bytes cannot be read, so nobody knows whether it grew"]
+
+
+def test_this_process_has_memory():
+    assert soak.memory_in_use()["host_bytes"] > 10**6
+
+
+# ── one file of all ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+JUNIT = """<testsuites><testsuite>
+<testcase name="a[tensorrt]"><properties><property name="target" value="tensorrt"/></properties></testcase>
+<testcase name="b[tensorrt]"><properties><property name="target" value="tensorrt"/></properties><failure/></testcase>
+<testcase name="c[cuda]"><skipped message="no CUDA"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_results_are_gathered(tmp_path):
+    (tmp_path / "board-before.json").write_text('{"kind": "gpu"}')
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    (tmp_path / "tensorrt-bench.txt").write_text('a table\n{"rounds": 9}\na last word on stderr\n')
+    (tmp_path / "cuda-soak.txt").write_text("{ broken\nno object\n")
+    (tmp_path / "failed.tsv").write_text("cuda-soak\tit did not work\n")
+    found = gather.gather(tmp_path)
+    assert found["board"]["before"] == {"kind": "gpu"}
+    assert found["targets"] == {"tensorrt": {"bench": {"rounds": 9}}, "cuda": {"soak": None}}
+    assert found["tests"] == {"passed": {"tensorrt": 1}, "failed": ["b[tensorrt]"], "skipped": {"no CUDA": 1}}
+    assert found["failed"] == {"cuda-soak": "it did not work"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["versions"]["python"])
+    assert gather.untested(found) == ["cuda"]
+    assert gather.untested({**found, "tests": None}) == ["tensorrt", "cuda"]
