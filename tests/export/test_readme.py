@@ -22,6 +22,8 @@ NOT_RUN_HERE = {
         "test_train_run.py does the like"
     ),
     "mara-export --model qwen2 --agent politeness/agent.safetensors": "another line exports an agent file",
+    "mara-build qwen2-gpu --target tensorrt": "needs a GPU; the next line builds the same graph for TensorRT for RTX",
+    'mara-run qwen2-gpu --engine tensorrt --prompt "How do I keep bread fresh?"': "needs a GPU",
     "pip wheel --no-deps -w dist .": "test_moved_bundle.py does the same",
     'pip install "$(ls dist/*.whl)[cpu]"': "test_moved_bundle.py does the same",
 }
@@ -72,6 +74,7 @@ def test_every_command_runs(place):
     ran = [command for command in commands() if command not in NOT_RUN_HERE]
     assert {command.split()[0] for command in ran} == {
         "mara-export",
+        "mara-build",
         "mara-run",
         "mara-eval",
         "mara-inspect",
