@@ -17,6 +17,7 @@ from typing import Any
 
 from mara_export.folder import additions, extend
 from mara_export.progress import Progress
+from mara_runtime import cuda, trt_plan
 from mara_runtime.bundle import Bundle
 from mara_runtime.calibrate import cache_folder
 from mara_runtime.decode import PREFILL_ROWS
@@ -31,8 +32,6 @@ SLOT_MULTIPLE = 16
 """Slots are rounded up to it, so that the rows of the mask are aligned as fused kernels want them."""
 USUAL_ROWS = 4
 """Of a decoding pass: what the kernels of the first profile are chosen for."""
-TOO_OLD = 35
-"""cudaErrorInsufficientDriver: also where there is no driver at all."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
@@ -96,13 +95,14 @@ def why_cannot_build(target: str) -> str | None:
     except ImportError as error:
         return f"onnx cannot be imported ({error}): pip install onnx"
     try:
-        trt = parts.load(target)
+        trt = trt_plan.load(target)
     except (ImportError, OSError) as error:  # OSError: a native library that it loads is missing
         return f"its Python package cannot be imported ({error}): {from_nvidia[target]}"
     if target == "tensorrt":
         if parts.version(trt) < parts.OLDEST:
             return f"TensorRT {trt.__version__} is too old: 10.3 is the oldest that is known to work"
-        return _device()[1]
+        reason = cuda.why_not()
+        return None if reason is None else f"{reason}, and TensorRT builds on the GPU that will run the engine"
     return None
 
 
@@ -115,9 +115,8 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
     reason = why_cannot_build(target)
     if reason is not None:
         raise EngineError(f"no engine for {target} can be built here: {reason}")
-    from mara_export import trt as parts
 
-    trt = parts.load(target)
+    trt = trt_plan.load(target)
     _check(bundle, target, options, trt)
     sizes = options.slots(bundle.manifest)
     with additions(bundle) as folder:
@@ -230,7 +229,7 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _level(options.hardware))
-    return "8.0+" if options.hardware == "ampere-plus" else _device()[0]
+    return "8.0+" if options.hardware == "ampere-plus" else cuda.compute_capability()
 
 
 @contextlib.contextmanager
@@ -257,23 +256,6 @@ def _timings(config: Any, target: str, options: BuildOptions, trt: Any, capabili
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             part.write_bytes(memoryview(config.get_timing_cache().serialize()))
             part.replace(path)
-
-
-def _device() -> tuple[str, str | None]:
-    """Compute capability of the first GPU, as 8.7, and why there is none."""
-    try:
-        from cuda.bindings import runtime as cuda
-    except ImportError as error:
-        return "", f"cuda-bindings cannot be imported ({error}): pip install cuda-bindings"
-    status, count = cuda.cudaGetDeviceCount()
-    if int(status) != 0 or count == 0:
-        found = cuda.cudaGetErrorString(status)[1].decode()
-        hint = "; with a driver for CUDA 12: pip install 'cuda-bindings<13'" if int(status) == TOO_OLD else ""
-        return "", f"there is no NVIDIA GPU ({found}), and TensorRT builds on the one that will run the engine{hint}"
-    attributes = cuda.cudaDeviceAttr
-    major = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0)[1]
-    minor = cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0)[1]
-    return f"{major}.{minor}", None
 
 
 def _level(hardware: str) -> str:

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,6 +18,7 @@ import onnx
 
 from mara_runtime import tensors
 from mara_runtime.errors import EngineError
+from mara_runtime.trt_plan import logger
 
 OLDEST = (10, 3)
 """TensorRT of JetPack 6."""
@@ -28,18 +28,6 @@ Shapes = tuple[int, int, int]
 """(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
 """What a builder's error speaks of when an attention has no fused kernel."""
-
-
-def load(target: str) -> Any:
-    """The Python module of a target. Raises ImportError when it, or what it needs, is not installed."""
-    if target == "tensorrt":
-        import tensorrt as trt
-    else:
-        try:
-            import tensorrt_rtx as trt  # the one that NVIDIA's meta package installs
-        except ImportError:
-            import tensorrt_rtx_bindings as trt
-    return trt
 
 
 def name(trt: Any) -> str:
@@ -58,10 +46,10 @@ class Network:
     def __init__(self, trt: Any, path: Path, slots: int) -> None:
         """Parse the graph in `path` for a KV cache of `slots` slots. Raises EngineError, naming the node."""
         self.trt = trt
-        self._builder = trt.Builder(_logger(trt))
+        self._builder = trt.Builder(logger(trt))
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other
         self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
-        self._parser = trt.OnnxParser(self.network, _logger(trt))  # owns weights: it must live until the build is over
+        self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: it must live until the build is over
         model = onnx.load(str(path), load_external_data=False)
         _fix(model, "C", slots)
         if not self._parser.parse(model.SerializeToString(), str(path)):
@@ -190,20 +178,6 @@ def one_line(text: str) -> str:
     text = re.sub(r"\[[\w.]+:\d+: \w+\] |\s*\bIn \w+ at /\S+?(?=\)|$|\s)", "", text)
     text = re.sub(r"^(?:API Usage Error|Internal Error|Myelin) \((.*)\)$", r"\1", text)
     return text if len(text) <= 400 else text[:397] + "..."
-
-
-@cache
-def _logger(trt: Any) -> Any:
-    """The first logger of a process stays that of all its builders and runtimes, so it must outlive them."""
-
-    class Silent(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            pass
-
-    return Silent()
 
 
 def _recorder(trt: Any) -> Any:

@@ -18,6 +18,10 @@ ALIGNMENT = 256
 """Bytes: of every tensor's address. cudaMalloc gives no less, and kernels may count on it."""
 
 
+_TOO_OLD = 35
+"""cudaErrorInsufficientDriver: also where there is no driver at all."""
+
+
 def load() -> Any:
     """The bindings of the CUDA runtime. Raises ImportError when they are not installed."""
     from cuda.bindings import runtime
@@ -48,7 +52,15 @@ def why_not() -> str | None:
         cuda = load()
     except ImportError as error:
         return f"cuda-bindings cannot be imported ({error}): pip install cuda-bindings"
-    status, count = cuda.cudaGetDeviceCount()
+    try:
+        status, count = cuda.cudaGetDeviceCount()
+    except RuntimeError as error:  # of cuda-bindings 12.8 and before, where there is no driver
+        return f"there is no NVIDIA GPU that can be used ({error})"
+    if int(status) == _TOO_OLD:
+        return (
+            f"the NVIDIA driver cannot be used ({_text(cuda, status)}); where there is one, for CUDA 12: "
+            "pip install 'cuda-bindings<13', and on JetPack 6 'cuda-bindings==12.8.*'"
+        )
     if int(status) != 0 or not count:
         return f"there is no NVIDIA GPU that can be used ({_text(cuda, status) if int(status) else 'none was found'})"
     return None

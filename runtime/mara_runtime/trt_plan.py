@@ -82,7 +82,7 @@ class Plan:
         self._shared: dict[int, tuple[Any, Sizes, int]] = {}  # by profile: a context, and what it is set to
         self._activations = 0
         try:
-            self._runtime = trt.Runtime(_logger(trt))
+            self._runtime = trt.Runtime(logger(trt))
             if facts.options.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # it brings the runtime of the version that built it
             self._engine = self._deserialise()
@@ -106,7 +106,7 @@ class Plan:
             free = self._cuda.free_bytes()
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            why = _logger(self._trt).last or "it gives no reason"
+            why = logger(self._trt).last or "it gives no reason"
             memory = (
                 f"; it takes about {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free" if size > free else ""
             )
@@ -208,7 +208,7 @@ class Plan:
         before, after = self._blocks
         self._cuda.upload(before.device, before.host)
         if not context.execute_async_v3(self._cuda.stream):
-            raise EngineError(f"TensorRT cannot run a pass: {_logger(self._trt).last or 'it gives no reason'}")
+            raise EngineError(f"TensorRT cannot run a pass: {logger(self._trt).last or 'it gives no reason'}")
         self._cuda.download(after.host, after.device)
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,10 +229,10 @@ class Plan:
         # Contexts share their activation memory, as one stream never runs two of them at once.
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise EngineError(f"TensorRT makes no execution context: {_logger(self._trt).last or 'it gives no reason'}")
+            raise EngineError(f"TensorRT makes no execution context: {logger(self._trt).last or 'it gives no reason'}")
         context.set_device_memory(self._activations, self.activation_bytes)
         if not context.set_optimization_profile_async(profile, self._cuda.stream):
-            raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {_logger(self._trt).last}")
+            raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {logger(self._trt).last}")
         self._set_shapes(context, sizes)
         self._set_addresses(context, side)
         return context
@@ -241,13 +241,13 @@ class Plan:
         for tensor in self._inputs:
             if "C" not in tensor.shape and not context.set_input_shape(tensor.name, sizes.of(tensor.shape)):
                 raise EngineError(
-                    f"TensorRT refuses the shape {sizes.of(tensor.shape)} of {tensor.name}: {_logger(self._trt).last}"
+                    f"TensorRT refuses the shape {sizes.of(tensor.shape)} of {tensor.name}: {logger(self._trt).last}"
                 )
 
     def _set_addresses(self, context: Any, side: int) -> None:
         for name, address in self._sides[side].items():
             if not context.set_tensor_address(name, address):
-                raise EngineError(f"TensorRT refuses the address of {name}: {_logger(self._trt).last}")
+                raise EngineError(f"TensorRT refuses the address of {name}: {logger(self._trt).last}")
 
     # ── closing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -276,7 +276,7 @@ def rebuild(path: Path) -> str:
 
 
 @cache
-def _logger(trt: Any) -> Any:
+def logger(trt: Any) -> Any:
     """The first logger of a process stays that of all its builders and runtimes, so it must outlive them."""
 
     class Last(trt.ILogger):  # type: ignore[misc]

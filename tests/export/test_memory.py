@@ -147,7 +147,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     except ImportError as error:
         pytest.skip(f"TensorRT for RTX is not installed: {error}")
     said: list[str] = []
-    monkeypatch.setattr(type(trt._logger(module)), "log", lambda _, severity, message: said.append(message))
+    monkeypatch.setattr(type(trt.logger(module)), "log", lambda _, severity, message: said.append(message))
     return said
 
 
