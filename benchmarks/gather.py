@@ -117,9 +117,9 @@ def main() -> int:
     path = folder / "results.json"
     found = gather(folder)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for target in untested(found):
-        print(f"gather: no test of tests/gpu has passed on {target}", file=sys.stderr)
     print(path)
+    for target in untested(found):
+        print(f"no test of tests/gpu has passed on {target}", file=sys.stderr)
     return int(bool(untested(found)))
 
 

@@ -116,10 +116,16 @@ class OrtEngine:
 
         how = {"enable_cuda_graph": "1"} if self._graphs is True else {}
         try:
-            return ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
+            session = ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
+        if PROVIDERS[self._name] not in session.get_providers():  # it goes on with the CPU's, in silence
+            raise EngineError(
+                f"ONNX Runtime cannot use its {PROVIDERS[self._name]}, as a rule because CUDA or cuDNN is not found: "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]', and name the folders of their libraries in LD_LIBRARY_PATH"
+            )
+        return session
 
     def _check_io(self, path: Any, *expected: list[tensors.Tensor]) -> None:
         """Does the graph have the tensors that the manifest's sizes ask for?"""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.board import NoBoard, find
+from mara_runtime import cuda
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Engine, open_engine
 from mara_runtime.ort_engine import PROVIDERS
@@ -30,7 +31,7 @@ def why_not(target: str) -> str | None:
     if target != "cuda":
         from mara_export.build import why_cannot_build
 
-        return why_cannot_build(target)
+        return why_cannot_build(target) or cuda.why_not()
     try:
         import onnxruntime
     except ImportError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from mara_runtime import ort_engine, tensors
@@ -335,6 +336,15 @@ def test_what_ran_is_described(bundle: Bundle) -> None:
         "threads": 1,
     }
     assert facts["version"].startswith("onnxruntime ")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_onnx_runtime_replaces_in_silence_is_refused(bundle: Bundle) -> None:
+    # As where CUDA's libraries are missing; here the whole provider is.
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has it")
+    with pytest.raises(EngineError, match="cannot use its CUDAExecutionProvider"):
+        OrtEngine(bundle, "cuda")
 
 
 def test_a_graph_that_is_none_is_one_line(tmp_path: Path) -> None:
