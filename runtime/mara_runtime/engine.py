@@ -147,7 +147,12 @@ def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) 
         why_not, make = _kind(candidate)
         reason = why_not(bundle, candidate)
         if reason is None:
-            return make(bundle, candidate, threads), declined
+            try:
+                return make(bundle, candidate, threads), declined
+            except EngineError as error:  # damaged, or larger than the device's memory
+                if name != "auto":
+                    raise
+                reason = str(error)
         declined[candidate] = reason
     reasons = "; ".join(f"{engine}: {reason}" for engine, reason in declined.items())
     raise EngineError(f"no engine can run {bundle.folder} here ({reasons})")

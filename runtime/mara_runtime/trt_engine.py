@@ -305,9 +305,10 @@ class TrtEngine:
         inputs[tensors.INPUT_IDS][0] = work.tokens
         inputs[tensors.POSITION_IDS][0] = work.positions
         inputs[tensors.WRITE_INDICES][0] = work.slot
-        inputs[tensors.HEAD_ROWS][:] = work.head_rows or 0  # where there is none, row 0 fills the place …
-        inputs[tensors.AGENT_ROWS][:] = work.agent_rows or 0
-        inputs[tensors.PRIORITIES][:] = work.priorities if work.agent_rows else -np.inf  # … and is never chosen
+        heads, asked = len(work.head_rows), len(work.agent_rows)
+        inputs[tensors.HEAD_ROWS][:] = work.head_rows if heads else 0  # where there is none, row 0 fills the place …
+        inputs[tensors.AGENT_ROWS][:] = work.agent_rows if asked else 0
+        inputs[tensors.PRIORITIES][:] = work.priorities if asked else -np.inf  # … and is never chosen
         inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
         inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
         inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row

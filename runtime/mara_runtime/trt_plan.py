@@ -82,7 +82,7 @@ class Plan:
         self._shared: dict[int, tuple[Any, Sizes, int]] = {}  # by profile: a context, and what it is set to
         self._activations = 0
         try:
-            self._runtime = trt.Runtime(logger(trt))
+            self._runtime = self._start()
             if facts.options.get("version_compatible"):
                 self._runtime.engine_host_code_allowed = True  # it brings the runtime of the version that built it
             self._engine = self._deserialise()
@@ -95,6 +95,13 @@ class Plan:
             raise
 
     # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self) -> Any:
+        try:
+            return self._trt.Runtime(logger(self._trt))
+        except TypeError as error:  # the bindings' way to say that the library returned none
+            why = logger(self._trt).last or error
+            raise EngineError(f"TensorRT {self._trt.__version__} does not start on this GPU: {why}") from None
 
     def _deserialise(self) -> Any:
         size = self._path.stat().st_size

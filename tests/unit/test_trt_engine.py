@@ -169,6 +169,14 @@ def test_closing_twice_is_closing_once(tmp_path: Path, machine: Machine) -> None
 # ── passes beyond the engine's bounds ────────────────────────────────────────────────────────────────────────────────
 
 
+def test_the_rows_of_a_pass_may_be_arrays(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    none, both = np.arange(0), np.arange(2)
+    assert engine.run(Pass(both, both, 0, none, none, none)).rows.tolist() == []
+    assert engine.run(Pass(both, both, 0, both, both, np.full(2, -np.inf))).rows.tolist() == [0, 1]
+    engine.close()
+
+
 def test_a_pass_that_is_too_wide_is_refused_and_evaluated_in_pieces(tmp_path: Path, machine: Machine) -> None:
     engine = TrtEngine(bundle(tmp_path), "tensorrt")
     tokens = [i % FINE for i in range(45)]
@@ -294,6 +302,30 @@ def test_what_is_missing_is_named(tmp_path: Path, machine: Machine, monkeypatch:
     assert "its Python package cannot be imported (No module named 'tensorrt'): pip install" in str(
         trt_engine.why_not(made, "tensorrt")
     )
+
+
+def test_auto_goes_on_to_the_next_when_an_engine_cannot_be_opened(tmp_path: Path, machine: Machine) -> None:
+    made = bundle(tmp_path)
+    path = made.path(made.manifest.engines[0].file)
+    path.write_bytes(b"not an engine")
+    made = replace(made, manifest=replace(made.manifest, targets=("tensorrt", "cpu")))
+    engine, declined = open_engine(made)
+    assert engine.describe()["name"] == "cpu"
+    assert f"cannot open {path}" in declined["tensorrt"]
+    with pytest.raises(EngineError, match=f"^TensorRT {INSTALLED} cannot open {path}"):
+        open_engine(made, "tensorrt")
+
+
+def test_a_runtime_that_does_not_start_is_one_line(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(logger: Any) -> Any:
+        logger.log(machine.trt.ILogger.Severity.ERROR, "CUDA initialization failure\nwith error 3")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(machine.trt, "Runtime", none)
+    with pytest.raises(EngineError, match=r"does not start on this GPU: CUDA initialization failure with error 3$"):
+        TrtEngine(bundle(tmp_path), "tensorrt")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an engine"])
