@@ -58,8 +58,8 @@ def why_not() -> str | None:
         return f"there is no NVIDIA GPU that can be used ({error})"
     if int(status) == _TOO_OLD:
         return (
-            f"there is no NVIDIA GPU that can be used ({_text(cuda, status)}); if there is one, its driver is too old for "
-            "cuda-bindings: pip install 'cuda-bindings<13' for CUDA 12, 'cuda-bindings==12.8.*' on JetPack 6"
+            f"there is no NVIDIA GPU that can be used ({_text(cuda, status)}); if there is one, its driver is too old "
+            "for cuda-bindings: pip install 'cuda-bindings<13' for CUDA 12, 'cuda-bindings==12.8.*' on JetPack 6"
         )
     if int(status) != 0 or not count:
         return f"there is no NVIDIA GPU that can be used ({_text(cuda, status) if int(status) else 'none was found'})"
