@@ -80,13 +80,21 @@ def additions(bundle: Bundle) -> Iterator[Path]:
 def extend(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bundle:
     """Move the engines' files from `staged` into the bundle and enter them in its manifest.
 
-    An entry of the same target and number of slots is replaced. At every moment the bundle is whole: what is to be
+    An entry of the same target and number of slots is replaced; one of the same target for another TensorRT, GPU or
+    system than the new ones goes, as it could not run beside them. At every moment the bundle is whole: what is to be
     replaced leaves the manifest before its file changes, and new files enter it when they are in place.
     """
     names = [engine.file for engine in engines]
     new = {(engine.target, engine.slots) for engine in engines}
     before = bundle.manifest
-    kept = tuple(engine for engine in before.engines if (engine.target, engine.slots) not in new)
+    fits = {(e.target, e.version, e.compute_capability, e.platform) for e in engines}
+    targets = {engine.target for engine in engines}
+    kept = tuple(
+        e
+        for e in before.engines
+        if (e.target, e.slots) not in new
+        and (e.target not in targets or (e.target, e.version, e.compute_capability, e.platform) in fits)
+    )
     gone = {engine.file for engine in before.engines} - {engine.file for engine in kept} | set(names)
     manifest = replace(
         before, engines=kept, files={name: entry for name, entry in before.files.items() if name not in gone}

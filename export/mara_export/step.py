@@ -18,6 +18,8 @@ from mara_export.lower import value_info
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
+LARGEST = 3.4e38
+"""Sums of a state from here on are taken for infinite, in float32."""
 _CHOSEN = "step/rows"
 """(R,) rows for the LM head."""
 
@@ -81,9 +83,10 @@ def _agent(add: _Nodes, agent: onnx.ModelProto, shape: ModelShape) -> None:
             node.output[i] = f"agent/{name}"
         node.name = f"agent/{node.name}"
         add.nodes.append(node)
-    # NaN and infinity times 0 are NaN, while a ReLU may turn NaN into 0
+    # a ReLU may turn NaN into 0, and TensorRT may take NaN times 0 for 0: so a comparison, which NaN fails
     sums = add("ReduceSum", asked, add.constant([1]), keepdims=0)
-    poison = add("Mul", sums, add.constant(0.0))
+    finite = add("Less", add("Abs", sums), add.constant(LARGEST))
+    poison = add("Where", finite, add.constant(0.0), add.constant(np.nan))
     add("Add", f"agent/{tensors.AGENT_MARGIN}", poison, to=tensors.MARGINS)
 
 

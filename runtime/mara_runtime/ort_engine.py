@@ -98,7 +98,7 @@ class OrtEngine:
                 raise
             self._graphs = str(error)
             self._session = self._open(path, options)
-        self._graph_ids = count()
+        self._graph_ids = count(1)  # 0 is ONNX Runtime's own
 
         self._shape = manifest.model.shape
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
@@ -195,7 +195,9 @@ class OrtEngine:
         *before, last = self._refeed.prepare(work)
         for prepared in before:
             self._run(prepared.work)
-        return self._run(last.work, last.extra)
+        found = self._run(last.work, last.extra)
+        self._refeed.done()
+        return found
 
     def _run(self, work: Pass, extra: int = 0) -> Outcome:
         """extra: rows in front that the caller knows nothing of."""
@@ -228,6 +230,8 @@ class OrtEngine:
         for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
             bound.binding.bind_output(name, "cpu")
         self._execute(bound)
+        if self._refeed is not None:
+            self._refeed.done()
         *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
         return Everything(hidden.numpy()[0], logits.numpy()[: len(rows)], bound.outputs[tensors.MARGINS])
 

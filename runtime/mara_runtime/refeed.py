@@ -50,12 +50,16 @@ class Refeed:
         self._written = [None] * len(self._written)
         self._owed.clear()
 
+    def done(self) -> None:
+        """The prepared passes have run. Until then the rows stay owed: a pass that fails leaves nothing undone."""
+        self._owed.clear()
+
     def prepare(self, work: Pass, *, together: bool = True) -> list[Prepared]:
-        """The passes that do what is owed and then `work`, the last of them.
+        """The passes that do what is owed and then `work`, the last of them; `done` follows when they have run.
 
         together: where `work` goes on right behind the owed row, one pass does both, with that row in front.
         """
-        rows, self._owed = self._owed, []
+        rows = list(self._owed)
         after = work.slot + len(work.tokens)
         while rows and work.slot <= rows[-1].slot < after:
             rows.pop()  # `work` writes over it; from the end only, as a later row may look at an earlier one

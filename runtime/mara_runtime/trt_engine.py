@@ -106,7 +106,11 @@ class _Cache:
         self.size_bytes = sides * len(self._names) * self._layer_bytes
         self._base = cuda.allocate(self.size_bytes, f"the KV cache of {slots} slots")
         self._sides = [self._base + side * self.size_bytes // sides for side in range(sides)]
-        self.clear()
+        try:
+            self.clear()
+        except BaseException:
+            self.close()
+            raise
 
     def addresses(self) -> list[dict[str, int]]:
         """For each side: where the pasts are read and the presents written."""
@@ -182,12 +186,17 @@ class TrtEngine:
         if open_.plan is not None:  # first, so that two engines are never in memory at once
             open_.plan.close()
             open_.plan = None
-        dtype = self._bundle.manifest.step.cache
-        open_.cache = _Cache(cuda, self._shape, dtype, facts.slots, 1 if facts.in_place else 2)
-        if before is not None:
-            open_.cache.take_over(before, self._side)
-            before.close()
-        self._index, self._side = index, 0
+        if before is None or index != self._index:  # else an engine is opened again after another could not be
+            dtype = self._bundle.manifest.step.cache
+            cache = _Cache(cuda, self._shape, dtype, facts.slots, 1 if facts.in_place else 2)
+            if before is not None:
+                try:
+                    cache.take_over(before, self._side)
+                except BaseException:
+                    cache.close()
+                    raise
+                before.close()
+            open_.cache, self._index, self._side = cache, index, 0
         small = {**open_.inputs.addresses(), **open_.outputs.addresses(), **open_.apart.addresses()}
         sides = [{**small, **cache} for cache in open_.cache.addresses()]
         path, blocks = self._bundle.path(facts.file), (open_.inputs, open_.outputs)
@@ -213,7 +222,7 @@ class TrtEngine:
 
     def _widen(self, slots: int) -> None:
         index = self._room(slots)
-        if index > self._index:
+        if index > self._index or self._open.plan is None:
             self._enter(index)
 
     def move(self, source: int, target: int) -> None:
@@ -240,6 +249,7 @@ class TrtEngine:
         for prepared in before:
             self._pass(prepared.work)
         found = self._pass(last.work)
+        self._refeed.done()
         asked, heads = len(work.agent_rows), len(work.head_rows)
         rows = found[tensors.ROWS]
         told = slice(len(rows) - 1 - heads, len(rows) if rows[-1] >= 0 else -1)  # without the row that was padding
@@ -275,6 +285,7 @@ class TrtEngine:
                 shape = (len(heads) + 1, self._shape.vocab_size)
                 logits[start + first : start + first + len(heads)] = block.view(tensors.LOGITS, shape)[:-1]
             hidden[start:end] = block.view(tensors.LAST_HIDDEN_STATE, (1, len(rows), self._shape.hidden_size))[0]
+        self._refeed.done()
         return Everything(hidden, logits, margins)
 
     def _pass(self, work: Pass) -> dict[str, NDArray[Any]]:
@@ -317,6 +328,7 @@ class TrtEngine:
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""
+        self._widen(0)
         step, open_, facts = self._bundle.manifest.step, self._open, self._engines[self._index]
         return {
             "name": self._name,

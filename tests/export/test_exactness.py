@@ -19,7 +19,8 @@ from mara_deploy.demo.__main__ import demo_agent, export_demo
 from mara_export import parity
 from mara_export.export import export
 from mara_export.sources import resolve_model
-from mara_runtime import AlignedDecoder, DecodeConfig
+from mara_runtime import AlignedDecoder, DecodeConfig, ort_engine
+from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from mara_runtime.decode import Step
 from mara_runtime.ort_engine import OrtEngine
@@ -249,8 +250,10 @@ def test_any_schedule_at_all(name, lowering, subject, answers, decoder, monkeypa
 def test_a_cache_out_of_numpys_reach_is_moved_by_computing_again(subject, answers, bundle, monkeypatch):
     """What the CUDA provider needs, proved on the CPU."""
     _, _, prompts = subject("llama")
-    product = AlignedDecoder(bundle("llama", "ort"), threads=1)
-    monkeypatch.setattr(product.engine, "_in_reach", False)
+    monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(ort_engine.DEVICES, "cuda", "cpu")
+    opened = Bundle.open(bundle("llama", "ort"))
+    product = AlignedDecoder(opened, engine=OrtEngine(opened, "cuda", 1))
     monkeypatch.setattr(product.engine, "_slab", product.engine._slab.copy())  # whoever writes here is not heard
     tally = Tally()
     config = DecodeConfig(max_new_tokens=64, fallback="first", schedule="together")

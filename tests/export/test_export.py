@@ -81,7 +81,7 @@ STAGES = [
     "OrtEngine",
     "parity.engine_side",
     "parity.compare",
-    "_file_entries",
+    "file_entries",
     "folder._open_to_others",
 ]
 

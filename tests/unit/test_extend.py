@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,11 +55,20 @@ def test_adds_engines_and_their_target(bundle: Bundle) -> None:
 
 def test_replaces_what_has_the_same_target_and_slots_and_nothing_else(bundle: Bundle) -> None:
     first = add(bundle, [facts(64), facts(128), facts(64, "tensorrt-rtx")])
-    second = add(first, [facts(64, version="11.2")])
+    again = replace(facts(64), decode_rows=7)
+    second = add(first, [again])
     assert assert_whole(bundle.folder) == second
-    assert second.manifest.engines == (facts(128), facts(64, "tensorrt-rtx"), facts(64, version="11.2"))
-    assert second.path("engines/tensorrt/step-64.engine").read_text() == "tensorrt 64 11.2"
+    assert second.manifest.engines == (facts(128), facts(64, "tensorrt-rtx"), again)
+    assert second.path("engines/tensorrt/step-64.engine").read_text() == "tensorrt 64 11.1"
     assert second.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
+
+
+def test_engines_of_another_release_go_with_the_first_that_is_replaced(bundle: Bundle) -> None:
+    """They could not run beside it, and an engine that does not fit refuses its target."""
+    first = add(bundle, [facts(64), facts(128), facts(64, "tensorrt-rtx")])
+    second = add(first, [facts(128, version="11.2")])
+    assert assert_whole(bundle.folder) == second
+    assert second.manifest.engines == (facts(64, "tensorrt-rtx"), facts(128, version="11.2"))
 
 
 def test_the_file_of_a_replaced_engine_goes_when_it_has_another_name(bundle: Bundle) -> None:

@@ -28,6 +28,7 @@ class Refeeding(TableEngine):
             super().run(prepared.work)
         self.widths.append(len(last.work.tokens))
         out = super().run(last.work)
+        self.refeed.done()
         return replace(out, rows=out.rows - last.extra)
 
     def move(self, source: int, target: int) -> None:
@@ -41,6 +42,7 @@ class Refeeding(TableEngine):
 def passes(refeed: Refeed, work: Pass, *, together: bool = True) -> list[tuple[int, list[int], int]]:
     """(slot, tokens, rows in front) of each pass that does `work`."""
     prepared = refeed.prepare(work, together=together)
+    refeed.done()
     return [(p.work.slot, list(p.work.tokens), p.extra) for p in prepared]
 
 
@@ -58,6 +60,8 @@ def test_the_row_stands_in_front_of_the_pass_that_follows_it(refeed: Refeed) -> 
     work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1)
     joined = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2)
     assert refeed.prepare(work) == [Prepared(joined, 1)]
+    assert refeed.prepare(work) == [Prepared(joined, 1)]  # the first was interrupted: it is owed still
+    refeed.done()
     assert refeed.prepare(work) == [Prepared(work)]  # it is owed once
 
 
@@ -75,6 +79,7 @@ def test_a_row_that_is_written_over_is_not_owed(refeed: Refeed) -> None:
     for work in (Pass([4], [3], 3), Pass([4, 5, 6], [1, 2, 3], 1)):
         refeed.owe(5, 3)
         assert refeed.prepare(work) == [Prepared(work)]
+        refeed.done()
 
 
 def test_elsewhere_the_row_runs_alone_and_first(refeed: Refeed) -> None:

@@ -15,6 +15,7 @@ import pytest
 from mara_runtime import trt_engine, trt_plan
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
+from mara_runtime.cuda import Cuda
 from mara_runtime.decode import Session, decode
 from mara_runtime.engine import Pass, open_engine
 from mara_runtime.errors import EngineError
@@ -123,6 +124,40 @@ def test_the_cache_grows_and_keeps_what_it_holds(tmp_path: Path, machine: Machin
         assert machine.held()["engines"] == 1
     assert sorted(set(sizes)) == list(SIZES)
     assert sizes.index(SIZES[1]) == SIZES[0]  # not before it must
+    engine.close()
+
+
+def test_a_growth_that_fails_leaves_an_engine_that_goes_on(tmp_path: Path, machine: Machine) -> None:
+    made = bundle(tmp_path, slots=SIZES)
+    engine = TrtEngine(made, "tensorrt")
+    for position in range(SIZES[0]):
+        assert right(engine.run(row(position)), position)
+    larger = made.path(made.manifest.engines[1].file)
+    content = larger.read_bytes()
+    larger.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(EngineError, match="cannot open"):
+            engine.run(row(SIZES[0]))
+    larger.write_bytes(content)
+    assert right(engine.run(row(SIZES[0])), SIZES[0])
+    engine.close()
+
+
+def test_an_interrupted_pass_leaves_its_row_owed(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next pass would see the entry of the candidate that was not chosen."""
+    engine = TrtEngine(bundle(tmp_path, in_place=False), "tensorrt")
+    engine.run(Pass([0], [0], 0))
+    engine.run(Pass([7, 8], [1, 1], 1))
+    engine.move(2, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Cuda, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(Pass([3], [2], 2, [0]))
+    engine._open.cuda.wait()
+    found = engine.run(Pass([3], [2], 2, [0]))
+    assert found.top_logits[0, 0] == table((0, 8, 3))[0].max() != table((0, 7, 3))[0].max()
     engine.close()
 
 
