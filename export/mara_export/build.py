@@ -119,7 +119,7 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
     trt = trt_plan.load(target)
     _check(bundle, target, options, trt)
     sizes = options.slots(bundle.manifest)
-    with additions(bundle) as folder:
+    with additions(bundle, f"engines/{target}") as folder:
         engines = [_build_one(bundle, target, options, slots, trt, folder, progress) for slots in sizes]
         return extend(bundle, folder, engines)
 
