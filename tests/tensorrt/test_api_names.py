@@ -47,7 +47,8 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "tensor": "ITensor",
         "error": "ParserError",
     },
-    "export/mara_export/build.py": {"config": "IBuilderConfig", "timings": "ITimingCache"},
+    "export/mara_export/build.py": {"config": "IBuilderConfig"},
+    "export/mara_export/timings.py": {"config": "IBuilderConfig", "cache": "ITimingCache"},
 }
 """Of each file that uses TensorRT: the class of what methods are called on, by its name in the code."""
 CUDA_FILES = ("runtime/mara_runtime/cuda.py", "export/mara_export/build.py")

@@ -27,12 +27,17 @@ def facts(slots: int, target: str = "tensorrt", version: str = "11.1") -> Engine
     return EngineFacts(**helpers.engine_json(name, target=target, slots=slots, version=version))
 
 
-def add(bundle: Bundle, engines: Sequence[EngineFacts]) -> Bundle:
+def stage(staged: Path, engines: Sequence[EngineFacts]) -> None:
     """Engines whose content says which they are."""
+    for engine in engines:
+        (staged / engine.file).parent.mkdir(parents=True, exist_ok=True)
+        (staged / engine.file).write_text(f"{engine.target} {engine.slots} {engine.version}")
+
+
+def add(bundle: Bundle, engines: Sequence[EngineFacts]) -> Bundle:
+    """Build and add them."""
     with additions(bundle, f"engines/{engines[0].target}" if engines else "engines") as staged:
-        for engine in engines:
-            (staged / engine.file).parent.mkdir(parents=True, exist_ok=True)
-            (staged / engine.file).write_text(f"{engine.target} {engine.slots} {engine.version}")
+        stage(staged, engines)
         return extend(bundle, staged, engines)
 
 
@@ -172,11 +177,22 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle, error: type[BaseExcep
     assert assert_whole(bundle.folder) == bundle
 
 
-def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before the build", "meanwhile"])
+def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_path: Path, when: str) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+
+    def build() -> None:
+        if when == "before the build":
+            (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+        with additions(bundle, "engines/tensorrt") as staged:
+            assert when == "meanwhile"
+            shutil.rmtree(bundle.folder / "engines")
+            (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+            stage(staged, [facts(64)])
+            extend(bundle, staged, [facts(64)])
+
     with pytest.raises(MaraError, match="is a link out of the bundle"):
-        add(bundle, [facts(64)])
+        build()
     assert entries(tmp_path / "elsewhere") == set()
     assert Bundle.open(bundle.folder) == bundle
 
