@@ -17,9 +17,8 @@ from typing import Any
 
 from mara_export.folder import additions, extend
 from mara_export.progress import Progress
-from mara_runtime import cuda, trt_plan
+from mara_runtime import cuda, trt_plan, user_cache
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import cache_folder
 from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
@@ -241,7 +240,7 @@ def _timings(config: Any, target: str, options: BuildOptions, trt: Any, capabili
     path = options.timing_cache
     if path is None:
         with contextlib.suppress(RuntimeError):  # a user without a home
-            path = cache_folder() / f"tensorrt-{trt.__version__}-{capability}.timings"
+            path = user_cache.folder() / f"tensorrt-{trt.__version__}-{capability}.timings"
     known = b""
     if path is not None:
         with contextlib.suppress(OSError):
