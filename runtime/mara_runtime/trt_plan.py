@@ -263,14 +263,15 @@ class Plan:
     def _new_context(self, profile: int, sizes: Sizes, side: int, repeated: bool = False) -> Any:
         """repeated: its shape stays as it is."""
         # Contexts share their activation memory, as one stream never runs two of them at once.
-        how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._kernels is not None:
-            strategy, strategies = how, self._trt.DynamicShapesKernelSpecializationStrategy
-            how = self._engine.create_runtime_config()
-            how.set_execution_context_allocation_strategy(strategy)
-            how.set_runtime_cache(self._kernels)
-            how.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if repeated else strategies.LAZY
-        context = self._engine.create_execution_context(how)
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is None:
+            context = self._engine.create_execution_context(strategy)
+        else:
+            config, kinds = self._engine.create_runtime_config(), self._trt.DynamicShapesKernelSpecializationStrategy
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self._kernels)
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if repeated else kinds.LAZY
+            context = self._engine.create_execution_context(config)
         if context is None:
             raise EngineError(f"TensorRT makes no execution context: {logger(self._trt).last or 'it gives no reason'}")
         if not context.set_optimization_profile_async(profile, self._cuda.stream):
@@ -282,7 +283,8 @@ class Plan:
 
     def _known_kernels(self) -> Any:
         """What was compiled before on this machine; TensorRT refuses what another GPU, driver or version made."""
-        kernels = self._engine.create_runtime_config().create_runtime_cache()
+        config = self._engine.create_runtime_config()
+        kernels = config.create_runtime_cache()
         known = user_cache.read(self._kernels_name)
         if known:
             kernels.deserialize(known)

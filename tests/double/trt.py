@@ -172,9 +172,10 @@ class ICudaEngine:
         return IRuntimeConfig(self._trt)
 
     def create_execution_context(
-        self, how: ExecutionContextAllocationStrategy | IRuntimeConfig = ExecutionContextAllocationStrategy.STATIC
+        self, strategy: ExecutionContextAllocationStrategy | IRuntimeConfig = ExecutionContextAllocationStrategy.STATIC
     ) -> IExecutionContext:
-        return IExecutionContext(self._trt, self, how if isinstance(how, IRuntimeConfig) else IRuntimeConfig(None, how))
+        config = strategy if isinstance(strategy, IRuntimeConfig) else IRuntimeConfig(None, strategy)
+        return IExecutionContext(self._trt, self, config)
 
 
 class IRuntimeCache:
