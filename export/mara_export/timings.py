@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mara_runtime.calibrate import cache_folder
+from mara_runtime import user_cache
 from mara_runtime.errors import OptionError
 
 
@@ -28,42 +28,42 @@ def check(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def kept(config: Any, named: Path | None, own: str, note: Callable[[str], None]) -> Iterator[None]:
+def kept(config: Any, chosen: Path | None, own: str, note: Callable[[str], None]) -> Iterator[None]:
     """Give a builder's configuration what earlier builds measured; after the build, keep what it has added.
 
-    named: the file that the user has chosen; None: `own` in their cache folder. Only of a file that was chosen is
-    `note` told what becomes of it: the other is a convenience, and without it the next build takes minutes longer.
+    chosen: the user's file; None: `own` in their cache folder. What becomes of a file that was chosen, `note` is told.
     """
-    path = named or _in_cache_folder(own)
-    known = b""
-    if path is not None:
-        with contextlib.suppress(OSError):
-            known = path.read_bytes()
+    known = user_cache.read(own) if chosen is None else _read(chosen)
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
-        if named is not None:
-            note(f"--timing-cache: {path} is damaged, or of another GPU or TensorRT; it is started anew")
+        if chosen is not None:
+            note(f"--timing-cache: {chosen} is damaged, or of another GPU or TensorRT; it is started anew")
         config.set_timing_cache(config.create_timing_cache(b""), False)
     yield
-    if path is None:
+    cache = config.get_timing_cache()
+    content = memoryview(cache.serialize())
+    if chosen is None:
+        user_cache.write(own, content)
         return
     try:
-        if named is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            cache = config.get_timing_cache()
-            part.write_bytes(memoryview(cache.serialize()))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        _write(chosen, content)
     except OSError as error:
-        if named is not None:
-            note(f"--timing-cache: {path} could not be written ({error.strerror}); the next build measures again")
+        note(f"--timing-cache: {chosen} could not be written ({error.strerror}); the next build measures again")
 
 
-def _in_cache_folder(name: str) -> Path | None:
+def _read(path: Path) -> bytes:
     try:
-        return cache_folder() / name
-    except RuntimeError:  # a user without a home
-        return None
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _write(path: Path, content: memoryview) -> None:
+    """A reader sees the old file or the new one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
