@@ -116,7 +116,7 @@ def extend(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bund
     An entry of the same target and number of slots is replaced; one of the same target for another TensorRT, GPU or
     system than the new ones goes, as it could not run beside them. What others have added since `bundle` was opened
     stays. At every moment the bundle is whole: what is to be replaced leaves the manifest before its file changes, and
-    new files enter it when they are in place. Raises MaraError; then the bundle is as it was.
+    new files enter it when they are in place. Raises MaraError; then, if the disk lets it, the bundle is as it was.
     """
     root, names = bundle.folder, [engine.file for engine in engines]
     with _in_one_line(root):
