@@ -11,7 +11,7 @@ from typing import Any
 from mara_deploy.decoders import Decoder
 from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.errors import OptionError
-from mara_runtime.ort_engine import FIRST_SLOTS
+from mara_runtime.ort_engine import FIRST_SLOTS, grown
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
 
 TARGETS = {
@@ -198,7 +198,9 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     mask = rows * setting.slots
     mlp = rows * (3 * model.intermediate_size + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
-    if not setting.fused:  # scores and their softmax; keys and values, repeated for every head
+    if setting.lowering == "ort":  # scores, and the mask for every query of a group
+        attention += mask * (model.num_heads + model.num_heads // model.num_kv_heads) * b
+    elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
     head = HEAD_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
     return max(mlp, attention, head) + (SCRATCH_BYTES if setting.on_tensorrt else 0)
@@ -230,12 +232,12 @@ def _slot_bytes(model: Decoder, setting: Setting) -> int:
 
 def _outgrown_bytes(model: Decoder, setting: Setting) -> int:
     """Of the smaller cache that ONNX Runtime's engine still holds while it fills the last, larger one."""
-    if setting.on_tensorrt or setting.slots <= FIRST_SLOTS:
+    if setting.on_tensorrt:
         return 0
-    size = FIRST_SLOTS
-    while 2 * size < setting.slots:
-        size *= 2
-    return size * _slot_bytes(model, setting)
+    before, size = 0, FIRST_SLOTS
+    while size < setting.slots:
+        before, size = size, grown(setting.target, size, size + 1)
+    return before * _slot_bytes(model, setting)
 
 
 def _agent_parameters(hidden: int) -> int:

@@ -30,10 +30,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 """Where each engine's inputs, outputs and KV cache lie, as ONNX Runtime names it."""
 MAX_THREADS = 1024
-FIRST_SLOTS = 512
-"""On a device the cache begins with so many slots and doubles when a conversation outgrows it."""
-STEP_SLOTS = 128
-"""On a CPU it grows by this, and by an eighth at least, as attention there costs by the cache's size."""
+FIRST_SLOTS = 128
+"""The cache begins with so many slots, and has a multiple of them until it is largest."""
 _KEPT_ROWS = 64
 """Bindings of passes wider than this, parts of prompts, are not kept."""
 
@@ -51,6 +49,15 @@ def why_not(bundle: Bundle, name: str) -> str | None:
     if PROVIDERS[name] not in available:
         return f"this ONNX Runtime has no {PROVIDERS[name]} (it has {', '.join(available)})"
     return None
+
+
+def grown(name: str, size: int, slots: int) -> int:
+    """Slots that a cache of `size` slots grows to, in engine `name`, for a pass that needs `slots` of them.
+
+    On a CPU attention costs by the cache's size and a growth is a copy, so it is small; on a device the opposite.
+    """
+    least = size + size // 8 if name == "cpu" else 2 * size
+    return -(-max(slots, least) // FIRST_SLOTS) * FIRST_SLOTS
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class OrtEngine:
         # where the cache's memory is the slab's, NumPy moves entries; elsewhere it is out of reach
         self._refeed = None if name == "cpu" else Refeed(self._slots)
         self._bound: dict[_Key, _Bound] = {}
-        self._allocate(self._first_slots)
+        self._allocate(min(FIRST_SLOTS, self._slots))
 
     def _open(self, path: Path, options: Any) -> Any:
         import onnxruntime as ort
@@ -168,19 +175,9 @@ class OrtEngine:
         """Grow the cache to hold `slots`, keeping what is in it."""
         if slots > self._slots:
             raise EngineError(f"{slots} slots are needed; the KV cache has {self._slots}")
-        size = self.allocated_slots
-        if size >= slots:
-            return
-        if self._refeed is None:
-            size = -(-max(slots, size + size // 8) // STEP_SLOTS) * STEP_SLOTS
-        while size < slots:
-            size *= 2
-        held = self._slab if self._refeed is None else [value.numpy() for value in self._cache]
-        self._allocate(min(size, self._slots), held)
-
-    @property
-    def _first_slots(self) -> int:
-        return min(STEP_SLOTS if self._refeed is None else FIRST_SLOTS, self._slots)
+        if slots > self.allocated_slots:
+            held = self._slab if self._refeed is None else [value.numpy() for value in self._cache]
+            self._allocate(min(grown(self._name, self.allocated_slots, slots), self._slots), held)
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
@@ -191,7 +188,7 @@ class OrtEngine:
 
     def clear(self) -> None:
         """See `Engine.clear`; the cache is as small as at first again."""
-        self._allocate(self._first_slots)
+        self._allocate(min(FIRST_SLOTS, self._slots))
         if self._refeed is not None:
             self._refeed.forget()
 

@@ -129,10 +129,12 @@ def test_the_weights_of_a_bundle_are_as_large_as_computed(made, shape, target, p
 
 
 def test_the_cache_is_what_an_engine_allocates(made):
+    from mara_runtime.engine import Pass
     from mara_runtime.ort_engine import OrtEngine
 
     bundle, setting = made("wide", "cpu", "fp32", "ort")
     engine = OrtEngine(bundle, threads=1)
+    engine.run(Pass([1], [0], engine.slots - 1))  # where it is largest
     assert engine.slots == setting.slots == 256 + spare_slots(CANDIDATES)
     assert engine._slab.nbytes == estimate(decoder_of(bundle), setting).kv_bytes
 

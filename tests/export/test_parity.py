@@ -54,7 +54,7 @@ def perturb_a_matrix(model: onnx.ModelProto) -> None:
 
 
 def change_scale(model: onnx.ModelProto) -> None:
-    nodes = [n for n in model.graph.node if n.op_type in ("GroupQueryAttention", "Attention")]
+    nodes = [n for n in model.graph.node if n.op_type in ("MultiHeadAttention", "Attention")]
     assert nodes
     for attribute in [a for n in nodes[:1] for a in n.attribute if a.name == "scale"]:
         attribute.f *= 1.01
