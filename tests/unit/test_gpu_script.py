@@ -108,7 +108,8 @@ def test_each_engine_is_built_once():
 
 
 @pytest.mark.parametrize(
-    ("context", "smaller"), [(4096, "512,1024"), (1100, "512,1024"), (1024, "512"), (600, "512"), (512, None), (64, None)]
+    ("context", "smaller"),
+    [(4096, "512,1024"), (1100, "512,1024"), (1024, "512"), (600, "512"), (512, None), (64, None)],
 )
 def test_no_capacity_is_larger_than_the_bundle(tmp_path, context, smaller):
     folder = helpers.make_bundle(tmp_path / "tensorrt", max_context=context)
