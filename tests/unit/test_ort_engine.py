@@ -350,11 +350,27 @@ def test_where_nobody_is_elected_only_the_rows_asked_for_come_back(engine: Engin
             e.move(position + 2, position)
 
 
+def test_an_engine_that_grows_keeps_every_slot(growing_and_whole: tuple[Any, Any]) -> None:
+    growing, whole = growing_and_whole
+    expected, sizes = twin(), set()
+    for position in range(CONTEXT):  # a row at a time fills the last slot before the next size
+        work = Pass([position % FINE], [position], position, [0])
+        wanted = expected.run(work)
+        same(growing.run(work), wanted)
+        same(whole.run(work), wanted)
+        sizes.add(growing.allocated_slots)
+    assert len(sizes) > 2
+    assert whole.allocated_slots == SLOTS
+
+
 @pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("before", [0, 1])
 def test_an_engine_that_has_grown_gives_the_tokens_of_one_that_never_did(
-    growing_and_whole: tuple[Any, Any], ahead: int
+    growing_and_whole: tuple[Any, Any], ahead: int, before: int
 ) -> None:
     growing, whole = growing_and_whole
+    for _ in range(before):  # where a cache has two sides, it then grows from the other one
+        growing.run(Pass([3], [0], 0))
     smallest = growing.allocated_slots
     assert smallest < whole.allocated_slots == whole.slots == growing.slots
     config = DecodeConfig(top_k=CANDIDATES, top_p=1.0, max_new_tokens=CONTEXT - 8)
@@ -408,8 +424,9 @@ def test_clear_makes_an_engine_sound_again(engine: Engine, owed: bool) -> None:
     else:
         assert np.isnan(engine.run(Pass([3], [3], 3, [0])).log_normaliser).all()
     engine.clear()
-    expected = twin()
-    for position in range(9):  # past every slot that held it
+    expected, first = twin(), Pass([5], [0], 0, [0])  # it leaves the slots behind its own as they are
+    same(engine.run(first), expected.run(first))
+    for position in range(1, 9):  # past every slot that held it
         work = Pass([5, 6], [position] * 2, position, [0], [0, 1], [0.0, -1.0], threshold=99.0, fallback_row=1)
         found = engine.run(work)
         assert is_finite(found)
