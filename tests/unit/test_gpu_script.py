@@ -160,7 +160,7 @@ def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors')))\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors', 'hypothesis')))\n"
         "import benchmarks.soak, benchmarks.gather, mara_deploy.commands.bench, mara_export.build, mara_export.parity\n"
         "import tests.gpu.test_conformance, tests.gpu.test_real_model\n"
         "print('imported')"
