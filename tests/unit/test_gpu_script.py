@@ -227,6 +227,20 @@ def test_this_process_has_memory():
     assert soak.memory_in_use()["host_bytes"] > 10**6
 
 
+def test_reading_the_memory_does_not_count_as_growth():
+    """The first reading imports CUDA's bindings, if they are there; in a process of its own, where nobody has yet."""
+    code = (
+        "from benchmarks.soak import memory_in_use\n"
+        "first, second = memory_in_use(), memory_in_use()\n"
+        "print(second['host_bytes'] - first['host_bytes'])"
+    )
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert int(found.stdout) < soak.GROWTH_BYTES["host"] // 4, found.stderr
+
+
 # ── one file of all ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 JUNIT = """<testsuites><testsuite>
