@@ -171,7 +171,8 @@ bundles=${bundles:-$out/bundles}
 
 # ── conformance, speed, memory and energy ────────────────────────────────────────────────────────────────────────────
 
-step tests env MARA_GPU_BUNDLES="$bundles" "$python" -m pytest -q -m gpu tests/gpu --junitxml "$out/tests.xml" || true
+step tests env MARA_GPU_BUNDLES="$bundles" "$python" -m pytest -q -m gpu tests/gpu -o junit_family=xunit1 \
+    --junitxml "$out/tests.xml" || true
 for target in "${ready[@]}"; do
     step "$target-bench" mara-bench "$bundles/$target" --engine "$target" --measure steps,prefill,width,profiles \
         --profile 1 --profile 2 --profile 4 "${bench[@]}" || continue
