@@ -7,19 +7,17 @@ and TensorRT alone. TensorRT for RTX builds for other GPUs than the one at hand,
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mara_export import timings
 from mara_export.folder import additions, extend
 from mara_export.progress import Progress
 from mara_runtime import cuda, trt_plan
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import cache_folder
 from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
@@ -45,7 +43,7 @@ class BuildOptions:
     """tokens of context, 1 … the bundle's max_context: an engine for each, beside the one for max_context, which is
     always built. Decoding starts in the smallest and grows, as attention costs by capacity."""
     timing_cache: Path | None = None
-    """file of kernel timings that later builds reuse; None: in the user's cache folder. TensorRT for RTX has none."""
+    """tensorrt: file of kernel timings that later builds reuse; None: in the user's cache folder"""
     weight_streaming: bool = False
     """weights may stay in host memory and be streamed, if they do not fit; no CUDA graphs then"""
     version_compatible: bool = False
@@ -55,7 +53,7 @@ class BuildOptions:
     compute_capabilities: tuple[str, ...] = ()
     """tensorrt-rtx: of the GPUs to build for, as 8.9; empty: 8.0 and later"""
     workspace_bytes: int | None = None
-    """memory that kernels may use at most while the engine is built and run; ≥ 1; None: all of the GPU's"""
+    """memory that kernels may use at most while the engine is built and run; 1 … 2^63 - 1; None: all of the GPU's"""
     optimisation_level: int | None = None
     """0 … 5: how long kernels are searched for; None: TensorRT's 3"""
 
@@ -65,8 +63,9 @@ class BuildOptions:
                 raise OptionError(f"--capacity is {capacity}; it must be at least 1")
         if self.hardware not in HARDWARE:
             raise OptionError(f"--hardware is {self.hardware!r}; it must be one of {', '.join(HARDWARE)}")
-        if self.workspace_bytes is not None and self.workspace_bytes < 1:
-            raise OptionError(f"--workspace is {self.workspace_bytes} bytes; it must be at least 1")
+        if self.workspace_bytes is not None and not 0 < self.workspace_bytes < 1 << 63:
+            mib = self.workspace_bytes / 2**20
+            raise OptionError(f"--workspace is {mib:g} MiB; it must be more than 0 and less than 2^43")
         if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
             raise OptionError(f"--optimisation-level is {self.optimisation_level}; it must lie between 0 and 5")
 
@@ -119,7 +118,7 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
     trt = trt_plan.load(target)
     _check(bundle, target, options, trt)
     sizes = options.slots(bundle.manifest)
-    with additions(bundle) as folder:
+    with additions(bundle, f"engines/{target}") as folder:
         engines = [_build_one(bundle, target, options, slots, trt, folder, progress) for slots in sizes]
         return extend(bundle, folder, engines)
 
@@ -147,7 +146,11 @@ def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None
             )
         if not hasattr(trt.HardwareCompatibilityLevel, _level(options.hardware)):
             raise OptionError(f"--hardware is {options.hardware}, which TensorRT {trt.__version__} does not know")
+        if options.timing_cache is not None:
+            timings.check(options.timing_cache)
         return
+    if options.timing_cache is not None:
+        raise OptionError("--timing-cache is for tensorrt; TensorRT for RTX times no kernels while it builds")
     if options.version_compatible or options.hardware != "none":
         flag = "--version-compatible" if options.version_compatible else "--hardware"
         raise OptionError(f"{flag} is for tensorrt; an engine of TensorRT for RTX is compiled on the GPU that runs it")
@@ -182,7 +185,10 @@ def _build_one(
         prefill = ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows))
         config = network.config([decode, prefill])
         capability = _configure(config, target, options, trt)
-        with _timings(config, target, options, trt, capability):
+        with contextlib.ExitStack() as stack:
+            if target == "tensorrt":
+                name_of_own = f"tensorrt-{trt.__version__}-{capability}.timings"
+                stack.enter_context(timings.kept(config, options.timing_cache, name_of_own, progress.note))
             plan, apart = network.build(config, tell, progress.note)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(memoryview(plan))
@@ -221,7 +227,7 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
     if target == "tensorrt-rtx":
         if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that passes can be captured in CUDA graphs
-        wanted = options.compute_capabilities
+        wanted = tuple(dict.fromkeys(options.compute_capabilities))
         config.num_compute_capabilities = len(wanted)
         for i, number in enumerate(wanted):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + number.replace(".", "")), i)
@@ -230,32 +236,6 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _level(options.hardware))
     return "8.0+" if options.hardware == "ampere-plus" else cuda.compute_capability()
-
-
-@contextlib.contextmanager
-def _timings(config: Any, target: str, options: BuildOptions, trt: Any, capability: str) -> Iterator[None]:
-    """Start with what earlier builds measured, and keep what this one adds. TensorRT for RTX measures nothing."""
-    if target != "tensorrt":
-        yield
-        return
-    path = options.timing_cache
-    if path is None:
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            path = cache_folder() / f"tensorrt-{trt.__version__}-{capability}.timings"
-    known = b""
-    if path is not None:
-        with contextlib.suppress(OSError):
-            known = path.read_bytes()
-    timings = config.create_timing_cache(known)
-    if timings is None or not config.set_timing_cache(timings, False):  # another machine's, or damaged
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-    yield
-    if path is not None:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next build a few minutes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
-            part.write_bytes(memoryview(config.get_timing_cache().serialize()))
-            part.replace(path)
 
 
 def _level(hardware: str) -> str:

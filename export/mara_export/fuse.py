@@ -1,26 +1,19 @@
 """Fewer and larger nodes, for ONNX Runtime: a pass of one row is short, and every node starts all threads once more.
 
-projections  the three matrices in front of an attention as one, which GroupQueryAttention takes apart itself
+projections  the three matrices in front of an attention as one
 residuals    an addition and the norm of its sum as com.microsoft SkipSimplifiedLayerNormalization
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+from mara_export.grouped import MICROSOFT, Grouped, Projection, projection
 from mara_export.weights import Weights
-
-_MICROSOFT = "com.microsoft"
-
-
-def fuse(graph: onnx.GraphProto, weights: Weights) -> None:
-    """Rewrite a graph of the `ort` lowering in place."""
-    _fuse_projections(graph, weights)
-    _fuse_residuals(graph)
-    drop_dead(graph)
-    weights.drop_unused()
 
 
 def drop_dead(graph: onnx.GraphProto) -> None:
@@ -42,53 +35,46 @@ def _set_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
 # ── projections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_Projection = tuple[str, str, str | None]
+def join_projections(parts: Grouped, weights: Weights) -> None:
+    """Multiply by the matrices for q, k and v at once, where nothing lies between (a norm, as Qwen3 has it)."""
+    makers = {name: node for node in parts.nodes for name in node.output}
+    joined: dict[str, list[NodeProto]] = {}  # by the names of what the nodes make
+    for name, values in parts.projected.items():
+        found = [projection(value, makers, weights) for value in values]
+        three = [one for one in found if one is not None]
+        if len(three) == 3 and len({(one.value, one.bias is None) for one in three}) == 1:
+            nodes = _joined(name.replace("CachedAttention", "qkv_proj"), three, values, weights)
+            joined |= dict.fromkeys(values, nodes)
+    kept: list[NodeProto] = []
+    for node in parts.nodes:
+        instead = joined.get(node.output[0])
+        if instead is None:
+            kept.append(node)
+        elif node.output[0] == instead[-1].output[0]:  # of the three the first
+            kept += instead
+    parts.nodes = kept
 
 
-def _fuse_projections(graph: onnx.GraphProto, weights: Weights) -> None:
-    makers = {name: node for node in graph.node for name in node.output}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "GroupQueryAttention":
-            found = [_projection(makers.get(name), makers, weights) for name in node.input[:3]]
-            parts = [part for part in found if part is not None]
-            # a norm between them, as Qwen3 has it, leaves them apart
-            if len(parts) == 3 and len({(value, bias is None) for value, _, bias in parts}) == 1:
-                nodes += _joined(node, parts, weights)
-                node.input[0], node.input[1], node.input[2] = nodes[-1].output[0], "", ""
-        nodes.append(node)
-    _set_nodes(graph, nodes)
-
-
-def _projection(node: NodeProto | None, makers: dict[str, NodeProto], weights: Weights) -> _Projection | None:
-    """(input, matrix, bias) of a matrix product, with or without a bias."""
-    bias = None
-    if node is not None and node.op_type == "Add":
-        bias, product = sorted(node.input, key=lambda name: name not in weights)
-        if bias not in weights:
-            return None
-        node = makers.get(product)
-    if node is None or node.op_type != "MatMul" or node.input[1] not in weights:
-        return None
-    return node.input[0], node.input[1], bias
-
-
-def _joined(attention: NodeProto, parts: list[_Projection], weights: Weights) -> list[NodeProto]:
-    name = attention.name.replace("CachedAttention/attention", "qkv_proj")
+def _joined(name: str, three: list[Projection], values: Sequence[str], weights: Weights) -> list[NodeProto]:
     matrix, product = f"{name}/weight", f"{name}/product"
-    weights.add(numpy_helper.from_array(np.concatenate([weights.read(part[1]) for part in parts], axis=1), matrix))
-    nodes = [helper.make_node("MatMul", [parts[0][0], matrix], [product], f"{name}/MatMul")]
-    biases = [weights.read(bias) for _, _, bias in parts if bias is not None]
+    matrices = [weights.read(one.product.input[1]) for one in three]
+    weights.add(numpy_helper.from_array(np.concatenate(matrices, axis=1), matrix))
+    sizes = np.array([values.shape[1] for values in matrices], np.int64)
+    weights.add(numpy_helper.from_array(sizes, f"{name}/sizes"))
+    nodes = [helper.make_node("MatMul", [three[0].value, matrix], [product], f"{name}/MatMul")]
+    biases = [weights.read(one.bias) for one in three if one.bias is not None]
     if biases:
         weights.add(numpy_helper.from_array(np.concatenate(biases), f"{name}/bias"))
         nodes.append(helper.make_node("Add", [product, f"{name}/bias"], [f"{name}/sum"], f"{name}/Add"))
+    nodes.append(helper.make_node("Split", [nodes[-1].output[0], f"{name}/sizes"], values, f"{name}/Split", axis=-1))
     return nodes
 
 
 # ── residuals ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fuse_residuals(graph: onnx.GraphProto) -> None:
+def fuse_residuals(graph: onnx.GraphProto) -> None:
+    """Make one node of an addition and the norm of its sum."""
     made = {name for node in graph.node for name in node.output}
     sums = {node.output[0] for node in graph.node if node.op_type == "Add" and made.issuperset(node.input)}
     norms = {node.input[0]: node for node in graph.node if node.op_type == "RMSNormalization" and node.input[0] in sums}
@@ -104,7 +90,7 @@ def _fuse_residuals(graph: onnx.GraphProto) -> None:
                     [*node.input, norm.input[1]],
                     [norm.output[0], "", "", node.output[0]],
                     norm.name,
-                    domain=_MICROSOFT,
+                    domain=MICROSOFT,
                     epsilon=epsilon,
                 )
             )

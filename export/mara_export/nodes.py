@@ -1,6 +1,53 @@
-"""Names of the custom nodes that tracing makes and lowering takes; trace.py says what each computes.
+"""The graph between tracing and lowering: names of its custom nodes (trace.py says what each computes), and its edges.
 
 Apart from both, as whoever makes a graph without tracing one needs neither Optimum nor PyTorch.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import NodeProto
+
 DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
+
+
+class Traced:
+    """The traced graph, and who makes and who reads a value."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes = list(graph.node)
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self._readers: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def readers(self, name: str) -> list[NodeProto]:
+        """The nodes that read a value."""
+        return self._readers.get(name, [])
+
+    def joined(self, name: str) -> str | None:
+        """What Transpose and Reshape make of an attention's result, if nothing else reads it."""
+        for op in ("Transpose", "Reshape"):
+            readers = self.readers(name)
+            if len(readers) != 1 or readers[0].op_type != op:
+                return None
+            name = readers[0].output[0]
+        return name
+
+    def made_by(self, op: str, name: str) -> NodeProto | None:
+        """The node that makes a value, if it is such a one."""
+        node = self.maker.get(name)
+        return node if node is not None and node.op_type == op else None
+
+    def rotated(self, name: str) -> tuple[str, bool]:
+        """A value, or what it was before the rotary embedding, and whether there was one."""
+        node = self.made_by(ROTARY, name)
+        return (node.input[list(node.output).index(name)], True) if node is not None else (name, False)
+
+    def others(self) -> Iterator[tuple[NodeProto, bool]]:
+        """Every node, and whether it is the attention."""
+        for node in self.nodes:
+            yield node, node.domain == DOMAIN and node.op_type == NODE

@@ -94,7 +94,7 @@ def _choice(add: _Nodes, always_head: bool) -> None:
     """Rows for the LM head: those asked for, then the elected one or the fallback, if there is either."""
     accepted = add("Greater", tensors.MARGINS, tensors.THRESHOLD)
     score = add("Add", tensors.PRIORITIES, add("Mul", tensors.MARGINS, tensors.MARGIN_WEIGHT))
-    nobody = add.constant([-np.inf])
+    nobody = add.constant([np.finfo(np.float32).min])  # finite: what an arg-max of nothing but -inf is, nobody says
     score = add("Where", accepted, score, nobody)
     score = add("Concat", score, nobody, axis=0)  # so that there is a greatest even among no rows
     row = add("Unsqueeze", score, add.constant([0]))  # TensorRT takes no arg-max of a vector

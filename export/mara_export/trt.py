@@ -15,6 +15,7 @@ from threading import Event
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mara_runtime import tensors
 from mara_runtime.errors import EngineError
@@ -46,11 +47,17 @@ class Network:
     def __init__(self, trt: Any, path: Path, slots: int) -> None:
         """Parse the graph in `path` for a KV cache of `slots` slots. Raises EngineError, naming the node."""
         self.trt = trt
-        self._builder = trt.Builder(logger(trt))
+        try:
+            self._builder = trt.Builder(logger(trt))
+        except TypeError as error:  # the bindings' way to say that the library returned none
+            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or error}") from None
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other
         self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: it must live until the build is over
-        model = onnx.load(str(path), load_external_data=False)
+        try:
+            model = onnx.load(str(path), load_external_data=False)
+        except (OSError, DecodeError) as error:  # of a bundle that was not verified
+            raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it anew") from None
         _fix(model, "C", slots)
         if not self._parser.parse(model.SerializeToString(), str(path)):
             raise EngineError(f"{name(trt)} cannot read {path.name}: {self._parser_error()}")

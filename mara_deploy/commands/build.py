@@ -37,7 +37,8 @@ def parser() -> Parser:
     options.add_argument(
         "--capacity",
         type=_numbers,
-        default=(),
+        action="extend",
+        default=[],
         metavar="N[,N…]",
         help="engines for so many tokens of context, too, beside the one for the bundle's own: decoding starts in the "
         "smallest and grows into the next, as attention costs by capacity",
@@ -45,7 +46,8 @@ def parser() -> Parser:
     options.add_argument(
         "--compute-capability",
         type=_texts,
-        default=(),
+        action="extend",
+        default=[],
         metavar="X[,X…]",
         help="tensorrt-rtx: of the GPUs to build for, as 8.9 (default: 8.0 and later)",
     )
@@ -93,12 +95,12 @@ def _build(args: argparse.Namespace) -> None:
     from mara_export.progress import Progress
 
     options = BuildOptions(
-        capacities=args.capacity,
+        capacities=tuple(args.capacity),
         timing_cache=None if args.timing_cache is None else Path(args.timing_cache),
         weight_streaming=args.weight_streaming,
         version_compatible=args.version_compatible,
         hardware=args.hardware,
-        compute_capabilities=args.compute_capability,
+        compute_capabilities=tuple(args.compute_capability),
         workspace_bytes=None if args.workspace is None else args.workspace << 20,
         optimisation_level=args.optimisation_level,
     )

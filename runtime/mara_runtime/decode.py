@@ -375,8 +375,8 @@ class _Loop:
 
 
 def _forget(session: Session) -> None:
-    session.engine.clear()
     session.held.clear()
+    session.engine.clear()
 
 
 class _Clock:

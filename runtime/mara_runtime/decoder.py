@@ -111,8 +111,8 @@ class AlignedDecoder:
     def forget(self) -> None:
         """Empty the KV cache, and forget what was learned of the agent and of the texts."""
         self._turn += 1
+        self._held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
         self.engine.clear()
-        self._held.clear()
         self._acceptance, self._drafts = Acceptance(), NGrams()
 
     def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:

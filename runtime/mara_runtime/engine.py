@@ -94,7 +94,10 @@ class Engine(Protocol):
         """Make every slot what it was at first, zero: a NaN in a masked slot would reach the rows that mask it."""
 
     def describe(self) -> dict[str, Any]:
-        """What ran: name, versions, graph, threads; recorded with every result."""
+        """What ran: name, versions, graph, threads; recorded with every result.
+
+        What changes while it runs, sizes in bytes, is under "memory".
+        """
 
 
 def is_finite(out: Outcome) -> bool:

@@ -31,7 +31,9 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 """Where each engine's inputs, outputs and KV cache lie, as ONNX Runtime names it."""
 MAX_THREADS = 1024
 FIRST_SLOTS = 512
-"""The cache begins with so many slots and doubles when a conversation outgrows it."""
+"""On a device the cache begins with so many slots and doubles when a conversation outgrows it."""
+STEP_SLOTS = 128
+"""On a CPU it grows by this, and by an eighth at least, as attention there costs by the cache's size."""
 _KEPT_ROWS = 64
 """Bindings of passes wider than this, parts of prompts, are not kept."""
 
@@ -109,7 +111,7 @@ class OrtEngine:
         # where the cache's memory is the slab's, NumPy moves entries; elsewhere it is out of reach
         self._refeed = None if name == "cpu" else Refeed(self._slots)
         self._bound: dict[_Key, _Bound] = {}
-        self._allocate(min(FIRST_SLOTS, self._slots))
+        self._allocate(self._first_slots)
 
     def _open(self, path: Path, options: Any) -> Any:
         import onnxruntime as ort
@@ -167,10 +169,18 @@ class OrtEngine:
         if slots > self._slots:
             raise EngineError(f"{slots} slots are needed; the KV cache has {self._slots}")
         size = self.allocated_slots
+        if size >= slots:
+            return
+        if self._refeed is None:
+            size = -(-max(slots, size + size // 8) // STEP_SLOTS) * STEP_SLOTS
         while size < slots:
-            size = min(2 * size, self._slots)
-        if size > self.allocated_slots:
-            self._allocate(size, self._slab if self._refeed is None else [value.numpy() for value in self._cache])
+            size *= 2
+        held = self._slab if self._refeed is None else [value.numpy() for value in self._cache]
+        self._allocate(min(size, self._slots), held)
+
+    @property
+    def _first_slots(self) -> int:
+        return min(STEP_SLOTS if self._refeed is None else FIRST_SLOTS, self._slots)
 
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
@@ -181,7 +191,7 @@ class OrtEngine:
 
     def clear(self) -> None:
         """See `Engine.clear`; the cache is as small as at first again."""
-        self._allocate(min(FIRST_SLOTS, self._slots))
+        self._allocate(self._first_slots)
         if self._refeed is not None:
             self._refeed.forget()
 

@@ -10,6 +10,7 @@ Proved against a double of TensorRT and CUDA (tests/double); it has not run on h
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import weakref
 from collections.abc import Sequence
@@ -53,7 +54,10 @@ def why_not(bundle: Bundle, name: str) -> str | None:
     reason = cuda_calls.why_not()
     if reason is not None:
         return reason
-    capability = cuda_calls.compute_capability()
+    try:
+        capability = cuda_calls.compute_capability()
+    except EngineError as error:
+        return str(error)
     here = f"{platform.system()}-{platform.machine()}".lower()
     for facts in engines:
         if facts.platform != here:
@@ -183,9 +187,7 @@ class TrtEngine:
         """Open the engine of that index, with what the cache holds."""
         open_, facts = self._open, self._engines[index]
         cuda, before = open_.cuda, open_.cache
-        if open_.plan is not None:  # first, so that two engines are never in memory at once
-            open_.plan.close()
-            open_.plan = None
+        self._close_plan()  # first, so that two engines are never in memory at once
         if before is None or index != self._index:  # else an engine is opened again after another could not be
             dtype = self._bundle.manifest.step.cache
             cache = _Cache(cuda, self._shape, dtype, facts.slots, 1 if facts.in_place else 2)
@@ -200,7 +202,18 @@ class TrtEngine:
         small = {**open_.inputs.addresses(), **open_.outputs.addresses(), **open_.apart.addresses()}
         sides = [{**small, **cache} for cache in open_.cache.addresses()]
         path, blocks = self._bundle.path(facts.file), (open_.inputs, open_.outputs)
-        open_.plan = Plan(self._trt, cuda, path, facts, self._io, blocks, sides, self._graphs)
+        kernels = f"kernels-{self._bundle.manifest.files[facts.file].sha256[:24]}"
+        open_.plan = Plan(self._trt, cuda, path, facts, self._io, blocks, sides, self._graphs, kernels)
+
+    def _close_plan(self) -> None:
+        plan, self._open.plan = self._open.plan, None
+        if plan is not None:
+            plan.close()
+
+    def _close_cache(self) -> None:
+        cache, self._open.cache = self._open.cache, None
+        if cache is not None:
+            cache.close()
 
     # ── the KV cache ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -230,9 +243,14 @@ class TrtEngine:
         self._refeed.owe(source, target)
 
     def clear(self) -> None:
-        """See `Engine.clear`; the cache keeps its size."""
-        self._open.cache.clear()
+        """See `Engine.clear`; the engine is the smallest again."""
         self._refeed.forget()
+        if self._index:
+            self._close_plan()
+            self._close_cache()
+            self._index = self._side = 0
+        self._widen(0)
+        self._open.cache.clear()
 
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -338,12 +356,14 @@ class TrtEngine:
             "driver": self._device.driver,
             "lowering": step.lowering,
             "precision": step.precision,
-            "slots": facts.slots,
             "cuda_graphs": open_.plan.no_graphs is None or open_.plan.no_graphs,
-            "engine_bytes": self._bundle.manifest.files[facts.file].size_bytes,
-            "streamed_weight_bytes": open_.plan.streamed_bytes,
-            "kv_cache_bytes": open_.cache.size_bytes,
-            "activation_bytes": open_.plan.activation_bytes,
+            "memory": {
+                "slots": facts.slots,
+                "engine_bytes": self._bundle.manifest.files[facts.file].size_bytes,
+                "streamed_weight_bytes": open_.plan.streamed_bytes,
+                "kv_cache_bytes": open_.cache.size_bytes,
+                "activation_bytes": open_.plan.activation_bytes,
+            },
         }
 
     def close(self) -> None:
@@ -364,8 +384,9 @@ class _Open:
         self.plan: Any = None
 
     def close(self) -> None:
-        for name in ("plan", "cache", "apart", "outputs", "inputs", "cuda"):
-            part = getattr(self, name)
-            setattr(self, name, None)
-            if part is not None:
-                part.close()
+        with contextlib.ExitStack() as stack:  # whatever fails, the rest is closed, too
+            for name in ("cuda", "inputs", "outputs", "apart", "cache", "plan"):  # the last first
+                part = getattr(self, name)
+                setattr(self, name, None)
+                if part is not None:
+                    stack.callback(part.close)

@@ -5,6 +5,9 @@ set of addresses and one execution context, as TensorRT wants it (its developer 
 contexts sharing their activation memory). So a shape that comes back gets a context of its own, runs in it once, and is
 captured the next time. Everything else runs in one context for each optimisation profile.
 
+TensorRT for RTX compiles kernels for the shapes that it meets. A shape with a graph waits for its own, as a graph would
+repeat the general one for ever; what was compiled is kept in the user's cache folder. This has not run on hardware yet.
+
 API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/ExecutionContext.html
 """
 
@@ -12,22 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mara_runtime import tensors
+from mara_runtime import tensors, user_cache
 from mara_runtime.cuda import Cuda
 from mara_runtime.errors import EngineError
 from mara_runtime.io_block import Block, Sizes
 from mara_runtime.manifest import EngineFacts
 
 KEPT_SHAPES = 32
-"""Shapes of passes that have a context and a graph of their own; the one used longest ago makes room."""
-_SEEN_SHAPES = 4096
+"""Shapes of passes that have a context and a graph of their own."""
+_FADING = 4096
+"""After so many passes what was counted weighs half."""
 _TYPES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 """TensorRT's names of types."""
 
@@ -49,6 +52,8 @@ class _Kept:
     """A shape that came back, on one side of the cache."""
 
     context: Any
+    ran: bool = False
+    """once with its shape, as TensorRT wants it before it is captured"""
     graph: Any = None
 
 
@@ -65,10 +70,12 @@ class Plan:
         blocks: tuple[Block, Block],
         sides: Sequence[Mapping[str, int]],
         graphs: bool,
+        kernels: str,
     ) -> None:
         """io: the graph's inputs and outputs. blocks: what is copied before and after a pass.
 
-        sides: addresses of all tensors by name, for each side of the cache. Raises EngineError.
+        sides: addresses of all tensors by name, for each side of the cache. kernels: name for what TensorRT for RTX
+        compiles, in the user's cache. Raises EngineError.
         """
         self._trt, self._cuda, self._path, self._facts = trt, cuda, path, facts
         self._inputs, self._blocks, self._sides = io[0], blocks, sides
@@ -77,10 +84,15 @@ class Plan:
         self.streamed_bytes = 0
         """of weights that stay in host memory"""
         self.activation_bytes = 0
-        self._kept: OrderedDict[tuple[Sizes, int], _Kept] = OrderedDict()
-        self._seen: set[tuple[Sizes, int]] = set()
+        self._kept: dict[tuple[Sizes, int], _Kept] = {}
+        self._seen: dict[tuple[Sizes, int], int] = {}  # how often, fading
+        self._passes = 0
         self._shared: dict[int, tuple[Any, Sizes, int]] = {}  # by profile: a context, and what it is set to
         self._activations = 0
+        self._kernels_name = kernels
+        self._kernels: Any = None
+        self._engine: Any = None
+        self._runtime: Any = None
         try:
             self._runtime = self._start()
             if facts.options.get("version_compatible"):
@@ -88,6 +100,8 @@ class Plan:
             self._engine = self._deserialise()
             self._check_io(*io)
             self._stream_weights()
+            if facts.target == "tensorrt-rtx":
+                self._kernels = self._known_kernels()
             self.activation_bytes = max(int(self._engine.device_memory_size_v2), 1)
             self._activations = cuda.allocate(self.activation_bytes, f"the activations of {path.name}")
         except BaseException:
@@ -170,34 +184,47 @@ class Plan:
         """Copy the inputs in, run the pass, copy the outputs out, and wait until that is done."""
         if sizes.rows > self._facts.decode_rows:
             self._put(self._context(1, sizes, side))
-        elif self.no_graphs is not None or (sizes, side) not in self._seen:
-            if len(self._seen) >= _SEEN_SHAPES:
-                self._seen.clear()
-            self._seen.add((sizes, side))
-            self._put(self._context(0, sizes, side))
         else:
-            self._repeat(sizes, side)
+            kept = self._keep(sizes, side) if self.no_graphs is None else None
+            if kept is None or not self._repeat(kept):
+                self._put(self._context(0, sizes, side))
         self._cuda.wait()
 
-    def _repeat(self, sizes: Sizes, side: int) -> None:
-        """Run a shape that came back."""
-        kept = self._kept.get((sizes, side))
-        if kept is None:
+    def _keep(self, sizes: Sizes, side: int) -> _Kept | None:
+        """The context of a shape's own, if it has come often enough to have one."""
+        key = sizes, side
+        self._passes += 1
+        if self._passes % _FADING == 0:
+            self._seen = {shape: count // 2 for shape, count in self._seen.items() if count > 1}
+        count = self._seen[key] = self._seen.get(key, 0) + 1
+        kept = self._kept.get(key)
+        if kept is None and count > 1:
             if len(self._kept) >= KEPT_SHAPES:
-                self._drop(self._kept.popitem(last=False)[1])
-            kept = self._kept[sizes, side] = _Kept(self._new_context(0, sizes, side))
-            self._put(kept.context)  # TensorRT wants one pass before it is captured
-            return
-        self._kept.move_to_end((sizes, side))
+                rarest = min(self._kept, key=lambda shape: self._seen.get(shape, 0))
+                if count <= 2 * self._seen.get(
+                    rarest, 0
+                ):  # twice, or shapes that take turns would drive each other out
+                    return None
+                self._drop(rarest)
+            kept = self._kept[key] = _Kept(self._new_context(0, sizes, side, repeated=True))
+        return kept
+
+    def _repeat(self, kept: _Kept) -> bool:
+        """Run a shape that came back; False: it cannot be captured, and none will be any more."""
+        if not kept.ran:
+            self._put(kept.context)
+            kept.ran = True
+            return True
         if kept.graph is None:
             try:
                 kept.graph = self._capture(kept.context)
             except EngineError as error:
                 self.no_graphs = str(error)
-                self._drop_all()
-                self._put(self._context(0, sizes, side))
-                return
+                for shape in list(self._kept):
+                    self._drop(shape)
+                return False
         self._cuda.launch(kept.graph)
+        return True
 
     def _capture(self, context: Any) -> Any:
         capturable = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX
@@ -222,27 +249,53 @@ class Plan:
 
     def _context(self, profile: int, sizes: Sizes, side: int) -> Any:
         """The context that a profile's passes share, set to a shape."""
-        if profile not in self._shared:
-            self._shared[profile] = (self._new_context(profile, sizes, side), sizes, side)
-        context, sizes_now, side_now = self._shared[profile]
-        if sizes != sizes_now:
-            self._set_shapes(context, sizes)
-        if side != side_now:
-            self._set_addresses(context, side)
+        if profile in self._shared:
+            context, sizes_now, side_now = self._shared.pop(profile)  # gone, should it end half set
+            if sizes != sizes_now:
+                self._set_shapes(context, sizes)
+            if side != side_now:
+                self._set_addresses(context, side)
+        else:
+            context = self._new_context(profile, sizes, side)
         self._shared[profile] = (context, sizes, side)
         return context
 
-    def _new_context(self, profile: int, sizes: Sizes, side: int) -> Any:
+    def _new_context(self, profile: int, sizes: Sizes, side: int, repeated: bool = False) -> Any:
+        """repeated: its shape stays as it is."""
         # Contexts share their activation memory, as one stream never runs two of them at once.
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is None:
+            context = self._engine.create_execution_context(strategy)
+        else:
+            config, kinds = self._engine.create_runtime_config(), self._trt.DynamicShapesKernelSpecializationStrategy
+            config.set_execution_context_allocation_strategy(strategy)
+            config.set_runtime_cache(self._kernels)
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if repeated else kinds.LAZY
+            context = self._engine.create_execution_context(config)
         if context is None:
             raise EngineError(f"TensorRT makes no execution context: {logger(self._trt).last or 'it gives no reason'}")
-        context.set_device_memory(self._activations, self.activation_bytes)
         if not context.set_optimization_profile_async(profile, self._cuda.stream):
             raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {logger(self._trt).last}")
         self._set_shapes(context, sizes)
         self._set_addresses(context, side)
+        context.set_device_memory(self._activations, self.activation_bytes)
         return context
+
+    def _known_kernels(self) -> Any:
+        """What was compiled before on this machine; TensorRT refuses what another GPU, driver or version made."""
+        config = self._engine.create_runtime_config()
+        kernels = config.create_runtime_cache()
+        known = user_cache.read(self._kernels_name)
+        if known:
+            kernels.deserialize(known)
+        return kernels
+
+    def _save_kernels(self) -> None:
+        if self._kernels is not None:
+            content = memoryview(self._kernels.serialize())
+            if content != user_cache.read(self._kernels_name):
+                user_cache.write(self._kernels_name, content)
+            self._kernels = None
 
     def _set_shapes(self, context: Any, sizes: Sizes) -> None:
         for tensor in self._inputs:
@@ -258,23 +311,28 @@ class Plan:
 
     # ── closing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _drop(self, kept: _Kept) -> None:
+    def _drop(self, shape: tuple[Sizes, int]) -> None:
+        self._cuda.wait()  # a pass that was interrupted may still be under way
+        kept = self._kept.pop(shape)
         if kept.graph is not None:
             self._cuda.destroy(kept.graph)
-        kept.graph = kept.context = None
-
-    def _drop_all(self) -> None:
-        while self._kept:
-            self._drop(self._kept.popitem()[1])
 
     def close(self) -> None:
         """Give everything back, in the order that TensorRT wants: graphs, contexts, engine, runtime."""
-        self._drop_all()
+        with contextlib.ExitStack() as stack:  # the last first, and whatever fails, the rest, too
+            if self._activations:
+                stack.callback(self._cuda.free, self._activations)
+                self._activations = 0
+            stack.callback(self._forget_engine)
+            stack.callback(self._save_kernels)
+            for shape in list(self._kept):
+                stack.callback(self._drop, shape)
+            stack.callback(self._cuda.wait)
+
+    def _forget_engine(self) -> None:
         self._shared.clear()
+        self._kept.clear()
         self._engine = self._runtime = None
-        if self._activations:
-            self._cuda.free(self._activations)
-            self._activations = 0
 
 
 def rebuild(path: Path) -> str:

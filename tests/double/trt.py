@@ -55,19 +55,27 @@ class ILogger:
         raise NotImplementedError
 
 
+class DynamicShapesKernelSpecializationStrategy(IntEnum):
+    LAZY = 0
+    EAGER = 1
+
+
 class TrtDouble:
-    """Stands for the module."""
+    """Stands for the module; names of TensorRT for RTX alone are there, too."""
 
     ExecutionContextAllocationStrategy, TensorIOMode, DataType = (
         ExecutionContextAllocationStrategy,
         TensorIOMode,
         DataType,
     )
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
     ILogger = ILogger
 
     def __init__(self, cuda: CudaDouble) -> None:
         self.__version__ = "10.16.1.11"
         self.automatic_budget = 0
+        self.compiled = 0
+        """kernels, by TensorRT for RTX"""
         self.cuda = cuda
         self.runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
         self.engines: weakref.WeakSet[ICudaEngine] = weakref.WeakSet()
@@ -160,17 +168,65 @@ class ICudaEngine:
     def is_streaming(self) -> bool:
         return self._budget < self.streamable_weights_size
 
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig(self._trt)
+
     def create_execution_context(
-        self, strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC
+        self, strategy: ExecutionContextAllocationStrategy | IRuntimeConfig = ExecutionContextAllocationStrategy.STATIC
     ) -> IExecutionContext:
-        return IExecutionContext(self._trt, self, strategy)
+        config = strategy if isinstance(strategy, IRuntimeConfig) else IRuntimeConfig(None, strategy)
+        return IExecutionContext(self._trt, self, config)
+
+
+class IRuntimeCache:
+    """Of kernels; one is the name of a shape."""
+
+    def __init__(self, trt: TrtDouble) -> None:
+        self._trt = trt
+        self.kernels: list[str] = []
+
+    def serialize(self) -> bytes:
+        return json.dumps([self._trt.__version__, *self.kernels]).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            version, *kernels = json.loads(blob)
+        except ValueError:
+            return False
+        if version == self._trt.__version__:
+            self.kernels = kernels
+        return bool(version == self._trt.__version__)
+
+
+class IRuntimeConfig:
+    def __init__(
+        self,
+        trt: TrtDouble | None,
+        strategy: ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy.STATIC,
+    ) -> None:
+        self.trt, self.strategy, self.cache = trt, strategy, None if trt is None else IRuntimeCache(trt)
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> IRuntimeCache:
+        assert self.trt is not None
+        return IRuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class IExecutionContext:
-    def __init__(self, trt: TrtDouble, engine: ICudaEngine, strategy: ExecutionContextAllocationStrategy) -> None:
+    def __init__(self, trt: TrtDouble, engine: ICudaEngine, config: IRuntimeConfig) -> None:
         if trt.cuda._captured:
             raise Broken("nothing else in capture", "create_execution_context")
-        self._trt, self._cuda, self.engine, self._strategy = trt, trt.cuda, engine, strategy
+        self._trt, self._cuda, self.engine, self._strategy = trt, trt.cuda, engine, config.strategy
+        eager = config.dynamic_shapes_kernel_specialization_strategy == DynamicShapesKernelSpecializationStrategy.EAGER
+        self._kernels = config.cache
+        self._waits = self._kernels is not None and eager
         self._profile = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
@@ -222,6 +278,8 @@ class IExecutionContext:
         if captured and self.engine.is_streaming:
             return False
         shapes = self._check()
+        if self._waits and not captured:
+            self._compile(str(sorted(self._shapes.items())))
         self._warm = True
         me, changes, addresses = weakref.ref(self), self._changes, dict(self._addresses)
 
@@ -236,6 +294,15 @@ class IExecutionContext:
 
         self._cuda.submit(stream_handle, enqueue)
         return True
+
+    def _compile(self, kernel: str) -> None:
+        assert self._kernels is not None
+        if kernel not in self._kernels.kernels:
+            self._kernels.kernels.append(kernel)
+            self._trt.compiled += 1
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return int(stream) in self._cuda._streams
 
     def _check(self) -> dict[str, tuple[int, ...]]:
         """Is everything set? Returns the shapes of all inputs and outputs."""

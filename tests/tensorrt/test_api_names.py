@@ -35,6 +35,9 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "_engine": "ICudaEngine",
         "engine": "ICudaEngine",
         "context": "IExecutionContext",
+        "config": "IRuntimeConfig",
+        "kernels": "IRuntimeCache",
+        "_kernels": "IRuntimeCache",
     },
     "export/mara_export/trt.py": {
         "_builder": "Builder",
@@ -47,7 +50,8 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "tensor": "ITensor",
         "error": "ParserError",
     },
-    "export/mara_export/build.py": {"config": "IBuilderConfig", "timings": "ITimingCache"},
+    "export/mara_export/build.py": {"config": "IBuilderConfig"},
+    "export/mara_export/timings.py": {"config": "IBuilderConfig", "cache": "ITimingCache"},
 }
 """Of each file that uses TensorRT: the class of what methods are called on, by its name in the code."""
 CUDA_FILES = ("runtime/mara_runtime/cuda.py", "export/mara_export/build.py")
@@ -59,6 +63,13 @@ ONLY = {
     "ComputeCapability": ("rtx",),
     "IBuilderConfig.num_compute_capabilities": ("rtx",),
     "IBuilderConfig.set_compute_capability": ("rtx",),
+    "DynamicShapesKernelSpecializationStrategy": ("rtx",),
+    "ICudaEngine.create_runtime_config": ("10.13", "10.16", "11.4", "rtx"),
+    "IRuntimeConfig": ("10.13", "10.16", "11.4", "rtx"),
+    "IRuntimeConfig.create_runtime_cache": ("rtx",),
+    "IRuntimeConfig.set_runtime_cache": ("rtx",),
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": ("rtx",),
+    "IRuntimeCache": ("rtx",),
     "IAttentionInputLayer": ("10.16", "11.4", "rtx"),
     "IAttention": ("10.16", "11.4", "rtx"),
 }
@@ -114,7 +125,8 @@ def name_of(there: Released) -> str:
 
 def only(use: Use) -> tuple[str, ...] | None:
     """The releases that a name is for, if it is not for all."""
-    return next((releases for name, releases in ONLY.items() if f"{use.name}.".startswith(f"{name}.")), None)
+    found = [name for name in ONLY if f"{use.name}.".startswith(f"{name}.")]
+    return ONLY[max(found, key=len)] if found else None
 
 
 def tensorrt_uses() -> list[Use]:

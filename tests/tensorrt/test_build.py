@@ -206,7 +206,7 @@ def test_several_capacities_and_gpus(copied: Callable[..., Bundle]) -> None:
     bundle = build(copied(), RTX, BuildOptions(capacities=(32,), compute_capabilities=("8.6", "12.0")))
     found = [(e.slots, e.prefill_rows, e.compute_capability) for e in bundle.manifest.engines]
     assert found == [(80, 80, "8.6, 12.0"), (SLOTS, SLOTS, "8.6, 12.0")]
-    same = BuildOptions(weight_streaming=True, compute_capabilities=("8.6", "12.0"), optimisation_level=1)
+    same = BuildOptions(weight_streaming=True, compute_capabilities=("8.6", "12.0", "8.6"), optimisation_level=1)
     bundle = build(bundle, RTX, same)
     assert [(e.slots, e.options["weight_streaming"]) for e in bundle.manifest.engines] == [(80, False), (SLOTS, True)]
     bundle = build(bundle, RTX, BuildOptions(workspace_bytes=1 << 30))  # for other GPUs: the rest could not run with it
@@ -357,6 +357,30 @@ def test_options_of_tensorrt_alone(copied: Callable[..., Bundle], options: dict[
     assert "is for tensorrt; an engine of TensorRT for RTX is compiled on the GPU" in refused(copied(), **options)
 
 
+def test_a_timing_cache_is_of_tensorrt_alone(copied: Callable[..., Bundle], tmp_path: Path) -> None:
+    message = refused(copied(), timing_cache=tmp_path / "a.timings")
+    assert "--timing-cache is for tensorrt; TensorRT for RTX times no kernels while it builds" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_graph_that_cannot_be_read(copied: Callable[..., Bundle], damage: str) -> None:
+    # with --no-verify nobody has looked at it yet
+    bundle = copied()
+    graph = bundle.path("step.onnx")
+    whole = graph.read_bytes()
+    graph.unlink()
+    if damage == "cut":
+        graph.write_bytes(whole[:-3])
+    assert "step.onnx cannot be read: " in refused(bundle)
+
+
+def test_where_no_engine_can_go(copied: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "Network", None)  # would be a TypeError: it comes to no build
+    bundle = copied()
+    (bundle.folder / "engines").touch()
+    assert refused(bundle).startswith(f"cannot write {bundle.folder}: ")
+
+
 # ── TensorRT itself, where it is not, or not as it should be ─────────────────────────────────────────────────────────
 
 
@@ -425,6 +449,14 @@ def test_options_that_this_tensorrt_does_not_know(
     bundle = copied()
     assert "which TensorRT 10.15.0 does not know" in refused(bundle, "tensorrt", hardware="same-compute-capability")
     assert "--compute-capability is for tensorrt-rtx" in refused(bundle, "tensorrt", compute_capabilities=("8.9",))
+
+
+def test_a_timing_cache_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, copied: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, "10.16.1.11", gpus=1)
+    message = refused(copied(), "tensorrt", timing_cache=tmp_path / "nowhere" / "a.timings")
+    assert message.startswith(f"--timing-cache is {tmp_path}/nowhere/a.timings, which cannot be written: ")
 
 
 def test_a_capacity_beyond_the_bundle(copied: Callable[..., Bundle]) -> None:

@@ -137,6 +137,7 @@ def add_file(folder: Path, name: str, content: bytes) -> None:
     manifest = read_manifest(folder)
     manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(folder, manifest)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
 
 

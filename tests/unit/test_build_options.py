@@ -1,6 +1,8 @@
 """`BuildOptions`, and what mara-build refuses before TensorRT has a say: one line and exit code 2."""
 
+import enum
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import pytest
 
 from mara_deploy.commands.build import main
 from mara_export.build import BuildOptions, why_cannot_build
+from mara_export.progress import Progress
+from mara_export.trt import Network
 from mara_runtime.bundle import Bundle
-from mara_runtime.errors import OptionError
+from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.tensors import spare_slots
 from tests.unit import helpers
 
@@ -28,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
         ({"capacities": (64, 0)}, "--capacity"),
         ({"hardware": "all"}, "--hardware"),
         ({"workspace_bytes": 0}, "--workspace"),
+        ({"workspace_bytes": 1 << 63}, "--workspace"),
         ({"optimisation_level": -1}, "--optimisation-level"),
         ({"optimisation_level": 6}, "--optimisation-level"),
     ],
@@ -75,7 +80,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
         (["--target", "tensorrt", "--capacity", "many"], "--capacity"),
         (["--target", "tensorrt", "--capacity", "64,"], "--capacity"),
         (["--target", "tensorrt", "--capacity", "-1"], "--capacity"),
-        (["--target", "tensorrt", "--workspace", "0"], "--workspace"),
+        (["--target", "tensorrt", "--capacity", ""], "--capacity"),
+        (["--target", "tensorrt", "--capacity", "64", "--capacity", "0"], "--capacity is 0"),
+        (["--target", "tensorrt", "--capacity", "0", "--capacity", "64"], "--capacity is 0"),
+        (["--target", "tensorrt", "--workspace", "0"], "--workspace is 0 MiB"),
+        (["--target", "tensorrt", "--workspace", "-5"], "--workspace is -5 MiB"),
+        (["--target", "tensorrt", "--workspace", "99999999999999999999"], "--workspace"),
         (["--target", "tensorrt", "--hardware", "all"], "--hardware"),
         (["--target", "tensorrt", "--optimisation-level", "9"], "--optimisation-level"),
     ],
@@ -85,6 +95,20 @@ def test_bad_options(folder: Path, capsys: pytest.CaptureFixture[str], arguments
     before = sorted(folder.rglob("*"))
     assert says in refused(capsys, folder, *arguments)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_options_that_may_be_repeated_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BuildOptions] = []
+
+    def build(bundle: Bundle, target: str, options: BuildOptions, progress: Progress) -> Bundle:
+        asked.append(options)
+        return bundle
+
+    monkeypatch.setattr("mara_export.build.build", build)
+    lists = ["--capacity", "64,32", "--compute-capability", "8.9", "--capacity", "48", "--compute-capability", "12.0"]
+    assert main([str(folder), "--target", "tensorrt-rtx", "--quiet", *lists]) == 0
+    assert main([str(folder), "--target", "tensorrt-rtx", "--quiet"]) == 0
+    assert [(o.capacities, o.compute_capabilities) for o in asked] == [((64, 32, 48), ("8.9", "12.0")), ((), ())]
 
 
 def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,3 +143,37 @@ def test_without_the_packages_it_says_which(
 
 def test_a_target_that_is_none() -> None:
     assert why_cannot_build("cuda") == "it is not one of tensorrt, tensorrt-rtx"
+
+
+class NoDriver(types.ModuleType):
+    """TensorRT for RTX where its library does not start: the bindings turn a builder that is none into a TypeError."""
+
+    __version__ = "1.7.1"
+
+    class ILogger:
+        class Severity(enum.IntEnum):
+            INTERNAL_ERROR = 0
+            ERROR = 1
+
+    def __init__(self, says: str) -> None:
+        super().__init__("tensorrt_rtx")
+        self._says = says
+
+    def Builder(self, logger: Any) -> None:
+        if self._says:
+            logger.log(self.ILogger.Severity.ERROR, self._says)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("CUDA initialization failure with error: 35\n", "CUDA initialization failure with error: 35"),
+        ("", "pybind11::init(): factory function returned nullptr"),
+    ],
+    ids=["a reason", "no reason"],
+)
+def test_a_builder_that_does_not_start(folder: Path, says: str, told: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        Network(NoDriver(says), folder / "step.onnx", 64)
+    assert str(caught.value) == f"TensorRT for RTX 1.7.1 does not start here: {told}"

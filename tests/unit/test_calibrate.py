@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mara_runtime import calibrate
+from mara_runtime import calibrate, user_cache
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import BUDGET_S, CONTEXTS, HEADS, ROUNDS, WIDTHS, cache_folder, measure, measured_cost
+from mara_runtime.calibrate import BUDGET_S, CONTEXTS, HEADS, ROUNDS, WIDTHS, measure, measured_cost
 from mara_runtime.engine import Outcome, Pass
 from mara_runtime.schedule import Cost
 from tests.unit import helpers
@@ -177,7 +177,20 @@ def test_the_budget_ends_a_measurement(clock: Clock) -> None:
     measure(machine, 40)
     shapes = len(WIDTHS) * len(CONTEXTS) + len(HEADS) + 1
     assert 2 * shapes < len(machine.calls) < (1 + ROUNDS) * shapes
-    assert BUDGET_S <= machine.now - 40 / 1024 * shapes <= BUDGET_S + 0.1
+    a_pass = 40 / 1024
+    assert BUDGET_S <= machine.now - a_pass * shapes <= BUDGET_S + a_pass * len(CONTEXTS)
+
+
+def test_an_engine_that_grows_is_measured_at_every_size(clock: Clock) -> None:
+    # A pass takes as long as the cache is large, and that is never smaller again before it is cleared.
+    class Growing(Machine):
+        def run(self, work: Pass) -> Outcome:
+            self.takes = lambda _: max(self.reached, work.slot + len(work.tokens))
+            return super().run(work)
+
+    cost = measure(clock(Growing(by_rule)), 40)
+    reached = [context + WIDTHS[-1] for context in CONTEXTS]
+    assert cost.body_ms == tuple((BEAT_MS * slots,) * len(WIDTHS) for slots in reached)
 
 
 def test_a_head_that_seems_to_cost_less_than_nothing_costs_nothing(clock: Clock) -> None:
@@ -317,7 +330,7 @@ def test_a_cache_folder_that_is_full_is_no_error(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     assert asked(bundle, clock(Machine(by_rule)))[1]
     monkeypatch.undo()
 
@@ -341,12 +354,12 @@ def test_a_user_without_a_home_is_no_error(bundle: Bundle, monkeypatch: pytest.M
 
 def test_where_measurements_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "mara-deploy"
+    assert user_cache.folder() == tmp_path / "mara-deploy"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache_folder() == tmp_path / "home" / ".cache" / "mara-deploy"
+    assert user_cache.folder() == tmp_path / "home" / ".cache" / "mara-deploy"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == tmp_path / "home" / ".cache" / "mara-deploy"
+    assert user_cache.folder() == tmp_path / "home" / ".cache" / "mara-deploy"
 
 
 # ── what a measurement is for ────────────────────────────────────────────────────────────────────────────────────────
@@ -399,6 +412,22 @@ def test_another_engine_is_measured_for_itself(
     assert asked(bundle, machine) == (first, False)
 
 
+def test_what_changes_while_an_engine_runs_does_not_matter(bundle: Bundle, folder: Path, clock: Clock) -> None:
+    machine = clock(Machine(by_rule, facts={"name": "tensorrt", "memory": {"slots": 512}}))
+    asked(bundle, machine)
+    machine.facts = {"name": "tensorrt", "memory": {"slots": 4096}}
+    assert asked(bundle, machine)[1] is False
+
+
+def test_another_engine_file_is_measured_for_itself(tmp_path: Path, folder: Path, clock: Clock) -> None:
+    machine = clock(Machine(by_rule, facts={"name": "tensorrt"}))
+    for content, measured in ((b"one", True), (b"two", True), (b"one", False)):
+        made = helpers.make_bundle(tmp_path / f"{content.decode()}-{measured}", max_candidates=8)
+        helpers.add_file(made, "engines/tensorrt/step-80.engine", content)
+        helpers.add_file(made, "engines/tensorrt-rtx/step-80.engine", str(made).encode())  # not its own
+        assert asked(Bundle.open(made), machine)[1] is measured
+
+
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
@@ -420,5 +449,5 @@ def test_another_machine_is_measured_for_itself(
 
 
 def test_the_tests_have_a_cache_folder_of_their_own(cache_folder: Path) -> None:
-    assert calibrate.cache_folder() == cache_folder / "mara-deploy"
+    assert user_cache.folder() == cache_folder / "mara-deploy"
     assert not str(cache_folder).startswith(str(Path.home() / ".cache"))

@@ -1,13 +1,21 @@
 """Adding engines to a bundle: whatever happens on the way, the bundle is whole and nothing else lies about."""
 
+import errno
+import os
+import resource
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mara_export.folder import additions, extend
+from mara_export import folder as folder_module
+from mara_export.folder import additions, extend, whole_or_absent
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from mara_runtime.manifest import EngineFacts
@@ -19,12 +27,17 @@ def facts(slots: int, target: str = "tensorrt", version: str = "11.1") -> Engine
     return EngineFacts(**helpers.engine_json(name, target=target, slots=slots, version=version))
 
 
-def add(bundle: Bundle, engines: Sequence[EngineFacts]) -> Bundle:
+def stage(staged: Path, engines: Sequence[EngineFacts]) -> None:
     """Engines whose content says which they are."""
-    with additions(bundle) as staged:
-        for engine in engines:
-            (staged / engine.file).parent.mkdir(parents=True, exist_ok=True)
-            (staged / engine.file).write_text(f"{engine.target} {engine.slots} {engine.version}")
+    for engine in engines:
+        (staged / engine.file).parent.mkdir(parents=True, exist_ok=True)
+        (staged / engine.file).write_text(f"{engine.target} {engine.slots} {engine.version}")
+
+
+def add(bundle: Bundle, engines: Sequence[EngineFacts]) -> Bundle:
+    """Build and add them."""
+    with additions(bundle, f"engines/{engines[0].target}" if engines else "engines") as staged:
+        stage(staged, engines)
         return extend(bundle, staged, engines)
 
 
@@ -77,13 +90,18 @@ def test_the_file_of_a_replaced_engine_goes_when_it_has_another_name(bundle: Bun
     assert_whole(bundle.folder)
 
 
-@pytest.mark.parametrize("before", [[], [facts(64, version="10.3"), facts(256)]], ids=["first", "again"])
+BEFORE = [facts(64, version="10.3"), facts(256)]
+RENAMES = {"first": 3, "again": 5}
+"""Two engines and the manifest; where one is replaced, first the manifest without it, and then that one aside."""
+
+
+@pytest.mark.parametrize("times", ["first", "again"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", range(5))
-def test_a_failure_leaves_a_whole_bundle(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, before: list[EngineFacts], error: type[BaseException], step: int
+@pytest.mark.parametrize("step", range(6))
+def test_after_a_failure_the_bundle_is_as_it_was(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: str, error: type[BaseException], step: int
 ) -> None:
-    bundle = add(bundle, before)
+    bundle = add(bundle, BEFORE if times == "again" else [])
     with monkeypatch.context() as patch:
         _at_each_rename(patch, lambda count: _fail(error) if count == step else None)
         try:
@@ -92,14 +110,27 @@ def test_a_failure_leaves_a_whole_bundle(
             failed = True
         else:
             failed = False  # there are fewer renames than that
-    renames = 3 + bool(before)  # two engines and the manifest; where one is replaced, the manifest without it first
-    assert failed == (step < renames)
-    engines = assert_whole(bundle.folder).manifest.engines
-    assert not failed or all(engine in before for engine in engines)
-    assert facts(256) in engines or facts(256) not in before
+    assert failed == (step < RENAMES[times])
+    after = assert_whole(bundle.folder)
+    assert (after == bundle) == failed
 
 
-@pytest.mark.parametrize("before", [[], [facts(64, version="10.3"), facts(256)]], ids=["first", "again"])
+@pytest.mark.parametrize("times", ["first", "again"])
+@pytest.mark.parametrize("step", range(5))
+def test_when_nothing_can_be_put_back_either_the_bundle_is_whole(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: str, step: int
+) -> None:
+    bundle = add(bundle, BEFORE if times == "again" else [])
+    with monkeypatch.context() as patch:
+        _at_each_rename(patch, lambda count: _fail(OSError) if count >= step else None)
+        if step < RENAMES[times]:
+            with pytest.raises(MaraError, match="the disk is full"):  # the first error, not one of putting back
+                add(bundle, [facts(64), facts(128)])
+    after = Bundle.open(bundle.folder)
+    assert all(engine in bundle.manifest.engines for engine in after.manifest.engines)
+
+
+@pytest.mark.parametrize("before", [[], BEFORE], ids=["first", "again"])
 def test_at_no_moment_does_the_manifest_list_what_is_not_there(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[EngineFacts]
 ) -> None:
@@ -127,8 +158,8 @@ def _at_each_rename(patch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
 
     def replace(path: Path, to: Path) -> Path:
         nonlocal count
-        act(count)
         count += 1
+        act(count - 1)
         return rename(path, to)
 
     patch.setattr(Path, "replace", replace)
@@ -137,7 +168,7 @@ def _at_each_rename(patch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MaraError])
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle, error: type[BaseException]) -> None:
     def build() -> None:
-        with additions(bundle) as staged:
+        with additions(bundle, "engines/tensorrt") as staged:
             (staged / "step-64.engine").write_text("half an eng")
             raise error
 
@@ -146,10 +177,151 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle, error: type[BaseExcep
     assert assert_whole(bundle.folder) == bundle
 
 
-def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before the build", "meanwhile"])
+def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_path: Path, when: str) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+
+    def build() -> None:
+        if when == "before the build":
+            (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+        with additions(bundle, "engines/tensorrt") as staged:
+            assert when == "meanwhile"
+            shutil.rmtree(bundle.folder / "engines")
+            (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
+            stage(staged, [facts(64)])
+            extend(bundle, staged, [facts(64)])
+
     with pytest.raises(MaraError, match="is a link out of the bundle"):
-        add(bundle, [facts(64)])
+        build()
     assert entries(tmp_path / "elsewhere") == set()
     assert Bundle.open(bundle.folder) == bundle
+
+
+# ── what cannot be written ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _forbidden(*_: Any, dir: Path, **__: Any) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+
+@pytest.mark.parametrize("way", ["a file is in the way", "nobody may write there"])
+def test_where_no_engine_can_go_is_said_before_one_is_built(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if way == "a file is in the way":
+        (bundle.folder / "engines").touch()
+    else:  # root may write everywhere
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", _forbidden)
+    before = sorted(bundle.folder.rglob("*"))
+    with pytest.raises(MaraError, match=r"^cannot write .*engines"), additions(bundle, "engines/tensorrt"):
+        pytest.fail("it went on")
+    assert sorted(bundle.folder.rglob("*")) == before
+
+
+@contextmanager
+def _small_files() -> Iterator[None]:
+    """A system on which no file may grow beyond 1 kB: a real error in the middle of a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["additions", "whole_or_absent"])
+def test_a_write_that_fails_is_one_line(bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    what = bundle.folder if kind == "additions" else out
+    making = additions(bundle, "engines/tensorrt") if kind == "additions" else whole_or_absent(out)
+    with pytest.raises(MaraError, match=f"^cannot write {what}: File too large$"), making as folder, _small_files():
+        (folder / "a-file").write_bytes(bytes(2000))
+    assert assert_whole(bundle.folder) == bundle
+    assert not out.exists()
+
+
+ERRORS = [
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+    (OSError(errno.EIO, "Input/output error"), True),
+    (PermissionError(errno.EACCES, "Permission denied", "{folder}/a-file"), True),
+    (PermissionError(errno.EACCES, "Permission denied", "{folder}/a-file", None, "{folder}/another"), True),
+    (PermissionError(errno.EACCES, "Permission denied", "/somewhere/else"), False),
+    (OSError(errno.EIO, "Input/output error", "/somewhere/else"), False),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), False),
+    (OSError("a library's own"), False),
+]
+
+
+@pytest.mark.parametrize(("error", "ours"), ERRORS, ids=str)
+@pytest.mark.parametrize("kind", ["additions", "whole_or_absent"])
+def test_errors_of_the_system_that_are_not_of_writing_there_pass(
+    bundle: Bundle, tmp_path: Path, kind: str, error: OSError, ours: bool
+) -> None:
+    making = additions(bundle, "engines/tensorrt") if kind == "additions" else whole_or_absent(tmp_path / "out")
+
+    def fail() -> None:
+        with making as folder:
+            names = [n and n.format(folder=folder) for n in (error.filename, error.filename2)]
+            raise type(error)(*error.args[:2], names[0], None, names[1]) if names[0] else error
+
+    with pytest.raises((MaraError, OSError)) as caught:
+        fail()
+    assert isinstance(caught.value, MaraError) == ours
+    assert not ours or str(caught.value).endswith(f": {error.strerror}")
+    assert sorted(tmp_path.iterdir()) == [bundle.folder]
+    assert assert_whole(bundle.folder) == bundle
+
+
+# ── two at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_another_build_has_added_in_the_meantime_stays(bundle: Bundle) -> None:
+    add(bundle, [facts(64), facts(128)])
+    add(bundle, [facts(64, "tensorrt-rtx")])  # from the manifest of before
+    after = add(bundle, [facts(64, version="11.1")])
+    assert assert_whole(bundle.folder) == after
+    assert after.manifest.engines == (facts(128), facts(64, "tensorrt-rtx"), facts(64))
+    assert after.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
+
+
+def test_two_that_write_the_manifest_at_once_take_turns(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, writes, go_on = folder_module.write_manifest, threading.Event(), threading.Event()
+
+    def slow_in_the_first(*args: Any) -> None:
+        if threading.current_thread().name == "first":
+            writes.set()
+            assert go_on.wait(20)
+        write(*args)
+
+    monkeypatch.setattr(folder_module, "write_manifest", slow_in_the_first)
+    first = threading.Thread(target=add, args=(bundle, [facts(64)]), name="first")
+    second = threading.Thread(target=add, args=(bundle, [facts(64, "tensorrt-rtx")]))
+    first.start()
+    assert writes.wait(20)
+    second.start()
+    second.join(0.2)  # without a lock it would be done by then, and its entry lost
+    go_on.set()
+    first.join(20)
+    second.join(20)
+    assert assert_whole(bundle.folder).manifest.engines == (facts(64), facts(64, "tensorrt-rtx"))
+
+
+@pytest.mark.parametrize("what", ["graph", "facts"])
+def test_a_bundle_that_was_exported_anew_meanwhile_is_refused(bundle: Bundle, what: str) -> None:
+    changed = {"graph": b"another graph"} if what == "graph" else {"max_context": 64}
+    helpers.make_bundle(bundle.folder, **changed)  # type: ignore[arg-type]
+    now = Bundle.open(bundle.folder)
+    with pytest.raises(MaraError, match="was exported anew while its engine was built: build it again"):
+        add(bundle, [facts(64)])
+    assert assert_whole(bundle.folder) == now
+
+
+def test_a_bundle_that_has_gone_meanwhile(bundle: Bundle) -> None:
+    def build() -> None:
+        with additions(bundle, "engines/tensorrt") as staged:
+            shutil.rmtree(bundle.folder)
+            extend(bundle, staged, [facts(64)])
+
+    with pytest.raises(MaraError, match=f"^cannot write {bundle.folder}: "):
+        build()
+    assert not os.path.lexists(bundle.folder)

@@ -3,6 +3,7 @@
 What every engine does: tests/unit/test_ort_engine.py.
 """
 
+import gc
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mara_runtime import trt_engine, trt_plan
+from mara_runtime import calibrate, tensors, trt_engine, trt_plan
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.cuda import Cuda
@@ -23,6 +24,7 @@ from mara_runtime.schedule import Fixed
 from mara_runtime.stats import Stats
 from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
+from tests.double.trt import IExecutionContext
 from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SIZES, SLOTS, add_engines, table, write_bundle
 
 INSTALLED = "10.16.1.11"
@@ -78,7 +80,7 @@ def test_no_more_shapes_are_kept_than_there_is_room_for(
     tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trt_plan, "KEPT_SHAPES", 2)
-    monkeypatch.setattr(trt_plan, "_SEEN_SHAPES", 3)
+    monkeypatch.setattr(trt_plan, "_FADING", 3)
     engine = TrtEngine(bundle(tmp_path), "tensorrt")
     for turn in range(4):
         for width in (1, 2, 3, 4):
@@ -89,6 +91,98 @@ def test_no_more_shapes_are_kept_than_there_is_room_for(
         assert machine.held()["contexts"] <= 3
     assert machine.cuda.launched > 8
     engine.close()
+
+
+def test_shapes_that_take_turns_do_not_drive_each_other_out(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_plan, "KEPT_SHAPES", 2)
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    made = []
+    real = trt_plan.Plan._new_context
+    monkeypatch.setattr(trt_plan.Plan, "_new_context", lambda *args, **how: made.append(1) or real(*args, **how))
+    for _ in range(10):
+        for width in (1, 2, 3):
+            engine.run(Pass([1] * width, [0] * width, 0, [0]))
+    assert len(made) == 3  # one they share, and two of their own
+    assert machine.cuda.launched == 2 * (10 - 2)
+    for _ in range(30):  # another has become the usual one
+        engine.run(Pass([1] * 3, [0] * 3, 0, [0]))
+    assert len(made) == 4
+    assert machine.cuda.launched > 2 * (10 - 2) + 10
+    engine.close()
+
+
+def test_a_pass_that_fails_is_captured_only_after_one_that_ran(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    engine.run(row(0))
+    with monkeypatch.context() as patch:  # the first of the context of its own
+        patch.setattr(IExecutionContext, "execute_async_v3", lambda self, stream: False)
+        with pytest.raises(EngineError, match="cannot run a pass"):
+            engine.run(row(1))
+    launched = []
+    for position in (1, 2, 3):
+        assert right(engine.run(row(position)), position)
+        launched.append(machine.cuda.launched)
+    assert launched == [0, 1, 2]
+    assert engine.describe()["cuda_graphs"] is True
+    engine.close()
+
+
+def test_a_shape_that_was_refused_half_way_is_set_again(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt", graphs=False)
+    engine.run(row(0))
+    real = IExecutionContext.set_input_shape
+    for refused in (tensors.INPUT_IDS, tensors.POSITION_IDS, tensors.AGENT_ROWS):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                IExecutionContext,
+                "set_input_shape",
+                lambda self, name, shape, refused=refused: name != refused and real(self, name, shape),
+            )
+            with pytest.raises(EngineError, match=f"refuses the shape .* of {refused}"):
+                engine.run(Pass([0, 1], [0, 1], 0, [1]))
+        assert right(engine.run(row(0)), 0)
+    engine.close()
+
+
+# ── TensorRT for RTX ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_kernels_are_compiled_for_shapes_that_come_back_and_kept(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = bundle(tmp_path / "bundle", target="tensorrt-rtx")
+
+    def passes() -> int:
+        """Kernels compiled in a run of the program."""
+        before = machine.trt.compiled
+        engine = TrtEngine(made, "tensorrt-rtx")
+        for turn in range(4):
+            for width in (1, 2, 3)[: 3 if turn else 2]:
+                engine.run(Pass([1] * width, [0] * width, 0, [0]))
+        engine.run(Pass([1] * 4, [0] * 4, 0, [0]))  # once: not worth a kernel
+        engine.close()
+        return machine.trt.compiled - before
+
+    assert passes() == 3
+    (path,) = (tmp_path / "cache" / "mara-deploy").iterdir()
+    assert passes() == 0
+    machine.trt.__version__ = "10.16.2"
+    later = tuple(replace(facts, version="10.16.2") for facts in made.manifest.engines)
+    made = replace(made, manifest=replace(made.manifest, engines=later))
+    assert passes() == 3
+    path.write_bytes(b"damaged")
+    assert passes() == 3
+    assert passes() == 0
+
+
+# ── when captures fail ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_where_capture_fails_passes_run_without_and_that_is_recorded(tmp_path: Path, machine: Machine) -> None:
@@ -174,6 +268,45 @@ def test_a_row_is_owed_across_growth(tmp_path: Path, machine: Machine) -> None:
     engine.close()
 
 
+def test_clearing_goes_back_to_the_smallest(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path, True, SIZES), "tensorrt")
+    for _ in range(2):
+        for position in range(CONTEXT):
+            assert right(engine.run(row(position)), position)
+        assert engine.allocated_slots == SLOTS
+        engine.move(1, 0)
+        engine.clear()
+        assert engine.allocated_slots == SIZES[0]
+        assert machine.held()["engines"] == 1
+    engine.close()
+
+
+def test_every_capacity_is_measured_once(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "CONTEXTS", (2, 20, 60))
+    monkeypatch.setattr(calibrate, "WIDTHS", (1, 2, 3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = bundle(tmp_path / "bundle", True, SIZES)
+    engine = TrtEngine(made, "tensorrt")
+    seen: list[tuple[int, int]] = []
+    real = TrtEngine.run
+
+    def run(self: TrtEngine, work: Pass) -> Any:
+        out = real(self, work)
+        seen.append((work.slot, self.allocated_slots))
+        return out
+
+    monkeypatch.setattr(TrtEngine, "run", run)
+    cost = calibrate.measured_cost(made, engine)
+    assert cost.contexts == (2, 20, 60)
+    assert set(seen) == set(zip(cost.contexts, SIZES, strict=True))
+    assert engine.allocated_slots == SIZES[0]
+    seen.clear()
+    engine.run(row(SIZES[0]))  # larger now
+    assert calibrate.measured_cost(made, engine) == cost
+    assert len(seen) == 1
+    engine.close()
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_nothing_grows_over_2000_steps(tmp_path: Path, machine: Machine, in_place: bool) -> None:
     engine = TrtEngine(bundle(tmp_path, in_place), "tensorrt")
@@ -248,7 +381,7 @@ def test_weights_are_streamed_if_they_must(tmp_path: Path, machine: Machine, fit
     for position in range(6):
         assert right(engine.run(row(position)), position)
     facts = engine.describe()
-    assert facts["streamed_weight_bytes"] == (0 if fits else size - 3000)
+    assert facts["memory"]["streamed_weight_bytes"] == (0 if fits else size - 3000)
     assert facts["cuda_graphs"] is True if fits else "weights are streamed" in facts["cuda_graphs"]
     engine.close()
 
@@ -261,16 +394,17 @@ def test_what_ran_is_described(tmp_path: Path, machine: Machine) -> None:
     assert isinstance(engine, TrtEngine)
     assert declined == {}
     facts = engine.describe()
-    assert {k: facts[k] for k in ("name", "version", "gpu", "compute_capability", "driver", "slots")} == {
+    assert {k: facts[k] for k in ("name", "version", "gpu", "compute_capability", "driver")} == {
         "name": "tensorrt",
         "version": f"tensorrt {INSTALLED}",
         "gpu": "Double",
         "compute_capability": "8.7",
         "driver": "13.2",
-        "slots": SLOTS,
     }
-    assert facts["kv_cache_bytes"] >= 2 * SLOTS * 4 * 4
-    assert facts["activation_bytes"] == 4096
+    memory = facts["memory"]
+    assert memory["slots"] == SLOTS
+    assert memory["kv_cache_bytes"] >= 2 * SLOTS * 4 * 4
+    assert memory["activation_bytes"] == 4096
     engine.close()
 
 
@@ -313,6 +447,34 @@ def test_an_engine_that_this_machine_may_run_is_not_refused(
     engine = TrtEngine(bundle(tmp_path, file={"lean_runtime": "options" in facts}, **facts), "tensorrt")
     assert right(engine.run(row(0)), 0)
     engine.close()
+
+
+def test_a_gpu_that_fails_at_the_first_question_is_a_reason(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = machine.cuda.cudaError_t.cudaErrorNoDevice
+    monkeypatch.setattr(machine.cuda, "cudaDeviceGetAttribute", lambda *_: (lost, 0))
+    assert "cudaDeviceGetAttribute says" in str(trt_engine.why_not(bundle(tmp_path), "tensorrt"))
+
+
+def test_what_fails_on_the_way_out_leaves_nothing_else_open(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    for position in range(4):
+        engine.run(row(position))
+    real = machine.cuda.cudaGraphExecDestroy
+
+    def fails(graph: Any) -> Any:
+        real(graph)
+        return (machine.cuda.cudaError_t.cudaErrorInvalidValue,)
+
+    monkeypatch.setattr(machine.cuda, "cudaGraphExecDestroy", fails)
+    with pytest.raises(EngineError, match="cudaGraphExecDestroy") as caught:
+        engine.close()
+    del caught  # it holds what the failing frames hold
+    gc.collect()
+    machine.check_given_back()
 
 
 def test_what_is_missing_is_named(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,12 @@ def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
 
 
 def add_engines(
-    folder: Path, slots: Sequence[int], in_place: bool, file: dict[str, Any] | None = None, **facts: Any
+    folder: Path,
+    slots: Sequence[int],
+    in_place: bool,
+    file: dict[str, Any] | None = None,
+    target: str = "tensorrt",
+    **facts: Any,
 ) -> Bundle:
     """Give a bundle engines of the double.
 
@@ -134,13 +139,13 @@ def add_engines(
     here = f"{platform.system()}-{platform.machine()}".lower()
     built = {"version": "10.16.1.11", "compute_capability": "8.7", "platform": here, "options": {}}
     for size in slots:
-        name = f"engines/tensorrt/step-{size}.engine"
+        name = f"engines/{target}/step-{size}.engine"
         rows = {"decode_rows": DECODE_ROWS, "prefill_rows": min(32, size), "head_rows": HEAD_ROWS}
         known = {"slots": size, **rows, "in_place": in_place}
         write_engine(folder / name, folder / "step.onnx", **{**known, **(file or {})})
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest["engines"].append({"target": "tensorrt", "file": name, **known, **built, **facts})
-    manifest["targets"] = ["tensorrt"]
+        manifest["engines"].append({"target": target, "file": name, **known, **built, **facts})
+    manifest["targets"] = [target]
     helpers.write_manifest(folder, manifest)
     return Bundle.open(folder)
