@@ -28,8 +28,8 @@ DOCKERFILES = sorted(FOLDER.glob("Dockerfile.*"))
 COMMANDS = ("export", "build", "run", "bench", "inspect")
 IN_PLACE = Version("10.15")
 """The first TensorRT that updates a KV cache in place, which `portable` asks for."""
-OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--restore", "--platform"}
-"""Of python, docker, jetson_clocks and pip."""
+OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--restore", "--platform", "--dry-run"}
+"""Of python, docker, jetson_clocks, pip and gpu.sh."""
 BINDINGS = {"12.6": "12.8", "13.2": "13.2"}
 """CUDA of a board, and the cuda-bindings for it: 12.8 is the last without a CUDA runtime that a driver could refuse."""
 ARM_WHEELS = {"cuda-bindings": ("12.8.0", "13.2.0"), "numpy": ("1.26.4",)}
