@@ -67,6 +67,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine.check_given_back()
 
 
+def begin_with(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the caches of OrtEngine be so small at first."""
+    monkeypatch.setattr(ort_engine, "FIRST_SLOTS", slots)
+    monkeypatch.setattr(ort_engine, "STEP_SLOTS", slots)  # on a CPU
+
+
 def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engine `cuda` as on a GPU, with a cache that the host cannot reach, on the provider that is here."""
     monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
@@ -92,7 +98,7 @@ def engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Engine]:
     if isinstance(request.param, int):
-        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
+        begin_with(request.param, monkeypatch)
         yield OrtEngine(bundle, threads=1)
         return
     if request.param == "cuda":
@@ -126,10 +132,10 @@ def growing_and_whole(
         return
     out_of_reach(monkeypatch)
     ort = []
-    for slots in (4, SLOTS):
-        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", slots)
+    for slots in (SLOTS, 4):  # the one that grows last: how it does is looked up when it does
+        begin_with(slots, monkeypatch)
         ort.append(OrtEngine(bundle, request.param, threads=1))
-    yield ort[0], ort[1]
+    yield ort[1], ort[0]
 
 
 def largest_only(bundle: Bundle) -> Bundle:
