@@ -11,7 +11,8 @@
 #   --smoke      a tiny model: does it run at all?
 #   --dry-run    print the commands and run none
 #   --out        where everything goes (default gpu-results)
-#   --bundles    folder of bundles made elsewhere, one for each target by its name: then PyTorch is not needed here
+#   --bundles    folder of bundles made elsewhere, one for each target by its name: then PyTorch is not needed here;
+#                TensorRT's engines are built into them
 #   --targets    what to measure (default "tensorrt cuda"; "tensorrt" on JetPack 6, whose Python has no onnxruntime-gpu)
 #
 # On a Jetson, set the power mode first (sudo nvpmodel -m …; sudo jetson_clocks): the result records what it is.
@@ -41,6 +42,8 @@ while (($#)); do
     esac
     shift
 done
+# -s: an environment's python is a link, and what it leads to has not the environment's packages
+[[ ${PYTHON:-} != */* ]] || PYTHON=$(realpath -ms "$PYTHON")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "$out") bundles=${bundles:+$(realpath -m "$bundles")}
 cd "$root"
@@ -96,12 +99,24 @@ step() {
     if "${command[@]}" 2>&1 | tee "$out/$name.txt"; then
         return
     fi
-    printf '%s\t%s\n' "$name" "$(tail -n 1 "$out/$name.txt")" >> "$out/failed.tsv"
+    printf '%s\t%s\n' "$name" "$(tail -n 1 "$out/$name.txt" | tr '\r\t' '  ')" >> "$out/failed.tsv"
     return 1
 }
 
 must() {
     step "$@" || stop "gpu.sh: $1 failed, see $out/$1.txt"
+}
+
+# below BUNDLE NUMBER…: those of the numbers that are less than the bundle's max_context, with commas between them; all
+# of them while there is no bundle.
+below() {
+    "${PYTHON:-python3}" -c 'import json, sys
+try:
+    with open(sys.argv[1] + "/manifest.json", encoding="utf-8") as file:
+        most = json.load(file)["max_context"]
+    print(",".join(n for n in sys.argv[2:] if int(n) < most))
+except (OSError, ValueError, KeyError, TypeError):  # who reads the bundle next says what is wrong with it
+    print(",".join(sys.argv[2:]))' "$@"
 }
 
 if ((!dry)); then
@@ -132,20 +147,23 @@ print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
 fi
 export PYTHONPATH=$root:$root/export:$root/runtime CUDA_DEVICE_ORDER=PCI_BUS_ID
 
-shape=qwen2-0.5b context=4096 capacities=512,1024 bench=(--tokens 96 --rounds 9)
-((!smoke)) || { shape=tiny context=512 capacities=256 bench=(--tokens 16 --rounds 3); }
+shape=qwen2-0.5b context=4096 capacities=(512 1024) bench=(--tokens 96 --rounds 9)
+((!smoke)) || { shape=tiny context=512 capacities=(256) bench=(--tokens 16 --rounds 3); }
 
 ready=()
 [[ -n $bundles ]] || must model "$python" benchmarks/shape.py "$shape" "$out/model"
 for target in $targets; do
     if [[ -z $bundles ]]; then
         graph=()
-        [[ $target != tensorrt* ]] || graph=(--lowering "$lowering")
+        [[ $target != tensorrt* ]] || graph=(--lowering "$lowering" --no-build)
         step "$target-export" mara-export --model "$out/model/checkpoint" --agent "$out/model/agent.safetensors" \
             --target "$target" --precision fp16 "${graph[@]}" --max-context "$context" --out "$out/bundles/$target" || continue
     fi
     if [[ $target == tensorrt* ]]; then
-        step "$target-build" mara-build "${bundles:-$out/bundles}/$target" --target "$target" --capacity "$capacities" || continue
+        bundle=${bundles:-$out/bundles}/$target smaller=()
+        capacity=$(below "$bundle" "${capacities[@]}")
+        [[ -z $capacity ]] || smaller=(--capacity "$capacity")
+        step "$target-build" mara-build "$bundle" --target "$target" "${smaller[@]}" || continue
     fi
     ready+=("$target")
 done
@@ -153,7 +171,8 @@ bundles=${bundles:-$out/bundles}
 
 # ── conformance, speed, memory and energy ────────────────────────────────────────────────────────────────────────────
 
-step tests env MARA_GPU_BUNDLES="$bundles" "$python" -m pytest -q -m gpu tests/gpu --junitxml "$out/tests.xml" || true
+step tests env MARA_GPU_BUNDLES="$bundles" "$python" -m pytest -q -m gpu tests/gpu -o junit_family=xunit1 \
+    --junitxml "$out/tests.xml" || true
 for target in "${ready[@]}"; do
     step "$target-bench" mara-bench "$bundles/$target" --engine "$target" --measure steps,prefill,width,profiles \
         --profile 1 --profile 2 --profile 4 "${bench[@]}" || continue

@@ -127,9 +127,10 @@ def too_much(found: dict[str, Memory], where: str) -> list[str]:
 
 def memory_in_use() -> Memory:
     """Bytes in use: on the GPU by all programs, in host memory by this one. None: cannot be read."""
+    device = _device_bytes()  # first: what it imports is in host memory from then on
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-    return {"device_bytes": _device_bytes(), "host_bytes": resident and int(resident[1]) * 1024}
+    return {"device_bytes": device, "host_bytes": resident and int(resident[1]) * 1024}
 
 
 def _device_bytes() -> int | None:

@@ -29,13 +29,22 @@ LOWERINGS = {
 }
 """Lowerings that each target runs, its own first. (What the export says of the same needs PyTorch to be read.)"""
 CONTEXTS = (2048, 8192)
+_ANY_BLOCK: dict[str, tuple[int, ...]] = {"int8": (32, 16, 64, 128, 256), "int4": (32, 16, 64, 128, 256)}
+COLUMN = -1
+"""Block size of a scale for each column, as in a manifest."""
+BLOCK_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "cpu": _ANY_BLOCK,
+    "cuda": _ANY_BLOCK,
+    "tensorrt": {"int8": (COLUMN,), "int4": (64, 128)},
+    "tensorrt-rtx": {"int8": (COLUMN,), "int4": (32, 64, 128)},
+}
+"""Block sizes of the export by target and precision, the default first."""
+MAX_CANDIDATES = 1024
 JETSONS_GB = (8, 16, 32, 64)
 """Memory that processor and GPU of a Jetson share, in 10⁹ bytes: about what Linux has of a module of so many GiB."""
 SYSTEM_BYTES = 2_500_000_000
 """Left for Linux without a desktop, the CUDA context and the libraries' kernels: an assumption, not a measurement."""
 AGENT_WIDTHS = (1024, 256)
-COLUMN = -1
-"""Block size of a scale for each column, as in a manifest."""
 SLOT_MULTIPLE = 16
 """TensorRT engines have a multiple of so many slots."""
 HEAD_ROWS = DRAFT_ROWS + 2
@@ -59,11 +68,11 @@ class Setting:
     context: int = 2048
     """tokens of prompt and answer; ≥ 2"""
     max_candidates: int = 64
-    """candidates of a position; ≥ 1"""
-    lowering: str = ""
-    """ort, portable, decomposed; empty: the target's own"""
+    """candidates of a position; 1 … MAX_CANDIDATES"""
+    lowering: str | None = None
+    """ort, portable, decomposed; None: the target's own"""
     block_size: int | None = None
-    """int8, int4: weights that share a scale, COLUMN for one of each column; None: what mara-export takes"""
+    """int8, int4: weights that share a scale, COLUMN for one of each column; None: the first of BLOCK_SIZES"""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -73,18 +82,18 @@ class Setting:
             raise OptionError(f"--precision is {self.precision!r}; --target {self.target} has {has}")
         if self.context < 2:
             raise OptionError(f"--context is {self.context}; it must be at least 2")
-        if self.max_candidates < 1:
-            raise OptionError(f"--max-candidates is {self.max_candidates}; it must be at least 1")
-        if self.lowering not in ("", *LOWERINGS[self.target]):
+        if not 1 <= self.max_candidates <= MAX_CANDIDATES:
+            raise OptionError(f"--max-candidates is {self.max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
+        if self.lowering not in (None, *LOWERINGS[self.target]):
             takes = " or ".join(LOWERINGS[self.target])
             raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} takes {takes}")
         if self.block_size is not None and self.block_size != COLUMN and self.block_size < 1:
             raise OptionError(f"--block-size is {self.block_size}; it must be at least 1")
-        if not self.lowering:
+        if self.lowering is None:
             object.__setattr__(self, "lowering", LOWERINGS[self.target][0])
-        if self.block_size is None:
-            column = self.precision == "int8" and self.on_tensorrt
-            object.__setattr__(self, "block_size", COLUMN if column else 64 if self.target == "tensorrt" else 32)
+        sizes = BLOCK_SIZES[self.target].get(self.precision)
+        if self.block_size is None and sizes is not None:
+            object.__setattr__(self, "block_size", sizes[0])
 
     @property
     def on_tensorrt(self) -> bool:

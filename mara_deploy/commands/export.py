@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    _refuse_what_says_nothing(args)
     if not args.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
     try:
@@ -115,9 +116,10 @@ def _export(args: argparse.Namespace) -> None:
             f"the export needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
         ) from None
 
+    quantisation = _quantisation(args)
     agent, agent_name = _agent(args.agent, args.model)
     source = _model(args.model, lambda config_only: vet(config_only, agent, agent_name, args.max_context))
-    out = Path(args.out or Path("bundles") / _default_name(args, source, agent_name))
+    out = Path("bundles") / _default_name(args, source, agent_name) if args.out is None else Path(args.out)
     bundle = export(
         source,
         agent,
@@ -126,7 +128,7 @@ def _export(args: argparse.Namespace) -> None:
         target=args.target,
         lowering=args.lowering,
         precision=args.precision,
-        quantisation=_quantisation(args),
+        quantisation=quantisation,
         max_context=args.max_context,
         max_candidates=args.max_candidates,
         gate=not args.no_gate,
@@ -143,6 +145,15 @@ def _export(args: argparse.Namespace) -> None:
         print(f"no engine {to_build}: on the device that will run it,\nmara-build {out} --target {args.target}")
     prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
     print(f"\nmara-run {out} {prompt}")
+
+
+def _refuse_what_says_nothing(args: argparse.Namespace) -> None:
+    """What would be ignored, before PyTorch is loaded."""
+    for flag in ("model", "agent", "out"):
+        if getattr(args, flag) == "":
+            raise OptionError(f"--{flag} is empty" + ("; leave it out for the default" if flag == "out" else ""))
+    if args.no_build and args.target not in ENGINE_TARGETS:
+        raise OptionError(f"--no-build is for {' and '.join(ENGINE_TARGETS)}; --target {args.target} builds nothing")
 
 
 def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
@@ -170,7 +181,9 @@ def _quantisation(args: argparse.Namespace) -> Quantisation | None:
     bits = {"int8": 8, "int4": 4}.get(args.precision)
     if bits is None:
         raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-    size = args.block_size or block_size(bits, args.target, args.lowering or TARGETS[args.target][0])
+    size = args.block_size
+    if size is None:
+        size = block_size(bits, args.target, args.lowering or TARGETS[args.target][0])
     return Quantisation(bits, size, args.quantiser or "rtn", tuple(args.keep))
 
 

@@ -42,9 +42,12 @@ def parser() -> Parser:
     group.add_argument("--target", metavar="NAME", help="as of mara-export (default tensorrt, or the bundle's first)")
     group.add_argument("--precision", metavar="NAME", help="of a model (default: all that the target has)")
     group.add_argument("--lowering", metavar="NAME", help="of a model; decomposed has two KV caches in TensorRT")
-    group.add_argument("--max-candidates", type=int, default=64, metavar="K", help="of a model (default 64)")
+    group.add_argument("--max-candidates", type=int, metavar="K", help="of a model (default 64)")
     group.add_argument(
-        "--block-size", type=int, metavar="N", help="of a model's int8 and int4 (default: as mara-export)"
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="of a model's int8 or int4, with --precision (default: as mara-export)",
     )
     return options
 
@@ -60,11 +63,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
         show(args)
         return
-    for flag in ("context", "target", "precision", "lowering", "block_size"):
-        if getattr(args, flag):
-            raise OptionError(
-                f"--{flag.replace('_', '-')} is {getattr(args, flag)!r}, but it acts on --memory only; leave it out"
-            )
+    for flag in ("context", "target", "precision", "lowering", "max_candidates", "block_size"):
+        if (given := getattr(args, flag)) is not None:
+            value = ", ".join(map(str, given)) if flag == "context" else repr(given)
+            raise OptionError(f"--{flag.replace('_', '-')} is {value}, but it acts on --memory only; leave it out")
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))

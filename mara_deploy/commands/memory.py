@@ -11,7 +11,7 @@ from typing import Any
 
 from mara_deploy import memory
 from mara_deploy.decoders import DECODERS, Decoder, from_config
-from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, TARGETS, Memory, Setting
+from mara_deploy.memory import BLOCK_SIZES, COLUMN, CONTEXTS, JETSONS_GB, SYSTEM_BYTES, TARGETS, Memory, Setting
 from mara_export.errors import ModelError
 from mara_export.sources import ALIASES, local_path, resolve_file
 from mara_runtime.bundle import Bundle
@@ -19,6 +19,13 @@ from mara_runtime.errors import OptionError
 from mara_runtime.manifest import MANIFEST_FILE
 
 Row = tuple[Setting, Memory]
+OF_A_MODEL = {
+    "--precision": "precision",
+    "--lowering": "lowering",
+    "--max-candidates": "max_candidates",
+    "--block-size": "block_size",
+}
+"""Options that a bundle has answered, and their attributes."""
 
 
 def show(args: argparse.Namespace) -> None:
@@ -37,11 +44,13 @@ def show(args: argparse.Namespace) -> None:
 
 def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
     """An alias, a Hub id or a folder, in every precision of the target, or in the one asked for."""
-    hub_id, model = find(name)
-    target = args.target or "tensorrt"
+    target = "tensorrt" if args.target is None else args.target
     if target not in TARGETS:
         raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
-    precisions = (args.precision,) if args.precision else TARGETS[target]
+    if args.block_size is not None and args.precision is None:
+        raise OptionError(f"--block-size is {args.block_size}; say of which --precision, int8 or int4")
+    hub_id, model = find(name)
+    precisions = TARGETS[target] if args.precision is None else (args.precision,)
     rows = [
         (setting, memory.estimate(model, setting))
         for precision in precisions
@@ -54,10 +63,10 @@ def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
 def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]:
     """A bundle as it is: the sizes of its own files in place of estimates."""
     manifest = bundle.manifest
-    target, step = args.target or manifest.targets[0], manifest.step
-    for flag, value in (("--precision", args.precision), ("--lowering", args.lowering)):
-        if value:
-            raise OptionError(f"{flag} is {value!r}, but {bundle.folder} is a bundle already: leave it out")
+    target, step = manifest.targets[0] if args.target is None else args.target, manifest.step
+    for flag, value in OF_A_MODEL.items():
+        if (given := getattr(args, value)) is not None:
+            raise OptionError(f"{flag} is {given!r}, but {bundle.folder} is a bundle already: leave it out")
     if target not in manifest.targets:
         raise OptionError(f"--target is {target!r}; {bundle.folder} was made for {', '.join(manifest.targets)}")
     stored = sum(e.size_bytes for name, e in manifest.files.items() if name.startswith(step.file))
@@ -130,7 +139,14 @@ NOTES = (
 
 
 def _setting(args: argparse.Namespace, target: str, precision: str, context: int) -> Setting:
-    return Setting(target, precision, context, args.max_candidates, args.lowering or "", args.block_size)
+    candidates = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
+    setting = Setting(target, precision, context, lowering=args.lowering, block_size=args.block_size, **candidates)
+    sizes = BLOCK_SIZES[target].get(precision, ())
+    if args.block_size is not None and args.block_size not in sizes:
+        takes = " or ".join(map(str, sizes))
+        what = "has no blocks" if not sizes else "has a scale a column" if sizes == (COLUMN,) else f"takes {takes}"
+        raise OptionError(f"--block-size is {args.block_size}; {precision} for --target {target} {what}")
+    return setting
 
 
 def _decoder(architecture: str, shape: dict[str, Any], stored: int, setting: Setting) -> Decoder:

@@ -99,16 +99,21 @@ def decoder_of(bundle: Bundle) -> Any:
 
 
 def test_targets_and_sizes_are_those_of_the_export():
-    from mara_export import build, export
+    from mara_export import build, export, qdq, quantise
 
     assert memory.TARGETS == export.PRECISIONS
     assert memory.LOWERINGS == export.TARGETS
+    assert memory.MAX_CANDIDATES == export.MAX_CANDIDATES
     assert memory.SLOT_MULTIPLE == build.SLOT_MULTIPLE
     assert memory.HEAD_ROWS == build.HEAD_ROWS + 1
     for target, precisions in memory.TARGETS.items():
         for precision in {"int8", "int4"} & set(precisions):
             setting = Setting(target, precision)
-            assert setting.block_size == export.block_size(int(precision[3:]), target, setting.lowering)
+            bits = int(precision[3:])
+            assert setting.block_size == export.block_size(bits, target, setting.lowering)
+            taken = qdq.BLOCK_SIZES[target][bits] if target in qdq.BLOCK_SIZES else quantise.BLOCK_SIZES
+            assert sorted(memory.BLOCK_SIZES[target][precision]) == sorted(taken)
+    assert sorted(quantise.BLOCK_SIZES) == sorted(qdq.BLOCK_SIZES["cpu"][4])  # so that a lowering makes no difference
 
 
 @pytest.mark.parametrize(

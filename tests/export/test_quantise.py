@@ -139,6 +139,9 @@ def test_half_precision_is_widened_when_it_is_read(demo) -> None:
         (["--precision", "int8", "--quantiser", "hqq"], "--quantiser hqq is for --precision int4"),
         (["--precision", "int4", "--quantiser", "k-quant", "--block-size", 64], "k-quant has blocks of 32"),
         (["--precision", "int4", "--block-size", 48], "--block-size is 48; it must be one of 16, 32"),
+        (["--precision", "int4", "--block-size", 0], "--block-size is 0; it must be one of 16, 32"),
+        (["--precision", "int4", "--block-size", -1], "--block-size is -1; it must be one of 16, 32"),
+        (["--block-size", 0], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
         (["--precision", "int4", "--keep", "nothing/*"], "--keep is 'nothing/*', which matches no matrix"),
     ],
 )

@@ -101,7 +101,9 @@ def exported(target: str, folder: Path) -> Bundle:
     run("benchmarks/shape.py", "tiny", model)
     source = ("--model", model / "checkpoint", "--agent", model / "agent.safetensors")
     options = ("--target", target, "--precision", "fp16", "--max-context", 512, "--out", out, "--quiet")
-    run("-m", "mara_deploy.commands.export", *source, *options)
-    if target != "cuda":
-        run("-m", "mara_deploy.commands.build", out, "--target", target, "--quiet")
+    if target == "cuda":
+        run("-m", "mara_deploy.commands.export", *source, *options)
+        return Bundle.open(out)
+    run("-m", "mara_deploy.commands.export", *source, *options, "--no-build")
+    run("-m", "mara_deploy.commands.build", out, "--target", target, "--capacity", 128, "--quiet")
     return Bundle.open(out)

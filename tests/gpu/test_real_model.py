@@ -5,6 +5,7 @@ from Hugging Face to the GPU, and this one needs no PyTorch on the device.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,17 @@ import pytest
 from benchmarks import board, soak
 from mara_deploy.bench.worker import Subject
 from mara_export import parity
+from mara_runtime import ort_engine
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Engine, Pass
+from mara_runtime.engine import Engine, Pass, open_engine
 from mara_runtime.ort_engine import OrtEngine
+from mara_runtime.tensors import spare_slots
+from tests.gpu.conftest import close
 
 PROMPT_TOKENS = (1, 48, 200)
 """The last goes through the engine's profile for prompts."""
+PIECE = 32
+"""Rows of a pass while a cache is filled until it grows."""
 
 
 def on_the_cpu(bundle: Bundle) -> Bundle:
@@ -49,6 +55,40 @@ def test_the_gpu_computes_what_the_cpu_computes(engine: Engine, bundle: Bundle, 
     report = parity.compare(cases, [parity.engine_side(engine, case) for case in cases], gate)
     assert report.failures == []
     assert report.outcomes["first"]["compared"] > 0
+
+
+def after_growth(engine: Engine, tokens: list[int]) -> parity.Side:
+    """What the last of many small passes gives, and its last row once more."""
+    for start in range(0, len(tokens), PIECE):
+        piece = tokens[start : start + PIECE]
+        rows = evaluated(engine, piece, start)
+    return parity.Side(rows, evaluated(engine, tokens[-1:], len(tokens) - 1))
+
+
+def evaluated(engine: Engine, tokens: list[int], start: int) -> parity.Rows:
+    out = engine.evaluate(tokens, range(start, start + len(tokens)), start)
+    return parity.Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
+
+
+def test_a_cache_that_has_grown_holds_what_it_held(
+    bundle: Bundle, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = bundle.manifest
+    reference = OrtEngine(on_the_cpu(bundle))
+    if target == "cuda":  # as a rule it begins with more than a tiny bundle has
+        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", PIECE)
+    engine: Any = open_engine(bundle, target)[0]
+    smallest = engine.allocated_slots
+    if smallest == engine.slots:
+        close(engine)
+        pytest.skip(f"{bundle.folder} has an engine of one size: give it another with mara-build --capacity")
+    length = min(smallest + PIECE, manifest.max_context + spare_slots(manifest.max_candidates))
+    tokens = np.random.default_rng(1).integers(0, manifest.model.shape.vocab_size, length).tolist()
+    case = parity.Case(tokens, [], after_growth(reference, tokens), is_text=False)
+    found = after_growth(engine, tokens)
+    assert engine.allocated_slots > smallest
+    close(engine)
+    assert parity.compare([case], [found], parity.GATES[manifest.step.precision]).failures == []
 
 
 def test_memory_does_not_grow_over_two_thousand_steps(bundle: Bundle, target: str) -> None:

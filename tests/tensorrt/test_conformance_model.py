@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from mara_export.build import build
-from tests.gpu.test_conformance import suite, written_bundle
+from mara_export.build import BuildOptions, build
+from tests.gpu.test_conformance import CAPACITIES, suite, written_bundle
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="NVIDIA has no wheel of TensorRT for RTX for this platform")
 
 
 def test_it_builds_with_the_slots_that_the_suite_counts_on(tmp_path: Path) -> None:
-    (engine,) = build(written_bundle("tensorrt-rtx", tmp_path), "tensorrt-rtx").manifest.engines
-    assert (engine.slots, engine.in_place) == (suite.SLOTS, False)
-    assert engine.options["layers"]["SCATTER"] == 2
+    bundle = build(written_bundle("tensorrt-rtx", tmp_path), "tensorrt-rtx", BuildOptions(capacities=CAPACITIES))
+    assert [engine.slots for engine in bundle.manifest.engines] == [32, 48, suite.SLOTS]
+    for engine in bundle.manifest.engines:
+        assert not engine.in_place
+        assert engine.options["layers"]["SCATTER"] == 2

@@ -13,6 +13,9 @@ import pytest
 
 from benchmarks import gather, soak
 from benchmarks.board import Jetson, NoBoard, find
+from mara_export.build import BuildOptions
+from mara_runtime.bundle import Bundle
+from tests.unit import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -24,16 +27,16 @@ BOARDS = {
 }
 
 
-def script(*arguments, **environment):
+def script(*arguments, cwd=None, **environment):
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "BOARD", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
     return subprocess.run(
-        [str(SCRIPT), *map(str, arguments)], env={**clean, **environment}, capture_output=True, text=True
+        [str(SCRIPT), *map(str, arguments)], env={**clean, **environment}, capture_output=True, text=True, cwd=cwd
     )
 
 
-def commands(*arguments, board="server", **environment):
+def commands(*arguments, board="server", cwd=None, **environment):
     """What a dry run prints, as lists of words."""
-    result = script("--dry-run", *arguments, BOARD=json.dumps(BOARDS[board]), **environment)
+    result = script("--dry-run", *arguments, cwd=cwd, BOARD=json.dumps(BOARDS[board]), **environment)
     assert (result.returncode, result.stderr) == (0, "")
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
@@ -96,6 +99,40 @@ def test_what_differs_by_board(board, lowering, targets, site):
     assert ("--system-site-packages" in lines[0]) == site  # where TensorRT comes with the system
 
 
+def test_each_engine_is_built_once():
+    lines = commands("--targets", "tensorrt tensorrt-rtx cuda")
+    of = {name: [line for line in lines if line[0] == name] for name in ("mara-export", "mara-build")}
+    assert ["--no-build" in line for line in of["mara-export"]] == [True, True, False]
+    assert [line[line.index("--target") + 1] for line in of["mara-build"]] == ["tensorrt", "tensorrt-rtx"]
+    assert all(line[line.index("--capacity") + 1] == "512,1024" for line in of["mara-build"])
+
+
+@pytest.mark.parametrize(
+    ("context", "smaller"),
+    [(4096, "512,1024"), (1100, "512,1024"), (1024, "512"), (600, "512"), (512, None), (64, None)],
+)
+def test_no_capacity_is_larger_than_the_bundle(tmp_path, context, smaller):
+    folder = helpers.make_bundle(tmp_path / "tensorrt", max_context=context)
+    lines = commands("--bundles", tmp_path, "--targets", "tensorrt", PYTHON=sys.executable)
+    (line,) = [line for line in lines if line[0] == "mara-build"]
+    assert line[4:] == ([] if smaller is None else ["--capacity", smaller])
+    args = importlib.import_module("mara_deploy.commands.build").parser().parse_args(line[1:])
+    sizes = BuildOptions(capacities=args.capacity).slots(Bundle.open(folder).manifest)
+    assert len(sizes) == len(args.capacity) + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("env/bin/python", "{}/env/bin/python"), ("./python", "{}/python"), ("python3", "python3")]
+)
+def test_a_python_is_found_from_where_the_script_was_called(tmp_path, given, used):
+    link = tmp_path / given
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(sys.executable)  # as in an environment: not to be followed
+    lines = commands("--targets", "cuda", cwd=tmp_path, PYTHON=given)
+    pythons = {word for line in lines for word in line if "python" in Path(word).name}
+    assert pythons == {used.format(tmp_path)}
+
+
 def test_an_environment_and_bundles_that_are_there_are_used(tmp_path):
     lines = commands("--bundles", tmp_path, "--targets", "tensorrt", PYTHON="python3")
     assert [line[0] for line in lines] == ["mara-build", "env", "mara-bench", "python3", "python3"]
@@ -123,7 +160,7 @@ def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors')))\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors', 'hypothesis')))\n"
         "import benchmarks.soak, benchmarks.gather, mara_deploy.commands.bench, mara_export.build, mara_export.parity\n"
         "import tests.gpu.test_conformance, tests.gpu.test_real_model\n"
         "print('imported')"
@@ -188,6 +225,20 @@ def test_memory_that_cannot_be_read_is_no_evidence():
 
 def test_this_process_has_memory():
     assert soak.memory_in_use()["host_bytes"] > 10**6
+
+
+def test_reading_the_memory_does_not_count_as_growth():
+    """The first reading imports CUDA's bindings, if they are there; in a process of its own, where nobody has yet."""
+    code = (
+        "from benchmarks.soak import memory_in_use\n"
+        "first, second = memory_in_use(), memory_in_use()\n"
+        "print(second['host_bytes'] - first['host_bytes'])"
+    )
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert int(found.stdout) < soak.GROWTH_BYTES["host"] // 4, found.stderr
 
 
 # ── one file of all ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,8 +6,11 @@ Nothing here needs a Jetson, and nothing here shows that a Jetson does what the 
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from mara_deploy.commands import inspect
 from mara_runtime.config import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +28,8 @@ DOCKERFILES = sorted(FOLDER.glob("Dockerfile.*"))
 COMMANDS = ("export", "build", "run", "bench", "inspect")
 IN_PLACE = Version("10.15")
 """The first TensorRT that updates a KV cache in place, which `portable` asks for."""
-OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--restore", "--platform"}
-"""Of python, docker, jetson_clocks and pip."""
+OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--restore", "--platform", "--dry-run"}
+"""Of python, docker, jetson_clocks, pip and gpu.sh."""
 BINDINGS = {"12.6": "12.8", "13.2": "13.2"}
 """CUDA of a board, and the cuda-bindings for it: 12.8 is the last without a CUDA runtime that a driver could refuse."""
 ARM_WHEELS = {"cuda-bindings": ("12.8.0", "13.2.0"), "numpy": ("1.26.4",)}
@@ -86,7 +90,31 @@ def test_every_command_has_the_options_that_are_used() -> None:
         args = parser.parse_args(arguments)  # leaves with an error of its own
         assert getattr(args, "engine", "auto") in ("auto", *ENGINES)
         used.add(command)
-    assert used == {"mara-export", "mara-build", "mara-run", "mara-bench"}
+    assert used == {"mara-export", "mara-build", "mara-run", "mara-bench", "mara-inspect"}
+
+
+def test_the_memory_line_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = [call for call in calls() if call[0] == "mara-inspect"]
+    assert inspect.main(line[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "8 GB" in printed
+    for part in ("engine", "KV", "workspace", "host"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("l4t", ["36.4.3", "38.4.0", "39.2.0"])
+def test_the_measuring_line_is_one_that_the_script_takes(l4t: str, tmp_path: Path) -> None:
+    (line,) = [shlex.split(line) for line in shell_lines() if line.startswith("benchmarks/")]
+    board = json.dumps({"kind": "jetson", "l4t": l4t})
+    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHON"}, "BOARD": board}
+    found = subprocess.run(
+        [ROOT / line[0], *line[1:], "--dry-run"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"mara-build {tmp_path}/bundles/tensorrt --target tensorrt" in found.stdout
+    assert "mara-export" not in found.stdout  # without PyTorch
+    results = next(line.split()[1] for line in shell_lines() if line.startswith("cat "))
+    assert f"{tmp_path}/{results.rpartition('/')[0]}" in found.stdout
 
 
 def test_options_named_in_the_text_exist() -> None:

@@ -117,8 +117,10 @@ def test_weights_by_precision():
         ({"target": "cpu", "precision": "bf16"}, "--precision is 'bf16'; --target cpu has"),
         ({"context": 1}, "--context is 1"),
         ({"lowering": "ort"}, "--lowering is 'ort'; --target tensorrt takes portable or decomposed"),
+        ({"lowering": ""}, "--lowering is ''"),
         ({"block_size": 0}, "--block-size is 0"),
-        ({"max_candidates": 0}, "--max-candidates is 0"),
+        ({"max_candidates": 0}, "--max-candidates is 0; it must lie between 1 and 1024"),
+        ({"max_candidates": 1025}, "--max-candidates is 1025"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(options, message):
@@ -176,7 +178,30 @@ def test_a_folder_with_a_configuration(capsys, tmp_path):
         (("--memory", "qwen2", "--target", "tpu"), "--target is 'tpu'"),
         (("--memory", "qwen2", "--target", "cuda", "--precision", "fp32"), "--target cuda has fp16, int8, int4"),
         (("--memory", "qwen2", "--context", "0"), "--context is 0"),
+        (("--memory", "qwen2", "--context", "-1"), "--context is -1; it must be at least 2"),
+        (("--memory", "qwen2", "--target", ""), "--target is ''; it must be one of"),
+        (("--memory", "qwen2", "--precision", ""), "--precision is ''; --target tensorrt has"),
+        (("--memory", "qwen2", "--lowering", ""), "--lowering is ''; --target tensorrt takes"),
+        (("--memory", "qwen2", "--max-candidates", "0"), "--max-candidates is 0; it must lie between 1 and 1024"),
+        (("--memory", "qwen2", "--block-size", "64"), "--block-size is 64; say of which --precision, int8 or int4"),
+        (("--memory", "qwen2", "--block-size", "0", "--precision", "int4"), "--block-size is 0"),
+        (
+            ("--memory", "qwen2", "--block-size", "32", "--precision", "int4"),
+            "--block-size is 32; int4 for --target tensorrt takes 64 or 128",
+        ),
+        (
+            ("--memory", "qwen2", "--block-size", "64", "--precision", "int8"),
+            "--block-size is 64; int8 for --target tensorrt has a scale a column",
+        ),
+        (
+            ("--memory", "qwen2", "--block-size", "64", "--precision", "fp16"),
+            "--block-size is 64; fp16 for --target tensorrt has no blocks",
+        ),
         (("qwen2", "--target", "cpu"), "acts on --memory only"),
+        (("qwen2", "--target", ""), "--target is '', but it acts on --memory only"),
+        (("qwen2", "--context", "1024"), "--context is 1024, but it acts on --memory only"),
+        (("qwen2", "--max-candidates", "64"), "--max-candidates is 64, but it acts on --memory only"),
+        (("qwen2", "--block-size", "0"), "--block-size is 0, but it acts on --memory only"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, message):
@@ -196,8 +221,15 @@ def test_damaged_configurations_are_one_line(capsys, tmp_path):
 
 def test_a_bundle_is_asked_for_what_it_is(capsys, tmp_path):
     folder = helpers.make_bundle(tmp_path / "bundle", max_context=32)
-    assert run(capsys, "--memory", folder, "--precision", "int4")[0] == 2
-    assert run(capsys, "--memory", folder, "--target", "cuda")[0] == 2
+    for flag, value in (("precision", "int4"), ("lowering", ""), ("block-size", 32), ("max-candidates", 64)):
+        code, out, err = run(capsys, "--memory", folder, f"--{flag}", value)
+        assert (code, out) == (2, "")
+        assert f"--{flag} is {value!r}, but {folder} is a bundle already: leave it out" in err
+    for target in ("cuda", ""):
+        assert (
+            f"--target is {target!r}; {folder} was made for cpu"
+            in run(capsys, "--memory", folder, "--target", target)[2]
+        )
     assert "was made for 32 tokens" in run(capsys, "--memory", folder, "--context", 64)[2]
 
 

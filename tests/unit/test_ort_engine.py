@@ -19,7 +19,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES, DecodeConfig
 from mara_runtime.decode import Session, decode
 from mara_runtime.drafts import NGrams
-from mara_runtime.engine import Engine, Outcome, Pass
+from mara_runtime.engine import Engine, Outcome, Pass, is_finite
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.schedule import Adaptive, Fixed, Schedule
@@ -67,6 +67,18 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine.check_given_back()
 
 
+def begin_with(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the caches of OrtEngine be so small at first."""
+    monkeypatch.setattr(ort_engine, "FIRST_SLOTS", slots)
+    monkeypatch.setattr(ort_engine, "STEP_SLOTS", slots)  # on a CPU
+
+
+def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine `cuda` as on a GPU, with a cache that the host cannot reach, on the provider that is here."""
+    monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setitem(ort_engine.DEVICES, "cuda", "cpu")
+
+
 ENGINES = {
     "ort, one size": 512,
     "ort, growing": 4,
@@ -86,12 +98,11 @@ def engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Engine]:
     if isinstance(request.param, int):
-        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", request.param)
+        begin_with(request.param, monkeypatch)
         yield OrtEngine(bundle, threads=1)
         return
-    if request.param == "cuda":  # as on a GPU, with a cache that the host cannot reach, on the provider that is here
-        monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
-        monkeypatch.setitem(ort_engine.DEVICES, "cuda", "cpu")
+    if request.param == "cuda":
+        out_of_reach(monkeypatch)
         monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 4)
         yield OrtEngine(bundle, "cuda", threads=1)
         return
@@ -101,6 +112,36 @@ def engine(
     yield engine
     assert (machine.cuda.launched > 0) <= graphs
     engine.close()
+
+
+@pytest.fixture(params=["cpu", "cuda", "trt, in place", "trt, two sides"])
+def growing_and_whole(
+    bundle: Bundle,
+    trt_bundles: dict[bool, Bundle],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[Any, Any]]:
+    """An engine that begins small, and one that begins with all its slots."""
+    if request.param.startswith("trt"):
+        request.getfixturevalue("machine")
+        several = trt_bundles[request.param == "trt, in place"]
+        trt = [TrtEngine(made, "tensorrt") for made in (several, largest_only(several))]
+        yield trt[0], trt[1]
+        for engine in trt:
+            engine.close()
+        return
+    out_of_reach(monkeypatch)
+    ort = []
+    for slots in (SLOTS, 4):  # the one that grows last: how it does is looked up when it does
+        begin_with(slots, monkeypatch)
+        ort.append(OrtEngine(bundle, request.param, threads=1))
+    yield ort[1], ort[0]
+
+
+def largest_only(bundle: Bundle) -> Bundle:
+    """The bundle with the largest of its engines alone."""
+    largest = max(bundle.manifest.engines, key=lambda engine: engine.slots)
+    return replace(bundle, manifest=replace(bundle.manifest, engines=(largest,)))
 
 
 def twin() -> TableEngine:
@@ -295,11 +336,113 @@ def test_passes_of_one_shape_again_and_again(engine: Engine) -> None:
             same(engine.run(replace(work, fallback_row=1)), expected.run(replace(work, fallback_row=1)))
 
 
+@pytest.mark.parametrize("heads", [[], [1], [2, 0]], ids=str)
+def test_where_nobody_is_elected_only_the_rows_asked_for_come_back(engine: Engine, heads: list[int]) -> None:
+    expected = twin()
+    nobody: list[dict[str, Any]] = [
+        {"agent_rows": [0, 1, 2], "priorities": [0.0, -1.0, -2.0], "threshold": 1e9},
+        {"agent_rows": [0, 1, 2], "priorities": [0.0, -1.0, -2.0], "threshold": 1e9, "margin_weight": 1.0},
+        {"agent_rows": [2, 1], "priorities": [-math.inf] * 2, "threshold": -1e9},
+        {},
+    ]
+    for e in (engine, expected):
+        e.run(Pass([1], [0], 0))
+    for position, options in enumerate(nobody, 1):
+        work = Pass([2, 3, 4], [position] * 3, position, heads, **options)
+        found = engine.run(work)
+        assert found.rows.tolist() == heads
+        assert len(found.margins) == len(work.agent_rows)
+        same(found, expected.run(work))
+        for e in (engine, expected):  # so that the next pass may begin with a row that is owed
+            e.move(position + 2, position)
+
+
+def test_an_engine_that_grows_keeps_every_slot(growing_and_whole: tuple[Any, Any]) -> None:
+    growing, whole = growing_and_whole
+    expected, sizes = twin(), set()
+    for position in range(CONTEXT):  # a row at a time fills the last slot before the next size
+        work = Pass([position % FINE], [position], position, [0])
+        wanted = expected.run(work)
+        same(growing.run(work), wanted)
+        same(whole.run(work), wanted)
+        sizes.add(growing.allocated_slots)
+    assert len(sizes) > 2
+    assert whole.allocated_slots == SLOTS
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_engine_that_has_grown_gives_the_tokens_of_one_that_never_did(
+    growing_and_whole: tuple[Any, Any], ahead: int, before: int
+) -> None:
+    growing, whole = growing_and_whole
+    for _ in range(before):  # where a cache has two sides, it then grows from the other one
+        growing.run(Pass([3], [0], 0))
+    smallest = growing.allocated_slots
+    assert smallest < whole.allocated_slots == whole.slots == growing.slots
+    config = DecodeConfig(top_k=CANDIDATES, top_p=1.0, max_new_tokens=CONTEXT - 8)
+    options: dict[str, Any] = {"fallback": "last", "eos_token_ids": set(), "limit": config.max_new_tokens}
+    sessions = [Session(engine, Fixed(2, ahead), NGrams()) for engine in (growing, whole)]
+    ranks = set()
+    for prompt in ([1, 2, 3, 1, 2], [4], [1, 2, 9]):  # the later ones in an engine that has grown
+        expected = sequential(table, prompt, config, "last", set(), config.max_new_tokens, judge)
+        for session in sessions:
+            steps = list(decode(session, prompt, config, **options, stats=Stats()))
+            assert [s.token for s in steps] == expected.tokens
+            assert [s.margins for s in steps] == [position.margins for position in expected.positions]
+            ranks |= {s.rank for s in steps}
+    assert max(ranks) > 1  # entries were moved
+    assert smallest < growing.allocated_slots <= whole.allocated_slots == whole.slots
+
+
 # ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(engine: Engine) -> None:
-    # What `clear` after an error is for, and why a prompt is searched row by row.
+@pytest.mark.parametrize("fallback", [None, 2])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_who_sees_what_is_not_finite_has_no_margin_and_is_not_accepted(
+    engine: Engine, weight: float, fallback: int | None
+) -> None:
+    engine.run(Pass([1, INFINITE], [0, 1], 0))
+    work = Pass([2, 3, 4], [2] * 3, 2, [1], range(3), [0.0, -1.0, -2.0], weight, -1e30, fallback)
+    for _ in range(3):  # also as a CUDA graph
+        out = engine.run(work)
+        assert np.isnan(out.margins).all()
+        assert out.rows.tolist() == [1, *([] if fallback is None else [fallback])]
+        assert np.isnan(out.log_normaliser).all()
+        assert not is_finite(out)
+    assert np.isnan(engine.evaluate([5], [2], 5).margins).all()
+
+
+def test_a_candidate_that_is_not_finite_is_not_elected(engine: Engine) -> None:
+    engine.run(Pass([1], [0], 0))
+    out = engine.run(Pass([2, INFINITE, 3], [1] * 3, 1, (), range(3), [-1.0, 0.0, -2.0], threshold=-1e30))
+    assert np.isnan(out.margins[1])  # whether the others are infected is the kernel's own matter
+    assert np.isfinite(out.margins[out.rows]).all()
+    assert not is_finite(out)
+
+
+@pytest.mark.parametrize("owed", [False, True])
+def test_clear_makes_an_engine_sound_again(engine: Engine, owed: bool) -> None:
+    engine.run(Pass([1], [0], 0))
+    engine.run(Pass([2, INFINITE, *range(6)], [1] * 8, 1))
+    if owed:
+        engine.move(2, 1)
+    else:
+        assert np.isnan(engine.run(Pass([3], [3], 3, [0])).log_normaliser).all()
+    engine.clear()
+    expected, first = twin(), Pass([5], [0], 0, [0])  # it leaves the slots behind its own as they are
+    same(engine.run(first), expected.run(first))
+    for position in range(1, 9):  # past every slot that held it
+        work = Pass([5, 6], [position] * 2, position, [0], [0, 1], [0.0, -1.0], threshold=99.0, fallback_row=1)
+        found = engine.run(work)
+        assert is_finite(found)
+        same(found, expected.run(work))
+
+
+def test_a_slot_that_is_masked_infects_until_the_cache_is_cleared(bundle: Bundle) -> None:
+    # What `clear` after an error is for, and why a prompt is searched row by row. Other kernels may skip such a slot.
+    engine = OrtEngine(bundle, threads=1)
     engine.run(Pass([1], [0], 0))
     out = engine.run(Pass([2, INFINITE], [1, 1], 1, [0], [0, 1], [0.0, 0.0]))
     assert np.isnan(out.margins).all()

@@ -99,8 +99,13 @@ def traced_llm() -> onnx.ModelProto:
 
 
 def traced_agent() -> onnx.ModelProto:
+    """The agent as a graph that makes 0 of NaN, as a ReLU may: the step graph must see to it by itself."""
     add = Nodes()
-    add("MatMul", tensors.AGENT_STATES, add.constant(AGENT, "float32"), result=tensors.AGENT_MARGIN)
+    zero = add.constant(0.0, "float32")
+    margin = add("MatMul", tensors.AGENT_STATES, add.constant(AGENT, "float32"))
+    above = add("Where", add("Greater", margin, zero), margin, zero)
+    below = add("Where", add("Less", margin, zero), margin, zero)
+    add("Add", above, below, result=tensors.AGENT_MARGIN)
     return add.model(tensors.agent_inputs(SHAPE.hidden_size), tensors.agent_outputs())
 
 
