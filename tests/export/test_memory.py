@@ -203,7 +203,7 @@ def test_an_engine_takes_what_was_computed(made, log, shape, precision, lowering
 class Options:
     """`mara-inspect --memory` without any."""
 
-    target = precision = lowering = context = None
+    target = precision = lowering = context = block_size = max_candidates = None
 
 
 def test_decoding_on_a_cpu_takes_what_was_computed(made):
@@ -227,4 +227,4 @@ print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_t
     )
     peak = int(done.stdout)
     computed = estimate(decoder_of(bundle), setting).total_bytes
-    assert 0.65 * computed <= peak <= 1.05 * computed
+    assert 0.65 * computed <= peak <= 1.15 * computed

@@ -70,7 +70,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 def begin_with(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the caches of OrtEngine be so small at first."""
     monkeypatch.setattr(ort_engine, "FIRST_SLOTS", slots)
-    monkeypatch.setattr(ort_engine, "STEP_SLOTS", slots)  # on a CPU
 
 
 def out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
