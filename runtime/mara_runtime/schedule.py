@@ -127,6 +127,10 @@ def _interpolated(at: Sequence[int], values: Sequence[float]) -> NDArray[np.floa
     return values_there
 
 
+_Features = tuple[float, float, float, float]
+"""Of a candidate: its log-probability, the gap to the one before, its probability, whether there is one before."""
+
+
 class Acceptance:
     """How likely the agent accepts a candidate: a logistic regression on what is cheap to see, learned on the way.
 
@@ -140,57 +144,59 @@ class Acceptance:
     _PRIOR = 0.1  # curvature that the weights begin with: what was learned weighs more after a few decisions
 
     def __init__(self) -> None:
-        self._weights = np.zeros(self._FEATURES)
-        self._weights[0] = 1.0  # most candidates are accepted, says MARA's own evaluation
+        self._weights = [1.0, *[0.0] * (self._FEATURES - 1)]  # most candidates are accepted, says MARA's own evaluation
         self._curvature = np.eye(self._FEATURES) * self._PRIOR
         self._scale = 1.0  # of margins, fading
         self._of: NDArray[np.float64] | None = None  # whose features are kept
-        self._kept = np.empty((0, self._FEATURES))
+        self._kept: list[_Features] = []
 
     def estimate(
         self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float = 0.0
-    ) -> NDArray[np.float64]:
+    ) -> list[float]:
         """(n,) chances of the candidates in the order of examination; margins: of the first of them, seen already."""
-        features = self._features(probabilities)
-        features[:, 5] = self._clipped((math.fsum(margins) / len(margins) - threshold) if margins else 0.0)
-        return np.clip(self._chance(features), self._LEAST, self._MOST)
+        seen = self._clipped((math.fsum(margins) / len(margins) - threshold) if margins else 0.0)
+        found = (self._chance(features, seen) for features in self._features(probabilities))
+        return [min(max(chance, self._LEAST), self._MOST) for chance in found]
 
     def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule.learn`."""
-        count = len(margins)
         values = [margin - threshold for margin in margins]
-        features = self._features(probabilities)[:count]
-        total = 0.0
-        for i, value in enumerate(values):
-            features[i, 5] = self._clipped(total / i if i else 0.0)
+        rows, errors, curvatures, total = [], [], [], 0.0
+        for i, (value, features) in enumerate(zip(values, self._features(probabilities), strict=False)):
+            seen = self._clipped(total / i if i else 0.0)
+            chance = self._chance(features, seen)
+            rows.append((1.0, *features, seen))
+            errors.append((value > 0) - chance)
+            curvatures.append(chance * (1 - chance))
             total += value
-        chance = self._chance(features)
+        matrix = np.array(rows)
         self._curvature *= self._MEMORY
-        self._curvature += (features.T * (chance * (1 - chance))) @ features
+        self._curvature += (matrix.T * curvatures) @ matrix
         self._curvature.flat[:: self._FEATURES + 1] += self._PRIOR * (1 - self._MEMORY)
-        accepted = np.array([value > 0 for value in values])
-        self._weights += np.linalg.solve(self._curvature, features.T @ (accepted - chance))
-        self._scale += 0.05 * (math.fsum(map(abs, values)) / count + 1e-9 - self._scale)
+        step = np.linalg.solve(self._curvature, errors @ matrix).tolist()
+        self._weights = [weight + change for weight, change in zip(self._weights, step, strict=True)]
+        self._scale += 0.05 * (math.fsum(map(abs, values)) / len(values) + 1e-9 - self._scale)
 
-    def _features(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n, 6); the last, the margins just seen, is the caller's to fill. Kept for the next plan and the lesson."""
-        if probabilities is not self._of:
-            logs = np.log(np.maximum(probabilities, 1e-9))
-            features = np.zeros((len(logs), self._FEATURES))
-            features[:, 0] = 1.0
-            features[:, 1] = logs / 3
-            features[1:, 2] = features[1:, 1] - features[:-1, 1]  # the gap to the one before
-            features[:, 3] = probabilities
-            features[1:, 4] = 1.0
-            self._of, self._kept = probabilities, features
+    def _features(self, probabilities: NDArray[np.float64]) -> list[_Features]:
+        """Of each candidate, without the margins just seen. In plain Python, which is quicker for so few numbers."""
+        if probabilities is not self._of:  # the plan's are asked for again by the next plan and the lesson
+            self._kept, before = [], None
+            for probability in probabilities.tolist():
+                log = math.log(max(probability, 1e-9)) / 3
+                first = before is None
+                self._kept.append((log, 0.0 if before is None else log - before, probability, 0.0 if first else 1.0))
+                before = log
+            self._of = probabilities
         return self._kept
 
     def _clipped(self, margin: float) -> float:
         return min(max(margin / self._scale, -3.0), 3.0)
 
-    def _chance(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        chance: NDArray[np.float64] = 1 / (1 + np.exp(-np.clip(features @ self._weights, -30, 30)))
-        return chance
+    def _chance(self, features: _Features, seen: float) -> float:
+        log, gap, probability, later = features
+        always, of_log, of_gap, of_probability, of_later, of_seen = self._weights
+        score = always + of_log * log + of_gap * gap + of_probability * probability + of_later * later + of_seen * seen
+        return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
 
 
 class Adaptive:
@@ -223,12 +229,15 @@ class Adaptive:
         if view.exhaustive:
             chances = [0.0] * count  # of ending the decision
         else:
-            chances = self._acceptance.estimate(view.probabilities, view.margins, view.threshold).tolist()
+            chances = self._acceptance.estimate(view.probabilities, view.margins, view.threshold)
         rest = self._rest(chances, start, body, view.refeed)
-        best, plan = np.inf, Plan(count - start, 0)
+        best, plan = math.inf, Plan(count - start, 0)
+        rejected, examined = 1.0, start
         for size in self._sizes(count - start):
-            rejected = math.prod(1.0 - chance for chance in chances[start : start + size])
-            last = start + size == count
+            while examined < start + size:
+                rejected *= 1.0 - chances[examined]
+                examined += 1
+            last = examined == count
             width = size + int(last and start > 0 and view.refeed)
             follows = 0.0 if last else rejected * rest[start + size]
             for m in drafts if start == 0 else drafts[:1]:
