@@ -55,7 +55,7 @@ PRECISIONS = {
     "tensorrt": ("fp16", "bf16", "fp32", "int8", "int4"),
     "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8", "int4"),
 }
-"""What a target's weights may be, the default first. (GroupQueryAttention with a mask takes no float32 on CUDA.)"""
+"""What a target's weights may be, the default first."""
 MAX_CANDIDATES = 1024
 """More siblings than this would make the mask of one pass larger than the model's own work."""
 
