@@ -31,6 +31,7 @@ from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, Step, decode
 from mara_runtime.drafts import NGrams
 from mara_runtime.engine import Engine, open_engine
+from mara_runtime.errors import MaraError
 from mara_runtime.schedule import Acceptance, Adaptive, Cost, Fixed, Schedule
 from mara_runtime.stats import Stats
 from mara_runtime.tensors import top_tokens
@@ -204,7 +205,11 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    subject = Subject(args.bundle, args.engine, args.threads)
+    try:
+        subject = Subject(args.bundle, args.engine, args.threads)
+    except MaraError as error:
+        print(json.dumps({"error": str(error)}))
+        return
     serve(subject, {**subject.describe(), "versions": {"python": platform.python_version()}})
 
 

@@ -43,6 +43,7 @@ def test_it_measures_itself_and_hugging_face(command, demo):
         (["--peer", "genai=/nowhere/python:/nowhere"], "--peer genai: cannot run /nowhere/python"),
         (["--rounds", 0], "--rounds must be at least 1"),
         (["--tokens", 400], "leaves no context"),
+        (["--engine", "tensorrt"], "mara: no engine can run"),
     ],
 )
 def test_bad_options_are_said_in_one_line(command, demo, options, said):
