@@ -151,6 +151,10 @@ class Instrument:
         """See `Engine.evaluate`."""
         return self._engine.evaluate(tokens, positions, slot)
 
+    def begin(self, kept: int, slots: int) -> None:
+        """See `Engine.begin`."""
+        self._engine.begin(kept, slots)
+
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
         self._engine.move(source, target)

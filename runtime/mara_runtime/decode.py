@@ -145,6 +145,7 @@ class _Loop:
         while kept < min(len(held), len(prompt) - 1) and held[kept] == prompt[kept]:
             kept += 1
         del held[kept:]
+        self._session.engine.begin(kept, len(prompt))
         self._stats.prompt_tokens, self._stats.reused_tokens = len(prompt), kept
         self._now = self._fill(prompt)
         if self._drafts is not None:

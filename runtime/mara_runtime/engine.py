@@ -87,6 +87,12 @@ class Engine(Protocol):
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
         """Run the rows and return their hidden states, logits and margins."""
 
+    def begin(self, kept: int, slots: int) -> None:
+        """A text begins: `kept` entries of the cache are its own, the others not needed any more; it needs `slots` soon.
+
+        The engine may make its cache larger or smaller now, which is cheaper than growing pass by pass.
+        """
+
     def move(self, source: int, target: int) -> None:
         """Make the entry of slot `source` that of slot `target`, in every layer."""
 

@@ -179,6 +179,15 @@ class OrtEngine:
             held = self._slab if self._refeed is None else [value.numpy() for value in self._cache]
             self._allocate(min(grown(self._name, self.allocated_slots, slots), self._slots), held)
 
+    def begin(self, kept: int, slots: int) -> None:
+        """See `Engine.begin`."""
+        if self._name != "cpu":
+            self._make_room(slots)
+            return
+        size = min(-(-slots // FIRST_SLOTS) * FIRST_SLOTS, self._slots)
+        if not size <= self.allocated_slots < 2 * size:
+            self._allocate(size, self._slab[:, :, :, :kept])
+
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
         if self._refeed is None:

@@ -73,6 +73,10 @@ class TableEngine:
         hidden, logits = self._rows(tokens, positions, slot)
         return Everything(hidden, logits, self._margins(hidden))
 
+    def begin(self, kept: int, slots: int) -> None:
+        """See `Engine.begin`; the others are gone, so that who needs one of them all the same is found out."""
+        self._entries[kept:] = [None] * (len(self._entries) - kept)
+
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
         self._entries[target] = self._entries[source]

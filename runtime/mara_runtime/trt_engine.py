@@ -238,6 +238,10 @@ class TrtEngine:
         if index > self._index or self._open.plan is None:
             self._enter(index)
 
+    def begin(self, kept: int, slots: int) -> None:
+        """See `Engine.begin`; it goes back to a smaller engine in `clear` alone, as opening one takes seconds."""
+        self._widen(slots)
+
     def move(self, source: int, target: int) -> None:
         """See `Engine.move`."""
         self._refeed.owe(source, target)

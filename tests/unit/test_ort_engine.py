@@ -369,12 +369,36 @@ def test_an_engine_that_grows_keeps_every_slot(growing_and_whole: tuple[Any, Any
     assert whole.allocated_slots == SLOTS
 
 
+@pytest.mark.parametrize("kept", [0, 1, 9])
+def test_a_text_begins_with_what_is_kept(engine: Engine, kept: int) -> None:
+    expected = twin()
+    for position in range(CONTEXT):
+        for e in (engine, expected):
+            e.run(Pass([position % FINE], [position], position))
+    for e in (engine, expected):
+        e.begin(kept, kept + 3)
+    for position in range(kept, CONTEXT):
+        work = Pass([(3 * position + 1) % FINE], [position], position, [0])
+        same(engine.run(work), expected.run(work))
+
+
+def test_on_a_cpu_the_cache_is_as_large_as_a_text_needs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_with(4, monkeypatch)
+    engine = OrtEngine(bundle, threads=1)
+    sizes = []
+    for kept, slots in ((0, 30), (8, 20), (8, 13), (0, CONTEXT), (3, 2 * SLOTS)):
+        engine.begin(kept, slots)
+        sizes.append(engine.allocated_slots)
+    assert sizes == [32, 32, 16, 60, SLOTS]  # smaller where that halves it
+
+
 @pytest.mark.parametrize("ahead", [0, 3])
 @pytest.mark.parametrize("before", [0, 1])
 def test_an_engine_that_has_grown_gives_the_tokens_of_one_that_never_did(
-    growing_and_whole: tuple[Any, Any], ahead: int, before: int
+    growing_and_whole: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, ahead: int, before: int
 ) -> None:
     growing, whole = growing_and_whole
+    monkeypatch.setattr(whole, "begin", lambda kept, slots: None)  # for a short text a cache on a CPU becomes smaller
     for _ in range(before):  # where a cache has two sides, it then grows from the other one
         growing.run(Pass([3], [0], 0))
     smallest = growing.allocated_slots
