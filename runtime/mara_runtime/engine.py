@@ -88,7 +88,7 @@ class Engine(Protocol):
         """Run the rows and return their hidden states, logits and margins."""
 
     def begin(self, kept: int, slots: int) -> None:
-        """A text begins: `kept` entries of the cache are its own, the others not needed any more; it needs `slots` soon.
+        """A text begins, and needs `slots` soon: `kept` entries of the cache are its own, no other is needed any more.
 
         The engine may make its cache larger or smaller now, which is cheaper than growing pass by pass.
         """
