@@ -30,7 +30,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}
 """Where each engine's inputs, outputs and KV cache lie, as ONNX Runtime names it."""
 MAX_THREADS = 1024
-FIRST_SLOTS = 128
+FIRST_SLOTS = 32
 """The cache begins with so many slots, and has a multiple of them until it is largest."""
 _KEPT_ROWS = 64
 """Bindings of passes wider than this, parts of prompts, are not kept."""
@@ -56,7 +56,7 @@ def grown(name: str, size: int, slots: int) -> int:
 
     On a CPU attention costs by the cache's size and a growth is a copy, so it is small; on a device the opposite.
     """
-    least = size + size // 8 if name == "cpu" else 2 * size
+    least = size + size // 16 if name == "cpu" else 2 * size
     return -(-max(slots, least) // FIRST_SLOTS) * FIRST_SLOTS
 
 
