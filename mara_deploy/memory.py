@@ -207,8 +207,9 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     mask = rows * setting.slots
     mlp = rows * (3 * model.intermediate_size + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
-    if setting.lowering == "ort":  # scores, and the mask for every query of a group
-        attention += mask * (model.num_heads + model.num_heads // model.num_kv_heads) * b
+    if setting.lowering == "ort":  # the mask for every query of a group, and the scores, twice: ONNX Runtime plans the
+        # memory of a shape when it has run once, and then keeps what that run took beside the plan's
+        attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
     elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
     head = HEAD_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16

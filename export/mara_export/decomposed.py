@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto
 
 from mara_export.narrow import island
-from mara_export.nodes import NODE, NORM, ROTARY
+from mara_export.nodes import NODE, NORM, ROTARY, Parts
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
@@ -26,12 +26,11 @@ _SHARED = "decomposed"
 _COS, _SIN, _SLOTS = f"{_SHARED}/cos", f"{_SHARED}/sin", f"{_SHARED}/slots"
 
 
-class Decomposed:
+class Decomposed(Parts):
     """Nodes and constants that take the place of the traced ones. tables: names of the rotary embedding's."""
 
     def __init__(self, shape: ModelShape, tables: tuple[str, str]) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        super().__init__(_SHARED)
         self._shape = shape
         for table, result in zip(tables, (_COS, _SIN), strict=True):  # (positions, H/2) → (1, 1, S, H/2)
             rows = self._add("Gather", [table, tensors.POSITION_IDS], f"{result}_rows", axis=0)
@@ -113,23 +112,7 @@ class Decomposed:
         unit = self._island("Div", [x, root], f"{name}/unit")
         self._add("Mul", [unit, weight], node.output[0], name)
 
-    def _add(self, op: str, inputs: Sequence[str], output: str, name: str | None = None, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name or output, **attributes))
-        return output
-
     def _island(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self._add(op, inputs, output, **attributes)
         island(self.nodes[-1])
         return output
-
-    def _ints(self, *values: int) -> str:
-        return self._constant("ints/" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def _whole(self, value: int) -> str:
-        return self._constant(f"whole/{value}", np.array(value, np.int64))
-
-    def _constant(self, name: str, value: Any) -> str:
-        full = f"{_SHARED}/{name}"
-        if full not in self.constants:
-            self.constants[full] = numpy_helper.from_array(np.asarray(value), full)
-        return full

@@ -12,15 +12,14 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, numpy_helper
 
-from mara_export.nodes import Traced
+from mara_export.nodes import Parts, Traced
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
@@ -44,12 +43,11 @@ class Projection:
     bias: str | None
 
 
-class Grouped:
+class Grouped(Parts):
     """Nodes and constants that take the place of the traced attentions. tables: names of the rotary embedding's."""
 
     def __init__(self, graph: Traced, weights: Weights, shape: ModelShape, tables: tuple[str, str]) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        super().__init__(_SHARED)
         self.projected: dict[str, tuple[str, str, str]] = {}
         """of each attention: the values (1, S, heads · head_dim) that it takes for q, k and v"""
         self._graph, self._weights, self._shape, self._tables = graph, weights, shape, tables
@@ -119,8 +117,12 @@ class Grouped:
         end = self._add("Squeeze", [count, self._ints(0)], f"{name}/end")
         number = self._add("Range", [self._whole(0), end, self._whole(1)], f"{name}/number")
         column = self._add("Unsqueeze", [number, self._ints(1)], f"{name}/column")
-        parts = self._add("Div", [column, self._constant("divisors", [[_LARGE, 1, heads]])], f"{name}/parts")
-        place = self._add("Mod", [parts, self._constant("moduli", [[_LARGE, heads, _LARGE]])], f"{name}/place")
+        parts = self._add(
+            "Div", [column, self._constant("divisors", np.array([[_LARGE, 1, heads]], np.int64))], f"{name}/parts"
+        )
+        place = self._add(
+            "Mod", [parts, self._constant("moduli", np.array([[_LARGE, heads, _LARGE]], np.int64))], f"{name}/place"
+        )
         start = self._add("Concat", [self._ints(0, 0), tensors.WRITE_INDICES], f"{name}/start", axis=0)
         self._add("Add", [place, start], _SLOTS)
 
@@ -182,24 +184,6 @@ class Grouped:
             before.sum.input[index] = swapped(before.bias, 0)
         behind[0].input[1] = swapped(behind[0].input[1], 0)
         return True
-
-    # ── small things ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _add(self, op: str, inputs: Sequence[str], output: str, name: str | None = None, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name or output, **attributes))
-        return output
-
-    def _ints(self, *values: int) -> str:
-        return self._constant("ints/" + "_".join(map(str, values)), list(values))
-
-    def _whole(self, value: int) -> str:
-        return self._constant(f"whole/{value}", value)
-
-    def _constant(self, name: str, value: Any) -> str:
-        full = f"{_SHARED}/{name}"
-        if full not in self.constants:
-            self.constants[full] = numpy_helper.from_array(np.asarray(value, np.int64), full)
-        return full
 
 
 def projection(name: str, makers: dict[str, NodeProto], weights: Weights) -> Projection | None:

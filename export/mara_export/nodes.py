@@ -1,14 +1,17 @@
-"""The graph between tracing and lowering: names of its custom nodes (trace.py says what each computes), and its edges.
+"""Between tracing and lowering: names of the custom nodes (trace.py says what each computes), the graph's edges, and
+nodes in the making.
 
 Apart from both, as whoever makes a graph without tracing one needs neither Optimum nor PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
 
@@ -51,3 +54,28 @@ class Traced:
         """Every node, and whether it is the attention."""
         for node in self.nodes:
             yield node, node.domain == DOMAIN and node.op_type == NODE
+
+
+class Parts:
+    """Nodes and constants in the making, to take the place of traced ones. prefix: of the constants' names."""
+
+    def __init__(self, prefix: str) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: dict[str, TensorProto] = {}
+        self._prefix = prefix
+
+    def _add(self, op: str, inputs: Sequence[str], output: str, name: str | None = None, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name or output, **attributes))
+        return output
+
+    def _ints(self, *values: int) -> str:
+        return self._constant("ints/" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def _whole(self, value: int) -> str:
+        return self._constant(f"whole/{value}", np.array(value, np.int64))
+
+    def _constant(self, name: str, value: Any) -> str:
+        full = f"{self._prefix}/{name}"
+        if full not in self.constants:
+            self.constants[full] = numpy_helper.from_array(np.asarray(value), full)
+        return full

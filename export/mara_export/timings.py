@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +45,7 @@ def kept(config: Any, chosen: Path | None, own: str, note: Callable[[str], None]
         user_cache.write(own, content)
         return
     try:
-        _write(chosen, content)
+        user_cache.write_whole(chosen, content)
     except OSError as error:
         note(f"--timing-cache: {chosen} could not be written ({error.strerror}); the next build measures again")
 
@@ -56,14 +55,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
-
-
-def _write(path: Path, content: memoryview) -> None:
-    """A reader sees the old file or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -56,11 +56,16 @@ def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> 
     contexts = tuple(c for c in CONTEXTS if c + widths[-1] <= engine.slots) or (1,)
 
     found: dict[Any, float] = {}
-    for context in contexts:
+    left_s = budget_s
+    for index, context in enumerate(contexts):
         works: dict[Any, Pass] = {(context, width): _pass(width, context, 0) for width in widths}
-        if context == contexts[0]:
+        if index == 0:
             works |= {("head", count): _pass(heads[-1], context, count) for count in (0, *heads)}
-        found |= _times_ms(engine, works, budget_s / len(contexts))
+        for work in works.values():  # bindings and memory are made on first use
+            engine.run(work)
+        started = time.perf_counter()
+        found |= _times_ms(engine, works, started + left_s / (len(contexts) - index))
+        left_s -= time.perf_counter() - started
     engine.clear()
     return Cost(
         contexts,
@@ -71,11 +76,9 @@ def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> 
     )
 
 
-def _times_ms(engine: Engine, works: dict[Any, Pass], budget_s: float) -> dict[Any, float]:
+def _times_ms(engine: Engine, works: dict[Any, Pass], end: float) -> dict[Any, float]:
+    """The shortest time of each, measured in turns until `end`, once at least."""
     times: dict[Any, list[float]] = {key: [] for key in works}
-    for work in works.values():  # bindings and memory are made on first use
-        engine.run(work)
-    end = time.perf_counter() + budget_s
     for turn in range(ROUNDS):
         for key, work in works.items():
             before = time.perf_counter()

@@ -201,9 +201,8 @@ class Plan:
         if kept is None and count > 1:
             if len(self._kept) >= KEPT_SHAPES:
                 rarest = min(self._kept, key=lambda shape: self._seen.get(shape, 0))
-                if count <= 2 * self._seen.get(
-                    rarest, 0
-                ):  # twice, or shapes that take turns would drive each other out
+                # twice as often, or shapes that take turns would drive each other out
+                if count <= 2 * self._seen.get(rarest, 0):
                     return None
                 self._drop(rarest)
             kept = self._kept[key] = _Kept(self._new_context(0, sizes, side, repeated=True))
@@ -291,11 +290,11 @@ class Plan:
         return kernels
 
     def _save_kernels(self) -> None:
-        if self._kernels is not None:
-            content = memoryview(self._kernels.serialize())
+        kernels, self._kernels = self._kernels, None
+        if kernels is not None:
+            content = memoryview(kernels.serialize())
             if content != user_cache.read(self._kernels_name):
                 user_cache.write(self._kernels_name, content)
-            self._kernels = None
 
     def _set_shapes(self, context: Any, sizes: Sizes) -> None:
         for tensor in self._inputs:

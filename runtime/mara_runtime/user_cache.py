@@ -24,10 +24,19 @@ def read(name: str) -> bytes:
 
 
 def write(name: str, content: bytes | memoryview) -> None:
-    """Write or replace a file, if that is possible: a reader sees the old one or the new one."""
+    """Write or replace a file, if that is possible."""
     with contextlib.suppress(OSError, RuntimeError):
         path = folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{os.getpid()}.part")
+        write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write or replace a file so that a reader sees the old one or the new one. Raises OSError, and leaves nothing."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
         part.write_bytes(content)
         part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

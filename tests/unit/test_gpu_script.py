@@ -41,6 +41,13 @@ def commands(*arguments, board="server", cwd=None, **environment):
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
+def python(code: str) -> "subprocess.CompletedProcess[str]":
+    """Code in a process of its own."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
 def test_without_a_gpu_it_ends_at_once_and_leaves_nothing(tmp_path):
     try:
         if isinstance(find(), Jetson):
@@ -165,10 +172,7 @@ def test_a_device_needs_no_pytorch():
         "import tests.gpu.test_conformance, tests.gpu.test_real_model\n"
         "print('imported')"
     )
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    result = python(code)
     assert result.stdout == "imported\n", result.stderr
 
 
@@ -234,10 +238,7 @@ def test_reading_the_memory_does_not_count_as_growth():
         "first, second = memory_in_use(), memory_in_use()\n"
         "print(second['host_bytes'] - first['host_bytes'])"
     )
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "export", "runtime"))
-    found = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    found = python(code)
     assert int(found.stdout) < soak.GROWTH_BYTES["host"] // 4, found.stderr
 
 
