@@ -6,7 +6,10 @@ Source: MARA (arXiv 2505.19743) §3 and its released code; see docs/method.md fo
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import ge, neg, sub
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,24 +45,32 @@ def select(
     the low end, every id whose ascending cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped;
     the best always stays.
     """
-    if (logits[1:] >= logits[:-1]).any():  # an engine's row is in order, but for equal logits
-        ranked = np.lexsort((ids, -logits))
-        ids, logits = ids[ranked], logits[ranked]
+    values, names = logits.tolist(), ids.tolist()
+    if any(map(ge, values[1:], values)):  # an engine's row is in order, but for equal logits
+        ranked = sorted(range(len(values)), key=lambda i: (-values[i], names[i]))
+        values, names = [values[i] for i in ranked], [names[i] for i in ranked]
+    first = values[0]
     if top_k == 1:  # plain greedy decoding, every step
-        gap = float(logits[0]) - float(logits[1]) if len(logits) > 1 else math.inf
-        return Candidates(ids[:1].copy(), _ALONE, np.array([float(logits[0]) - log_normaliser]), gap)
-    values = logits[: top_k + 1].astype(np.float64)
-    weights: NDArray[np.float64] = np.exp(values[:top_k] - values[0])
-    weights /= weights.sum()
-    tails = weights[::-1].cumsum()[::-1]
-    count = max(1, int((tails > 1.0 - top_p).sum()))  # tails descend
-    edge = values[: count + 1]  # a swap matters inside the list and across its end
-    gap = float((edge[:-1] - edge[1:]).min()) if len(edge) > 1 else np.inf
+        gap = first - values[1] if len(values) > 1 else math.inf
+        return Candidates(np.array(names[:1], np.int64), _ALONE, np.array([first - log_normaliser]), gap)
+    weights = [math.exp(value - first) for value in values[:top_k]]
+    total = math.fsum(weights)
+    weights = [weight / total for weight in weights]
+    tails = [*accumulate(reversed(weights))][::-1]  # descending
+    dropped = 1.0 - top_p
+    count = max(1, bisect_left(tails, -dropped, key=neg))
+    edge = values[: min(count, top_k) + 1]  # a swap matters inside the list and across its end
+    gap = min(map(sub, edge, edge[1:]), default=math.inf)
     if top_p < 1.0:
-        for tail in tails[max(count - 1, 1) : count + 1].tolist():  # the last that stays, the first that is dropped
-            gap = min(gap, abs(_log_odds(tail) - _log_odds(1.0 - top_p)))
-    weights = weights[:count]
-    return Candidates(ids[:count].copy(), weights / weights.sum(), values[:count] - log_normaliser, gap)
+        for tail in tails[max(count - 1, 1) : count + 1]:  # the last that stays, the first that is dropped
+            gap = min(gap, abs(_log_odds(tail) - _log_odds(dropped)))
+    kept = math.fsum(weights[:count])
+    return Candidates(
+        np.array(names[:count], np.int64),
+        np.array([weight / kept for weight in weights[:count]]),
+        np.array([value - log_normaliser for value in values[:count]]),
+        gap,
+    )
 
 
 def _log_odds(probability: float) -> float:

@@ -344,11 +344,10 @@ class _Loop:
         """{row: candidates of the position after it} of the rows that went through the head."""
         greedy = not (self._config.align or self._config.sample)
         top_k = 1 if greedy else self._config.top_k
+        normalisers = out.log_normaliser.tolist()
         return {
-            int(row): select(ids, logits, float(normaliser), top_k, self._config.top_p)
-            for row, ids, logits, normaliser in zip(
-                out.rows, out.top_ids, out.top_logits, out.log_normaliser, strict=True
-            )
+            row: select(out.top_ids[i], out.top_logits[i], normalisers[i], top_k, self._config.top_p)
+            for i, row in enumerate(out.rows.tolist())
         }
 
     def _run(self, work: Pass) -> Outcome:

@@ -145,7 +145,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._weights = [1.0, *[0.0] * (self._FEATURES - 1)]  # most candidates are accepted, says MARA's own evaluation
-        self._curvature = np.eye(self._FEATURES) * self._PRIOR
+        self._curvature = [[self._PRIOR * (i == j) for j in range(self._FEATURES)] for i in range(self._FEATURES)]
         self._scale = 1.0  # of margins, fading
         self._of: NDArray[np.float64] | None = None  # whose features are kept
         self._kept: list[_Features] = []
@@ -161,19 +161,21 @@ class Acceptance:
     def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule.learn`."""
         values = [margin - threshold for margin in margins]
-        rows, errors, curvatures, total = [], [], [], 0.0
+        curvature = [[self._MEMORY * entry for entry in row] for row in self._curvature]
+        for i in range(self._FEATURES):
+            curvature[i][i] += self._PRIOR * (1 - self._MEMORY)
+        slope, total = [0.0] * self._FEATURES, 0.0
         for i, (value, features) in enumerate(zip(values, self._features(probabilities), strict=False)):
             seen = self._clipped(total / i if i else 0.0)
             chance = self._chance(features, seen)
-            rows.append((1.0, *features, seen))
-            errors.append((value > 0) - chance)
-            curvatures.append(chance * (1 - chance))
+            inputs = (1.0, *features, seen)
+            error, bend = (value > 0) - chance, chance * (1 - chance)
+            slope = [entry + error * x for entry, x in zip(slope, inputs, strict=True)]
+            for row, x in zip(curvature, inputs, strict=True):
+                row[:] = [entry + bend * x * y for entry, y in zip(row, inputs, strict=True)]
             total += value
-        matrix = np.array(rows)
-        self._curvature *= self._MEMORY
-        self._curvature += (matrix.T * curvatures) @ matrix
-        self._curvature.flat[:: self._FEATURES + 1] += self._PRIOR * (1 - self._MEMORY)
-        step = np.linalg.solve(self._curvature, errors @ matrix).tolist()
+        self._curvature = curvature
+        step = _solution(curvature, slope)
         self._weights = [weight + change for weight, change in zip(self._weights, step, strict=True)]
         self._scale += 0.05 * (math.fsum(map(abs, values)) / len(values) + 1e-9 - self._scale)
 
@@ -197,6 +199,20 @@ class Acceptance:
         always, of_log, of_gap, of_probability, of_later, of_seen = self._weights
         score = always + of_log * log + of_gap * gap + of_probability * probability + of_later * later + of_seen * seen
         return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
+
+
+def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """x of matrix · x = right, for a matrix that is symmetric and positive definite; left as they are, both."""
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i, above in enumerate(rows):
+        for row in rows[i + 1 :]:
+            factor = row[i] / above[i]
+            row[i:] = [entry - factor * other for entry, other in zip(row[i:], above[i:], strict=True)]
+    found: list[float] = []  # from the last on
+    for i, row in reversed([*enumerate(rows)]):
+        known = math.fsum(a * x for a, x in zip(reversed(row[i + 1 : -1]), found, strict=True))
+        found.append((row[-1] - known) / row[i])
+    return found[::-1]
 
 
 class Adaptive:
