@@ -29,7 +29,7 @@ from mara_export.sources import ModelSource
 from mara_export.step import join
 from mara_export.tokenizer import load_tokenizer, write_tokenizer
 from mara_export.trace import rotary_tables, trace_agent, trace_llm
-from mara_export.weights import Weights, load, return_large_blocks, tie_head
+from mara_export.weights import load, return_large_blocks, tie_head
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
@@ -140,7 +140,7 @@ def export(
                 trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, scratch / "agent.onnx")
                 traced = onnx.load(scratch / "agent.onnx")
                 join(graph, traced, shape, max_candidates, cache=plan.cache, always_head=target != "cpu")
-                Weights(graph.graph, scratch).save(graph, folder / STEP_FILE)
+                weights.save(graph, folder / STEP_FILE)
                 del graph, weights
 
         top = tensors.top_tokens(max_candidates, shape.vocab_size)

@@ -5,21 +5,21 @@ once for all of them: GroupQueryAttention reads them again for each head, which 
 tokens of context. For that the heads of the queries go from the order (kv_heads, groups) to (groups, kv_heads); where
 the matrices in front of the attention and behind it can take the change, it costs nothing when the graph runs.
 
-The new entries are written by ScatterND, in place where past and present are bound to one memory.
+Queries, keys and values go through one rotary embedding: a position of its own, at which nothing turns, is what the
+values' heads have. The new entries are written by ScatterND, in place where past and present are bound to one memory.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, numpy_helper
+from onnx import NodeProto
 
-from mara_export.nodes import Parts, Traced
+from mara_export.nodes import NORM, Parts, Traced
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
@@ -29,30 +29,40 @@ _SHARED = "grouped"
 _SLOTS, _MASK = f"{_SHARED}/slots", f"{_SHARED}/mask"
 _HEADS_LAST = [0, 2, 1, 3]  # (1, heads, S, head_dim) ↔ (1, S, heads, head_dim)
 _SWAPPED = [0, 1, 3, 2, 4]  # (1, S, kv_heads, groups, head_dim) ↔ (1, S, groups, kv_heads, head_dim)
-_LARGE = 2**40
+_ROWS_FIRST = [2, 1, 0, 3]  # (1, 1, S, C) → (S, 1, 1, C)
+
+Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A matrix product by a weight, with or without a bias."""
+def with_still_row(tables: Tables, shape: ModelShape) -> Tables:
+    """The tables of the rotary embedding, (positions, head_dim / 2) each, and behind them rows at which nothing turns.
 
-    value: str
-    """what is multiplied"""
-    product: NodeProto
-    sum: NodeProto | None
-    bias: str | None
+    More than one if need be: the operator wants as many rows as it is given heads.
+    """
+    count = max(1, _all_heads(shape) - len(tables[0]))
+    cos, sin = (
+        np.full((count, table.shape[1]), still, table.dtype) for table, still in zip(tables, (1, 0), strict=True)
+    )
+    return np.concatenate([tables[0], cos]), np.concatenate([tables[1], sin])
+
+
+def _all_heads(shape: ModelShape) -> int:
+    """Of queries, keys and values."""
+    return shape.num_heads + 2 * shape.num_kv_heads
 
 
 class Grouped(Parts):
-    """Nodes and constants that take the place of the traced attentions. tables: names of the rotary embedding's."""
+    """Nodes and constants that take the place of the traced attentions.
 
-    def __init__(self, graph: Traced, weights: Weights, shape: ModelShape, tables: tuple[str, str]) -> None:
+    tables: names of the rotary embedding's, by `with_still_row`; still: the first row at which nothing turns.
+    """
+
+    def __init__(self, graph: Traced, weights: Weights, shape: ModelShape, tables: tuple[str, str], still: int) -> None:
         super().__init__(_SHARED)
-        self.projected: dict[str, tuple[str, str, str]] = {}
-        """of each attention: the values (1, S, heads · head_dim) that it takes for q, k and v"""
-        self._graph, self._weights, self._shape, self._tables = graph, weights, shape, tables
+        self._graph, self._weights, self._shape, self._tables, self._still = graph, weights, shape, tables, still
         self._groups = shape.num_heads // shape.num_kv_heads
         self._replaced: set[str] = set()
+        self._positions: dict[tuple[bool, ...], str] = {}
         self._slots()
         self._mask()
 
@@ -60,24 +70,30 @@ class Grouped(Parts):
         """Add what stands for a traced attention."""
         *qkv, past_k, past_v, _, _ = node.input
         out, present_k, present_v = node.output
-        name, groups = node.name, self._groups
-        plain, rotates = zip(*(self._graph.rotated(value) for value in qkv), strict=True)
-        q, k, v = (self._packed(value, f"{name}/{part}") for part, value in zip("qkv", plain, strict=True))
-        self.projected[name] = q, k, v
+        name, groups, shape = node.name, self._groups, self._shape
+        plain, turns = zip(*(self._graph.rotated(value) for value in qkv), strict=True)
         joined = self._graph.joined(out)  # what the model's own Transpose and Reshape make of it
-        swapped = groups > 1 and joined is not None and self._swap_weights(q, joined)
-        queries, keys = (
-            self._rotary(value, f"{name}/{part}_rotated") if turns else value
-            for part, value, turns in (("q", q, rotates[0]), ("k", k, rotates[1]))
+        swapped = groups > 1 and joined is not None and self._swap_weights(plain[0], joined)
+
+        packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=True)]
+        together = self._add("Concat", packed, f"{name}/qkv", axis=-1)
+        heads = self._add("Reshape", [together, self._ints(-1, _all_heads(shape), shape.head_dim)], f"{name}/heads")
+        if any(turns):
+            heads = self._add(
+                "RotaryEmbedding",
+                [heads, self._positions_of(turns), *self._tables],
+                f"{name}/rotated",
+                domain=MICROSOFT,
+            )
+        sizes = self._ints(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        queries, keys, values = self._several("Split", [heads, sizes], [f"{name}/{part}" for part in "qkv"], axis=1)
+        if groups > 1 and not swapped:
+            queries = self._swap(queries, f"{name}/q", shape.num_kv_heads, groups)
+        queries = self._add(
+            "Reshape", [queries, self._ints(1, -1, shape.num_kv_heads * shape.head_dim)], f"{name}/rows"
         )
-        if groups > 1:
-            if not swapped:
-                queries = self._swap(queries, f"{name}/q", self._shape.num_kv_heads, groups)
-            rows = self._ints(1, -1, self._shape.num_kv_heads * self._shape.head_dim)
-            queries = self._add("Reshape", [queries, rows], f"{name}/q_grouped")
-        for past, value, present, part in ((past_k, keys, present_k, "key"), (past_v, v, present_v, "value")):
-            entries = self._add("Reshape", [value, self._ints(-1, self._shape.head_dim)], f"{name}/{part}_entries")
-            self._add("ScatterND", [past, _SLOTS, entries], present, f"{name}/{part}")
+        for past, new, present in ((past_k, keys, present_k), (past_v, values, present_v)):
+            self._add("ScatterND", [past, _SLOTS, new], present, f"{new}_scatter")
 
         result = joined or f"{name}/out_packed"
         attended = f"{name}/out_grouped" if groups > 1 else result
@@ -87,18 +103,18 @@ class Grouped(Parts):
             attended,
             f"{name}/attention",
             domain=MICROSOFT,
-            num_heads=self._shape.num_kv_heads,
+            num_heads=shape.num_kv_heads,
             scale=next(float(a.f) for a in node.attribute if a.name == "scale"),
         )
         if groups > 1:
             if not swapped:
-                attended = self._swap(attended, f"{name}/out", groups, self._shape.num_kv_heads)
-            whole = self._ints(1, -1, self._shape.num_heads * self._shape.head_dim)
-            self._add("Reshape", [attended, whole], result)
+                attended = self._swap(attended, f"{name}/out", groups, shape.num_kv_heads)
+            self._add("Reshape", [attended, self._ints(1, -1, shape.num_heads * shape.head_dim)], result)
         if joined is None:
-            sizes = self._ints(0, 0, self._shape.num_heads, self._shape.head_dim)
-            rows_apart = self._add("Reshape", [result, sizes], f"{name}/out_rows")
-            self._add("Transpose", [rows_apart], out, perm=_HEADS_LAST)
+            apart = self._add(
+                "Reshape", [result, self._ints(0, 0, shape.num_heads, shape.head_dim)], f"{name}/out_rows"
+            )
+            self._add("Transpose", [apart], out, perm=_HEADS_LAST)
         else:
             self._replaced.add(joined)
 
@@ -109,32 +125,36 @@ class Grouped(Parts):
     # ── once in a graph ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _slots(self) -> None:
-        """(S · kv_heads, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
-        heads = self._shape.num_kv_heads
-        name = f"{_SHARED}/write"
+        """(S, kv_heads, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
+        name, heads = f"{_SHARED}/write", self._shape.num_kv_heads
         rows = self._add("Shape", [tensors.INPUT_IDS], f"{name}/rows", start=1, end=2)
-        count = self._add("Mul", [rows, self._ints(heads)], f"{name}/count")
-        end = self._add("Squeeze", [count, self._ints(0)], f"{name}/end")
+        end = self._add("Squeeze", [rows, self._ints(0)], f"{name}/end")
         number = self._add("Range", [self._whole(0), end, self._whole(1)], f"{name}/number")
-        column = self._add("Unsqueeze", [number, self._ints(1)], f"{name}/column")
-        parts = self._add(
-            "Div", [column, self._constant("divisors", np.array([[_LARGE, 1, heads]], np.int64))], f"{name}/parts"
-        )
-        place = self._add(
-            "Mod", [parts, self._constant("moduli", np.array([[_LARGE, heads, _LARGE]], np.int64))], f"{name}/place"
-        )
-        start = self._add("Concat", [self._ints(0, 0), tensors.WRITE_INDICES], f"{name}/start", axis=0)
-        self._add("Add", [place, start], _SLOTS)
+        slot = self._add("Add", [number, tensors.WRITE_INDICES], f"{name}/slot")
+        apart = self._add("Unsqueeze", [slot, self._ints(1, 2)], f"{name}/apart")
+        last = self._add("Mul", [apart, self._constant("last", np.array([[[0, 0, 1]]], np.int64))], f"{name}/last")
+        of_head = np.array([[[0, head, 0] for head in range(heads)]], np.int64)
+        self._add("Add", [last, self._constant("heads", of_head)], _SLOTS)
 
     def _mask(self) -> None:
         """(1, 1, S · groups, C): every row of the mask for each query of a group."""
         if self._groups > 1:
             name = f"{_SHARED}/mask"
-            rows = self._add("Squeeze", [tensors.ATTENTION_MASK, self._ints(0, 1)], f"{name}/rows")
-            apart = self._add("Unsqueeze", [rows, self._ints(1)], f"{name}/apart")
-            repeated = self._add("Expand", [apart, self._ints(1, self._groups, 1)], f"{name}/repeated")
-            flat = self._add("Flatten", [repeated], f"{name}/flat", axis=2)
-            self._add("Unsqueeze", [flat, self._ints(0, 1)], _MASK)
+            apart = self._add("Transpose", [tensors.ATTENTION_MASK], f"{name}/apart", perm=_ROWS_FIRST)
+            repeated = self._add("Expand", [apart, self._ints(1, 1, self._groups, 1)], f"{name}/repeated")
+            self._add("Reshape", [repeated, self._ints(1, 1, -1, 0)], _MASK)
+
+    def _positions_of(self, turns: Sequence[bool]) -> str:
+        """(S, all heads): the row's position for the heads that turn; for queries, keys, values each: do they?"""
+        key = tuple(turns)
+        if key not in self._positions:
+            name = f"{_SHARED}/positions" + (f"/{len(self._positions)}" if self._positions else "")
+            counts = (self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads)
+            column = self._add("Transpose", [tensors.POSITION_IDS], f"{name}/column", perm=[1, 0])
+            turning = self._constant(f"turns/{len(self._positions)}", np.repeat(key, counts)[None])
+            still = self._constant("still", np.array([[self._still]], np.int64))
+            self._positions[key] = self._add("Where", [turning, column, still], name)
+        return self._positions[key]
 
     # ── an attention's parts ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -148,10 +168,7 @@ class Grouped(Parts):
                 return str(split.input[0])
         else:
             rows = self._add("Transpose", [value], f"{name}_rows", perm=_HEADS_LAST)
-        return self._add("Reshape", [rows, self._ints(0, 0, -1)], f"{name}_packed")
-
-    def _rotary(self, value: str, result: str) -> str:
-        return self._add("RotaryEmbedding", [value, tensors.POSITION_IDS, *self._tables], result, domain=MICROSOFT)
+        return self._add("Reshape", [rows, self._ints(0, 0, -1)], name)
 
     def _swap(self, value: str, name: str, outer: int, inner: int) -> str:
         """(1, …) of heads in the order (outer, inner) as (1, S, inner, outer, head_dim)."""
@@ -161,40 +178,46 @@ class Grouped(Parts):
 
     def _swap_weights(self, queries: str, joined: str) -> bool:
         """Change the order of the heads in the weights around an attention, if there are such."""
-        before = projection(queries, self._graph.maker, self._weights)
-        if before is None:
-            return False
-        made = (before.product, before.sum or before.product)
+        product, bias = self._projection_of(queries)
         behind = self._graph.readers(joined)
-        alone = all(len(self._graph.readers(node.output[0])) == 1 for node in made) and len(behind) == 1
-        if not alone or behind[0].op_type != "MatMul" or behind[0].input[1] not in self._weights:
+        if (
+            product is None
+            or len(behind) != 1
+            or behind[0].op_type != "MatMul"
+            or behind[0].input[1] not in self._weights
+        ):
             return False
-
-        def swapped(name: str, axis: int) -> str:
-            values = self._weights.read(name)
-            sizes = list(values.shape)
-            sizes[axis : axis + 1] = [self._shape.num_kv_heads, self._groups, self._shape.head_dim]
-            turned: NDArray[Any] = np.swapaxes(values.reshape(sizes), axis, axis + 1).reshape(values.shape)
-            self._weights.add(numpy_helper.from_array(np.ascontiguousarray(turned), f"{name}/{_SHARED}"))
-            return f"{name}/{_SHARED}"
-
-        before.product.input[1] = swapped(before.product.input[1], 1)
-        if before.sum is not None and before.bias is not None:
-            index = list(before.sum.input).index(before.bias)
-            before.sum.input[index] = swapped(before.bias, 0)
-        behind[0].input[1] = swapped(behind[0].input[1], 0)
+        product.input[1] = self._swapped(product.input[1], 1)
+        if bias is not None:
+            index = next(i for i, name in enumerate(bias.input) if name in self._weights)
+            bias.input[index] = self._swapped(bias.input[index], 0)
+        behind[0].input[1] = self._swapped(behind[0].input[1], 0)
         return True
 
+    def _projection_of(self, value: str) -> tuple[NodeProto | None, NodeProto | None]:
+        """The MatMul by a weight that the heads of a value come from, and the Add of a bias, if nobody else reads them.
 
-def projection(name: str, makers: dict[str, NodeProto], weights: Weights) -> Projection | None:
-    """The projection that makes a value, if one does."""
-    node, total, bias = makers.get(name), None, None
-    if node is not None and node.op_type == "Add":
-        total = node
-        bias, product = sorted(node.input, key=lambda value: value not in weights)
-        if bias not in weights:
-            return None
-        node = makers.get(product)
-    if node is None or node.op_type != "MatMul" or node.input[1] not in weights:
-        return None
-    return Projection(node.input[0], node, total, bias)
+        What lies between treats every head alike: taking heads apart, and a norm over one.
+        """
+        bias = None
+        while len(self._graph.readers(value)) == 1 and (node := self._graph.maker.get(value)) is not None:
+            if node.op_type == "MatMul" and node.input[1] in self._weights:
+                return node, bias
+            if node.op_type == "Add" and bias is None and any(name in self._weights for name in node.input):
+                bias = node
+                value = next(name for name in node.input if name not in self._weights)
+                continue
+            of_one_head = node.op_type == NORM and self._weights.shape(node.input[1]) == (self._shape.head_dim,)
+            if bias is not None or not (of_one_head or node.op_type in ("Transpose", "Reshape")):
+                break
+            value = node.input[0]
+        return None, None
+
+    def _swapped(self, name: str, axis: int) -> str:
+        """A weight with the heads of one axis in the order (groups, kv_heads)."""
+        sizes = self._weights.shape(name)
+        apart = [*sizes[:axis], self._shape.num_kv_heads, self._groups, self._shape.head_dim, *sizes[axis + 1 :]]
+        turned = f"{name}/{_SHARED}"
+        read = self._weights.read
+        self._weights.make(turned, sizes, lambda: np.swapaxes(read(name).reshape(apart), axis, axis + 1).reshape(sizes))
+        return turned

@@ -13,12 +13,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export import decomposed, grouped
 from mara_export.fuse import drop_dead, fuse_residuals, join_projections
-from mara_export.grouped import MICROSOFT
+from mara_export.grouped import MICROSOFT, Tables
 from mara_export.nodes import NORM, ROTARY, Traced
 from mara_export.weights import Weights
 from mara_runtime import tensors
@@ -26,8 +25,6 @@ from mara_runtime.tensors import ModelShape, Tensor
 
 LOWERINGS = ("ort", "portable", "decomposed")
 _COS, _SIN = "rotary/cos", "rotary/sin"
-
-Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering: str, rotary: Tables) -> None:
@@ -37,13 +34,14 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
     """
     graph = Traced(model.graph)
     rewrite = {"ort": _ort, "portable": _portable, "decomposed": _decomposed}[lowering]
-    nodes, constants, opsets = rewrite(graph, weights, shape)
+    nodes, constants, opsets = rewrite(graph, weights, shape, len(rotary[0]))
     del model.graph.node[:], model.graph.value_info[:], model.graph.input[:], model.graph.output[:]
     del model.opset_import[:]
     model.graph.node.extend(nodes)
     model.graph.input.extend(value_info(t) for t in tensors.llm_inputs(shape))
     model.graph.output.extend(value_info(t) for t in tensors.llm_outputs(shape))
-    for name, table in zip((_COS, _SIN), rotary, strict=True):
+    tables = grouped.with_still_row(rotary, shape) if lowering == "ort" else rotary
+    for name, table in zip((_COS, _SIN), tables, strict=True):
         weights.add(numpy_helper.from_array(np.ascontiguousarray(table), name))
     for tensor in constants:
         weights.add(tensor)
@@ -52,6 +50,7 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
     model.producer_name, model.producer_version, model.doc_string = "mara-export", "", ""
     drop_dead(model.graph)
     if lowering == "ort":
+        join_projections(model.graph, weights)
         fuse_residuals(model.graph)
         weights.drop_unused()
 
@@ -59,7 +58,7 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
 _Lowered = tuple[list[NodeProto], Iterable[TensorProto], list[onnx.OperatorSetIdProto]]
 
 
-def _portable(graph: Traced, weights: Weights, shape: ModelShape) -> _Lowered:
+def _portable(graph: Traced, weights: Weights, shape: ModelShape, positions: int) -> _Lowered:
     def rewrite(node: NodeProto) -> list[NodeProto]:
         q, k, v, past_k, past_v, mask, write = node.input
         out, present_k, present_v = node.output
@@ -86,21 +85,20 @@ def _portable(graph: Traced, weights: Weights, shape: ModelShape) -> _Lowered:
     return nodes, (), [helper.make_opsetid("", 24)]
 
 
-def _decomposed(graph: Traced, weights: Weights, shape: ModelShape) -> _Lowered:
+def _decomposed(graph: Traced, weights: Weights, shape: ModelShape, positions: int) -> _Lowered:
     parts = decomposed.Decomposed(shape, (_COS, _SIN))
     for node in graph.nodes:
         parts.rewrite(node)
     return parts.nodes, parts.constants.values(), [helper.make_opsetid("", decomposed.OPSET)]
 
 
-def _ort(graph: Traced, weights: Weights, shape: ModelShape) -> _Lowered:
-    parts = grouped.Grouped(graph, weights, shape, (_COS, _SIN))
+def _ort(graph: Traced, weights: Weights, shape: ModelShape, positions: int) -> _Lowered:
+    parts = grouped.Grouped(graph, weights, shape, (_COS, _SIN), still=positions)
     for node, attends in graph.others():
         if attends:
             parts.rewrite(node)
         elif node.op_type != ROTARY and not parts.replaces(node):
             parts.nodes.append(_norm(node))
-    join_projections(parts, weights)
     return parts.nodes, parts.constants.values(), [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
 
 

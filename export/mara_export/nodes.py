@@ -68,6 +68,10 @@ class Parts:
         self.nodes.append(helper.make_node(op, inputs, [output], name or output, **attributes))
         return output
 
+    def _several(self, op: str, inputs: Sequence[str], outputs: list[str], **attributes: Any) -> list[str]:
+        self.nodes.append(helper.make_node(op, inputs, outputs, f"{outputs[0]}_{op.lower()}", **attributes))
+        return outputs
+
     def _ints(self, *values: int) -> str:
         return self._constant("ints/" + "_".join(map(str, values)), np.array(values, np.int64))
 

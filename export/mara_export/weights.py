@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Weights:
         self._graph = graph
         self._folder = str(folder)
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self._made: dict[str, Callable[[], NDArray[Any]]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -57,15 +59,21 @@ class Weights:
 
     def read(self, name: str) -> NDArray[Any]:
         """A weight's values."""
-        return numpy_helper.to_array(self._tensors[name], self._folder)
+        return self._made[name]() if name in self._made else numpy_helper.to_array(self._tensors[name], self._folder)
 
     def add(self, tensor: TensorProto) -> None:
         """Enter a new weight."""
         self._graph.initializer.append(tensor)
         self._tensors[tensor.name] = self._graph.initializer[-1]
 
+    def make(self, name: str, shape: Sequence[int], values: Callable[[], NDArray[Any]]) -> None:
+        """Enter a new weight of float32 numbers that are computed whenever they are read."""
+        self.add(TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape))
+        self._made[name] = values
+
     def replace(self, tensor: TensorProto) -> None:
         """Give the weight of that name other values."""
+        self._made.pop(tensor.name, None)
         self._tensors[tensor.name].CopyFrom(tensor)
 
     def _bytes(self, tensor: TensorProto) -> Any:
@@ -80,15 +88,21 @@ class Weights:
         kept = [tensor for tensor in self._graph.initializer if tensor.name in used]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
-        self._tensors = {tensor.name: tensor for tensor in self._graph.initializer}
+        # those that are left out stay known: others may be made of them
+        self._tensors |= {tensor.name: tensor for tensor in self._graph.initializer}
 
     def save(self, model: onnx.ModelProto, path: Path) -> None:
         """Write the graph to `path` and its weights to `path`.data; equal bytes are stored once. Checks the result."""
         data = path.with_name(f"{path.name}.data")
         places: dict[bytes, int] = {}
+        self._tensors |= {tensor.name: tensor for tensor in self._graph.initializer}  # others have entered some, too
+        for tensor in self._graph.initializer:
+            if tensor.name in self._made and 4 * int(np.prod(tensor.dims)) < INLINE_BYTES:
+                self.replace(numpy_helper.from_array(self.read(tensor.name), tensor.name))
         with data.open("wb") as file:
             for tensor in self._graph.initializer:
-                if tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() < INLINE_BYTES:
+                here = tensor.data_location != TensorProto.EXTERNAL and tensor.name not in self._made
+                if here and tensor.ByteSize() < INLINE_BYTES:
                     continue
                 raw = self._bytes(tensor)
                 digest = hashlib.sha256(raw).digest()

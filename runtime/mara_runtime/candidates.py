@@ -59,7 +59,7 @@ def select(
     tails = [*accumulate(reversed(weights))][::-1]  # descending
     dropped = 1.0 - top_p
     count = max(1, bisect_left(tails, -dropped, key=neg))
-    edge = values[: min(count, top_k) + 1]  # a swap matters inside the list and across its end
+    edge = values[: count + 1]  # a swap matters inside the list and across its end
     gap = min(map(sub, edge, edge[1:]), default=math.inf)
     if top_p < 1.0:
         for tail in tails[max(count - 1, 1) : count + 1]:  # the last that stays, the first that is dropped
