@@ -21,9 +21,9 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 
 EPILOG = """\
-Every contestant runs in a process of its own, and they take turns. The instrument: real passes of the bundle's graph,
-whose candidates and verdicts follow a set profile (docs: benchmarks/README.md). Figures are medians; in brackets the
-quartiles. The last line of the output is one JSON object.
+Every contestant runs in a process of its own, and they take turns, in several sittings with another one started first.
+The instrument: real passes of the bundle's graph, whose candidates and verdicts follow a set profile (docs:
+benchmarks/README.md). Figures are medians; in brackets the quartiles. The last line of the output is one JSON object.
 
 examples:
   mara-bench BUNDLE
@@ -46,6 +46,10 @@ WAYS: dict[str, dict[str, Any]] = {
 OTHERS = {"genai": "peer_genai.py", "llama.cpp": "peer_llama.py"}
 """Peers that need an environment of their own, and what drives them there."""
 MEASURES = ("memory", "steps", "prefill", "width", "profiles")
+SITTINGS = 4
+"""How often contestants of plain steps and of prefill are started anew, each time another one first: the speed of a
+process moves by several percent with where its memory happens to lie, and on some machines it is who starts first that
+gets the slower place."""
 WARM_UP = 2
 """Rounds on a profile that are not counted: the schedule learns the agent's habits from its decisions."""
 
@@ -197,10 +201,12 @@ class Bench:
                 )
             self._commands[name] = [*command, *threads]
         self._open: dict[str, Contestant] = {}
+        self._stack: ExitStack
         self.about: dict[str, Any] = {}
 
     def open(self, stack: ExitStack) -> None:
         """Start every contestant."""
+        self._stack = stack
         for name in self._commands:
             self._open[name] = self._start(name, stack)
             self.about[name] = {k: v for k, v in self._open[name].about.items() if k != "ready"}
@@ -316,16 +322,19 @@ class Bench:
     ) -> dict[str, Any]:
         """Median and quartiles by contestant; eager: Hugging Face takes part, which takes minutes for long contexts."""
         rounds = min(self._args.rounds, most or self._args.rounds)
-        contestants = {name: c for name, c in self._open.items() if eager or name != "hugging-face"}
-        values: dict[str, list[float]] = {name: [] for name in contestants}
-        for turn in range(rounds + 1):
-            for name, contestant in contestants.items():
-                if name == "hugging-face" and turn > 2:
-                    continue
-                value = measure(contestant)
-                if turn:  # the first fills caches and makes bindings
-                    values[name].append(value)
-                time.sleep(0.05)  # threads of the one before still spin
+        values: dict[str, list[float]] = {name: [] for name in self._open if eager or name != "hugging-face"}
+        sittings = min(SITTINGS, rounds)
+        for sitting in range(sittings):
+            if sitting:
+                self._start_anew([name for name in values if name != "hugging-face"], sitting)
+            for turn in range(-(-rounds // sittings) + 1):
+                for name in values:
+                    if name == "hugging-face" and (sitting or turn > 2):
+                        continue
+                    value = measure(self._open[name])
+                    if turn:  # the first fills caches and makes bindings
+                        values[name].append(value)
+                    time.sleep(0.05)  # threads of the one before still spin
         found: dict[str, Any] = {name: {"ms": spread(v)} for name, v in values.items()}
         for name in found:
             count = len(values[name])
@@ -339,6 +348,13 @@ class Bench:
 
     def _ratio(self, value: float, name: str) -> str:
         return "" if name == "mara" else f"mara is × {value:.2f} of it"
+
+    def _start_anew(self, names: list[str], first: int) -> None:
+        """End these contestants and start them again, another one first."""
+        for name in names:
+            self._open[name].close()
+        for name in names[first % len(names) :] + names[: first % len(names)]:
+            self._open[name] = self._start(name, self._stack)
 
     def _start(self, name: str, stack: ExitStack) -> Contestant:
         try:
