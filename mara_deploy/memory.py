@@ -205,7 +205,8 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     rows, b, d = PREFILL_ROWS, setting.number_bytes, model.hidden_size
     width = model.num_heads * model.head_dim
     mask = rows * setting.slots
-    mlp = rows * (3 * model.intermediate_size + 4 * d) * b + mask
+    inner = 4 if setting.lowering == "ort" else 3  # gate and up come as one there, and are taken apart
+    mlp = rows * (inner * model.intermediate_size + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
     if setting.lowering == "ort":  # the mask for every query of a group, and the scores, twice: ONNX Runtime plans the
         # memory of a shape when it has run once, and then keeps what that run took beside the plan's

@@ -62,10 +62,14 @@ def join_projections(graph: onnx.GraphProto, weights: Weights) -> None:
         for one in group:
             instead |= {node.output[0]: [] for node in (one.product, one.sum) if node and node.output[0] not in instead}
     nodes = [other for node in graph.node for other in instead.get(node.output[0], [node])]
+    ends = {output.name for output in graph.output}
     renamed = {
         node.output[0]: parts[tuple(node.input)]
         for node in nodes
-        if node.op_type == "Concat" and tuple(node.input) in parts and node.attribute[0].i == -1
+        if node.op_type == "Concat"
+        and tuple(node.input) in parts
+        and node.attribute[0].i == -1
+        and node.output[0] not in ends
     }
     for node in nodes:
         for i, name in enumerate(node.input):

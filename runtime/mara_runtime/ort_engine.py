@@ -184,8 +184,8 @@ class OrtEngine:
         if self._name != "cpu":
             self._make_room(slots)
             return
-        size = min(grown(self._name, slots, slots), self._slots)
-        if not slots <= self.allocated_slots <= size:
+        size = min(-(-slots // FIRST_SLOTS) * FIRST_SLOTS, self._slots)
+        if not size <= self.allocated_slots < 2 * size:
             self._allocate(size, self._slab[:, :, :, :kept])
 
     def move(self, source: int, target: int) -> None:
