@@ -13,6 +13,7 @@ import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from mara_export.grouped import MICROSOFT
+from mara_export.nodes import Traced
 from mara_export.weights import Weights
 
 
@@ -80,14 +81,11 @@ def join_projections(graph: onnx.GraphProto, weights: Weights) -> None:
 
 def _groups(graph: onnx.GraphProto, weights: Weights) -> list[list[_Projection]]:
     """The projections of one value each, where there are several; such with a bias and such without do not mix."""
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    edges = Traced(graph)
     found: dict[tuple[str, bool], list[_Projection]] = {}
-    for node in graph.node:
+    for node in edges.nodes:
         if node.op_type == "MatMul" and node.input[1] in weights and len(weights.shape(node.input[1])) == 2:
-            behind = readers.get(node.output[0], [])
+            behind = edges.readers(node.output[0])
             biases = [name for name in behind[0].input if name in weights] if len(behind) == 1 else []
             if biases and behind[0].op_type == "Add":
                 one = _Projection(node, behind[0], biases[0])

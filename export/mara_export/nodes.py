@@ -17,7 +17,7 @@ DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
 
 
 class Traced:
-    """The traced graph, and who makes and who reads a value."""
+    """A graph, as traced or on its way, and who makes and who reads a value."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.nodes = list(graph.node)

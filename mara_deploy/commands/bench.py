@@ -327,7 +327,7 @@ class Bench:
         for sitting in range(sittings):
             if sitting:
                 self._start_anew([name for name in values if name != "hugging-face"], sitting)
-            for turn in range(-(-rounds // sittings) + 1):
+            for turn in range(rounds // sittings + (sitting < rounds % sittings) + 1):
                 for name in values:
                     if name == "hugging-face" and (sitting or turn > 2):
                         continue

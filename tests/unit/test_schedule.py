@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mara_runtime.drafts import NO_DRAFT, Draft
-from mara_runtime.schedule import WIDEST, Acceptance, Adaptive, Cost, Fixed, Plan, View
+from mara_runtime.schedule import WIDEST, Acceptance, Adaptive, Cost, Fixed, Plan, View, _solution
 
 Floats = NDArray[np.float64]
 
@@ -497,3 +497,15 @@ def test_estimates_are_never_certain(decisions: list[tuple[list[float], float, i
         estimate = acceptance.estimate(np.array(probabilities), margins)
         assert len(estimate) == len(probabilities)
         assert all(0.001 < chance < 0.999 for chance in estimate)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_the_equations_of_a_lesson_are_solved_as_numpy_solves_them(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(50):
+        factor = rng.normal(size=(size, size))
+        matrix = (factor @ factor.T + 0.1 * np.eye(size)).tolist()
+        right = rng.normal(size=size).tolist()
+        kept = [row[:] for row in matrix]
+        np.testing.assert_allclose(_solution(matrix, right), np.linalg.solve(matrix, right), rtol=1e-9)
+        assert matrix == kept
