@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -723,3 +724,20 @@ def test_logits_that_are_not_finite_have_no_normaliser(altered, bundle, engines,
     first = int(np.flatnonzero(bad)[0])
     with pytest.raises(NumericsError, match=f"the logits after position {first} are not finite"):
         check_row(engine, SIBLINGS[first], first, first, margin=True)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_weights_that_are_equal_are_not_missed(checkpoint, agent, tmp_path, architecture) -> None:
+    """The tracer keeps one of several equal weights, as norms and biases of an untrained model are."""
+    model = checkpoints.load(checkpoint(architecture))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.constant_(parameter, float("norm" in name))
+    folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
+    model.save_pretrained(folder)
+    options = {"max_context": MAX_CONTEXT, "max_candidates": MAX_CANDIDATES}
+    out = tmp_path / "bundle"
+    export(resolve_model(str(folder)), agent(architecture), "agent", out, lowering="ort", **options)  # and the gate
+    swapped = architecture != "qwen2"  # the order of heads is the weights', but for a bias that is another's
+    transposes = Counter(node.op_type for node in step_graph(out).graph.node)["Transpose"]
+    assert transposes == 3 or not swapped
