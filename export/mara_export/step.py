@@ -22,6 +22,10 @@ LARGEST = 3.4e38
 """Sums of a state from here on are taken for infinite, in float32."""
 _CHOSEN = "step/rows"
 """(R,) rows for the LM head."""
+_EXISTS = "step/exists"
+"""(1,) is somebody elected, or the fallback?"""
+_NOBODY = np.finfo(np.float32).min
+"""A score below that of every accepted row, unless its priority says never."""
 
 
 def join(
@@ -86,28 +90,22 @@ def _agent(add: _Nodes, agent: onnx.ModelProto, shape: ModelShape) -> None:
     # a ReLU may turn NaN into 0, and TensorRT may take NaN times 0 for 0: so a comparison, which NaN fails
     sums = add("ReduceSum", asked, add.constant([1]), keepdims=0)
     finite = add("Less", add("Abs", sums), add.constant(LARGEST))
-    poison = add("Where", finite, add.constant(0.0), add.constant(np.nan))
-    add("Add", f"agent/{tensors.AGENT_MARGIN}", poison, to=tensors.MARGINS)
+    add("Where", finite, f"agent/{tensors.AGENT_MARGIN}", add.constant(np.nan), to=tensors.MARGINS)
 
 
 def _choice(add: _Nodes, always_head: bool) -> None:
     """Rows for the LM head: those asked for, then the elected one or the fallback, if there is either."""
     accepted = add("Greater", tensors.MARGINS, tensors.THRESHOLD)
     score = add("Add", tensors.PRIORITIES, add("Mul", tensors.MARGINS, tensors.MARGIN_WEIGHT))
-    nobody = add.constant([np.finfo(np.float32).min])  # finite: what an arg-max of nothing but -inf is, nobody says
-    score = add("Where", accepted, score, nobody)
-    score = add("Concat", score, nobody, axis=0)  # so that there is a greatest even among no rows
+    # behind the rows stands nobody, better than a rejected one: so there is a greatest, and a finite one, in any case
+    score = add("Where", accepted, score, add.constant([-np.inf]))
+    score = add("Concat", score, add.constant([_NOBODY]), axis=0)
     row = add("Unsqueeze", score, add.constant([0]))  # TensorRT takes no arg-max of a vector
-    best = add("ArgMax", row, axis=1, keepdims=0)
-    elected = add("Gather", add("Concat", tensors.AGENT_ROWS, add.constant([0]), axis=0), best, axis=0)
-    somebody = add("Greater", add("Gather", score, best, axis=0), nobody)
-    one = add("Where", somebody, elected, tensors.FALLBACK_ROW)
+    rows = add("Concat", tensors.AGENT_ROWS, tensors.FALLBACK_ROW, axis=0)
+    one = add("Gather", rows, add("ArgMax", row, axis=1, keepdims=0), axis=0)
     add("Concat", tensors.HEAD_ROWS, one, axis=0, to=tensors.ROWS)
-    exists = add("Greater", one, add.constant([-1]))
-    if always_head:
-        some_row = add("Where", exists, one, add.constant([0]))
-    else:
-        some_row = add("Slice", one, add.constant([0]), add.whole(exists))
+    exists = add("Greater", one, add.constant([-1]), to=_EXISTS)
+    some_row = add("Where", exists, one, add.constant([0])) if always_head else add("Compress", one, exists, axis=0)
     add("Concat", tensors.HEAD_ROWS, some_row, axis=0, to=_CHOSEN)
 
 
@@ -116,23 +114,22 @@ def _best_tokens(add: _Nodes, top: int, pad: bool) -> None:
 
     pad: the rows may be one fewer than is told of them.
     """
-    size = add("Add", add("Shape", tensors.HEAD_ROWS), add.constant([1])) if pad else ""
-
-    def padded(value: str, nothing: Any) -> str:
-        return add("Slice", add("Concat", value, add.constant(nothing), axis=0), add.constant([0]), size)
-
     values, ids = add.several(
         "TopK", [tensors.LOGITS, add.constant([top])], ["step/top_logits", "step/top_ids"], axis=-1, largest=1, sorted=1
     )
     greatest = add("Slice", values, add.constant([0]), add.constant([1]), add.constant([1]))
     total = add("ReduceSum", add("Exp", add("Sub", tensors.LOGITS, greatest)), add.constant([1]), keepdims=1)
     normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.constant([1]))
+    behind = add("Where", _EXISTS, add.constant([0, 0]), add.constant([0, 1])) if pad else ""
     for value, nothing, name in (
-        (ids, [[0] * top], tensors.TOP_IDS),
-        (values, [[0.0] * top], tensors.TOP_LOGITS),
-        (normaliser, [0.0], tensors.LOG_NORMALISER),
+        (ids, 0, tensors.TOP_IDS),
+        (values, 0.0, tensors.TOP_LOGITS),
+        (normaliser, 0.0, tensors.LOG_NORMALISER),
     ):
-        add("Identity", padded(value, nothing) if pad else value, to=name)
+        if pad:
+            add("Pad", value, behind, add.constant(nothing), add.constant([0]), to=name)
+        else:
+            add("Identity", value, to=name)
 
 
 class _Nodes:
@@ -150,12 +147,6 @@ class _Nodes:
         name = f"{self._name}/{op}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, outputs, name, **attributes))
         return outputs
-
-    def whole(self, value: str) -> str:
-        """A truth value as 0 or 1."""
-        name = f"{self._name}/Cast_{len(self.nodes)}"
-        self.nodes.append(helper.make_node("Cast", [value], [name], name, to=TensorProto.INT64))
-        return name
 
     def constant(self, value: Any) -> str:
         array = np.asarray(value)

@@ -128,7 +128,10 @@ def _interpolated(at: Sequence[int], values: Sequence[float]) -> NDArray[np.floa
 
 
 _Features = tuple[float, float, float, float]
-"""Of a candidate: its log-probability, the gap to the one before, its probability, whether there is one before."""
+"""Of a candidate: its log-probability, the gap to the one before, its probability in tenths, whether there is one before.
+
+Scaled so that a weight of a few units can tell candidates apart: acceptance may turn within a few hundredths.
+"""
 
 
 class Acceptance:
@@ -186,7 +189,9 @@ class Acceptance:
             for probability in probabilities.tolist():
                 log = math.log(max(probability, 1e-9)) / 3
                 first = before is None
-                self._kept.append((log, 0.0 if before is None else log - before, probability, 0.0 if first else 1.0))
+                self._kept.append(
+                    (log, 0.0 if before is None else log - before, 10 * probability, 0.0 if first else 1.0)
+                )
                 before = log
             self._of = probabilities
         return self._kept

@@ -443,6 +443,18 @@ def test_it_learns_how_acceptance_depends_on_probability(slope: float, offset: f
     assert taught(rule, lambda acceptance: np.abs(answer(acceptance) - truth)).mean() < 0.12  # at any one time
 
 
+def test_some_fifty_decisions_teach_it_where_acceptance_turns() -> None:
+    """An agent that rejects what is likelier than 0.3; the two asked about lie close to it, in places like the others'."""
+    rng, acceptance = np.random.default_rng(3), Acceptance()
+    for _ in range(60):
+        likely = np.sort(rng.uniform(0.32, 0.4, rng.integers(0, 3)))[::-1]
+        others = np.sort(rng.uniform(0.5, 1.0, 5))[::-1]
+        probabilities = np.concatenate([likely, others * min((1 - likely.sum()) / others.sum(), 0.28 / others[0])])
+        acceptance.learn(probabilities, [-1.0] * len(likely) + [1.0], 0.0)
+    assert acceptance.estimate(np.array([0.34, 0.26, 0.2, 0.2]), [])[0] < 0.2
+    assert acceptance.estimate(np.array([0.26, 0.26, 0.25, 0.23]), [])[0] > 0.7
+
+
 @pytest.mark.parametrize(("first", "others"), [(2.2, -2.2), (-2.2, 2.2), (0.0, 2.2)])
 def test_it_learns_how_acceptance_depends_on_the_place(first: float, others: float) -> None:
     found = taught(
