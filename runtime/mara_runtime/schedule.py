@@ -173,9 +173,11 @@ class Acceptance:
             chance = self._chance(features, seen)
             inputs = (1.0, *features, seen)
             error, bend = (value > 0) - chance, chance * (1 - chance)
-            slope = [entry + error * x for entry, x in zip(slope, inputs, strict=True)]
-            for row, x in zip(curvature, inputs, strict=True):
-                row[:] = [entry + bend * x * y for entry, y in zip(row, inputs, strict=True)]
+            for row, x in enumerate(inputs):
+                slope[row] += error * x
+                bent, of_row = bend * x, curvature[row]
+                for column, y in enumerate(inputs):
+                    of_row[column] += bent * y
             total += value
         self._curvature = curvature
         step = _solution(curvature, slope)
@@ -208,16 +210,20 @@ class Acceptance:
 
 def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
     """x of matrix · x = right, for a matrix that is symmetric and positive definite; left as they are, both."""
+    size = len(right)
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     for i, above in enumerate(rows):
         for row in rows[i + 1 :]:
             factor = row[i] / above[i]
-            row[i:] = [entry - factor * other for entry, other in zip(row[i:], above[i:], strict=True)]
-    found: list[float] = []  # from the last on
-    for i, row in reversed([*enumerate(rows)]):
-        known = math.fsum(a * x for a, x in zip(reversed(row[i + 1 : -1]), found, strict=True))
-        found.append((row[-1] - known) / row[i])
-    return found[::-1]
+            for j in range(i, size + 1):
+                row[j] -= factor * above[j]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        row, rest = rows[i], rows[i][size]
+        for j in range(i + 1, size):
+            rest -= row[j] * found[j]
+        found[i] = rest / row[i]
+    return found
 
 
 class Adaptive:
@@ -255,6 +261,8 @@ class Adaptive:
         best, plan = math.inf, Plan(count - start, 0)
         rejected, examined = 1.0, start
         for size in self._sizes(count - start):
+            if body[min(size, WIDEST)] - gains[-1] >= best:  # more rows never cost less
+                break
             while examined < start + size:
                 rejected *= 1.0 - chances[examined]
                 examined += 1
@@ -280,7 +288,7 @@ class Adaptive:
             least = body[min(count - i + refeed, WIDEST)] + head
             rejected, size = 1.0, 0
             for chunk in self._CHUNKS:
-                if i + chunk >= count:
+                if i + chunk >= count or body[chunk] >= least:  # more rows never cost less
                     break
                 while size < chunk:
                     rejected *= 1.0 - chances[i + size]
