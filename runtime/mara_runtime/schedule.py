@@ -128,7 +128,7 @@ def _interpolated(at: Sequence[int], values: Sequence[float]) -> NDArray[np.floa
 
 
 _Features = tuple[float, float, float, float]
-"""Of a candidate: its log-probability, the gap to the one before, its probability in tenths, whether there is one before.
+"""Of a candidate: its log-probability, the gap to the one before, ten times its probability, is there one before?
 
 Scaled so that a weight of a few units can tell candidates apart: acceptance may turn within a few hundredths.
 """

@@ -444,7 +444,7 @@ def test_it_learns_how_acceptance_depends_on_probability(slope: float, offset: f
 
 
 def test_some_fifty_decisions_teach_it_where_acceptance_turns() -> None:
-    """An agent that rejects what is likelier than 0.3; the two asked about lie close to it, in places like the others'."""
+    """An agent that rejects what is likelier than 0.3; it is asked about two close to that."""
     rng, acceptance = np.random.default_rng(3), Acceptance()
     for _ in range(60):
         likely = np.sort(rng.uniform(0.32, 0.4, rng.integers(0, 3)))[::-1]
