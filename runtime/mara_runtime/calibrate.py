@@ -24,8 +24,8 @@ from mara_runtime.schedule import Cost
 
 BUDGET_S = 6.0
 """A measurement goes on for so long, and until everything was measured once, after what first passes take."""
-ROUNDS = 7
-"""Rounds at most."""
+ROUNDS = 20
+"""Times of one pass at most."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)
 HEADS = (1, 2, 4, 8)
 CONTEXTS = (128, 1024, 4096)
@@ -46,46 +46,58 @@ def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] 
 
 
 def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> Cost:
-    """Time passes of several widths at several contexts, those of one context in turns, and take the shortest of each.
+    """Time passes of several widths at several contexts, and take the shortest time of each.
 
     The contexts come in order, as an engine may grow with the first pass that needs it: what is measured at a context
     is what a conversation of that length runs in.
     """
     widths = tuple(width for width in WIDTHS if width <= max(2, max_candidates))
-    heads = tuple(count for count in HEADS if count <= widths[-1])
+    heads = tuple(count for count in HEADS if count in widths)
     contexts = tuple(c for c in CONTEXTS if c + widths[-1] <= engine.slots) or (1,)
 
-    found: dict[Any, float] = {}
+    found: dict[_Key, float] = {}
     left_s = budget_s
     for index, context in enumerate(contexts):
-        works: dict[Any, Pass] = {(context, width): _pass(width, context, 0) for width in widths}
+        keys = [(context, width, 0) for width in widths]
         if index == 0:
-            works |= {("head", count): _pass(heads[-1], context, count) for count in (0, *heads)}
+            keys += [(context, count, count) for count in heads]
+        works = {(context, width, head): _pass(width, context, head) for context, width, head in keys}
         for work in works.values():  # bindings and memory are made on first use
             engine.run(work)
         started = time.perf_counter()
         found |= _times_ms(engine, works, started + left_s / (len(contexts) - index))
         left_s -= time.perf_counter() - started
     engine.clear()
+    first = contexts[0]
     return Cost(
         contexts,
         widths,
-        tuple(tuple(found[context, width] for width in widths) for context in contexts),
+        tuple(tuple(found[context, width, 0] for width in widths) for context in contexts),
         heads,
-        tuple(max(0.0, found["head", count] - found["head", 0]) for count in heads),
+        tuple(max(0.0, found[first, count, count] - found[first, count, 0]) for count in heads),
     )
 
 
-def _times_ms(engine: Engine, works: dict[Any, Pass], end: float) -> dict[Any, float]:
-    """The shortest time of each, measured in turns until `end`, once at least."""
-    times: dict[Any, list[float]] = {key: [] for key in works}
-    for turn in range(ROUNDS):
-        for key, work in works.items():
-            before = time.perf_counter()
-            if turn and before > end:
-                break
-            engine.run(work)
-            times[key].append((time.perf_counter() - before) * 1e3)
+_Key = tuple[int, int, int]  # context, rows, rows through the LM head
+
+
+def _times_ms(engine: Engine, works: dict[_Key, Pass], end: float) -> dict[_Key, float]:
+    """The shortest time of each, once each at least, then until `end`.
+
+    The next is always the one that has had the least time so far: so narrow passes, on which most depends and of which
+    another program's part is larger, are timed oftener than wide ones, and all of them from the beginning to the end.
+    """
+    times: dict[_Key, list[float]] = {key: [] for key in works}
+    had = dict.fromkeys(works, 0.0)
+    while True:
+        key = min(had, key=had.__getitem__)
+        before = time.perf_counter()
+        if len(times[key]) == ROUNDS or (all(times.values()) and before > end):
+            break
+        engine.run(works[key])
+        took = time.perf_counter() - before
+        times[key].append(took * 1e3)
+        had[key] += took
     return {key: min(values) for key, values in times.items()}  # what other programs add is no cost of ours
 
 

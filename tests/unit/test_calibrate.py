@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +79,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], Machine]:
 
 
 Clock = Callable[[Machine], Machine]
+
+
+SHAPES = len(WIDTHS) * len(CONTEXTS) + len(HEADS)
+"""of passes: every width at every context, and some with their rows through the LM head"""
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,24 +165,32 @@ def test_no_further_than_the_cache_reaches(clock: Clock, slots: int, contexts: t
 def test_a_slow_machine_measures_everything_once_and_stops(clock: Clock) -> None:
     machine = clock(Machine(lambda work: 1000 + by_rule(work)))
     cost = measure(machine, 40)
-    shapes = len(WIDTHS) * len(CONTEXTS) + len(HEADS) + 1
-    assert 2 * shapes <= len(machine.calls) <= 2 * shapes + 1  # once to warm up, once to measure
+    assert len(machine.calls) == 2 * SHAPES  # once to warm up, once to measure
     assert cost.body_ms[0][0] == BEAT_MS * (1000 + 5 + CONTEXTS[0] / 1024)
 
 
 def test_a_fast_machine_measures_a_few_rounds(clock: Clock) -> None:
-    machine = clock(Machine(lambda work: by_rule(work) / 100))
+    machine = clock(Machine(lambda work: 0.25))
     measure(machine, 40)
-    shapes = len(WIDTHS) * len(CONTEXTS) + len(HEADS) + 1
-    assert len(machine.calls) == (1 + ROUNDS) * shapes
+    assert len(machine.calls) == (1 + ROUNDS) * SHAPES
 
 
 def test_the_budget_ends_a_measurement(clock: Clock) -> None:
     machine = clock(Machine(lambda work: 40.0))
     measure(machine, 40)
-    shapes = len(WIDTHS) * len(CONTEXTS) + len(HEADS) + 1
-    assert 2 * shapes < len(machine.calls) < (1 + ROUNDS) * shapes
-    assert BUDGET_S <= machine.now - 40 / 1024 * shapes <= BUDGET_S + 0.1
+    assert 2 * SHAPES < len(machine.calls) < (1 + ROUNDS) * SHAPES
+    assert BUDGET_S <= machine.now - 40 / 1024 * SHAPES <= BUDGET_S + 0.1
+
+
+def test_all_have_as_much_time_so_narrow_passes_are_timed_oftener(clock: Clock) -> None:
+    machine = clock(Machine(lambda work: 16.0 * len(work.tokens)))
+    measure(machine, 4, budget_s=12.0)
+    counts = Counter((len(work.tokens), len(work.head_rows), work.positions[0]) for work in machine.calls)
+    for context in CONTEXTS:
+        one, two, four = (counts[width, 0, context] - 1 for width in (1, 2, 4))
+        assert four > 1
+        assert abs(one - 2 * two) <= 2
+        assert abs(two - 2 * four) <= 2
 
 
 def test_an_engine_that_grows_is_measured_at_every_size(clock: Clock) -> None:
