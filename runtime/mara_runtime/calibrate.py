@@ -24,7 +24,7 @@ from mara_runtime.schedule import Cost
 
 BUDGET_S = 6.0
 """A measurement goes on for so long, and until everything was measured once, after what first passes take."""
-ROUNDS = 20
+ROUNDS = 10
 """Times of one pass at most."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)
 HEADS = (1, 2, 4, 8)
