@@ -24,8 +24,10 @@ from mara_runtime.schedule import Cost
 
 BUDGET_S = 6.0
 """A measurement goes on for so long, and until everything was measured once, after what first passes take."""
-ROUNDS = 10
-"""Times of one pass at most."""
+ROUNDS = 24
+"""Rounds at most."""
+RAREST = 8
+"""A wide pass is timed in one of so many rounds at least."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)
 HEADS = (1, 2, 4, 8)
 CONTEXTS = (128, 1024, 4096)
@@ -82,22 +84,21 @@ _Key = tuple[int, int, int]  # context, rows, rows through the LM head
 
 
 def _times_ms(engine: Engine, works: dict[_Key, Pass], end: float) -> dict[_Key, float]:
-    """The shortest time of each, once each at least, then until `end`.
+    """The shortest time of each, measured in rounds until `end`, once at least.
 
-    The next is always the one that has had the least time so far: so narrow passes, on which most depends and of which
-    another program's part is larger, are timed oftener than wide ones, and all of them from the beginning to the end.
+    A pass of so many rows takes part in one of so many rounds: most depends on narrow ones, and a wide one takes the
+    time of many.
     """
     times: dict[_Key, list[float]] = {key: [] for key in works}
-    had = dict.fromkeys(works, 0.0)
-    while True:
-        key = min(had, key=had.__getitem__)
-        before = time.perf_counter()
-        if len(times[key]) == ROUNDS or (all(times.values()) and before > end):
-            break
-        engine.run(works[key])
-        took = time.perf_counter() - before
-        times[key].append(took * 1e3)
-        had[key] += took
+    for number in range(ROUNDS):
+        for key, work in works.items():
+            _, rows, _ = key
+            before = time.perf_counter()
+            if number and before > end:
+                break
+            if number % min(rows, RAREST) == 0:
+                engine.run(work)
+                times[key].append((time.perf_counter() - before) * 1e3)
     return {key: min(values) for key, values in times.items()}  # what other programs add is no cost of ours
 
 

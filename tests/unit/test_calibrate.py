@@ -14,7 +14,7 @@ import pytest
 
 from mara_runtime import calibrate, user_cache
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import BUDGET_S, CONTEXTS, HEADS, ROUNDS, WIDTHS, measure, measured_cost
+from mara_runtime.calibrate import BUDGET_S, CONTEXTS, HEADS, RAREST, ROUNDS, WIDTHS, measure, measured_cost
 from mara_runtime.engine import Outcome, Pass
 from mara_runtime.schedule import Cost
 from tests.unit import helpers
@@ -169,10 +169,14 @@ def test_a_slow_machine_measures_everything_once_and_stops(clock: Clock) -> None
     assert cost.body_ms[0][0] == BEAT_MS * (1000 + 5 + CONTEXTS[0] / 1024)
 
 
-def test_a_fast_machine_measures_a_few_rounds(clock: Clock) -> None:
-    machine = clock(Machine(lambda work: 0.25))
+def test_a_fast_machine_measures_a_few_rounds_narrow_passes_in_all_of_them(clock: Clock) -> None:
+    machine = clock(Machine(lambda work: by_rule(work) / 100))
     measure(machine, 40)
-    assert len(machine.calls) == (1 + ROUNDS) * SHAPES
+    counts = Counter((len(work.tokens), len(work.head_rows), work.positions[0]) for work in machine.calls)
+    keys = [(width, 0, context) for context in CONTEXTS for width in WIDTHS]
+    keys += [(count, count, CONTEXTS[0]) for count in HEADS]
+    assert counts == {key: 1 + len(range(0, ROUNDS, min(key[0], RAREST))) for key in keys}
+    assert min(counts.values()) == 1 + 3
 
 
 def test_the_budget_ends_a_measurement(clock: Clock) -> None:
@@ -180,17 +184,6 @@ def test_the_budget_ends_a_measurement(clock: Clock) -> None:
     measure(machine, 40)
     assert 2 * SHAPES < len(machine.calls) < (1 + ROUNDS) * SHAPES
     assert BUDGET_S <= machine.now - 40 / 1024 * SHAPES <= BUDGET_S + 0.1
-
-
-def test_all_have_as_much_time_so_narrow_passes_are_timed_oftener(clock: Clock) -> None:
-    machine = clock(Machine(lambda work: 16.0 * len(work.tokens)))
-    measure(machine, 4, budget_s=12.0)
-    counts = Counter((len(work.tokens), len(work.head_rows), work.positions[0]) for work in machine.calls)
-    for context in CONTEXTS:
-        one, two, four = (counts[width, 0, context] - 1 for width in (1, 2, 4))
-        assert four > 1
-        assert abs(one - 2 * two) <= 2
-        assert abs(two - 2 * four) <= 2
 
 
 def test_an_engine_that_grows_is_measured_at_every_size(clock: Clock) -> None:
