@@ -443,7 +443,7 @@ def test_it_learns_how_acceptance_depends_on_probability(slope: float, offset: f
     assert taught(rule, lambda acceptance: np.abs(answer(acceptance) - truth)).mean() < 0.12  # at any one time
 
 
-def test_some_fifty_decisions_teach_it_where_acceptance_turns() -> None:
+def test_sixty_decisions_teach_it_where_acceptance_turns() -> None:
     """An agent that rejects what is likelier than 0.3; it is asked about two close to that."""
     rng, acceptance = np.random.default_rng(3), Acceptance()
     for _ in range(60):
