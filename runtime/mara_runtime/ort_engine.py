@@ -10,6 +10,7 @@ that moves is computed again, as a row of the next pass (mara_runtime.refeed). T
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +24,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Everything, Outcome, Pass, float32_below
 from mara_runtime.errors import EngineError, OptionError
+from mara_runtime.huge_pages import huge_pages
 from mara_runtime.refeed import Refeed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -125,7 +127,8 @@ class OrtEngine:
 
         how = {"enable_cuda_graph": "1"} if self._graphs is True else {}
         try:
-            session = ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
+            with huge_pages() if self._name == "cpu" else contextlib.nullcontext():
+                session = ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
