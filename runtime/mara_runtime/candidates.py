@@ -6,10 +6,8 @@ Source: MARA (arXiv 2505.19743) §3 and its released code; see docs/method.md fo
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import ge, neg, sub
+from operator import ge, sub
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,30 +43,35 @@ def select(
     the low end, every id whose ascending cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped;
     the best always stays.
     """
-    values, names = logits.tolist(), ids.tolist()
+    values = logits.tolist()
     if any(map(ge, values[1:], values)):  # an engine's row is in order, but for equal logits
+        names = ids.tolist()
         ranked = sorted(range(len(values)), key=lambda i: (-values[i], names[i]))
-        values, names = [values[i] for i in ranked], [names[i] for i in ranked]
+        values, ids = [values[i] for i in ranked], ids[ranked]
     first = values[0]
     if top_k == 1:  # plain greedy decoding, every step
         gap = first - values[1] if len(values) > 1 else math.inf
-        return Candidates(np.array(names[:1], np.int64), _ALONE, np.array([first - log_normaliser]), gap)
-    weights = [math.exp(value - first) for value in values[:top_k]]
-    total = math.fsum(weights)
-    weights = [weight / total for weight in weights]
-    tails = [*accumulate(reversed(weights))][::-1]  # descending
-    dropped = 1.0 - top_p
-    count = max(1, bisect_left(tails, -dropped, key=neg))
+        return Candidates(ids[:1].copy(), _ALONE, np.array([first - log_normaliser]), gap)
+    exp = math.exp
+    weights = [exp(value - first) for value in values[:top_k]]
+    total, dropped = math.fsum(weights), 1.0 - top_p
+    count, below, tail = len(weights), 0.0, weights[-1] / total  # the probability of those dropped, and with the next
+    while tail <= dropped and count > 1:
+        count -= 1
+        below, tail = tail, tail + weights[count - 1] / total
     edge = values[: count + 1]  # a swap matters inside the list and across its end
     gap = min(map(sub, edge, edge[1:]), default=math.inf)
     if top_p < 1.0:
-        for tail in tails[max(count - 1, 1) : count + 1]:  # the last that stays, the first that is dropped
+        if count > 1:
             gap = min(gap, abs(_log_odds(tail) - _log_odds(dropped)))
-    kept = math.fsum(weights[:count])
+        if count < len(weights):
+            gap = min(gap, abs(_log_odds(below) - _log_odds(dropped)))
+    kept = [weight / total for weight in weights[:count]]
+    total = math.fsum(kept)
     return Candidates(
-        np.array(names[:count], np.int64),
-        np.array([weight / kept for weight in weights[:count]]),
-        np.array([value - log_normaliser for value in values[:count]]),
+        ids[:count].copy(),
+        np.array([weight / total for weight in kept]),
+        np.array([value - log_normaliser for value in edge[:count]]),
         gap,
     )
 
