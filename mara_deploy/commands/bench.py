@@ -260,19 +260,28 @@ class Bench:
         return curve
 
     def profile(self, number: int) -> dict[str, Any]:
-        """Plain against aligned on an instrument, in turns; ratios are of tokens/s to plain's."""
+        """Plain against aligned on an instrument, and against the peers' plain, in turns; ratios are of tokens/s."""
         profile = PROFILES[number - 1]
         ways = {way: dict(options) for way, options in WAYS.items() if way != "drafting" or "repeated" in profile}
         measured: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        peers: dict[str, list[float]] = {name: [] for name in self._open if name in OTHERS}
         serial: list[dict[str, Any]] = []
         context, tokens = self._contexts[0], self._args.tokens
+        sitting = -(-self._args.rounds // SITTINGS)
         for turn in range(WARM_UP + self._args.rounds):
+            if peers and turn >= WARM_UP and (turn - WARM_UP) % sitting == 0:
+                self._start_anew(list(peers), turn)  # of peers alone: ours would have to learn anew
+                for name in peers:
+                    self._plain_ms(name)
             seeded = {**profile, "seed": turn}
             replies = self._open["mara"].ask("profile", profile=seeded, context=context, tokens=tokens, ways=ways)
             if turn < WARM_UP:
                 continue
             for way in ways:
                 measured[way].append(replies[way])
+            for name, times in peers.items():
+                time.sleep(0.05)  # threads of the one before still spin
+                times.append(self._plain_ms(name))
             if "hugging-face" in self._open and "repeated" not in profile and len(serial) < 3:
                 few = min(tokens, 12)
                 answer = self._open["hugging-face"].ask("serial", profile=seeded, context=context, tokens=few)
@@ -306,6 +315,15 @@ class Bench:
                 f"   (by the curve × {expected:.2f})   {values['passes_per_token']:.2f} passes, "
                 f"{values['rows_per_token']:.2f} rows a token   host {values['host_share']:.1%}"
             )
+        for name, times in peers.items():
+            rate = (tokens - 1) * len(times) / sum(times) * 1e3
+            to_it = {
+                way: spread([ms / a["ms"] for ms, a in zip(times, answers, strict=True)])
+                for way, answers in measured.items()
+            }
+            found.setdefault("peers", {})[name] = {"tokens_per_second": rate, "mara_to_its_plain": to_it}
+            told = (f"{way} is × {_bracketed(to_it[way])}" for way in ("plain", "aligned", "drafting") if way in ways)
+            self._say(f"  {name}, plain: {rate:.1f} tokens/s; of it {', '.join(told)}")
         if serial:
             ours = [a["ms"] / tokens for a in measured["aligned"]]
             gain = median(s["ms"] for s in serial) / median(ours)
@@ -316,6 +334,11 @@ class Bench:
                 f"aligned is × {gain:.1f}"
             )
         return found
+
+    def _plain_ms(self, name: str) -> float:
+        """Time that a peer takes to as many plain tokens as an answer on an instrument has after its first."""
+        answer = self._open[name].ask("decode", context=self._contexts[0], tokens=self._args.tokens - 1)
+        return float(sum(answer["ms"]))
 
     def _in_turns(
         self, measure: Callable[[Contestant], float], label: str, most: int | None = None, eager: bool = True

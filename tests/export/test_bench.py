@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -34,6 +35,36 @@ def test_it_measures_itself_and_hugging_face(command, demo):
     assert figures["profiles"][0]["gain_over_hugging_face_serial"] > 0
     for words in ("plain greedy step", "peak memory", "a pass by its rows", "Hugging Face, one candidate a pass"):
         assert words in table
+
+
+STAND_IN = """#!{python}
+import json, sys
+print(json.dumps({{"name": "steady", "versions": {{}}, "ready": True}}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    assert request["do"] == "decode", request
+    print(json.dumps({{"ms": [2.0] * request["tokens"]}}), flush=True)
+"""
+
+
+def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, tmp_path):
+    peer = tmp_path / "peer"
+    peer.write_text(STAND_IN.format(python=sys.executable))
+    peer.chmod(0o755)
+    tokens, step_ms = 8, 2.0
+    done = command(
+        *("bench", demo, "--rounds", 1, "--tokens", tokens, "--context", 32, "--measure", "profiles"),
+        *("--profile", 1, "--profile", 4, "--peer", f"genai={peer}:model"),
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "genai, plain: 500.0 tokens/s; of it plain is ×" in done.out
+    first, repeated = json.loads(done.out.splitlines()[-1])["profiles"]
+    for profile, ways in ((first, {"plain", "aligned"}), (repeated, {"plain", "aligned", "drafting"})):
+        against = profile["peers"]["genai"]["mara_to_its_plain"]
+        assert ways <= set(against)
+        for way, ratio in against.items():  # an answer's first token comes from its prompt: the others are compared
+            ours_ms = tokens / profile["ways"][way]["tokens_per_second"] * 1e3
+            assert ratio["median"] == pytest.approx((tokens - 1) * step_ms / ours_ms)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 ONNX Runtime runs itself, TensorRT on a double of it (tests/double).
 """
 
+import contextlib
 import math
 import random
 from collections.abc import Iterator
@@ -506,6 +507,22 @@ def test_what_ran_is_described(bundle: Bundle) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
+def test_what_a_session_allocates_goes_into_huge_pages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, opened = [], []
+    session = onnxruntime.InferenceSession
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        before = len(opened)
+        yield
+        told.append(len(opened) - before)
+
+    monkeypatch.setattr(ort_engine, "huge_pages", watched)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: opened.append(0) or session(*a, **k))
+    OrtEngine(bundle, threads=1)
+    assert told == [1]
+
+
 def test_a_provider_that_onnx_runtime_replaces_in_silence_is_refused(bundle: Bundle) -> None:
     # As where CUDA's libraries are missing; here the whole provider is.
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
