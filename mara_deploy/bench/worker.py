@@ -28,7 +28,7 @@ from mara_deploy.bench.profile import Instrument, Profile, Script
 from mara_runtime.bundle import Bundle
 from mara_runtime.calibrate import measure
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Session, Step, decode
+from mara_runtime.decode import Noise, Session, Step, decode
 from mara_runtime.drafts import NGrams
 from mara_runtime.engine import Engine, open_engine
 from mara_runtime.errors import MaraError
@@ -108,7 +108,8 @@ class Subject:
                 recorder,
                 _schedule(config, cost, acceptance),
                 None if config.draft == 0 else drafts,
-                held=self._held,
+                Noise.of(manifest.noise),
+                self._held,
             )
             stats = Stats()
             prompt = script.prompt(context)

@@ -62,10 +62,11 @@ def select(
     edge = values[: count + 1]  # a swap matters inside the list and across its end
     gap = min(map(sub, edge, edge[1:]), default=math.inf)
     if top_p < 1.0:
+        odds = _log_odds(dropped)
         if count > 1:
-            gap = min(gap, abs(_log_odds(tail) - _log_odds(dropped)))
+            gap = min(gap, abs(_log_odds(tail) - odds))
         if count < len(weights):
-            gap = min(gap, abs(_log_odds(below) - _log_odds(dropped)))
+            gap = min(gap, abs(_log_odds(below) - odds))
     kept = [weight / total for weight in weights[:count]]
     total = math.fsum(kept)
     return Candidates(

@@ -12,7 +12,7 @@ accepted. So every pass settles what the sequential procedure would have settled
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +65,11 @@ class Noise:
 
     margins: float
     logits: float
+
+    @staticmethod
+    def of(measured: Mapping[str, float] | None) -> Noise | None:
+        """As the manifest has it."""
+        return None if measured is None else Noise(measured["margins"], measured["logits"])
 
 
 @dataclass

@@ -191,13 +191,12 @@ class AlignedDecoder:
             raise MaraError("this answer cannot go on: the decoder has begun another, and it holds one KV cache")
 
     def _session(self, config: DecodeConfig) -> Session:
-        noise = self.bundle.manifest.noise
         drafts = self._drafts if config.draft or (config.draft is None and config.schedule == "adaptive") else None
         return Session(
             self.engine,
             self._schedule(config),
             drafts,
-            None if noise is None else Noise(noise["margins"], noise["logits"]),
+            Noise.of(self.bundle.manifest.noise),
             self._held,
         )
 
