@@ -1,7 +1,8 @@
 """Huge pages on Linux for the memory of a library that does not ask for them itself.
 
 A pass reads all weights. In pages of 4 KiB a processor looks up the address of each anew, in pages of 2 MiB it knows
-them: a pass of an int4 model takes some 6 % less time. Unless the system is set to "never", a process may ask.
+them: a pass takes some percent less time (benchmarks/huge_pages.py). Unless the system is set to "never", a process may
+ask.
 
 https://docs.kernel.org/admin-guide/mm/transhuge.html, https://man7.org/linux/man-pages/man2/madvise.2.html
 """
