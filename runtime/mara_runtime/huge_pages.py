@@ -35,10 +35,10 @@ def huge_pages() -> Iterator[None]:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     for start, end in added(before, private_memory()):
-        first, length = -(-start // size) * size, (end // size - -(-start // size)) * size
-        if length > 0:
+        first, last = -(-start // size) * size, end // size * size  # whole pages alone
+        if first < last:
             for advice in (_HUGEPAGE, _COLLAPSE):
-                madvise(first, length, advice)  # what it refuses stays as it is
+                madvise(first, last - first, advice)  # what it refuses stays as it is
 
 
 def page_size() -> int:
