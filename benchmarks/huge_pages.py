@@ -19,7 +19,8 @@ import numpy as np
 from mara_runtime import huge_pages
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Pass
-from mara_runtime.ort_engine import OrtEngine
+from mara_runtime.errors import MaraError
+from mara_runtime.ort_engine import OrtEngine, why_not
 
 ROWS = (1, 2, 4, 8)
 TURNS, PASSES = 4, 12
@@ -35,6 +36,12 @@ def main() -> None:
     args = parser.parse_args()
     if not huge_pages.page_size():
         raise SystemExit(f"{huge_pages.SETTINGS} says that this system gives no huge pages")
+    try:
+        bundle = Bundle.open(args.bundle)
+    except MaraError as error:
+        raise SystemExit(str(error)) from None
+    if reason := why_not(bundle, "cpu"):
+        raise SystemExit(f"{args.bundle} does not run on a CPU: {reason}")
     spawn = multiprocessing.get_context("spawn")
     times: dict[bool, list[list[float]]] = {True: [], False: []}
     opened: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
@@ -43,6 +50,7 @@ def main() -> None:
         for huge in (True, False) if sitting % 2 else (False, True):
             pipes[huge], end = spawn.Pipe()
             spawn.Process(target=_serve, args=(end, args.bundle, args.context, args.threads, huge), daemon=True).start()
+            end.close()  # so that a process that fails is noticed
             opened[huge].append(pipes[huge].recv())
         for turn in range(TURNS):
             for huge in (True, False) if turn % 2 else (False, True):
