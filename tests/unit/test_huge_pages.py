@@ -1,5 +1,6 @@
 """Huge pages: which memory they are asked for, and that Linux gives them."""
 
+import ctypes
 import mmap
 import platform
 import re
@@ -58,8 +59,6 @@ def memory() -> Iterator[list[mmap.mmap]]:
 
 def filled(made: list[mmap.mmap], size: int) -> int:
     """A private mapping, written to; returns its address."""
-    import ctypes
-
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     made.append(mapping)
     mapping[:] = bytes([7]) * size
@@ -113,6 +112,6 @@ def test_where_mappings_are_not_told_nothing_happens(tmp_path: Path, monkeypatch
 
 
 @linux
-def test_an_error_inside_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_inside_is_passed_on() -> None:
     with pytest.raises(KeyError), huge_pages.huge_pages():
         raise KeyError

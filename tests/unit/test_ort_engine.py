@@ -506,7 +506,6 @@ def test_what_ran_is_described(bundle: Bundle) -> None:
     assert facts["version"].startswith("onnxruntime ")
 
 
-@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_what_a_session_allocates_goes_into_huge_pages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     told, opened = [], []
     session = onnxruntime.InferenceSession
@@ -523,6 +522,7 @@ def test_what_a_session_allocates_goes_into_huge_pages(bundle: Bundle, monkeypat
     assert told == [1]
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_provider_that_onnx_runtime_replaces_in_silence_is_refused(bundle: Bundle) -> None:
     # As where CUDA's libraries are missing; here the whole provider is.
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
