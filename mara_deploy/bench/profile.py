@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.engine import Engine, Everything, Outcome, Pass
+from mara_runtime.tensors import TOP_SPARE
 
 MOST_CANDIDATES = 40
 HIGH = 0.3
@@ -105,16 +106,17 @@ def _others(first: int, top: int, vocab_size: int, rng: np.random.Generator) -> 
 
 def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Logits that top-k 40 and top-p 0.95 turn into one candidate or about eight, and the verdicts on them."""
+    most = min(MOST_CANDIDATES, top - TOP_SPARE)
     probabilities = 1e-9 * np.linspace(1.0, 0.9, top)
     accepted = rng.random(top) < profile.accept
     if rng.random() >= profile.decisions:
         probabilities[0] = 1.0
     elif not profile.foreseen:
-        count = min(2 + int(rng.geometric(1 / 7)), MOST_CANDIDATES)
+        count = min(2 + int(rng.geometric(1 / 7)), most)
         probabilities[:count] = np.sort(rng.dirichlet(np.ones(count)))[::-1] + 0.06
     else:
-        rejected = min(int(rng.geometric(profile.accept)) - 1, 2)
-        count = min(4 + rejected + int(rng.geometric(1 / 4)), MOST_CANDIDATES)
+        rejected = min(int(rng.geometric(profile.accept)) - 1, 2, most - 1)
+        count = min(4 + rejected + int(rng.geometric(1 / 4)), most)
         high = rng.uniform(HIGH + 0.02, 0.4, rejected)
         low = rng.uniform(0.5, 1.0, count - rejected)
         low *= (1.0 - high.sum()) / low.sum()

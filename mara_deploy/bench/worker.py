@@ -117,7 +117,7 @@ class Subject:
             answers[way] = {
                 "ms": stats.decode_ms,
                 "engine_ms": stats.engine_ms,
-                "expected_ms": recorder.expected_ms(cost, context),
+                "expected_ms": recorder.expected_ms(cost, context, stats.forwards),
                 "continued": continued_share(prompt, emitted),
                 "stats": stats.to_json(),
             }
@@ -155,10 +155,10 @@ class Recorder:
         """Rows through the LM head, a pass each."""
         return [heads for _, heads in self._passes]
 
-    def expected_ms(self, cost: Cost, context: int) -> float:
-        """What the passes should have cost by the measured curve, without the prompt's."""
+    def expected_ms(self, cost: Cost, context: int, forwards: int) -> float:
+        """What the last so many passes, those after the prompt, should have cost by the measured curve."""
         rows, heads = cost.rows_ms(context), cost.heads_ms()
-        return float(sum(rows[r] + heads[h] for r, h in self._passes[1:]))
+        return float(sum(rows[r] + heads[h] for r, h in self._passes[len(self._passes) - forwards :]))
 
 
 def _steps(session: Session, prompt: list[int], config: DecodeConfig, tokens: int, stats: Stats) -> Iterator[Step]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -19,6 +19,7 @@ from typing import IO, Any
 from mara_deploy.commands.shared import Parser, guarded
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.manifest import ENGINE_TARGETS
 
 EPILOG = """\
 Every contestant runs in a process of its own, and they take turns, in several sittings with another one started first.
@@ -43,9 +44,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-by-one": {"schedule": "one-by-one", "draft": 0},
     "together": {"schedule": "together", "draft": 0},
 }
+STANDARD_CONTEXTS = (256, 1024, 4096)
 OTHERS = {"genai": "peer_genai.py", "llama.cpp": "peer_llama.py"}
 """Peers that need an environment of their own, and what drives them there."""
 MEASURES = ("memory", "steps", "prefill", "width", "profiles")
+CPUS = Path("/sys/devices/system/cpu")
 SITTINGS = 4
 """How often contestants of plain steps and of prefill are started anew, each time another one first: the speed of a
 process moves by several percent with where its memory happens to lie, and on some machines it is who starts first that
@@ -107,14 +110,22 @@ def _bench(args: argparse.Namespace) -> None:
     wanted = args.measure.split(",")
     if unknown := sorted(set(wanted) - set(MEASURES)):
         raise OptionError(f"--measure names {unknown[0]!r}; it must be among {', '.join(MEASURES)}")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    if args.profile and "profiles" not in wanted:
+        raise OptionError("--profile needs 'profiles' among --measure")
+    if args.threads is not None and args.threads < 1:
+        raise OptionError(f"--threads is {args.threads}; it must be at least 1")
+    args.threads = args.threads or cores()
     bundle = Bundle.open(args.bundle)
     capacity = bundle.manifest.max_context
-    contexts = args.context or [c for c in (256, 1024, 4096) if c <= capacity]
-    # the longest leaves room for what is decoded
-    contexts = sorted({min(c, capacity - args.tokens - 1) for c in contexts or [capacity]})
-    if contexts[0] < 1:
+    longest = capacity - args.tokens - 1  # leaves room for what is decoded
+    if longest < 1:
         raise OptionError(f"{args.bundle} holds {capacity} tokens; --tokens {args.tokens} leaves no context")
+    for context in args.context or []:
+        if not 1 <= context <= longest:
+            raise OptionError(
+                f"--context is {context}; {args.bundle} holds {capacity} tokens, which leaves 1 to {longest}"
+            )
+    contexts = sorted(args.context or {min(c, longest) for c in STANDARD_CONTEXTS if c <= capacity} or {longest})
     bench = Bench(args, contexts)
     with ExitStack() as stack:
         bench.open(stack)
@@ -162,7 +173,8 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()  # type: ignore[union-attr]
+        with suppress(OSError):  # it has ended, and what it was asked last is still in the pipe
+            self._process.stdin.close()  # type: ignore[union-attr]
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -187,7 +199,7 @@ class Bench:
         threads = ["--threads", str(args.threads)]
         folder = Path(__file__).resolve().parents[1] / "bench"
         ours = [sys.executable, "-m", "mara_deploy.bench.worker", args.bundle, "--engine", args.engine]
-        self._commands = {"mara": [*ours, *threads]}
+        self._commands = {"mara": ours if args.engine in ENGINE_TARGETS else [*ours, *threads]}
         for peer in args.peer:
             name, _, where = peer.partition("=")
             python, colon, model = where.partition(":")
@@ -212,7 +224,7 @@ class Bench:
             self.about[name] = {k: v for k, v in self._open[name].about.items() if k != "ready"}
 
     def memory(self) -> dict[str, int]:
-        """Peak of a fresh process that takes 256 tokens and decodes 64, by contestant."""
+        """Peak of a fresh process that takes the shortest context and decodes, by contestant."""
         peaks = {}
         for name in self._commands:
             with ExitStack() as stack:
@@ -299,7 +311,8 @@ class Bench:
             stats: list[dict[str, Any]] = [a["stats"] for a in answers]
             emitted = sum(s["tokens"] for s in stats)
             values: dict[str, Any] = {
-                "tokens_per_second": emitted / sum(a["ms"] for a in answers) * 1e3,
+                # the first token of an answer comes with its prompt
+                "tokens_per_second": (emitted - len(answers)) / sum(a["ms"] for a in answers) * 1e3,
                 "ratio": spread(ratios),
                 "expected_ratio": expected,
                 "passes_per_token": sum(s["forwards"] for s in stats) / emitted,
@@ -325,7 +338,7 @@ class Bench:
             told = (f"{way} is × {_bracketed(to_it[way])}" for way in ("plain", "aligned", "drafting") if way in ways)
             self._say(f"  {name}, plain: {rate:.1f} tokens/s; of it {', '.join(told)}")
         if serial:
-            ours = [a["ms"] / tokens for a in measured["aligned"]]
+            ours = [a["ms"] / (tokens - 1) for a in measured["aligned"]]
             gain = median(s["ms"] for s in serial) / median(ours)
             found["hugging_face_serial_ms"] = median(s["ms"] for s in serial)
             found["gain_over_hugging_face_serial"] = gain
@@ -400,6 +413,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def _bracketed(value: dict[str, float]) -> str:
     return f"{value['median']:.3g} [{value['low']:.3g}–{value['high']:.3g}]"
+
+
+def cores() -> int:
+    """Physical cores that this process may use; logical ones where the system does not tell."""
+    logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    try:
+        return len({(CPUS / f"cpu{n}/topology/thread_siblings_list").read_text(encoding="ascii") for n in logical})
+    except OSError:
+        return len(logical)
 
 
 def machine() -> dict[str, Any]:

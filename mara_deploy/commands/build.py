@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, prompt_options
 from mara_runtime.bundle import Bundle
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
 
@@ -113,8 +113,7 @@ def _build(args: argparse.Namespace) -> None:
 def summary(bundle: Bundle, target: str) -> list[str]:
     """The engines that a bundle has for a target, and the line that uses them."""
     lines = [line for engine in bundle.manifest.engines if engine.target == target for line in _facts(bundle, engine)]
-    prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
-    return [*lines, "", f"mara-run {bundle.folder} --engine {target} {prompt}"]
+    return [*lines, "", f"mara-run {bundle.folder} --engine {target} {prompt_options(bundle.manifest)}"]
 
 
 def _facts(bundle: Bundle, engine: EngineFacts) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, prompt_options
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
@@ -143,8 +143,7 @@ def _export(args: argparse.Namespace) -> None:
     print("\n".join(summary(Bundle.open(out, verify=False))))
     if to_build is not None:
         print(f"no engine {to_build}: on the device that will run it,\nmara-build {out} --target {args.target}")
-    prompt = "--input-ids 1,2,3" if bundle.manifest.tokenizer is None else '--prompt "…"'
-    print(f"\nmara-run {out} {prompt}")
+    print(f"\nmara-run {out} {prompt_options(bundle.manifest)}")
 
 
 def _refuse_what_says_nothing(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from mara_runtime.config import ENGINES, FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.manifest import Manifest
 
 EXIT_BAD_INPUT = 2
 
@@ -39,31 +40,35 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
     """Parse, run, and turn what the user can mend into one line on stderr and exit code 2."""
     args = parser.parse_args(argv)
     try:
-        with _termination_is_an_interrupt():
+        with _termination_unwinds():
             body(args)
-    except (MaraError, KeyboardInterrupt, BrokenPipeError) as error:
+    except (MaraError, KeyboardInterrupt, Terminated, BrokenPipeError) as error:
         if args.debug:
             raise
         if isinstance(error, BrokenPipeError):  # the reader has left, as `head` does
             sys.stderr.close()
             return EXIT_BAD_INPUT
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        message = " ".join(str(error).split()) if isinstance(error, MaraError) else "interrupted"
         print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
 
+class Terminated(BaseException):
+    """SIGTERM came: like Ctrl-C, but nothing goes on afterwards."""
+
+
 @contextlib.contextmanager
-def _termination_is_an_interrupt() -> Iterator[None]:
+def _termination_unwinds() -> Iterator[None]:
     """Let SIGTERM unwind as Ctrl-C does, so that nothing half-written stays behind."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def terminate(*_: object) -> None:
+        raise Terminated
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
@@ -154,7 +159,16 @@ def template_variables(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def decode_config(args: argparse.Namespace) -> DecodeConfig:
-    """The options of `add_decode_options` as a DecodeConfig. Raises OptionError."""
+    """The options of `add_decode_options` as a DecodeConfig. Raises OptionError, also for what would be ignored."""
+    default = DecodeConfig()
+    if args.no_align:
+        for name in ("strategy", "order", "fallback", "threshold"):
+            if (value := getattr(args, name)) != getattr(default, name):
+                raise OptionError(f"--{name} is {value}, but --no-align asks no agent; leave one of them out")
+    if args.draft and (args.sample or args.strategy != default.strategy or args.order != default.order):
+        raise OptionError(
+            f"--draft is {args.draft}, but only greedy decoding and top1 in ranked order draft; leave it out"
+        )
     return DecodeConfig(
         align=not args.no_align,
         top_k=args.top_k,
@@ -171,3 +185,10 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
         seed=args.seed,
         stop=tuple(args.stop),
     )
+
+
+def prompt_options(manifest: Manifest) -> str:
+    """What `mara-run` needs besides a bundle, as an example."""
+    prompt = "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'
+    few = manifest.max_candidates < DecodeConfig().top_k
+    return f"{prompt} --top-k {manifest.max_candidates}" if few else prompt

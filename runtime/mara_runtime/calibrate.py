@@ -20,6 +20,7 @@ from typing import Any
 from mara_runtime import user_cache
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Engine, Pass
+from mara_runtime.huge_pages import page_size
 from mara_runtime.schedule import Cost
 
 BUDGET_S = 6.0
@@ -31,6 +32,8 @@ RAREST = 8
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)
 HEADS = (1, 2, 4, 8)
 CONTEXTS = (128, 1024, 4096)
+FORM = 2
+"""Of a measurement: another number whenever a pass is timed in another way."""
 
 
 def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] = lambda _: None) -> Cost:
@@ -122,6 +125,7 @@ def _fingerprint(bundle: Bundle, engine: Engine) -> str:
     engine_facts = {key: value for key, value in engine.describe().items() if key != "memory"}
     runs = (bundle.manifest.step.file, f"engines/{engine_facts['name']}/")
     facts = [
+        str((FORM, WIDTHS, HEADS, CONTEXTS, page_size())),
         *(entry.sha256 for name, entry in sorted(bundle.manifest.files.items()) if name.startswith(runs)),
         json.dumps(engine_facts, sort_keys=True),
         platform.machine(),

@@ -19,6 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mara_runtime.errors import PromptError
 
 Message = Mapping[str, Any]
+_OURS = {"messages", "add_generation_prompt", "self"}
+"""Variables of a template that are no special tokens; the last is Jinja's."""
 
 
 class _Generation(Extension):
@@ -65,17 +67,17 @@ class ChatTemplate:
             raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """Text of a conversation: messages are {"role": …, "content": …}.
+    def render(self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """Text of a conversation: messages are {"role": …, "content": …}; variables: of the template.
 
         Raises PromptError when the template refuses them (an unknown role, a wrong order, …).
         """
+        values = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        if taken := sorted(_OURS & values.keys()):
+            raise PromptError(f"the chat template's variable {taken[0]!r} has its value from the conversation")
+        ours = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=list(messages),
-                add_generation_prompt=add_generation_prompt,
-                **{"tools": None, "documents": None, **self._special_tokens, **variables},
-            )
+            return self._template.render({**values, **ours})
         except Exception as error:  # a template is a program: it may fail in any way a program can
             raise PromptError(f"the bundle's chat template refuses these messages: {_line(error)}") from None
 

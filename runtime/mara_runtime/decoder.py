@@ -10,10 +10,11 @@ Each is a thin wrapper of the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.calibrate import measured_cost
@@ -69,12 +70,26 @@ class Piece:
     """the whole answer, on the last piece"""
 
 
+@dataclass
+class _Cache:
+    """An engine's KV cache, of which there is one, whoever decodes with the engine."""
+
+    held: list[int] = field(default_factory=list)
+    """see `Session.held`"""
+    turn: int = 0
+    """the latest answer; those before it cannot go on"""
+
+
+_CACHES: WeakKeyDictionary[Engine, _Cache] = WeakKeyDictionary()
+
+
 class AlignedDecoder:
-    """A bundle ready to decode. One generation at a time: it owns one KV cache.
+    """A bundle ready to decode. One generation at a time: there is one KV cache.
 
     A prompt that begins with what the cache still holds, as the next turn of a conversation does, keeps that part.
 
-    engine: "auto" takes the best that bundle and machine have; threads: of a CPU engine, default one a physical core;
+    engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle,
+    in turns; threads: of a CPU engine, default one a physical core;
     verify: compare the bundle's files with their checksums first; cost: what width costs here, default measured at
     the first adaptive answer, once for bundle and machine; report: told when something takes its time.
     """
@@ -105,13 +120,12 @@ class AlignedDecoder:
             )
         self._cost, self._report = cost, report
         self._acceptance, self._drafts = Acceptance(), NGrams()
-        self._held: list[int] = []
-        self._turn = 0
+        self._cache = _CACHES.setdefault(self.engine, _Cache())
 
     def forget(self) -> None:
         """Empty the KV cache, and forget what was learned of the agent and of the texts."""
-        self._turn += 1
-        self._held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
+        self._cache.turn += 1
+        self._cache.held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
         self.engine.clear()
         self._acceptance, self._drafts = Acceptance(), NGrams()
 
@@ -160,8 +174,8 @@ class AlignedDecoder:
         """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
         config = self._resolve(config or DecodeConfig())
         ids = self.encode(prompt, raw=raw, template=template)
-        self._turn += 1
-        return self._pieces(ids, config, self._turn)
+        self._cache.turn += 1
+        return self._pieces(ids, config, self._cache.turn)
 
     def generate(
         self,
@@ -187,8 +201,8 @@ class AlignedDecoder:
         return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
 
     def _check_turn(self, turn: int) -> None:
-        if turn != self._turn:
-            raise MaraError("this answer cannot go on: the decoder has begun another, and it holds one KV cache")
+        if turn != self._cache.turn:
+            raise MaraError("this answer cannot go on: its engine has begun another, and there is one KV cache")
 
     def _session(self, config: DecodeConfig) -> Session:
         drafts = self._drafts if config.draft or (config.draft is None and config.schedule == "adaptive") else None
@@ -197,14 +211,14 @@ class AlignedDecoder:
             self._schedule(config),
             drafts,
             Noise.of(self.bundle.manifest.noise),
-            self._held,
+            self._cache.held,
         )
 
     def _schedule(self, config: DecodeConfig) -> Schedule:
-        if config.schedule == "adaptive" and (config.align or config.draft != 0):
+        if config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample)):
             if self._cost is None:
+                self._cache.held.clear()  # first: the measurement writes over it, and may be interrupted
                 self._cost = measured_cost(self.bundle, self.engine, self._report)
-                self._held.clear()  # the measurement has written over it
             return Adaptive(self._cost, self._acceptance)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 

@@ -38,7 +38,7 @@ class DraftSource(Protocol):
 
 LONGEST, SHORTEST = 6, 2
 """Tokens of an n-gram that is looked up; the longest that is known decides."""
-MOST_NGRAMS = 200_000
+MOST_NGRAMS = 20_000
 """Of each length; a table that grows beyond is begun anew."""
 _PRIOR = (1.0, 3.0)  # confirmed and missed guesses that every length of n-gram begins with
 _MEMORY = 0.98  # weight of the past when a guess is counted

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.config import ENGINES
-from mara_runtime.errors import EngineError, NumericsError
+from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) 
     """
     if name not in ("auto", *ENGINES):
         raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
+    if threads is not None and name in ENGINE_TARGETS:
+        raise OptionError(f"--threads is for an engine on a CPU, and --engine is {name}; leave it out")
     declined: dict[str, str] = {}
     for candidate in ENGINES if name == "auto" else (name,):
         why_not, make = _kind(candidate)

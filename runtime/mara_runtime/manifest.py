@@ -111,7 +111,7 @@ class Manifest:
     max_context: int
     """tokens of prompt and answer together"""
     max_candidates: int
-    """candidates of a position; also the KV cache's spare slots"""
+    """candidates of a position at most"""
     targets: tuple[str, ...]
     """engines this bundle was made for"""
     step: GraphFacts

@@ -125,7 +125,9 @@ class OrtEngine:
     def _open(self, path: Path, options: Any) -> Any:
         import onnxruntime as ort
 
-        how = {"enable_cuda_graph": "1"} if self._graphs is True else {}
+        how = {"use_tf32": "0"} if self._name == "cuda" else {}  # else float32 is rounded to 11 bits
+        if self._graphs is True:
+            how["enable_cuda_graph"] = "1"
         try:
             with huge_pages() if self._name == "cpu" else contextlib.nullcontext():
                 session = ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
@@ -168,11 +170,11 @@ class OrtEngine:
 
         shape = self._shape
         # Zeroed: an additive mask lets NaN through, so a slot that nobody has written must not hold one.
-        self._slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
-        for layer, entries in zip(self._slab, held, strict=False):
+        slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._type)
+        for layer, entries in zip(slab, held, strict=False):
             layer[:, :, : entries.shape[2]] = entries
-        self._cache = [ort.OrtValue.ortvalue_from_numpy(layer, DEVICES[self._name], 0) for layer in self._slab]
-        self._bound.clear()
+        cache = [ort.OrtValue.ortvalue_from_numpy(layer, DEVICES[self._name], 0) for layer in slab]
+        self._slab, self._cache, self._bound = slab, cache, {}  # all or nothing: it may be interrupted
 
     def _make_room(self, slots: int) -> None:
         """Grow the cache to hold `slots`, keeping what is in it."""

@@ -65,9 +65,8 @@ class Stats:
         """Count an emitted token."""
         self.tokens += 1
         self.confirmed += step.drafted
-        if not config.align:
-            return
-        self.candidate_counts[len(step.candidates)] += 1
+        if config.align:
+            self.candidate_counts[len(step.candidates)] += 1
         distances = [abs(margin - config.threshold) for margin in step.margins.values()]
         if distances:
             self.decisions += 1
@@ -79,7 +78,7 @@ class Stats:
             else:
                 self.accepted_rank[step.rank] += 1
         if noise is not None:
-            if config.strategy == "max_prob" and len(distances) > 1:
+            if config.strategy == "max_prob" and len(distances) > 1 and not step.forced:
                 best, second, *_ = sorted(step.margins.values(), reverse=True)
                 distances.append(best - second)
             self.within_noise += step.candidates.gap < noise.logits or min(distances, default=np.inf) < noise.margins

@@ -63,8 +63,35 @@ def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, t
         against = profile["peers"]["genai"]["mara_to_its_plain"]
         assert ways <= set(against)
         for way, ratio in against.items():  # an answer's first token comes from its prompt: the others are compared
-            ours_ms = tokens / profile["ways"][way]["tokens_per_second"] * 1e3
+            ours_ms = (tokens - 1) / profile["ways"][way]["tokens_per_second"] * 1e3
             assert ratio["median"] == pytest.approx((tokens - 1) * step_ms / ours_ms)
+
+
+DYING = """#!{python}
+import json
+print(json.dumps({{"name": "dying", "versions": {{}}, "ready": True}}), flush=True)
+"""
+
+
+def test_a_contestant_that_ends_too_early_is_named(command, demo, tmp_path):
+    peer = tmp_path / "peer"
+    peer.write_text(DYING.format(python=sys.executable))
+    peer.chmod(0o755)
+    done = command("bench", demo, "--measure", "steps", "--context", 32, "--peer", f"genai={peer}:model")
+    assert done.code == 2
+    assert done.err.startswith("mara-bench: error: genai ")
+    assert done.err.count("\n") == 1
+
+
+def test_a_prompt_of_several_chunks_and_few_candidates(command, tmp_path):
+    bundle = export_demo(tmp_path / "demo", quiet=True, max_context=512, max_candidates=4).folder
+    done = command("bench", bundle, "--rounds", 2, "--tokens", 8, "--context", 420, "--measure", "profiles")
+    assert (done.code, done.err) == (0, "")
+    for profile in json.loads(done.out.splitlines()[-1])["profiles"]:
+        one_by_one = profile["ways"]["one-by-one"]
+        assert one_by_one["expected_ratio"] == pytest.approx(
+            profile["ways"]["plain"]["passes_per_token"] / one_by_one["passes_per_token"], rel=0.5
+        )
 
 
 @pytest.mark.parametrize(
@@ -75,6 +102,10 @@ def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, t
         (["--rounds", 0], "--rounds must be at least 1"),
         (["--tokens", 400], "leaves no context"),
         (["--engine", "tensorrt"], "mara: no engine can run"),
+        (["--threads", 0], "--threads is 0; it must be at least 1"),
+        (["--context", 250], "holds 256 tokens, which leaves 1 to 159"),
+        (["--context", 0], "--context is 0; "),
+        (["--measure", "steps", "--profile", 2], "--profile needs 'profiles' among --measure"),
     ],
 )
 def test_bad_options_are_said_in_one_line(command, demo, options, said):

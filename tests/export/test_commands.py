@@ -9,6 +9,7 @@ import pty
 import re
 import resource
 import select
+import shlex
 import statistics
 import subprocess
 import sys
@@ -365,6 +366,23 @@ def test_inspect_json_is_the_manifest(command, bundle) -> None:
 # --- mara-export -----------------------------------------------------------------------------------------------------
 
 
+def test_the_line_that_an_export_ends_with_runs(command, checkpoint, agent_file, tmp_path) -> None:
+    options = [
+        "--model",
+        checkpoint("qwen2"),
+        "--agent",
+        agent_file("qwen2"),
+        "--max-context",
+        64,
+        "--max-candidates",
+        8,
+    ]
+    done = command("export", *options, "--no-gate", "--out", tmp_path / "few")
+    program, *arguments = shlex.split(done.out.splitlines()[-1])
+    assert program == "mara-run"
+    assert command("run", *arguments, "--max-new-tokens", 2, "--threads", 1).code == 0
+
+
 def test_export_prints_progress_apart_from_its_summary(command, checkpoint, agent_file, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 64]
@@ -500,6 +518,19 @@ def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None
     assert screen.process.wait(timeout=30) == 2
     assert "mara-run: error: interrupted" in rest
     assert "Traceback" not in text + rest
+
+
+def test_a_termination_ends_the_chat_in_the_middle_of_an_answer(terminal, bundle) -> None:
+    slow = ["--schedule", "one-by-one", "--top-k", MAX_CANDIDATES, "--top-p", 1, "--threshold", 1000, "--threads", 1]
+    screen = terminal([sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen3"), *slow])
+    screen.read_until("> ")
+    screen.write("Hello\n")
+    screen.read_until(r"Hello\n(?s:.)+")
+    screen.process.terminate()
+    rest = screen.read_until("never")
+    assert screen.process.wait(timeout=30) == 2
+    assert "mara-run: error: interrupted" in rest
+    assert "Traceback" not in rest
 
 
 @pytest.mark.parametrize("options", [["--json"], ["--raw"]])

@@ -1,10 +1,13 @@
 """The bench's instrument: is its profile what it says, and does every pass of the engine underneath run in full?"""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mara_deploy.bench.profile import HIGH, Instrument, Profile, Script
 from mara_deploy.bench.worker import Recorder, continued_share
+from mara_deploy.commands import bench
 from mara_deploy.commands.bench import spread
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
@@ -12,6 +15,7 @@ from mara_runtime.decode import Session, decode
 from mara_runtime.drafts import NGrams
 from mara_runtime.schedule import Cost, Fixed
 from mara_runtime.stats import Stats
+from mara_runtime.tensors import top_tokens
 from tests.unit import helpers
 
 POSITIONS, VOCAB, TOP = 3000, 1000, 72
@@ -60,6 +64,25 @@ def test_the_share_that_continues_what_was_there_before(repeated: float) -> None
     assert continued_share(text[:300], text[300:]) == pytest.approx(repeated, abs=0.06)
 
 
+@pytest.mark.parametrize("allowed", [1, 2, 4, 16])
+@pytest.mark.parametrize("foreseen", [False, True])
+def test_a_bundle_of_few_candidates_has_no_more_of_them(allowed: int, foreseen: bool) -> None:
+    made = Script(Profile(decisions=1.0, foreseen=foreseen), 300, VOCAB, top_tokens(allowed, VOCAB))
+    sizes = {len(select(*made.candidates(position), 0.0, 40, 0.95)) for position in range(300)}
+    assert 0.9 * allowed <= max(sizes) <= allowed
+
+
+def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(bench, "CPUS", tmp_path)
+    assert bench.cores() == 4  # the system does not tell
+    for number, siblings in enumerate(("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings)
+    assert bench.cores() == 3
+
+
 def test_a_token_that_is_no_candidate_is_rejected() -> None:
     made, lists = script(Profile(accept=1.0))
     stranger = next(t for t in range(VOCAB) if t not in made.candidates(7)[0])
@@ -68,23 +91,24 @@ def test_a_token_that_is_no_candidate_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("schedule", [Fixed(1), Fixed(3), Fixed(None), Fixed(2, 4)])
-def test_the_instrument_says_what_the_script_says(schedule: Fixed) -> None:
+def test_the_instrument_says_what_the_script_says(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
     engine = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
     recorder = Recorder(Instrument(engine, made))
     session = Session(recorder, schedule, NGrams() if schedule.drafted else None)
     stats = Stats()
     prompt = made.prompt(60)
+    monkeypatch.setattr("mara_runtime.decode.PREFILL_ROWS", 25)  # three passes for the prompt
     steps = list(decode(session, prompt, DecodeConfig(), fallback="first", eos_token_ids=set(), limit=50, stats=stats))
     for step in steps:
         ids = select(*made.candidates(step.position), 0.0, 40, 0.95).ids
         accepted = [int(t) for t in ids if made.accepts(step.position, int(t))]
         assert step.candidates.ids.tolist() == ids.tolist()
         assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
-    assert len(engine.calls) == stats.forwards + 1  # every pass went through the engine underneath
+    assert len(engine.calls) == stats.forwards + 3  # every pass went through the engine underneath
     flat = Cost((1,), (1, 2), ((1.0, 1.0),), (1, 2), (0.5, 0.5))
-    assert recorder.expected_ms(flat, 60) == pytest.approx(
-        sum(1.0 + 0.5 * bool(heads) for heads in recorder.heads()[1:]), rel=1e-6
+    assert recorder.expected_ms(flat, 60, stats.forwards) == pytest.approx(
+        sum(1.0 + 0.5 * bool(heads) for heads in recorder.heads()[3:]), rel=1e-6
     )
 
 

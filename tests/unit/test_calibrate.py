@@ -453,6 +453,17 @@ def test_another_machine_is_measured_for_itself(
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("name", "value"), [("FORM", 0), ("WIDTHS", (1, 2)), ("page_size", lambda: 12345)])
+def test_what_was_measured_in_another_way_is_measured_anew(
+    bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, name: str, value: Any
+) -> None:
+    machine = clock(Machine(by_rule))
+    asked(bundle, machine)
+    monkeypatch.setattr(calibrate, name, value)
+    assert asked(bundle, machine)[1] is True
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_the_tests_have_a_cache_folder_of_their_own(cache_folder: Path) -> None:
     assert user_cache.folder() == cache_folder / "mara-deploy"
     assert not str(cache_folder).startswith(str(Path.home() / ".cache"))

@@ -281,3 +281,9 @@ def test_a_special_token_that_takes_the_name_of_another_variable(role: str) -> N
     source = "{{ messages[0].content }}{{ add_generation_prompt }}"
     with pytest.raises(PromptError, match=re.compile("chat template")):
         render(source, special={role: "x"})
+
+
+@pytest.mark.parametrize("name", ["messages", "self"])
+def test_a_variable_that_is_the_conversation_s_own(name: str) -> None:
+    with pytest.raises(PromptError, match=f"variable '{name}' has its value from the conversation"):
+        ChatTemplate("{{ messages[0].content }}", {}).render(HELLO, **{name: 1})

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
 from mara_runtime.config import SCHEDULES
+from mara_runtime.engine import Pass
 from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
 from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import spare_slots
@@ -356,6 +357,23 @@ def test_every_answer_of_a_decoder_is_that_of_a_fresh_one(tmp_path: Path) -> Non
         assert (used.token_ids, used.stats.algorithm()) == (expected.token_ids, expected.stats.algorithm())
 
 
+def test_decoders_that_share_an_engine_know_what_it_holds(tmp_path: Path) -> None:
+    one, engine = make_decoder(tmp_path, reciting())
+    other = AlignedDecoder(one.bundle, engine=engine, cost=helpers.COST)
+    config = DecodeConfig(top_k=2, max_new_tokens=4)
+    first = one.generate([5, 6, 7, 8], config)
+    assert other.generate([9, 6, 7], config).stats.reused_tokens == 0
+    again = one.generate([5, 6, 7, 8], config)
+    assert (again.token_ids, again.stats.reused_tokens) == (first.token_ids, 0)
+    assert other.generate([5, 6, 7, 8], config).stats.reused_tokens == 3
+
+    begun = one.stream([5, 6, 7, 8], config)
+    next(begun)
+    other.generate([9, 6, 7], config)
+    with pytest.raises(MaraError, match="cannot go on"):
+        next(begun)
+
+
 def test_forget_leaves_a_decoder_as_it_was_at_first(tmp_path: Path) -> None:
     decoder, engine = make_decoder(tmp_path, reciting())
     config = DecodeConfig(top_k=2, max_new_tokens=12)
@@ -522,14 +540,34 @@ def test_the_first_adaptive_answer_measures_and_says_so(tmp_path: Path, empty_ca
         DecodeConfig(top_k=2, max_new_tokens=3, schedule="one-by-one"),
         DecodeConfig(top_k=2, max_new_tokens=3, schedule="together", draft=4),
         DecodeConfig(align=False, max_new_tokens=3, draft=0),
+        DecodeConfig(align=False, sample=True, top_k=2, max_new_tokens=3),
     ],
-    ids=["one-by-one", "together", "plain without drafts"],
+    ids=["one-by-one", "together", "plain without drafts", "sampled"],
 )
 def test_who_has_no_use_for_a_cost_does_not_measure_it(tmp_path: Path, empty_cache: Path, config: DecodeConfig) -> None:
     decoder, _, told = unmeasured(tmp_path / "bundle", reciting())
     decoder.generate([5, 6], config)
     assert told == []
     assert not empty_cache.exists()
+
+
+def test_after_a_measurement_that_was_interrupted_nothing_is_held(
+    tmp_path: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, _, _ = unmeasured(tmp_path / "bundle", reciting())
+    by_pairs = DecodeConfig(top_k=2, max_new_tokens=3, schedule="together")
+    first = decoder.generate([5, 6], by_pairs)
+
+    def stop(engine: Measured, *_: Any) -> None:
+        engine.run(Pass([0] * 4, range(4), 0))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mara_runtime.calibrate.measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.generate([5, 6], ADAPTIVE)
+    again = decoder.generate([5, 6], by_pairs)
+    assert (again.token_ids, again.stats.reused_tokens) == (first.token_ids, 0)
 
 
 def test_a_cost_that_is_given_is_not_measured(tmp_path: Path, empty_cache: Path) -> None:

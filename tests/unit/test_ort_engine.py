@@ -393,6 +393,28 @@ def test_on_a_cpu_the_cache_is_as_large_as_a_text_needs(bundle: Bundle, monkeypa
     assert sizes == [32, 32, 16, 60, SLOTS]  # smaller where that halves it
 
 
+def test_a_growth_that_is_interrupted_leaves_the_cache_as_it_was(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_with(4, monkeypatch)
+    engine, whole = OrtEngine(bundle, threads=1), OrtEngine(bundle, threads=1)
+    works = [Pass([(3 * p + 1) % FINE], [p], p, [0]) for p in range(9)]
+    expected = [whole.run(work).top_logits.copy() for work in works]
+    for work in works[:4]:
+        engine.run(work)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(works[4])
+    assert engine.allocated_slots == 4
+    for work, wanted in zip(works[4:], expected[4:], strict=True):
+        np.testing.assert_array_equal(engine.run(work).top_logits, wanted)
+
+
 @pytest.mark.parametrize("ahead", [0, 3])
 @pytest.mark.parametrize("before", [0, 1])
 def test_an_engine_that_has_grown_gives_the_tokens_of_one_that_never_did(

@@ -61,9 +61,10 @@ def test_drafted_tokens_that_are_emitted_are_confirmed() -> None:
     assert counted(step({}, count=1, drafted=True), config=DecodeConfig(align=False)).confirmed == 1
 
 
-def test_plain_decoding_counts_tokens_alone() -> None:
-    stats = counted(step({}, count=1), step({}, count=3, rank=3), config=DecodeConfig(align=False), noise=Noise(9, 9))
-    assert (stats.tokens, stats.within_noise) == (2, 0)
+def test_plain_decoding_counts_tokens_alone_and_near_ties() -> None:
+    seen = step({}, count=1, gap=1.0), step({}, count=3, rank=3, gap=0.125)
+    stats = counted(*seen, config=DecodeConfig(align=False), noise=Noise(9, 0.25))
+    assert (stats.tokens, stats.within_noise) == (2, 1)
     assert stats.algorithm() == {**Stats().algorithm(), "tokens": 2}
 
 
@@ -98,6 +99,11 @@ def test_the_two_best_margins_count_where_the_best_is_taken(strategy: str, withi
 
 def test_margins_of_the_others_are_no_matter_to_the_best() -> None:
     seen = step({1: 3.0, 2: 1.0, 3: 1.125})
+    assert counted(seen, config=DecodeConfig(strategy="max_prob"), noise=Noise(0.25, 0.25)).within_noise == 0
+
+
+def test_margins_of_rejected_candidates_do_not_compete() -> None:
+    seen = step({1: -3.0, 2: -3.125}, forced=True)
     assert counted(seen, config=DecodeConfig(strategy="max_prob"), noise=Noise(0.25, 0.25)).within_noise == 0
 
 
