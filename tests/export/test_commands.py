@@ -367,17 +367,8 @@ def test_inspect_json_is_the_manifest(command, bundle) -> None:
 
 
 def test_the_line_that_an_export_ends_with_runs(command, checkpoint, agent_file, tmp_path) -> None:
-    options = [
-        "--model",
-        checkpoint("qwen2"),
-        "--agent",
-        agent_file("qwen2"),
-        "--max-context",
-        64,
-        "--max-candidates",
-        8,
-    ]
-    done = command("export", *options, "--no-gate", "--out", tmp_path / "few")
+    model = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 64]
+    done = command("export", *model, "--max-candidates", 8, "--no-gate", "--out", tmp_path / "few")
     program, *arguments = shlex.split(done.out.splitlines()[-1])
     assert program == "mara-run"
     assert command("run", *arguments, "--max-new-tokens", 2, "--threads", 1).code == 0
