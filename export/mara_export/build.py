@@ -30,6 +30,9 @@ SLOT_MULTIPLE = 16
 """Slots are rounded up to it, so that the rows of the mask are aligned as fused kernels want them."""
 USUAL_ROWS = 4
 """Of a decoding pass: what the kernels of the first profile are chosen for."""
+KERNEL_BYTES = 64 << 20
+"""More than kernels and names of an engine take: where quantised weights save less, its size does not tell whether they
+are still packed."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
@@ -83,8 +86,8 @@ class BuildOptions:
 def why_cannot_build(target: str) -> str | None:
     """Why engines of a target cannot be built on this machine; None: they can."""
     from_nvidia = {
-        "tensorrt": "pip install tensorrt on x86-64; on a Jetson it comes with JetPack (apt install tensorrt, and a "
-        "virtual environment made with --system-site-packages)",
+        "tensorrt": "pip install 'mara-deploy[tensorrt]', but on a Jetson it comes with JetPack (apt install tensorrt, "
+        f"and a virtual environment made with --system-site-packages); {cuda.FOR_CUDA_12}",
         "tensorrt-rtx": "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
     }
     if target not in from_nvidia:
@@ -190,6 +193,12 @@ def _build_one(
                 name_of_own = f"tensorrt-{trt.__version__}-{capability}.timings"
                 stack.enter_context(timings.kept(config, options.timing_cache, name_of_own, progress.note))
             plan, apart = network.build(config, tell, progress.note)
+        wide = network.wide_weight_bytes
+        if memoryview(plan).nbytes >= wide > network.weight_bytes + KERNEL_BYTES:
+            progress.note(
+                f"the engine is as large as with weights of 16 bits ({wide / 1e6:,.0f} MB): {parts.name(trt)} seems to "
+                f"have widened those of {manifest.step.precision}, which then save no memory"
+            )
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(memoryview(plan))
     return EngineFacts(

@@ -2,7 +2,9 @@
 
 What the step adds stays float32: the agent, its margins, the logits and what is made of them. So do the *islands* that
 a lowering marks, with a Cast at each border: norms and softmax, where they are made of basic operators. The fused
-operators keep to float32 within: RMSNormalization by its `stash_type`, and every engine's attention when it sums.
+RMSNormalization keeps to float32 within, by its `stash_type`. What a fused attention sums in is the engine's matter:
+TensorRT's sums in float16, unless query, key and value are widened in front of it (release notes of 11.3), which may be
+slower. tests/gpu compares what becomes of that after a long context.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ Shapes = tuple[int, int, int]
 """(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
 """What a builder's error speaks of when an attention has no fused kernel."""
+_WIDER = {onnx.TensorProto.INT8: 2, onnx.TensorProto.INT4: 4}
+"""How many times their size integers take as float16."""
 
 
 def name(trt: Any) -> str:
@@ -58,6 +60,7 @@ class Network:
             model = onnx.load(str(path), load_external_data=False)
         except (OSError, DecodeError) as error:  # of a bundle that was not verified
             raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it anew") from None
+        self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
         _fix(model, "C", slots)
         if not self._parser.parse(model.SerializeToString(), str(path)):
             raise EngineError(f"{name(trt)} cannot read {path.name}: {self._parser_error()}")
@@ -102,6 +105,7 @@ class Network:
     def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
         """A builder configuration with an optimisation profile for each (least, best, most) of S, H0 and N."""
         config = self._builder.create_builder_config()
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default; it rounds float32 to 11 bits
         symbols = {t.name: t.shape for t in tensors.step_inputs(_NO_SHAPE)}
         for triple in profiles:
             profile = self._builder.create_optimization_profile()
@@ -117,7 +121,8 @@ class Network:
         """The engine as a buffer, and the names of the attentions that are not fused: a list, or "all".
 
         Every attention is first asked to be one fused kernel. Where there is none, `note` is told, and it may become
-        several. Raises EngineError; KeyboardInterrupt, when it comes, stops the builder first.
+        several; some TensorRT builds no attention with a mask then either. Raises EngineError; KeyboardInterrupt, when
+        it comes, stops the builder first.
         """
         attentions = self.attentions()
         apart: list[str] = []
@@ -131,7 +136,8 @@ class Network:
                 attentions[layer].decomposable = True
             plan, errors = self._run(config, tell)
         if plan is None:
-            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}")
+            way_out = ": export the bundle again with --lowering decomposed" if apart else ""
+            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}{way_out}")
         return plan, "all" if apart and len(apart) == len(attentions) else apart
 
     def _run(self, config: Any, tell: Callable[[str, int, int], None]) -> tuple[Any, str]:
@@ -165,6 +171,17 @@ _NO_SHAPE = tensors.ModelShape(0, 0, 0, 0, 0, 0)
 def _sized(shape: tuple[int | str, ...], rows: int, head_rows: int, agent_rows: int) -> tuple[int, ...]:
     sizes = {"S": rows, "H0": head_rows, "N": agent_rows}
     return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+
+
+def _weight_bytes(model: onnx.ModelProto) -> tuple[int, int]:
+    """Of the graph's matrices, as they are and with the quantised ones as float16; shared bytes count once."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for weight in model.graph.initializer:
+        where = {entry.key: entry.value for entry in weight.external_data}
+        if where:
+            size = int(where["length"])
+            sizes[where["offset"]] = size, size * _WIDER.get(weight.data_type, 1)
+    return sum(size for size, _ in sizes.values()), sum(wide for _, wide in sizes.values())
 
 
 def _fix(model: onnx.ModelProto, symbol: str, size: int) -> None:

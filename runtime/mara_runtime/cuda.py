@@ -17,7 +17,11 @@ from mara_runtime.errors import EngineError
 ALIGNMENT = 256
 """Bytes: of every tensor's address. cudaMalloc gives no less, and kernels may count on it."""
 
-
+FOR_CUDA_12 = (
+    "with a driver of CUDA 12 pip install tensorrt-cu12 'cuda-bindings<13' onnx instead of the extra, which is for "
+    "CUDA 13; on JetPack 6 the extra and 'cuda-bindings==12.8.*'"
+)
+"""What to install there, for messages."""
 _TOO_OLD = 35
 """cudaErrorInsufficientDriver: also where there is no driver at all."""
 
@@ -51,7 +55,7 @@ def why_not() -> str | None:
     try:
         cuda = load()
     except ImportError as error:
-        return f"cuda-bindings cannot be imported ({error}): pip install cuda-bindings"
+        return f"cuda-bindings cannot be imported ({error}): pip install cuda-bindings; {FOR_CUDA_12}"
     try:
         status, count = cuda.cudaGetDeviceCount()
     except RuntimeError as error:  # of cuda-bindings 12.8 and before, where there is no driver
@@ -59,7 +63,7 @@ def why_not() -> str | None:
     if int(status) == _TOO_OLD:
         return (
             f"there is no NVIDIA GPU that can be used ({_text(cuda, status)}); if there is one, its driver is too old "
-            "for cuda-bindings: pip install 'cuda-bindings<13' for CUDA 12, 'cuda-bindings==12.8.*' on JetPack 6"
+            f"for cuda-bindings: {FOR_CUDA_12}"
         )
     if int(status) != 0 or not count:
         return f"there is no NVIDIA GPU that can be used ({_text(cuda, status) if int(status) else 'none was found'})"

@@ -32,7 +32,7 @@ from mara_runtime.tensors import ModelShape
 from mara_runtime.trt_plan import Plan
 
 INSTALL = {
-    "tensorrt": "pip install 'mara-deploy[tensorrt]'; on a Jetson it comes with JetPack",
+    "tensorrt": f"pip install 'mara-deploy[tensorrt]', but on a Jetson it comes with JetPack; {cuda_calls.FOR_CUDA_12}",
     "tensorrt-rtx": "pip install 'mara-deploy[tensorrt-rtx]'",
 }
 _APART = (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)

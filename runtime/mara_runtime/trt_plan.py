@@ -173,8 +173,18 @@ class Plan:
             return
         fits = streamable + int(engine.device_memory_size_v2) < self._cuda.free_bytes()
         budget = streamable if fits else int(engine.get_weight_streaming_automatic_budget())
-        engine.weight_streaming_budget_v2 = budget
-        self.streamed_bytes = max(streamable - budget, 0)
+        for wanted in (budget, 0):  # 0: all are streamed
+            engine.weight_streaming_budget_v2 = wanted
+            kept = int(engine.weight_streaming_budget_v2)  # the bindings do not tell whether it was refused
+            if kept == wanted:
+                break
+        else:
+            why = logger(self._trt).last or "it gives no reason"
+            raise EngineError(
+                f"TensorRT streams the weights of {self._path} neither with {budget:,} bytes on the GPU nor with none "
+                f"({why}): {rebuild(self._path)}"
+            )
+        self.streamed_bytes = max(streamable - kept, 0)
         if self.streamed_bytes:
             self.no_graphs = self.no_graphs or "weights are streamed from host memory, which no graph can do"
 
@@ -229,8 +239,8 @@ class Plan:
         capturable = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX
         if capturable is not None and not capturable(self._cuda.stream):
             raise EngineError("TensorRT says that its work cannot be captured")
-        self._cuda.begin_capture()
         try:
+            self._cuda.begin_capture()  # within: an interrupt behind it must not leave the stream in a capture
             self._put(context)
             return self._cuda.end_capture()
         except BaseException:
@@ -273,8 +283,11 @@ class Plan:
             context = self._engine.create_execution_context(config)
         if context is None:
             raise EngineError(f"TensorRT makes no execution context: {logger(self._trt).last or 'it gives no reason'}")
-        if not context.set_optimization_profile_async(profile, self._cuda.stream):
-            raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {logger(self._trt).last}")
+        try:
+            context.set_optimization_profile_async(profile, self._cuda.stream)
+        except RuntimeError as error:  # the bindings' way to say that it was refused; they return nothing but True
+            why = logger(self._trt).last or error
+            raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {why}") from None
         self._set_shapes(context, sizes)
         self._set_addresses(context, side)
         context.set_device_memory(self._activations, self.activation_bytes)

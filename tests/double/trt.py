@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any
@@ -74,6 +74,7 @@ class TrtDouble:
     def __init__(self, cuda: CudaDouble) -> None:
         self.__version__ = "10.16.1.11"
         self.automatic_budget = 0
+        self.refused_budgets: Container[int] = ()
         self.compiled = 0
         """kernels, by TensorRT for RTX"""
         self.cuda = cuda
@@ -103,19 +104,19 @@ class Runtime:
         if facts.get("lean_runtime") and not self.engine_host_code_allowed:
             self._logger.log(ILogger.Severity.ERROR, "engine host code is not allowed")
             return None
-        return ICudaEngine(self._trt, facts)
+        return ICudaEngine(self._trt, facts, self._logger)
 
 
 class ICudaEngine:
-    def __init__(self, trt: TrtDouble, facts: dict[str, Any]) -> None:
-        self._trt, self._facts = trt, facts
+    def __init__(self, trt: TrtDouble, facts: dict[str, Any], logger: ILogger) -> None:
+        self._trt, self._facts, self.logger = trt, facts, logger
         self.session = _session(facts["graph"])
         nodes = [(t, TensorIOMode.INPUT) for t in self.session.get_inputs()]
         nodes += [(t, TensorIOMode.OUTPUT) for t in self.session.get_outputs()]
         self._io = {t.name: (mode, self._shape(t.shape), *_TYPES[t.type]) for t, mode in nodes}
         self.device_memory_size_v2 = facts.get("activation_bytes", 4096)
         self.streamable_weights_size = facts.get("streamable_weights_bytes", 0)
-        self._budget = 0
+        self._budget = self.streamable_weights_size
         trt.engines.add(self)
 
     def _shape(self, sizes: Sequence[Any]) -> tuple[int, ...]:
@@ -147,6 +148,10 @@ class ICudaEngine:
     def numpy_type(self, name: str) -> Any:
         return self._io[name][3]
 
+    @property
+    def num_optimization_profiles(self) -> int:
+        return int(self._facts.get("profiles", 2))
+
     def bounds(self, profile: int) -> tuple[int, int]:
         """(S and N at most, H0 at most) in a profile."""
         return self._facts["prefill_rows" if profile else "decode_rows"], self._facts["head_rows"]
@@ -162,7 +167,10 @@ class ICudaEngine:
     def weight_streaming_budget_v2(self, value: int) -> None:
         if any(context.engine is self for context in self._trt.contexts):
             raise Broken("budget first", "the engine has a context")
-        self._budget = value
+        if value in self._trt.refused_budgets:  # without a word to the caller, like the bindings
+            self.logger.log(ILogger.Severity.ERROR, f"a budget of {value}")
+        else:
+            self._budget = value
 
     @property
     def is_streaming(self) -> bool:
@@ -240,6 +248,9 @@ class IExecutionContext:
         self._changes += 1
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        if profile_index >= self.engine.num_optimization_profiles:
+            self.engine.logger.log(ILogger.Severity.ERROR, f"there is no profile {profile_index}")
+            raise RuntimeError("Error in set optimization profile async.")
         self._cuda.submit(stream_handle, lambda: lambda: None)
         self._profile = profile_index
         self._shapes.clear()

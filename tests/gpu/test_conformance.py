@@ -1,22 +1,29 @@
 """The conformance suite of every engine (tests/unit/test_ort_engine.py), on the device.
 
 Its model is made of small whole numbers, so the GPU has to give the same bits; it writes its KV cache by ScatterND,
-which TensorRT does in a second cache (lowering `decomposed`).
+which TensorRT does in a second cache (lowering `decomposed`). In what order a device returns equal numbers nobody
+promises: see `promised`.
 """
 
 import inspect
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mara_runtime import ort_engine
+from mara_runtime import ort_engine, tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Engine, open_engine
+from mara_runtime.config import STRATEGIES
+from mara_runtime.engine import Engine, Outcome, Pass, open_engine
+from mara_runtime.table_engine import TableEngine
 from tests.gpu.conftest import close
 from tests.unit import helpers
 from tests.unit import test_ort_engine as suite
+from tests.unit.written_model import CANDIDATES, SHAPE, SLOTS, judge, table
 
 OTHER_FIXTURES = {"bundle", "trt_bundles", "machine", "monkeypatch", "tmp_path"}
 """Of tests that are about one engine only."""
@@ -30,6 +37,42 @@ CONFORMANCE = {
 globals().update(CONFORMANCE)
 CAPACITIES = (10, 26)
 """Contexts of the smaller engines, so that the suite's model grows twice."""
+
+
+def promised(patch: pytest.MonkeyPatch) -> None:
+    """Let the suite ask for what a device promises: any order of equal logits, and no choice among equal scores."""
+    patch.setattr(suite, "twin", lambda: TableEngine(table, judge, SLOTS, SHAPE.vocab_size))  # it tells of all tokens
+    patch.setattr(suite, "same", same_but_for_order)
+    patch.setattr(suite, "some_pass", some_pass_without_equals)
+    patch.setattr(suite, "STRATEGIES", tuple(s for s in STRATEGIES if s != "max_prob"))  # margins are its scores
+
+
+def same_but_for_order(found: Outcome, expected: Outcome) -> None:
+    """expected: with all tokens."""
+    np.testing.assert_array_equal(found.margins, expected.margins)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    count = CANDIDATES + tensors.TOP_SPARE
+    assert found.top_ids.shape == (len(found.rows), count)
+    assert all(len(set(ids)) == count for ids in found.top_ids.tolist())
+    by_id = np.take_along_axis(expected.top_logits, np.argsort(expected.top_ids), 1)
+    np.testing.assert_array_equal(found.top_logits, expected.top_logits[:, :count])
+    np.testing.assert_array_equal(found.top_logits, np.take_along_axis(by_id, found.top_ids, 1))
+    np.testing.assert_allclose(found.log_normaliser, expected.log_normaliser, rtol=1e-6)
+    assert found.margins.dtype == found.top_logits.dtype == found.log_normaliser.dtype == np.float32
+
+
+_some_pass = suite.some_pass
+
+
+def some_pass_without_equals(rng: random.Random, length: int, placed: int) -> Pass:
+    """The suite's, each row's score apart from the others': margins and priorities are multiples of 1/4."""
+    work = _some_pass(rng, length, placed)
+    return replace(work, priorities=[priority - i / 64 for i, priority in enumerate(work.priorities)])
+
+
+@pytest.fixture(autouse=True)
+def _promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    promised(monkeypatch)
 
 
 def written_bundle(target: str, folder: Path) -> Bundle:

@@ -4,6 +4,7 @@ The parity gate compared the same CPU engine with Hugging Face eager at export, 
 from Hugging Face to the GPU, and this one needs no PyTorch on the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from tests.gpu.conftest import close
 
 PROMPT_TOKENS = (1, 48, 200)
 """The last goes through the engine's profile for prompts."""
+LONG_TOKENS = 1300
+"""Of a context long enough for what a fused attention loses when it sums in float16 (mara_export/narrow.py)."""
 PIECE = 32
 """Rows of a pass while a cache is filled until it grows."""
 
@@ -60,13 +63,35 @@ def after_growth(engine: Engine, tokens: list[int]) -> parity.Side:
     """What the last of many small passes gives, and its last row once more."""
     for start in range(0, len(tokens), PIECE):
         piece = tokens[start : start + PIECE]
-        rows = evaluated(engine, piece, start)
-    return parity.Side(rows, evaluated(engine, tokens[-1:], len(tokens) - 1))
+        rows = evaluated(engine, piece, range(start, start + len(piece)), start)
+    return parity.Side(rows, evaluated(engine, tokens[-1:], [len(tokens) - 1], len(tokens) - 1))
 
 
-def evaluated(engine: Engine, tokens: list[int], start: int) -> parity.Rows:
-    out = engine.evaluate(tokens, range(start, start + len(tokens)), start)
+def siblings_after(engine: Engine, tokens: list[int], siblings: list[int]) -> parity.Side:
+    """What candidates of the next position give in one pass, and one at a time."""
+    length = len(tokens)
+    for start in range(0, length, PIECE):
+        piece = tokens[start : start + PIECE]
+        engine.run(Pass(piece, range(start, start + len(piece)), start))
+    together = evaluated(engine, siblings, [length] * len(siblings), length)
+    alone = [evaluated(engine, [token], [length], length + i) for i, token in enumerate(siblings)]
+    return parity.Side(together, parity.Rows.join(alone))
+
+
+def evaluated(engine: Engine, tokens: list[int], positions: Sequence[int], slot: int) -> parity.Rows:
+    out = engine.evaluate(tokens, positions, slot)
     return parity.Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
+
+
+def test_siblings_after_a_long_context(engine: Engine, bundle: Bundle) -> None:
+    manifest, rng = bundle.manifest, np.random.default_rng(2)
+    length = min(LONG_TOKENS, manifest.max_context)
+    tokens = rng.integers(0, manifest.model.shape.vocab_size, length).tolist()
+    siblings = rng.choice(manifest.model.shape.vocab_size, parity.SIBLINGS, replace=False).tolist()
+    reference = siblings_after(OrtEngine(on_the_cpu(bundle)), tokens, siblings)
+    case = parity.Case(tokens, siblings, reference, is_text=False)
+    gate = parity.GATES[manifest.step.precision]
+    assert parity.compare([case], [siblings_after(engine, tokens, siblings)], gate).failures == []
 
 
 def test_a_cache_that_has_grown_holds_what_it_held(bundle: Bundle, target: str) -> None:

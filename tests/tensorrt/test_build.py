@@ -5,6 +5,7 @@ What only a device can tell - that an engine runs, and how fast - is not here.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -20,13 +21,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from mara_export import trt as parts
 from mara_export.build import BuildOptions, build, why_cannot_build
 from mara_export.lower import LOWERINGS
 from mara_export.progress import Progress
-from mara_runtime import tensors
+from mara_runtime import cuda, tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import EngineError, MaraError, OptionError
 from tests import checkpoints
@@ -202,6 +203,44 @@ def test_int4_weights_stay_packed(copied: Callable[..., Bundle]) -> None:
         assert plan.count(packed) == 1, tensor.name
 
 
+def test_float32_is_not_rounded(network: Callable[..., parts.Network]) -> None:
+    parsed = network()
+    assert parsed._builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)  # on by default
+    assert not parsed.config([((1, 1, 1),) * 3]).get_flag(trt.BuilderFlag.TF32)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_the_weights_are_counted_as_they_are_and_as_wide_ones(
+    bundle: Callable[..., Path], network: Callable[..., parts.Network], precision: str
+) -> None:
+    parsed = network("qwen3", precision)
+    here = Bundle.open(bundle("qwen3", precision))
+    integers = [t for t in graph_of(here).graph.initializer if t.data_type in (TensorProto.INT8, TensorProto.INT4)]
+    assert parsed.weight_bytes == weight_bytes(here)
+    saved = sum(math.prod(t.dims) for t in integers) * {"fp16": 0, "int8": 2 - 1, "int4": 2 - 0.5}[precision]
+    assert parsed.wide_weight_bytes == parsed.weight_bytes + saved
+    assert bool(integers) == (precision != "fp16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "widened", "told"), [("int8", True, True), ("int8", False, False), ("fp16", True, False)]
+)
+def test_weights_that_were_widened_are_told_of(
+    copied: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, precision: str, widened: bool, told: bool
+) -> None:
+    def built(self: parts.Network, *_: Any) -> tuple[bytes, list[str]]:
+        return bytes(self.wide_weight_bytes if widened else self.wide_weight_bytes - 1), []
+
+    monkeypatch.setattr(parts.Network, "build", built)
+    progress = Noted()
+    build(copied("qwen2", precision), RTX, None, progress)
+    assert progress.notes == []  # too small a model to tell
+    monkeypatch.setattr("mara_export.build.KERNEL_BYTES", 0)
+    build(copied("llama", precision), RTX, None, progress)
+    assert len(progress.notes) == told
+    assert all("seems to have widened those of int8" in note for note in progress.notes)
+
+
 def test_several_capacities_and_gpus(copied: Callable[..., Bundle]) -> None:
     bundle = build(copied(), RTX, BuildOptions(capacities=(32,), compute_capabilities=("8.6", "12.0")))
     found = [(e.slots, e.prefill_rows, e.compute_capability) for e in bundle.manifest.engines]
@@ -231,6 +270,16 @@ def test_one_layer_without_a_fused_kernel(copied: Callable[..., Bundle], monkeyp
     assert [set(call.values()) for call in calls] == [{False}, {False, True}]
     assert [name for name, apart in calls[1].items() if apart] == [layer]
     assert layer in progress.notes[0]
+
+
+@pytest.mark.parametrize(("lowering", "way_out"), [("portable", True), ("decomposed", False)])
+def test_attentions_that_cannot_be_built_either_way(
+    copied: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch, lowering: str, way_out: bool
+) -> None:
+    monkeypatch.setattr(parts.Network, "_run", lambda *_: (None, "Error Code 10: no kernel for this attention"))
+    message = refused(copied("qwen2", "fp16", lowering))
+    assert "cannot build the engine: no kernel for this attention" in message
+    assert message.endswith(": export the bundle again with --lowering decomposed") == way_out
 
 
 # ── nothing half-built ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -388,7 +437,7 @@ def test_without_tensorrt_the_package_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     reason = why_cannot_build("tensorrt")
     assert reason is not None
-    assert "pip install tensorrt" in reason
+    assert "pip install 'mara-deploy[tensorrt]'" in reason
     assert "JetPack" in reason
     for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -421,9 +470,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "10.16.1.11", gpus=0)
     reason = str(why_cannot_build("tensorrt"))
     assert "there is no NVIDIA GPU that can be used (no CUDA-capable device is detected (100))" in reason
-    assert "cuda-bindings<13" not in reason
+    assert cuda.FOR_CUDA_12 not in reason
     stand_in(monkeypatch, "10.16.1.11", gpus=0, status=35)
-    assert "pip install 'cuda-bindings<13'" in str(why_cannot_build("tensorrt"))
+    assert cuda.FOR_CUDA_12 in str(why_cannot_build("tensorrt"))
     stand_in(monkeypatch, "10.16.1.11", gpus=1)
     assert why_cannot_build("tensorrt") is None
 
@@ -499,7 +548,8 @@ def test_the_command_needs_onnx_and_tensorrt_alone(copied: Callable[..., Bundle]
         size = after.manifest.files[engine.file].size_bytes
         assert f"{engine.file}  ({size / 1e6:.1f} MB" in done.stdout
     assert "2 attention_input" in done.stdout
-    assert done.stdout.splitlines()[-1] == f'mara-run {bundle.folder} --engine {RTX} --prompt "…"'
+    line = f'mara-run {bundle.folder} --engine {RTX} --prompt "…" --top-k {MAX_CANDIDATES}'
+    assert done.stdout.splitlines()[-1] == line
 
 
 def test_the_command_refuses_a_graph_of_another_lowering(

@@ -13,6 +13,7 @@ from mara_export.build import BuildOptions, why_cannot_build
 from mara_export.progress import Progress
 from mara_export.trt import Network
 from mara_runtime.bundle import Bundle
+from mara_runtime.cuda import FOR_CUDA_12
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.tensors import spare_slots
 from tests.unit import helpers
@@ -119,7 +120,8 @@ def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("target", "missing", "mends"),
     [
-        ("tensorrt", ("tensorrt",), "pip install tensorrt"),
+        ("tensorrt", ("tensorrt",), "pip install 'mara-deploy[tensorrt]'"),
+        ("tensorrt", ("tensorrt",), FOR_CUDA_12),
         ("tensorrt", ("tensorrt",), "JetPack"),
         ("tensorrt-rtx", ("tensorrt_rtx", "tensorrt_rtx_bindings"), "pip install tensorrt-rtx-cu13-libs"),
         ("tensorrt-rtx", ("onnx",), "pip install onnx"),

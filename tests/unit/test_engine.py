@@ -127,6 +127,23 @@ def test_threads_below_1_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_engine(bundle_for(tmp_path, "cpu"), "cpu", threads)
 
 
+@pytest.mark.parametrize(("name", "options"), [("cpu", {}), ("cuda", {"use_tf32": "0"})])
+def test_float32_is_not_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, str]
+) -> None:
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    def session(path: str, how: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+        asked.extend(providers)
+        raise RuntimeError("that is enough")
+
+    fake = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    with pytest.raises(EngineError, match="that is enough"):
+        ort_engine.OrtEngine(bundle_for(tmp_path, name), name)
+    assert asked == [(ort_engine.PROVIDERS[name], options)]
+
+
 def test_the_decoder_records_which_engine_and_why_not_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,65 @@ def test_each_engine_is_built_once():
     assert all(line[line.index("--capacity") + 1] == "512,1024" for line in of["mara-build"])
 
 
+STAND_IN = f"""#!{sys.executable}
+# Python, as far as the script uses it: nothing is made but folders, and TensorRT builds one lowering alone.
+import os, sys
+from pathlib import Path
+words = sys.argv[1:]
+of = dict(zip(words, words[1:]))
+if words[0] == "-c":
+    os.execv(sys.executable, [sys.executable, *words])
+if words[0] == "benchmarks/board.py":
+    print('{{"kind": "gpu", "driver_cuda": "13.0"}}')
+elif words[1] == "mara_deploy.commands.export":
+    bundle = Path(of["--out"])
+    bundle.mkdir(parents=True)  # fails where one is left
+    (bundle / "lowering").write_text(of.get("--lowering", "ort"))
+elif words[1] == "mara_deploy.commands.build":
+    bundle = Path(words[2])
+    if (bundle / "lowering").read_text() not in os.environ["BUILDS"]:
+        sys.exit("mara-build: error: no attention with a mask")
+    (bundle / "built").touch()
+"""
+
+
+def measured(tmp_path, builds, *arguments):
+    """Run the script where TensorRT builds these lowerings: what it said, and the failures it noted."""
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    result = script("--out", tmp_path / "out", *arguments, PYTHON=str(python), BUILDS=builds)
+    noted = tmp_path / "out" / "failed.tsv"
+    return result, noted.read_text() if noted.exists() else ""
+
+
+def test_a_lowering_that_tensorrt_does_not_build_gives_way_to_the_other(tmp_path):
+    result, noted = measured(tmp_path, "decomposed", "--targets", "tensorrt cuda")
+    assert result.returncode == 1  # not everything worked
+    assert noted == "tensorrt-build\tmara-build: error: no attention with a mask\n"
+    assert "gpu.sh: no engine of lowering portable for tensorrt: it is measured with decomposed" in result.stderr
+    bundle = tmp_path / "out" / "bundles" / "tensorrt"
+    assert ((bundle / "lowering").read_text(), (bundle / "built").exists()) == ("decomposed", True)
+    benches = [line for line in result.stdout.splitlines() if line.startswith("mara-bench")]
+    assert [shlex.split(line)[1] for line in benches] == [str(bundle), str(bundle.with_name("cuda"))]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["ours", "given"])
+def test_where_no_lowering_is_left_the_target_is_dropped(tmp_path, given):
+    bundles = tmp_path / "given"
+    for target in ("tensorrt", "cuda"):
+        (bundles / target).mkdir(parents=True)
+        (bundles / target / "lowering").write_text("portable")
+    arguments = ("--bundles", bundles) if given else ()
+    result, noted = measured(tmp_path, "", "--targets", "tensorrt cuda", *arguments)
+    assert result.returncode == 1
+    failed = ["tensorrt-build"] if given else ["tensorrt-build", "tensorrt-decomposed-build"]
+    assert [line.partition("\t")[0] for line in noted.splitlines()] == failed
+    assert (bundles / "tensorrt" / "lowering").read_text() == "portable"
+    benches = [shlex.split(line)[3] for line in result.stdout.splitlines() if line.startswith("mara-bench")]
+    assert benches == ["cuda"]
+
+
 @pytest.mark.parametrize(
     ("context", "smaller"),
     [(4096, "512,1024"), (1100, "512,1024"), (1024, "512"), (600, "512"), (512, None), (64, None)],

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mara_deploy.commands import inspect
+from mara_runtime import cuda, trt_engine
 from mara_runtime.config import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +168,15 @@ def test_a_dockerfile_names_the_versions_of_the_table(dockerfile: Path) -> None:
 def test_the_page_and_the_images_install_the_same() -> None:
     by_hand = [requirements(line) for line in shell_lines() if "pip install" in line]
     assert by_hand == [requirements(line) for dockerfile in DOCKERFILES for line in pip_lines(dockerfile)]
+
+
+def test_what_cuda_12_needs_is_the_same_everywhere() -> None:
+    everywhere = ["tensorrt-cu12", "cuda-bindings<13", f"cuda-bindings=={BINDINGS['12.6']}.*"]
+    comment = re.findall(r"^# .*", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    for text in (cuda.FOR_CUDA_12, trt_engine.INSTALL["tensorrt"], " ".join(comment)):
+        assert [word for word in everywhere if word not in text] == [], text
+    for text in (GUIDE, *(path.read_text(encoding="utf-8") for path in DOCKERFILES[:1])):
+        assert f'"{everywhere[-1]}"' in text
 
 
 def test_on_arm_the_extra_leaves_tensorrt_to_jetpack_and_allows_the_pins() -> None:

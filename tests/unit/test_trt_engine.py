@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from mara_runtime import calibrate, tensors, trt_engine, trt_plan
 from mara_runtime.bundle import Bundle
@@ -25,7 +27,8 @@ from mara_runtime.stats import Stats
 from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
 from tests.double.trt import IExecutionContext
-from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SIZES, SLOTS, add_engines, table, write_bundle
+from tests.gpu.test_conformance import promised, suite
+from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SHAPE, SIZES, SLOTS, add_engines, table, write_bundle
 
 INSTALLED = "10.16.1.11"
 
@@ -131,6 +134,37 @@ def test_a_pass_that_fails_is_captured_only_after_one_that_ran(
     engine.close()
 
 
+def test_an_interrupt_as_a_capture_begins_leaves_no_capture(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    for position in range(2):
+        engine.run(row(position))
+    real = Cuda.begin_capture
+
+    def interrupted(self: Cuda) -> None:
+        real(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cuda, "begin_capture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(row(2))
+    for position in (2, 3):
+        assert right(engine.run(row(position)), position)
+    assert machine.cuda.launched == 2
+    engine.close()
+
+
+def test_a_profile_that_is_refused_is_one_line(tmp_path: Path, machine: Machine) -> None:
+    engine = TrtEngine(bundle(tmp_path, file={"profiles": 1}), "tensorrt")
+    assert right(engine.run(row(0)), 0)
+    with pytest.raises(EngineError, match=r"^TensorRT refuses the optimisation profile 1: there is no profile 1$"):
+        engine.run(Pass([1] * 30, range(30), 0, [29]))
+    assert right(engine.run(row(0)), 0)
+    engine.close()
+
+
 def test_a_shape_that_was_refused_half_way_is_set_again(
     tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +181,45 @@ def test_a_shape_that_was_refused_half_way_is_set_again(
             with pytest.raises(EngineError, match=f"refuses the shape .* of {refused}"):
                 engine.run(Pass([0, 1], [0, 1], 0, [1]))
         assert right(engine.run(row(0)), 0)
+    engine.close()
+
+
+# ── equal numbers ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_equals_the_last(folder: Path) -> None:
+    """Change a bundle's graph: of equal logits the highest id comes first, of equal scores the last is elected."""
+    model = onnx.load(folder / "step.onnx")
+    graph, last = model.graph, SHAPE.vocab_size - 1
+    values = {"backwards": np.arange(last, -1, -1), "last": np.array(last)}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    for node in [node for node in graph.node if node.op_type == "ArgMax"]:
+        node.attribute.append(helper.make_attribute("select_last_index", 1))
+    (at,) = [i for i, node in enumerate(graph.node) if node.op_type == "TopK"]
+    top = graph.node[at]
+    around = ("Gather", [top.input[0], "backwards"], "turned"), ("Sub", ["last", "turned_ids"], top.output[1])
+    before, after = (helper.make_node(op, source, [target]) for op, source, target in around)
+    before.attribute.append(helper.make_attribute("axis", 1))
+    top.input[0], top.output[1] = "turned", "turned_ids"
+    graph.node.insert(at + 1, after)
+    graph.node.insert(at, before)
+    onnx.save(model, folder / "step.onnx")
+
+
+def test_the_suite_asks_a_device_for_no_order_of_equal_numbers(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/gpu, on a device that returns them the other way round; the suite as it is for a CPU finds that out."""
+    made = bundle(tmp_path)
+    of_equals_the_last(tmp_path)
+    engine = TrtEngine(made, "tensorrt")
+    with pytest.raises(AssertionError):
+        suite.test_any_pass_gives_what_the_table_gives(engine, 0)
+    promised(monkeypatch)
+    for part in range(10):
+        suite.test_any_pass_gives_what_the_table_gives(engine, part)
+    for name in suite.SCHEDULES:
+        suite.test_answers_are_those_of_the_sequential_procedure(engine, name)
     engine.close()
 
 
@@ -384,6 +457,25 @@ def test_weights_are_streamed_if_they_must(tmp_path: Path, machine: Machine, fit
     assert facts["memory"]["streamed_weight_bytes"] == (0 if fits else size - 3000)
     assert facts["cuda_graphs"] is True if fits else "weights are streamed" in facts["cuda_graphs"]
     engine.close()
+
+
+def test_a_budget_that_is_refused_streams_all_weights(tmp_path: Path, machine: Machine) -> None:
+    machine.trt.automatic_budget, machine.trt.refused_budgets = 3000, {3000}
+    size = machine.cuda.total_bytes
+    engine = TrtEngine(bundle(tmp_path, file={"streamable_weights_bytes": size}), "tensorrt")
+    assert right(engine.run(row(0)), 0)
+    assert engine.describe()["memory"]["streamed_weight_bytes"] == size
+    engine.close()
+
+
+def test_where_no_budget_is_taken_the_engine_is_refused(tmp_path: Path, machine: Machine) -> None:
+    machine.trt.automatic_budget, machine.trt.refused_budgets = 3000, {0, 3000}
+    made = bundle(tmp_path, file={"streamable_weights_bytes": machine.cuda.total_bytes})
+    with pytest.raises(EngineError) as caught:
+        TrtEngine(made, "tensorrt")
+    assert re.search(r"neither with 3,000 bytes on the GPU nor with none \(a budget of 0\): ", str(caught.value))
+    assert str(caught.value).endswith(f"mara-build {tmp_path} --target tensorrt")
+    del caught
 
 
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
