@@ -74,9 +74,11 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
 
 def _sliding_window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
+    if window is None:
         return None
-    layers = getattr(config, "layer_types", None)
-    if layers is not None and "sliding_attention" not in layers:
-        return None
+    if config.model_type != "mistral":  # whose attention looks at the number alone
+        layers = getattr(config, "layer_types", None)
+        switched_off = getattr(config, "use_sliding_window", True) is False
+        if switched_off or (layers is not None and "sliding_attention" not in layers):
+            return None
     return int(window)

@@ -207,23 +207,21 @@ class Grouped(Parts):
                 bias = node
                 value = next(name for name in node.input if name not in self._weights)
                 continue
-            of_one_head = node.op_type == NORM and self._sizes(node.input[1]) == (self._shape.head_dim,)
+            of_one_head = (
+                node.op_type == NORM
+                and node.input[1] in self._weights
+                and self._weights.shape(node.input[1]) == (self._shape.head_dim,)
+            )
             if bias is not None or not (of_one_head or node.op_type in ("Transpose", "Reshape")):
                 break
             value = node.input[0]
         return None, None
 
-    def _sizes(self, name: str) -> tuple[int, ...] | None:
-        """Of a weight, under the name of another that is equal, too: the tracer keeps one of them, and Identity."""
-        alias = self._graph.made_by("Identity", name)
-        name = alias.input[0] if alias is not None else name
-        return self._weights.shape(name) if name in self._weights else None
-
     def _swapped(self, name: str, axis: int) -> str:
         """A weight with the heads of one axis in the order (groups, kv_heads)."""
         sizes = self._weights.shape(name)
         apart = [*sizes[:axis], self._shape.num_kv_heads, self._groups, self._shape.head_dim, *sizes[axis + 1 :]]
-        turned = f"{name}/{_SHARED}"
+        turned = f"{name}/{_SHARED}/{axis}"
         read = self._weights.read
         self._weights.make(turned, sizes, lambda: np.swapaxes(read(name).reshape(apart), axis, axis + 1).reshape(sizes))
         return turned

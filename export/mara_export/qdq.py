@@ -61,14 +61,16 @@ def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, pa
     made: dict[str, list[NodeProto]] = {}
     for node in parts([node for node in matrices if node not in kept]):
         name = node.input[1]
-        values, scales = quantised(weights.read(name), node.name, how)
         integers, scale, wide = f"{name}_int{how.bits}", f"{name}_scale", f"{name}_wide"
+        node.input[1] = wide
+        if integers in weights:  # of equal matrices there is one
+            continue
+        values, scales = quantised(weights.read(name), node.name, how)
         weights.add(numpy_helper.from_array(values, integers))
         weights.add(numpy_helper.from_array(scales, scale))
         made[node.name] = [
             helper.make_node("DequantizeLinear", [integers, scale], [wide], f"{node.name}/widen", **where)
         ]
-        node.input[1] = wide
     nodes = [part for node in graph.node for part in (*made.get(node.name, ()), node)]
     del graph.node[:]
     graph.node.extend(nodes)

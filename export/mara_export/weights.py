@@ -29,7 +29,24 @@ def load(path: Path) -> tuple[onnx.ModelProto, Weights]:
         for attribute in node.attribute:
             if attribute.HasField("t") and attribute.t.data_location == TensorProto.EXTERNAL:
                 attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t, folder)))
+    _read_themselves(model.graph)
     return model, Weights(model.graph, path.parent)
+
+
+def _read_themselves(graph: onnx.GraphProto) -> None:
+    """Of several equal weights the tracer keeps one, and Identity for the others: let all read the one."""
+    kept = {tensor.name: tensor.name for tensor in graph.initializer}
+    ends = {output.name for output in graph.output}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in kept and node.output[0] not in ends:
+            kept[node.output[0]] = kept[node.input[0]]
+            continue
+        for i, name in enumerate(node.input):
+            node.input[i] = kept.get(name, name)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def return_large_blocks() -> None:
@@ -62,7 +79,9 @@ class Weights:
         return self._made[name]() if name in self._made else numpy_helper.to_array(self._tensors[name], self._folder)
 
     def add(self, tensor: TensorProto) -> None:
-        """Enter a new weight."""
+        """Enter a new weight, unless there is one of that name: it was made of the same."""
+        if tensor.name in self._tensors:
+            return
         self._graph.initializer.append(tensor)
         self._tensors[tensor.name] = self._graph.initializer[-1]
 
@@ -95,6 +114,7 @@ class Weights:
         """Write the graph to `path` and its weights to `path`.data; equal bytes are stored once. Checks the result."""
         data = path.with_name(f"{path.name}.data")
         places: dict[bytes, int] = {}
+        references: list[tuple[TensorProto, TensorProto]] = []  # put in last: others may be made of a weight
         self._tensors |= {tensor.name: tensor for tensor in self._graph.initializer}  # others have entered some, too
         for tensor in self._graph.initializer:
             if tensor.name in self._made and 4 * int(np.prod(tensor.dims)) < INLINE_BYTES:
@@ -114,7 +134,9 @@ class Weights:
                 reference.data_location = TensorProto.EXTERNAL
                 for key, value in (("location", data.name), ("offset", places[digest]), ("length", len(raw))):
                     reference.external_data.add(key=key, value=str(value))
-                tensor.CopyFrom(reference)
+                references.append((tensor, reference))
+        for tensor, reference in references:
+            tensor.CopyFrom(reference)
         onnx.save(model, str(path))
         onnx.checker.check_model(str(path))
 

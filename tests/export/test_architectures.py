@@ -95,10 +95,12 @@ def test_a_window_below_the_capacity_is_refused_with_the_number_to_use() -> None
 def test_a_window_that_is_switched_off_does_not_count() -> None:
     assert check(Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=128)) == 512
     assert check(Qwen3Config(**SIZES, use_sliding_window=False, sliding_window=128)) == 512
-    # Some hand-written configurations keep the number beside the switch.
-    config = MistralConfig(**SIZES, sliding_window=128)
-    config.use_sliding_window = False
-    assert check(config) == 512
+
+
+@pytest.mark.parametrize("switch", [{"use_sliding_window": False}, {"layer_types": ["full_attention"] * 2}], ids=str)
+def test_mistral_has_no_switch(switch: dict[str, Any]) -> None:
+    """Its attention looks at the number alone (transformers' modeling_mistral.py)."""
+    assert "sliding window of 128 tokens" in refusal(MistralConfig(**SIZES, sliding_window=128, **switch))
 
 
 def test_a_window_of_no_layer_does_not_count() -> None:

@@ -738,6 +738,30 @@ def test_weights_that_are_equal_are_not_missed(checkpoint, agent, tmp_path, arch
     options = {"max_context": MAX_CONTEXT, "max_candidates": MAX_CANDIDATES}
     out = tmp_path / "bundle"
     export(resolve_model(str(folder)), agent(architecture), "agent", out, lowering="ort", **options)  # and the gate
-    swapped = architecture != "qwen2"  # the order of heads is the weights', but for a bias that is another's
-    transposes = Counter(node.op_type for node in step_graph(out).graph.node)["Transpose"]
-    assert transposes == 3 or not swapped
+    assert Counter(node.op_type for node in step_graph(out).graph.node)["Transpose"] == 3  # heads change in the weights
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_layers_that_are_equal(
+    checkpoint, agent, tmp_path, monkeypatch, architecture: str, lowering: str, precision: str
+) -> None:
+    """As in a model that was made deeper by repeating layers; the biases of its queries are all zero, too."""
+    monkeypatch.setattr("mara_export.weights.INLINE_BYTES", 160)  # nearly all lie in the data file, as real ones do
+    model = checkpoints.load(checkpoint(architecture))
+    first, second, *_ = model.model.layers
+    second.load_state_dict(first.state_dict())
+    for layer in (first, second) if architecture == "qwen2" else ():
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.zeros_(projection.bias)
+    folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
+    model.save_pretrained(folder)
+    options = {"max_context": MAX_CONTEXT, "max_candidates": MAX_CANDIDATES, "precision": precision}
+    out = tmp_path / "bundle"
+    export(resolve_model(str(folder)), agent(architecture), "agent", out, lowering=lowering, **options)  # and the gate
+    graph = step_graph(out).graph
+    stored = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+    plain = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]
+    assert bool(plain) == (precision == "fp32"), plain
+    assert "Identity" not in {node.op_type for node in graph.node}
