@@ -111,10 +111,11 @@ def export(
         if gate:
             with progress.stage("run the reference (Hugging Face eager)"):
                 prompts = _gate_prompts(source, tokenizer, shape.vocab_size, context)
-                cases = [
-                    parity.reference_case(model, agent, ids, max_candidates, is_text)
-                    for ids, is_text in progress.parts(prompts)
-                ]
+                with parity.watched(model) as largest:
+                    cases = [
+                        parity.reference_case(model, agent, ids, max_candidates, is_text)
+                        for ids, is_text in progress.parts(prompts)
+                    ]
         with tempfile.TemporaryDirectory(prefix="trace.", dir=folder) as name:
             scratch = Path(name)
             with progress.stage("trace the LLM"):
@@ -177,6 +178,7 @@ def export(
                     cases,
                     [parity.engine_side(engine, case) for case in progress.parts(cases)],
                     parity.GATES[plan.precision],
+                    largest() if plan.cache == "float16" else None,
                 )
                 del engine
             if report.failures:

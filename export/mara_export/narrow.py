@@ -88,5 +88,5 @@ def _convert(source: str, target: str, element: int) -> NodeProto:
 
 
 def _cast(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and the parity gate says so
+    with np.errstate(over="ignore"):  # a weight that does not fit becomes infinite, and the parity gate says so
         return values.astype(_DTYPES[dtype])

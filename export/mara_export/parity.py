@@ -14,8 +14,9 @@ the cache come by the other route, too; where activations are rounded, that is w
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,7 @@ PROMPTS = 4
 """Prompts in all; those that are not texts are random tokens."""
 PROMPT_TOKENS = 48
 SIBLINGS = 8
+MOST_FLOAT16 = float(np.finfo(np.float16).max)
 RANKS = 40
 NOISE_FLOOR = 1e-5
 """Least noise, relative to the reference's largest value: float32 sums of thousands of terms err by about a tenth of
@@ -156,6 +158,28 @@ def reference_case(
     return Case(tokens, siblings, Side(Rows.join(parts), rows(hidden[:, 0], logits[:, 0])), is_text)
 
 
+@contextlib.contextmanager
+def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
+    """Tells the largest number so far that a module of the model took or gave."""
+    import torch
+
+    largest = 0.0
+
+    def look(module: torch.nn.Module, taken: tuple[Any, ...], given: Any) -> None:
+        nonlocal largest
+        for value in (*taken, *(given if isinstance(given, tuple) else (given,))):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+                largest = max(largest, float(value.detach().abs().max()))
+
+    # those without modules of their own: matrices, norms, the embedding; what lies between is taken by the next
+    hooks = [module.register_forward_hook(look) for module in model.modules() if not [*module.children()]]
+    try:
+        yield lambda: largest
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def engine_side(engine: Engine, case: Case) -> Side:
     """Run the engine over a case."""
 
@@ -186,6 +210,8 @@ class Report:
     perplexity: dict[str, float] | None
     """of the texts among the prompts: reference, exported; None when there are none"""
     failures: list[str]
+    largest_activation: float | None = None
+    """that the reference met; None where the engine has float32's range"""
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -197,6 +223,7 @@ class Report:
             "noise": self.noise,
             **self.outcomes,
             "perplexity": self.perplexity,
+            "largest_activation": self.largest_activation,
         }
 
     def engine_noise(self) -> dict[str, float]:
@@ -204,10 +231,21 @@ class Report:
         return {name: self.noise[name] for name in ("margins", "logits")}
 
 
-def compare(cases: Sequence[Case], found: Sequence[Side], gate: Gate) -> Report:
-    """Hold the engine's answers against the reference's."""
+def compare(
+    cases: Sequence[Case], found: Sequence[Side], gate: Gate, largest_activation: float | None = None
+) -> Report:
+    """Hold the engine's answers against the reference's.
+
+    largest_activation: of the reference, where float16 has to hold it: a CPU, which computes in float32, does not show
+    what a GPU would make of it.
+    """
     pairs = [(case.reference, side) for case, side in zip(cases, found, strict=True)]
     failures = []
+    if largest_activation is not None and largest_activation > MOST_FLOAT16:
+        failures.append(
+            f"activations reach {largest_activation:,.0f}, and float16 holds {MOST_FLOAT16:,.0f} at most: "
+            "take bf16 or fp32"
+        )
 
     numbers = {}
     for name in NAMES:
@@ -248,7 +286,9 @@ def compare(cases: Sequence[Case], found: Sequence[Side], gate: Gate) -> Report:
         "exported": _perplexity([(cases[i].tokens, pairs[i][1].rows.logits) for i in texts]),
     }
     rows = sum(len(a.rows.margins) for a, _ in pairs)
-    return Report(len(cases), rows, numbers, noise, outcomes, perplexity if texts else None, failures)
+    return Report(
+        len(cases), rows, numbers, noise, outcomes, perplexity if texts else None, failures, largest_activation
+    )
 
 
 def _perplexity(texts: Sequence[tuple[Sequence[int], F32]]) -> float:

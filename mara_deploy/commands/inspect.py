@@ -125,6 +125,9 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
                 f"          {what}: {counts['differing']} of {counts['compared']} differ, "
                 f"{counts['within_noise']} more lie within the noise"
             )
+    largest = report.get("largest_activation")
+    if isinstance(largest, float):
+        lines.append(f"          largest activation: {largest:,.0f}; float16 holds 65,504")
     perplexity = report.get("perplexity")
     if isinstance(perplexity, dict):
         lines.append(

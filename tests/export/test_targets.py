@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 
 from mara_deploy.demo.__main__ import export_demo
+from mara_export.errors import ParityError
 from mara_export.export import export
 from mara_export.sources import resolve_model
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
+from tests import checkpoints
 
 CONTEXT = 128
 
@@ -65,6 +69,30 @@ def test_a_graph_for_a_gpu_computes_in_float16_and_passes_the_gate_on_a_cpu(
         for schedule in ("one-by-one", "together", "adaptive")
     ]
     assert all(1 <= len(ids) <= 24 for ids in results)
+
+
+@pytest.mark.parametrize(
+    ("target", "lowering", "precision"),
+    [("cuda", "ort", "fp16"), ("tensorrt", "portable", "int8"), ("tensorrt-rtx", "decomposed", "fp16")],
+)
+def test_activations_that_float16_does_not_hold_are_found_on_a_cpu(
+    checkpoint, agent, tmp_path, target, lowering, precision
+) -> None:
+    """The same function in float32: what is multiplied by 2**17 is divided by it again."""
+    model = checkpoints.load(checkpoint("qwen2"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2.0**17)
+        model.model.layers[0].mlp.down_proj.weight.mul_(2.0**-17)
+    folder = shutil.copytree(checkpoint("qwen2"), tmp_path / "large")
+    model.save_pretrained(folder)
+    options = {"max_context": CONTEXT, "max_candidates": 8}
+    source, out = resolve_model(str(folder)), tmp_path / "out"
+    with pytest.raises(ParityError, match=r"activations reach [\d,]+, and float16 holds 65,504 at most: take bf16"):
+        export(source, agent("qwen2"), "agent", out, target=target, lowering=lowering, precision=precision, **options)
+    assert not out.exists()
+    bundle = export(source, agent("qwen2"), "agent", out, precision="fp32", **options)
+    assert bundle.manifest.parity is not None
+    assert bundle.manifest.parity["largest_activation"] is None
 
 
 def test_float32_for_tensorrt_is_exact_under_every_schedule(make) -> None:
