@@ -135,7 +135,8 @@ class AlignedDecoder:
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
         template: variables for the chat template, {"enable_thinking": False} say.
-        Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token.
+        Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
+        variables without a template.
         """
         manifest = self.bundle.manifest
         if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
@@ -145,6 +146,9 @@ class AlignedDecoder:
             if not isinstance(prompt, str):
                 ids = side.encode_chat(prompt, template)  # type: ignore[arg-type]
             elif raw or not side.has_template:
+                if template:
+                    where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
+                    raise OptionError(f"variables of the chat template are given, which {where}")
                 ids = side.encode_raw(prompt)
             else:
                 ids = side.encode_chat([{"role": "user", "content": prompt}], template)

@@ -101,6 +101,13 @@ def test_a_bundle_without_a_template_is_raw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [True, False])
+def test_variables_without_a_template_are_refused(tmp_path: Path, raw: bool) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"), **({} if raw else {"chat_template": None}))
+    with pytest.raises(OptionError, match="which raw text leaves out" if raw else "does not have"):
+        decoder.generate("hi", raw=raw, template={"loud": True})
+
+
+@pytest.mark.parametrize("raw", [True, False])
 def test_a_conversation_goes_through_the_template_raw_or_not(tmp_path: Path, raw: bool) -> None:
     decoder, engine = make_decoder(tmp_path, saying("hello"))
     decoder.generate([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], raw=raw)
