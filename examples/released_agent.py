@@ -54,12 +54,30 @@ def run(args: argparse.Namespace, for_eval: list[str]) -> None:
     if args.agent is None:
         raise OptionError(f"--agent is missing; {AGENTS} holds {', '.join(released_files())}")
     bundle = args.out / "bundle"
-    if not bundle.exists():
+    if bundle.exists():
+        require_same(bundle, args)
+    else:
         options = ["--model", args.model, "--agent", args.agent, "--precision", args.precision, "--out", str(bundle)]
         call("mara-export", export.main, options)
     show_answers(bundle, args.prompts, args.max_new_tokens)
     options = ["--prompts", args.prompts, "--max-new-tokens", str(args.max_new_tokens), "--out", str(args.out / "eval")]
     call("mara-eval", eval.main, [str(bundle), *options, *for_eval])
+
+
+def require_same(bundle: Path, args: argparse.Namespace) -> None:
+    """Refuse the bundle of an earlier run with other options."""
+    from mara_export.sources import ALIASES, local_path
+    from mara_runtime import Bundle
+
+    model, agent = local_path(args.model), local_path(args.agent)
+    made = Bundle.open(bundle, verify=False).manifest
+    for flag, found, asked in (
+        ("model", made.model.source, model.resolve().name if model else ALIASES.get(args.model, args.model)),
+        ("agent", made.agent.source, agent.name if agent else args.agent),
+        ("precision", made.step.precision, args.precision),
+    ):
+        if found != asked:
+            raise OptionError(f"--{flag} is {asked}, but {bundle} was made with {found}: choose another --out")
 
 
 def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:

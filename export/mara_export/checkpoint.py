@@ -26,7 +26,12 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
     the architecture has no place for, as they would be left out. Raises ModelError.
     """
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        "use_safetensors": True,  # else it takes a pickle where it does not find them
+    }
     model, loading = from_pretrained(AutoModelForCausalLM, source, **options)
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -41,9 +46,18 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every id that ends an answer: the generation config's list, else the model's, else the tokenizer's."""
-    for holder in (model.generation_config, model.config, tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    return ()
+    """Every id that ends an answer: the generation config's list, else the model's, else the tokenizer's.
+
+    Raises ModelError for what is no id of the vocabulary.
+    """
+    holders = (model.generation_config, model.config, tokenizer)
+    found = next((ids for holder in holders if (ids := getattr(holder, "eos_token_id", None)) is not None), ())
+    ids = tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    size = model.config.vocab_size
+    for token in ids:
+        if type(token) is not int or not 0 <= token < size:
+            raise ModelError(
+                f"the model's eos_token_id is {token!r}, which is not in its vocabulary, 0 to {size - 1}: correct its "
+                "generation_config.json, or config.json where there is none"
+            )
+    return ids

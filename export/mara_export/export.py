@@ -99,7 +99,7 @@ def export(
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
-    plan = _plan(target, lowering, precision, quantisation, max_candidates, gate)
+    plan = make_plan(target, lowering, precision, quantisation, max_candidates, gate)
     config, context = vet(source, agent, agent_name, max_context)
     shape = model_shape(config)
 
@@ -215,7 +215,7 @@ def vet(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What the graph becomes."""
 
     lowering: str
@@ -226,18 +226,19 @@ class _Plan:
 
     @property
     def runs_on_cpu(self) -> bool:
-        return self.cache != "bfloat16"  # ONNX Runtime's CPU provider has no such kernels
+        """ONNX Runtime's CPU provider has no kernels for bfloat16."""
+        return self.cache != "bfloat16"
 
 
-def _plan(
+def make_plan(
     target: str,
     lowering: str | None,
     precision: str | None,
     quantisation: Quantisation | None,
     max_candidates: int,
     gate: bool,
-) -> _Plan:
-    """Refuse what cannot be, and fill in what was not said."""
+) -> Plan:
+    """Refuse what cannot be, and fill in what was not said; options as of `export`. Raises OptionError."""
     if target not in TARGETS:
         raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
     lowering = lowering or TARGETS[target][0]
@@ -263,7 +264,7 @@ def _plan(
     elif how is not None and how.block_size not in BLOCK_SIZES:
         raise OptionError(f"--block-size is {how.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     narrowed = {"fp32": "float32", "bf16": "bfloat16"}.get(precision, "float16")
-    plan = _Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
+    plan = Plan(lowering, precision, how, "float32" if target == "cpu" else narrowed)
     if gate and not plan.runs_on_cpu:
         raise OptionError(
             "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "

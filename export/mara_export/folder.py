@@ -42,6 +42,16 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
         _remove(folder, new_parents)
 
 
+class _Tried(Exception):
+    """Leaves `whole_or_absent` before anything is written."""
+
+
+def require_free(out: Path) -> None:
+    """Refuse now what `whole_or_absent` would refuse later, and leave no trace. Raises MaraError."""
+    with contextlib.suppress(_Tried), whole_or_absent(out):
+        raise _Tried
+
+
 @contextlib.contextmanager
 def _in_one_line(out: Path, of: Path | None = None) -> Iterator[None]:
     """Errors of the system say that `out` cannot be written; with `of`, only those of writing in that folder do."""

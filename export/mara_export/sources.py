@@ -26,8 +26,9 @@ ALIASES = {
 """Short names of Hub models."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def resolve_model(model: str, vet: Callable[[ModelSource], object] | None = None
     """
     folder = local_path(model)
     if folder is not None and folder.is_dir():
+        _refuse_adapter(folder, folder.resolve().name)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json")
         if not any(folder.glob("*.safetensors")):
@@ -62,13 +64,24 @@ def resolve_model(model: str, vet: Callable[[ModelSource], object] | None = None
         )
 
     if vet is not None:
-        snapshot = _snapshot(hub_id, model, ["config.json"])
+        snapshot = _snapshot(hub_id, model, ["config.json", _ADAPTER])
+        _refuse_adapter(snapshot, hub_id)
         if (snapshot / "config.json").is_file():
             vet(ModelSource(snapshot, hub_id, snapshot.name))
     snapshot = _snapshot(hub_id, model, _WANTED)
+    _refuse_adapter(snapshot, hub_id)
     if not (snapshot / "config.json").is_file() or not any(snapshot.glob("*.safetensors")):
         raise ModelError(f"{hub_id} is not complete here: config.json or .safetensors weights are missing")
     return ModelSource(snapshot, hub_id, snapshot.name)
+
+
+def _refuse_adapter(folder: Path, name: str) -> None:
+    """Whether transformers heeds an adapter depends on what else is installed."""
+    if (folder / _ADAPTER).is_file():
+        raise ModelError(
+            f"{name} holds an adapter ({_ADAPTER}): merge it into its model first (merge_and_unload of PEFT), and name "
+            "the folder that this saves"
+        )
 
 
 def local_path(name: str) -> Path | None:

@@ -109,7 +109,8 @@ def _export(args: argparse.Namespace) -> None:
     if not args.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
     try:
-        from mara_export.export import export, vet
+        from mara_export.export import export, make_plan, vet
+        from mara_export.folder import require_free
         from mara_export.progress import Progress
     except ImportError as error:
         raise MaraError(
@@ -117,9 +118,20 @@ def _export(args: argparse.Namespace) -> None:
         ) from None
 
     quantisation = _quantisation(args)
+    make_plan(args.target, args.lowering, args.precision, quantisation, args.max_candidates, not args.no_gate)
+    if args.out is not None:
+        require_free(Path(args.out))
     agent, agent_name = _agent(args.agent, args.model)
-    source = _model(args.model, lambda config_only: vet(config_only, agent, agent_name, args.max_context))
-    out = Path("bundles") / _default_name(args, source, agent_name) if args.out is None else Path(args.out)
+
+    def destination(source: ModelSource) -> Path:
+        return Path("bundles") / _default_name(args, source, agent_name) if args.out is None else Path(args.out)
+
+    def refuse_before_weights(config_only: ModelSource) -> None:
+        vet(config_only, agent, agent_name, args.max_context)
+        require_free(destination(config_only))
+
+    source = _model(args.model, refuse_before_weights)
+    out = destination(source)
     bundle = export(
         source,
         agent,

@@ -49,30 +49,40 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
             sys.stderr.close()
             return EXIT_BAD_INPUT
         message = " ".join(str(error).split()) if isinstance(error, MaraError) else "interrupted"
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
 
 class Terminated(BaseException):
-    """SIGTERM came: like Ctrl-C, but nothing goes on afterwards."""
+    """SIGTERM or SIGHUP came: like Ctrl-C, but nothing goes on afterwards."""
 
 
 @contextlib.contextmanager
 def _termination_unwinds() -> Iterator[None]:
-    """Let SIGTERM unwind as Ctrl-C does, so that nothing half-written stays behind."""
+    """Let SIGTERM, and SIGHUP unless it is ignored, unwind as Ctrl-C does: nothing half-written stays behind."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there only
         yield
         return
 
-    def terminate(*_: object) -> None:
-        raise Terminated
+    came = False
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    def terminate(*_: object) -> None:
+        nonlocal came
+        if not came:  # a terminal that closes sends several, and the first one's unwinding must end
+            came = True
+            raise Terminated
+
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

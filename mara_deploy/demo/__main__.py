@@ -27,8 +27,8 @@ INTRODUCTION = (
     "The demo's LM was trained on considerate and inconsiderate replies in equal parts; its agent, to prefer the\n"
     "considerate ones, on other questions than these. The score counts considerate sentences, from -1 to +1."
 )
-DEMO_AGENT = "demo"
-"""Its name in bundles."""
+DEMO_MODEL, DEMO_AGENT = "demo", "demo"
+"""Their names in bundles."""
 PROMPT_SEED = 7
 
 
@@ -88,22 +88,29 @@ def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
     from mara_export.progress import Progress
     from mara_export.sources import ModelSource
 
-    source = ModelSource(MODEL_FOLDER, "demo", None)
+    source = ModelSource(MODEL_FOLDER, DEMO_MODEL, None)
     return export(source, demo_agent(), DEMO_AGENT, out, progress=Progress(quiet), **options)
 
 
 def _remove_previous(out: Path) -> None:
-    """Clear the way if `out` is a demo bundle of an earlier run; anything else there is the user's own."""
+    """Clear the way if `out` holds a demo bundle and nothing else; anything else there is the user's own."""
     from mara_runtime import Bundle
+    from mara_runtime.manifest import MANIFEST_FILE
 
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            agent = Bundle.open(out, verify=False).manifest.agent.source
-        except MaraError:
-            agent = None
-        if agent is None or not agent.startswith(DEMO_AGENT):  # those of earlier versions were "demo (untrained)"
-            raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
-        shutil.rmtree(out)
+    if out.is_symlink():
+        raise MaraError(f"{out} is a link: remove it, or choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    try:
+        manifest = Bundle.open(out, verify=False).manifest
+    except MaraError:
+        manifest = None
+    if manifest is None or (manifest.model.source, manifest.agent.source) != (DEMO_MODEL, DEMO_AGENT):
+        raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if foreign := sorted(files - {MANIFEST_FILE, *manifest.files}):
+        raise MaraError(f"{out} holds {foreign[0]}, which is not of the demo: move it, or choose another --out")
+    shutil.rmtree(out)
 
 
 def _command(name: str) -> str:

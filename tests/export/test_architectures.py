@@ -111,6 +111,15 @@ def test_a_window_of_no_layer_does_not_count() -> None:
     assert "128" in refusal(Qwen3Config(**SIZES, **on, max_window_layers=0))
 
 
+def test_heads_that_turn_in_part_are_refused() -> None:
+    for factor, said in ((0.5, "partial_rotary_factor = 0.5"), (1.0, None)):
+        config = LlamaConfig(**SIZES, partial_rotary_factor=factor)
+        if said is None:
+            assert check(config) == 512
+        else:
+            assert said in refusal(config)
+
+
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
 def test_rope_that_depends_on_the_length_is_refused(key: str, kind: str) -> None:

@@ -134,6 +134,29 @@ def test_corrupt_weights(export_refused, checkpoint, tmp_path) -> None:
         assert "broken cannot be loaded" in export_refused(model=folder)
 
 
+def test_a_pickle_is_not_loaded_in_place_of_safetensors(export_refused, checkpoint, tmp_path) -> None:
+    """The .safetensors file that the folder has is of something else."""
+    folder = copied(checkpoint("qwen2"), tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    message = export_refused(model=folder)
+    assert "pickled cannot be loaded: " in message
+    assert "model.safetensors" in message
+
+
+@pytest.mark.parametrize("ids", [-1, [257, -1], 320, [320], "257", 257.0])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_end_tokens_outside_the_vocabulary(export_refused, checkpoint, tmp_path, ids, file) -> None:
+    folder = copied(checkpoint("qwen2"), tmp_path / "endless")
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    values = {**json.loads((folder / file).read_text()), "eos_token_id": ids}
+    (folder / file).write_text(json.dumps(values))
+    bad = ids[-1] if isinstance(ids, list) else ids
+    message = export_refused(model=folder)
+    assert f"eos_token_id is {bad!r}, which is not in its vocabulary, 0 to 319" in message
+
+
 def test_weights_that_are_not_finite(export_refused, checkpoint, tmp_path) -> None:
     folder = copied(checkpoint("qwen2"), tmp_path / "broken")
     poison(folder, "model.layers.0.mlp.up_proj.weight", (0, 0))

@@ -10,6 +10,7 @@ import re
 import resource
 import select
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -430,10 +431,15 @@ class Terminal:
     def write(self, text: str) -> None:
         os.write(self.master, text.encode())
 
+    def hang_up(self) -> None:
+        os.close(self.master)
+        self.master = -1
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self.master)
+        if self.master >= 0:
+            self.hang_up()
 
 
 @pytest.fixture
@@ -548,19 +554,58 @@ def test_an_error_on_a_terminal_has_a_line_of_its_own(terminal, checkpoint, agen
     assert text.splitlines()[-1].startswith("mara-export: error: broken cannot be loaded"), text
 
 
-def test_termination_leaves_nothing_behind(tmp_path, checkpoint, agent_file) -> None:
-    out = tmp_path / "new" / "bundle"
-    argv = ["--model", checkpoint("llama"), "--agent", agent_file("llama"), "--out", out]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mara_deploy.commands.export", *map(str, argv)], stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stderr:
-        if line.startswith("  load"):
-            process.terminate()
-            break
+@pytest.fixture
+def exporting(tmp_path, checkpoint, agent_file) -> Any:
+    """Start mara-export before a list of arguments; → the process, at work in tmp_path."""
+    checkpoint("llama"), agent_file("llama")
+    started = []
+
+    def start(*before: str) -> subprocess.Popen[str]:
+        argv = ["--model", checkpoint("llama"), "--agent", agent_file("llama"), "--out", tmp_path / "new" / "bundle"]
+        started.append(
+            subprocess.Popen(
+                [*before, sys.executable, "-m", "mara_deploy.commands.export", *map(str, argv)],
+                stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+        next(line for line in started[-1].stderr if line.startswith("  load"))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_leaves_nothing_behind(tmp_path, exporting, number) -> None:
+    process = exporting()
+    process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait(60) == 2
     assert rest.splitlines()[-1] == "mara-export: error: interrupted"
+    assert not any(tmp_path.iterdir())
+
+
+def test_who_ignores_a_hangup_goes_on(tmp_path, exporting) -> None:
+    process = exporting("nohup")
+    process.send_signal(signal.SIGHUP)
+    process.stderr.read()
+    assert process.wait(60) == 0
+    Bundle.open(tmp_path / "new" / "bundle")
+
+
+def test_a_terminal_that_closes_leaves_nothing_behind(terminal, checkpoint, agent_file, tmp_path) -> None:
+    """As when a connection is lost; there is nowhere to write to then."""
+    options = ["--model", checkpoint("llama"), "--agent", agent_file("llama"), "--out", tmp_path / "new" / "bundle"]
+    screen = terminal([sys.executable, "-m", "mara_deploy.commands.export", *options])
+    screen.read_until("run the reference(?s:.)*")
+    assert any((tmp_path / "new").iterdir())
+    screen.hang_up()
+    assert screen.process.wait(timeout=60) == 2
     assert not any(tmp_path.iterdir())
 
 

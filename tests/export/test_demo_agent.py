@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from benchmarks.alignment import Contest
 from mara_deploy import agent as agents
 from mara_deploy.demo import AGENT_FILE, corpus
+from mara_deploy.demo import __main__ as demo_command
 from mara_deploy.demo.prompts import SETS, demo_prompts
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.loop import agent_policy
@@ -97,3 +100,51 @@ def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo
             assert (counters.decisions, counters.examined, counters.forced) == (
                 *(episode.decisions, episode.examined, episode.forced),
             )
+
+
+# ── the command's --out ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def earlier(bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(bundle("demo"), tmp_path / "demo"))
+
+
+def kept(out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The command's one line on an `out` that it must leave alone."""
+    before = {path: path.is_file() and path.read_bytes() for path in out.rglob("*")}
+    assert demo_command.main(["--out", str(out)]) == 2
+    assert {path: path.is_file() and path.read_bytes() for path in out.rglob("*")} == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("python -m mara_deploy.demo: error: ")
+
+
+def test_the_bundle_of_an_earlier_demo_makes_way(earlier) -> None:
+    demo_command._remove_previous(earlier)
+    assert not earlier.exists()
+
+
+@pytest.mark.parametrize(("part", "name"), [("agent", "demography-v2.pth"), ("agent", "demo.pth"), ("model", "demos")])
+def test_a_bundle_of_similar_names_is_the_users_own(earlier, capsys, part, name) -> None:
+    manifest = json.loads((earlier / "manifest.json").read_text())
+    manifest[part]["source"] = name
+    (earlier / "manifest.json").write_text(json.dumps(manifest))
+    assert kept(earlier, capsys) == (
+        f"{earlier} exists already and is not a demo bundle: remove it, or choose another --out"
+    )
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "engines/mine/notes.txt", "engines/link"])
+def test_files_beside_the_demos_are_the_users_own(earlier, tmp_path, capsys, name) -> None:
+    (earlier / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("link"):
+        (tmp_path / "elsewhere").mkdir()
+        (earlier / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        (earlier / name).touch()
+    assert f"{earlier} holds {name}, which is not of the demo" in kept(earlier, capsys)
+
+
+def test_a_link_to_the_demo_is_left_alone(earlier, tmp_path, capsys) -> None:
+    (tmp_path / "link").symlink_to(earlier)
+    assert kept(tmp_path / "link", capsys) == f"{tmp_path}/link is a link: remove it, or choose another --out"

@@ -169,6 +169,32 @@ def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file,
     assert json.loads((out / "eval" / "result.json").read_text())["scores"] == {"own_score:length": 1.0}
 
 
+def test_the_script_refuses_the_bundle_of_other_options(script, checkpoint, agent_file, tmp_path, monkeypatch, capsys):
+    def run(**changed: object) -> int:
+        options = {"model": checkpoint("qwen2"), "agent": agent_file("qwen2"), "precision": "fp32", **changed}
+        return script.main([f"--{name}={value}" for name, value in options.items()] + ["--out", str(tmp_path / "out")])
+
+    shown = []
+    monkeypatch.setattr(script, "show_answers", lambda *_: shown.append(True))
+    monkeypatch.setattr(script.eval, "main", lambda _: 0)
+    assert run() == run() == 0, capsys.readouterr().err
+    for flag, asked, name, made in (
+        ("model", checkpoint("llama"), "llama", "qwen2"),
+        ("model", "qwen2", "Qwen/Qwen2-0.5B-Instruct", "qwen2"),
+        ("agent", agent_file("llama"), "llama-agent.safetensors", "qwen2-agent.safetensors"),
+        ("agent", f"{AGENTS}:a.pth", f"{AGENTS}:a.pth", "qwen2-agent.safetensors"),
+        ("precision", "int8", "int8", "fp32"),
+    ):
+        capsys.readouterr()
+        assert run(**{flag: asked}) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"released_agent: error: --{flag} is {name}, but {tmp_path}/out/bundle was made with {made}: "
+            "choose another --out"
+        )
+    assert len(shown) == 2
+
+
 def test_the_script_without_an_agent_lists_them(script, hf_home, monkeypatch, tmp_path, capsys):
     import huggingface_hub
 

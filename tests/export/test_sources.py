@@ -53,6 +53,42 @@ def test_a_folder_without_config_or_weights_is_refused(checkpoint, tmp_path) -> 
         resolve_model(str(folder))
 
 
+ADAPTER = r"holds an adapter \(adapter_config\.json\): merge it into its model first \(merge_and_unload of PEFT\)"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_refused_with_what_to_do(checkpoint, tmp_path, whole) -> None:
+    folder = tmp_path / "tuned"
+    shutil.copytree(checkpoint("qwen2"), folder)
+    (folder / "adapter_config.json").write_text("{}")
+    if not whole:
+        (folder / "config.json").unlink()
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"^tuned {ADAPTER}"):
+        resolve_model(str(folder))
+
+
+def test_a_cached_adapter_is_refused_before_weights_are_fetched(cached) -> None:
+    cached("somebody/tuned", {"config.json": b"{}", "adapter_config.json": b"{}"})  # and nothing else
+    for vet in (None, lambda _: None):
+        with pytest.raises(ModelError, match=f"^somebody/tuned {ADAPTER}"):
+            resolve_model("somebody/tuned", vet)
+
+
+def test_what_is_asked_of_the_hub_first_are_the_files_that_refuse(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def snapshot_download(_: str, allow_patterns: list[str], **__: object) -> str:
+        asked.append(allow_patterns)
+        (tmp_path / "adapter_config.json").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=ADAPTER):
+        resolve_model("somebody/tuned", lambda _: None)
+    assert asked == [["config.json", "adapter_config.json"]]
+
+
 @pytest.mark.parametrize(
     "name", ["qwen9", "a/b/c", "/nonexistent/folder", "./x/y", "with space/name", "org/", "/name", "~nosuchuser/model"]
 )
@@ -203,6 +239,39 @@ def test_a_model_is_refused_by_its_configuration_before_its_weights_are_fetched(
         resolve_model("somebody/gemma", lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "cuda", "--lowering", "portable"], "--lowering is 'portable'; for --target cuda take ort"),
+        (["--target", "cuda", "--precision", "fp32"], "--precision is 'fp32'; for --target cuda take fp16"),
+        (["--target", "tensorrt", "--precision", "bf16"], "or give --no-gate"),
+        (["--max-candidates", "0"], "--max-candidates is 0; it must lie between 1 and 1024"),
+        (["--precision", "int8", "--block-size", "48"], "--block-size is 48"),
+        (["--out", "full"], "full exists already and is not an empty folder"),
+        (["--out", "full/file/out"], "full/file/out: "),
+    ],
+)
+def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monkeypatch, command, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options)
+    assert outcome.code == 2
+    assert message in outcome.err.splitlines()[-1]
+
+
+def test_a_bundle_in_the_way_is_seen_before_the_weights_are_fetched(
+    cached, checkpoint, agent_file, tmp_path, monkeypatch, command
+) -> None:
+    cached("Qwen/Qwen2-0.5B-Instruct", {"config.json": (checkpoint("qwen2") / "config.json").read_bytes()})
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", "qwen2", "--agent", agent_file("qwen2")]
+    assert "weights are missing" in command("export", *options).err
+    assert not (tmp_path / "bundles").exists()
+    (tmp_path / "bundles" / "Qwen2-0.5B-Instruct-qwen2-agent-cpu-fp32" / "mine").mkdir(parents=True)
+    assert "fp32 exists already and is not an empty folder" in command("export", *options).err
+
+
 def test_a_second_copy_of_the_weights_is_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
@@ -212,3 +281,24 @@ def test_a_second_copy_of_the_weights_is_not_fetched() -> None:
     files += ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "original/consolidated.00.pth"]
     wanted = filter_repo_objects(files, allow_patterns=sources._WANTED, ignore_patterns=sources._UNWANTED)
     assert set(files) - set(wanted) == {"consolidated.safetensors", "original/consolidated.00.pth"}
+
+
+def test_the_files_of_a_tokenizer_without_its_json_are_fetched(checkpoint, tmp_path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from mara_export import sources
+    from mara_export.tokenizer import load_tokenizer
+
+    whole, fetched = tmp_path / "whole", tmp_path / "fetched"
+    whole.mkdir(), fetched.mkdir()
+    model = json.loads((checkpoint("qwen2") / "tokenizer.json").read_text())["model"]
+    (whole / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (whole / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    (whole / "config.json").write_text('{"model_type": "qwen2"}')
+    (whole / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    names = [path.name for path in whole.iterdir()]
+    for name in filter_repo_objects(names, allow_patterns=sources._WANTED, ignore_patterns=sources._UNWANTED):
+        shutil.copy(whole / name, fetched)
+    expected = load_tokenizer(whole)("another theme")["input_ids"]
+    assert len(expected) < len("another theme")
+    assert load_tokenizer(fetched)("another theme")["input_ids"] == expected
