@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def main() -> None:
 
     source = ModelSource(MODEL_FOLDER, "demo", None) if args.model == "demo" else resolve_model(args.model)
     prompts = [p.text for p in demo_prompts()][:: len(demo_prompts()) // args.prompts_at_once][: args.prompts_at_once]
-    config = RECIPES["demo"]
+    config = replace(RECIPES["demo"], max_new_tokens=args.max_new_tokens)
     score = Combined([(1.0, load_score("demo"))])
     task = open_task(source, prompts, score, config, device="cpu", dtype="float32")
     agent = agents.untrained(task.hidden_size, 0, config.widths)

@@ -16,6 +16,7 @@ from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource, local_path, resolve_model
 from mara_export.tokenizer import load_tokenizer
+from mara_runtime.errors import OptionError
 
 _SAFE_RLHF_HEAD = {r"^score_head\.": "score."}
 """PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers whose head has another name."""
@@ -25,8 +26,8 @@ _FIELDS = {"prompt", "answer"}
 class RewardModel:
     """Callable (prompts, answers) → floats: the model's one output, or the log-odds of one of its labels.
 
-    The answer stands in the model's template, or its tokenizer's chat template, or else beside the prompt as the second
-    text of a pair.
+    Where a text may have several labels, a label's log-odds are its logit. The answer stands in the model's template,
+    or its tokenizer's chat template, or else beside the prompt as the second text of a pair.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class RewardModel:
         self.name = name
         self._model, self._tokenizer, self._label = model, tokenizer, label
         self._template, self._batch_size = template, batch_size
-        own = getattr(model.config, "max_position_embeddings", None)
-        self._max_tokens = max_tokens or own
+        self._max_tokens = max_tokens or _room(model)
+        # log-odds are those of a softmax where a text has one of the labels; else outputs stand alone
+        self._one_of_all = model.config.problem_type in (None, "single_label_classification")
         # A head named `score` reads the last token: transformers looks for it by the padding id, which may be a token
         # of the text too. Padded on the left, with an id that is no token's, the last is the last.
         self._reads_last_token = hasattr(model, "score")
@@ -92,6 +94,8 @@ class RewardModel:
     def _values(self, logits: Tensor) -> Tensor:
         if self._label is None:
             return logits[:, 0]
+        if not self._one_of_all:
+            return logits[:, self._label]
         others = [i for i in range(logits.shape[1]) if i != self._label]
         return logits[:, self._label] - logits[:, others].logsumexp(1)
 
@@ -102,15 +106,30 @@ def load(spec: str, template: str | None, device: str, batch_size: int, max_toke
     spec: a folder or Hub id, `#LABEL` behind it if the model has several labels; template: a text with {prompt} and
     {answer}, None for the tokenizer's chat template; device: as torch names it, in float32 on a CPU, else as stored;
     batch_size: texts at a time, ≥ 1; max_tokens: refuse longer texts, None for the model's own limit.
-    Raises ScoreError.
+    Raises ScoreError, OptionError for the device.
     """
     where, _, label = spec.partition("#")
+    usable_device("--score-device", device, "cpu")
     if template is not None:
         _check_template(template)
     try:
         return _load(spec, where, label, template, device, batch_size, max_tokens)
     except ModelError as error:
         raise ScoreError(f"the score {where} cannot be loaded: {error}") from error
+
+
+def usable_device(flag: str, name: str, others: str) -> torch.device:
+    """The device of that name. Raises OptionError, which names the `others`, where nothing can be computed there.
+
+    Its words are also true of a resumed run, which goes on where it began.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"{flag} is {name!r}, which cannot be used here ({reason}); begin with {others}") from None
+    return device
 
 
 def _load(
@@ -139,6 +158,18 @@ def _load(
         index = labels[label]
     name = source.name + (f"#{label}" if label else "")
     return RewardModel(name, model, tokenizer, index, template, batch_size, max_tokens)
+
+
+def _room(model: Any) -> int | None:
+    """Tokens of a text at most; None: as many as there are. RoBERTa's positions are counted from behind that of the
+    padding, whose embedding has a `padding_idx`.
+    """
+    room: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None and name.endswith("position_embeddings"):
+            room = module.num_embeddings - padding - 1
+    return room
 
 
 def _classifier(source: ModelSource, config: Any, device: str) -> Any:

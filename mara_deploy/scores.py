@@ -46,7 +46,7 @@ class FunctionScore:
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Call it; what it raises becomes a ScoreError of one line."""
         try:
-            return [float(value) for value in self._function(prompts, answers)]
+            return [float(value) for value in self._function(list(prompts), list(answers))]
         except MaraError:
             raise
         except Exception as error:  # somebody else's code
@@ -115,21 +115,27 @@ def load_score(
     spec: `demo`; `module:function`, importable from the working directory too; or the folder or Hub id of a Hugging
     Face sequence-classification or reward model, followed by `#LABEL` where it has several labels.
     template, batch_size, max_tokens: of a model, see `mara_deploy.reward_model.load`; device: where it runs.
-    Raises ScoreError.
+    Raises ScoreError, OptionError for the device.
     """
     if spec == "demo":
         spec = DEMO_SCORE
-    module, colon, function = spec.partition(":")
-    if colon and all(part.isidentifier() for part in (*module.split("."), function)):
+    if is_function(spec):
         if template is not None:
             raise ScoreError(f"--score-template is for a model; the score {spec} is a Python function")
-        return _function(spec, module, function)
+        return _function(spec)
     from mara_deploy import reward_model
 
     return reward_model.load(spec, template, device, batch_size, max_tokens)
 
 
-def _function(spec: str, module: str, function: str) -> FunctionScore:
+def is_function(spec: str) -> bool:
+    """Whether a score is Python code; else it is a model."""
+    module, colon, function = spec.partition(":")
+    return spec == "demo" or (colon == ":" and all(part.isidentifier() for part in (*module.split("."), function)))
+
+
+def _function(spec: str) -> FunctionScore:
+    module, _, function = spec.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # a console script does not see the working directory
         sys.path.append(here)

@@ -9,12 +9,13 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mara_deploy.commands.scoring import add_score_options, judges
+from mara_deploy.commands.scoring import add_score_options, judges, of_models
 from mara_deploy.commands.shared import (
     Parser,
     add_decode_options,
@@ -84,7 +85,7 @@ def parser() -> Parser:
         "--sample-checkpoint", action="store_true", help="sample from a checkpoint baseline instead of greedy decoding"
     )
     options.add_argument(
-        "--temperature", dest="sampling_temperature", type=float, default=1.0, metavar="X",
+        "--temperature", dest="sampling_temperature", type=float, metavar="X",
         help="of baselines that sample, applied after --top-k and --top-p (default 1.0)",
     )  # fmt: skip
     options.add_argument(
@@ -107,12 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    with ExitStack() as folder_held:
+        _eval_in(args, argv, folder_held)
+
+
+def _eval_in(args: argparse.Namespace, argv: Sequence[str], folder_held: ExitStack) -> None:
     ways = _ways(args)
 
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
-    from mara_deploy.evaluate.store import write_whole
+    from mara_deploy.evaluate.store import held, write_whole
     from mara_deploy.prompts import drawn, shared
     from mara_runtime.decoder import AlignedDecoder
 
@@ -134,11 +140,13 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     bundle = decoder.bundle
     out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
     bootstrap = Bootstrap()
+    judging = judges(args.score, args.score_device, args.score_batch)
+    folder_held.enter_context(held(out))
     found = evaluate(
         prompts,
         contestants[0],
         contestants[1:],
-        judges(args),
+        judging,
         out,
         seen=shared(prompts, training.prompts) if training else (),
         bootstrap=bootstrap,
@@ -194,13 +202,20 @@ def _ways(args: argparse.Namespace) -> _Ways:
     for flag, value, least in (("--limit", args.limit, 1), ("--examples", args.examples, 0)):
         if value is not None and value < least:
             raise OptionError(f"{flag} is {value}; it must be at least {least}")
+    of_models(args.score, args.score_device, args.score_batch)  # their checks
+    sampling = [name for name in args.baseline if name == "sample" or _best_of(name) is not None]
+    if args.sample_checkpoint and not set(args.baseline) - {"greedy", *sampling}:
+        raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint: leave it out")
+    temperature = args.sampling_temperature
+    if temperature is not None and not sampling and not args.sample_checkpoint:
+        raise OptionError(f"--temperature is {temperature}, but no --baseline samples: leave it out")
     variables = template_variables(args.template)
     if variables and args.raw:
         raise OptionError("--template needs the chat template: leave out --raw")
     aligned = decode_config(args)
     # what chooses among the agent's verdicts is no part of plain decoding
     greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
-    sampled = replace(greedy, sample=True, temperature=args.sampling_temperature)
+    sampled = replace(greedy, sample=True, temperature=1.0 if temperature is None else temperature)
     return _Ways(aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, Asking(args.raw, variables))
 
 
@@ -238,11 +253,11 @@ def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways)
 
     found: list[Contestant] = [BundleAnswers("aligned", decoder, ways.aligned, ways.asking)]
     for name in baselines:
-        best_of = re.fullmatch(r"best-of-(\d{1,4})", name)
-        if best_of and int(best_of[1]) < 2:
+        samples = _best_of(name)
+        if samples is not None and samples < 2:
             raise OptionError(f"--baseline is {name}; best-of-N wants an N of at least 2")
-        if best_of:
-            found.append(BundleAnswers(name, decoder, ways.sampled, ways.asking, samples=int(best_of[1])))
+        if samples is not None:
+            found.append(BundleAnswers(name, decoder, ways.sampled, ways.asking, samples=samples))
         elif name in ("greedy", "sample"):
             config = ways.greedy if name == "greedy" else ways.sampled
             found.append(BundleAnswers(name, decoder, config, ways.asking))
@@ -252,6 +267,12 @@ def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways)
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"two --baseline have the name {twice}: give each once, or rename a checkpoint's folder")
     return found
+
+
+def _best_of(baseline: str) -> int | None:
+    """The N of best-of-N."""
+    found = re.fullmatch(r"best-of-(\d{1,4})", baseline)
+    return int(found[1]) if found else None
 
 
 def _checkpoint(name: str, ways: _Ways) -> Contestant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from mara_runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.judge import Judge
+
+DEVICE, BATCH = "cpu", 8
+"""Defaults of models: where they run, answers that they read at once."""
 
 
 @dataclass
@@ -64,10 +68,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="what the model of the --score before it reads, with {prompt} and {answer} (default: its chat template)",
     )
-    group.add_argument("--score-device", default="cpu", metavar="D", help="where models run (default cpu)")
-    group.add_argument(
-        "--score-batch", type=int, default=8, metavar="N", help="answers a model reads at once (default 8)"
-    )
+    group.add_argument("--score-device", metavar="D", help=f"where models run (default {DEVICE})")
+    group.add_argument("--score-batch", type=int, metavar="N", help=f"answers a model reads at once (default {BATCH})")
 
 
 class _Score(argparse.Action):
@@ -77,30 +79,53 @@ class _Score(argparse.Action):
         namespace.score = [*namespace.score, ScoreOption(values)]
 
 
-def judges(args: argparse.Namespace) -> list[Judge]:
-    """Load the scores. Raises ScoreError, OptionError."""
+def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[Judge]:
+    """Load the scores. device, batch: as `of_models` takes them. Raises ScoreError, OptionError."""
     from mara_deploy.evaluate.judge import Judge
-    from mara_deploy.scores import DEMO_SCORE, load_score
+    from mara_deploy.scores import is_function, load_score
 
-    if not args.score:
-        raise OptionError("there is no --score: name what says how good an answer is, module:function or a model")
-    if args.score_batch < 1:
-        raise OptionError(f"--score-batch is {args.score_batch}; it must be at least 1")
+    device, batch = of_models(options, device, batch)
+    on_models: dict[str, Any] = {} if device is None else {"device": device, "batch_size": batch}
     found = []
-    for option in args.score:
-        score = load_score(option.spec, template=option.template, device=args.score_device, batch_size=args.score_batch)
-        spec = DEMO_SCORE if option.spec == "demo" else option.spec
+    for option in options:
+        score = load_score(option.spec, template=option.template, **on_models)
         weight = 1.0 if option.weight is None else option.weight
-        found.append(Judge(score, weight, {"template": option.template, "code or weights": _fingerprint(spec)}))
+        settings = {"template": option.template, "code or weights": _fingerprint(option.spec)}
+        if device is not None and not is_function(option.spec):
+            settings["device"] = device.partition(":")[0]  # its kind, which also says the precision
+        found.append(Judge(score, weight, settings))
     return found
+
+
+def of_models(
+    options: Sequence[ScoreOption], device: str | None, batch: int | None
+) -> tuple[str, int] | tuple[None, None]:
+    """Where models run, and answers that they read at once; both None where no score is a model.
+
+    device, batch: as they were given, None for the default. Raises OptionError for what is missing, out of range, or
+    would be ignored.
+    """
+    from mara_deploy.scores import is_function
+
+    if not options:
+        raise OptionError("there is no --score: name what says how good an answer is, module:function or a model")
+    if batch is not None and batch < 1:
+        raise OptionError(f"--score-batch is {batch}; it must be at least 1")
+    if not all(is_function(option.spec) for option in options):
+        return DEVICE if device is None else device, BATCH if batch is None else batch
+    for flag, value in (("--score-device", device), ("--score-batch", batch)):
+        if value is not None:
+            raise OptionError(f"{flag} is {value}, but no --score is a model: leave it out")
+    return None, None
 
 
 def _fingerprint(spec: str) -> str:
     """What the values of a score depend on: the module's text, the model's commit, or the model folder's checksums."""
+    from mara_deploy.scores import DEMO_SCORE, is_function
     from mara_runtime.bundle import sha256
 
-    module = sys.modules.get(spec.partition(":")[0])
-    if module is not None and ":" in spec:
+    if is_function(spec):
+        module = sys.modules[(DEMO_SCORE if spec == "demo" else spec).partition(":")[0]]
         source = getattr(module, "__file__", None)
         return sha256(Path(source))[:16] if source else "built in"
     from mara_deploy.evaluate.store import fingerprint

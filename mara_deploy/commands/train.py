@@ -6,17 +6,18 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mara_deploy.commands.scoring import ScoreOption, add_score_options
+from mara_deploy.commands.scoring import ScoreOption, add_score_options, judges, of_models
 from mara_deploy.commands.shared import Parser, add_template_option, guarded, template_variables
 from mara_runtime.errors import MaraError, OptionError
 
 if TYPE_CHECKING:
-    from mara_deploy.scores import Combined
+    from mara_deploy.evaluate.judge import Judge
     from mara_deploy.train.config import TrainConfig
     from mara_export.sources import ModelSource
 
@@ -77,12 +78,9 @@ def parser() -> Parser:
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
     options.add_argument("--recipe", choices=("paper", "demo"), help="defaults of the settings (demo for --model demo)")
     add_template_option(options)
-    options.add_argument(
-        "--device", default="auto", metavar="D", help="auto (default: CUDA if there is any), cpu, cuda"
-    )
+    options.add_argument("--device", metavar="D", help="auto (default: CUDA if there is any), cpu, cuda")
     options.add_argument(
         "--dtype",
-        default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the LLM (default: bfloat16 on CUDA, else float32)",
     )
@@ -111,12 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    with ExitStack() as folder_held:
+        _train_in(args, folder_held)
+
+
+def _train_in(args: argparse.Namespace, folder_held: ExitStack) -> None:
     config = _config(args)  # what can be wrong with the options is found before torch is loaded
     if args.threads is not None and args.threads < 1:
         raise OptionError(f"--threads is {args.threads}; it must be at least 1")
     if not args.quiet:
         print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
     try:
+        from mara_deploy.evaluate.store import held
+        from mara_deploy.scores import Combined
         from mara_deploy.train.folder import RunFolder
         from mara_deploy.train.loop import train
         from mara_deploy.train.report import write_report
@@ -132,9 +137,11 @@ def _train(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if args.resume:
         folder = RunFolder.existing(Path(args.out))
+        folder_held.enter_context(held(folder.path))
         run, prompts = folder.run, folder.prompts
-        config = _resumed(args, run)
+        config = _resumed(args, run, folder.episodes)
     else:
+        RunFolder.refuse_used(Path(args.out))
         prompts = _prompts(args.prompts)
         run = _describe(args, config, len(prompts))
         run["threads"] = torch.get_num_threads() if args.threads is None else args.threads
@@ -145,12 +152,14 @@ def _train(args: argparse.Namespace) -> None:
             f"{source.name} is at revision {source.revision}, the run began with {run['model']['revision']}"
         )
     run["model"] |= {"name": source.name, "revision": source.revision}
-    score = _score(run["scores"], args.score_device, args.score_batch)
+    score = Combined([(judge.weight, judge.score) for judge in _judges(run)])
     run["score"], run["config"] = score.name, config.to_json()
-    task = open_task(source, prompts, score, config, device=args.device, dtype=args.dtype, template=run["template"])
+    task = open_task(source, prompts, score, config, device=run["device"], dtype=run["dtype"], template=run["template"])
+    run["device"], run["dtype"] = str(task.environment.lm.device), str(task.environment.lm.dtype).removeprefix("torch.")
     if args.resume:
         folder.describe(run)
     else:
+        folder_held.enter_context(held(Path(args.out)))
         folder = RunFolder.new(Path(args.out), run, prompts)
 
     facts = {"model": source.name, "score": score.name, "trained_by": f"mara-deploy {version('mara-deploy')}"}
@@ -189,35 +198,45 @@ def _config(args: argparse.Namespace) -> TrainConfig:
         taken = {"--model": args.model, "--prompts": args.prompts, "--score": args.score, "--recipe": args.recipe}
         given = [flag for flag, value in taken.items() if value]
         given += ["--" + name.replace("_", "-") for name in _given(args) if name != "episodes"]
-        given += ["--template"] * bool(args.template) + ["--threads"] * (args.threads is not None)
-        given += ["--dtype"] * (args.dtype != "auto")
+        given += ["--template"] * bool(args.template)
+        machine = ("threads", "device", "dtype", "score_device", "score_batch")
+        given += ["--" + name.replace("_", "-") for name in machine if getattr(args, name) is not None]
         if given:
             raise OptionError(f"--resume takes everything but --episodes from the run: leave out {', '.join(given)}")
         return RECIPES["paper"]  # the run's own settings are read later
     for flag, value in (("--model", args.model), ("--prompts", args.prompts), ("--score", args.score)):
         if not value:
             raise OptionError(f"{flag} is missing: a new run needs --model, --prompts and --score")
+    of_models(args.score, args.score_device, args.score_batch)  # their checks
     recipe = args.recipe or ("demo" if args.model == "demo" else "paper")
     return replace(RECIPES[recipe], **_given(args))
 
 
-def _resumed(args: argparse.Namespace, run: dict[str, Any]) -> TrainConfig:
-    """The settings of the run in --out, with more episodes if they were asked for."""
+def _resumed(args: argparse.Namespace, run: dict[str, Any], done: int) -> TrainConfig:
+    """The settings of the run in --out, with more episodes than the `done` ones if they were asked for."""
     from mara_deploy.train.config import TrainConfig
 
+    if args.episodes is not None and args.episodes < done:
+        raise OptionError(f"--episodes is {args.episodes}, but the run has made {done}: ask for more, or leave it out")
+    if "score_device" not in run:
+        raise MaraError(f"{args.out} was begun by an earlier mara-train, which kept less of a run: begin a new one")
     config = TrainConfig.from_json(run["config"])
     return config if args.episodes is None else replace(config, episodes=args.episodes)
 
 
 def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> dict[str, Any]:
+    score_device, score_batch = of_models(args.score, args.score_device, args.score_batch)
     packages = ("mara-deploy", "torch", "transformers", "numpy")
     return {
         "model": {"asked": args.model, "name": None, "revision": None},
         "prompts": {"source": Path(args.prompts).name, "count": prompts},
         "score": None,
         "scores": [asdict(option) for option in args.score],
+        "score_device": score_device,
+        "score_batch": score_batch,
         "template": template_variables(args.template),
-        "dtype": args.dtype,
+        "device": "auto" if args.device is None else args.device,
+        "dtype": "auto" if args.dtype is None else args.dtype,
         "config": config.to_json(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
@@ -239,14 +258,18 @@ def _source(name: str) -> ModelSource:
     return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name)
 
 
-def _score(options: list[dict[str, Any]], device: str, batch_size: int) -> Combined:
-    from mara_deploy.scores import Combined, load_score
-
-    parts = []
-    for option in (ScoreOption(**values) for values in options):
-        score = load_score(option.spec, template=option.template, device=device, batch_size=batch_size)
-        parts.append((1.0 if option.weight is None else option.weight, score))
-    return Combined(parts)
+def _judges(run: dict[str, Any]) -> list[Judge]:
+    """The scores of a run, whose fingerprints it keeps. Raises MaraError where one has changed since."""
+    options = [ScoreOption(of["spec"], of["weight"], of["template"]) for of in run["scores"]]
+    found = judges(options, run["score_device"], run["score_batch"])
+    for judge, of in zip(found, run["scores"], strict=True):
+        now = (judge.settings or {})["code or weights"]
+        if of.setdefault("code or weights", now) != now:
+            raise MaraError(
+                f"the code or weights of the score {judge.score.name} have changed since the run began: put back what "
+                "it was, or begin a new run"
+            )
+    return found
 
 
 if __name__ == "__main__":

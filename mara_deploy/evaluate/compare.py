@@ -61,6 +61,8 @@ class Preference:
     losses: int
     rate: float
     """(wins - losses) / (wins + ties + losses); -1 … 1"""
+    units: int
+    """prompts, or groups of them, that the intervals are over; ≥ 1"""
     interval: Interval | None
     """of the rate; None: a single unit says nothing of the spread"""
     mean: float
@@ -90,6 +92,7 @@ def preference(
         ties=int((outcome == 0).sum()),
         losses=int((outcome < 0).sum()),
         rate=float(outcome.mean()),
+        units=int(units.max()) + 1,
         interval=bootstrap.interval(outcome, units),
         mean=float(a.mean()),
         baseline_mean=float(b.mean()),

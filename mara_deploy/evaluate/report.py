@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from mara_deploy.evaluate.compare import Bootstrap
+from mara_deploy.evaluate.compare import Bootstrap, number_units
 from mara_deploy.evaluate.evaluate import Evaluation, Side
 
 FEW_UNITS = 20
@@ -16,7 +16,7 @@ FEW_UNITS = 20
 
 def result(evaluation: Evaluation, facts: Mapping[str, Any], bootstrap: Bootstrap) -> dict[str, Any]:
     """Everything but the texts, as plain values. facts: what the command knows of bundle, prompts and settings."""
-    units = len({prompt.group or prompt.text for prompt in evaluation.prompts})
+    units = int(number_units([prompt.group for prompt in evaluation.prompts]).max()) + 1
     grouped = evaluation.prompts[0].group is not None
     return {
         **facts,
@@ -51,13 +51,29 @@ def _side(side: Side) -> dict[str, Any]:
 def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
     """What a reader should know before believing the rates, one sentence each."""
     found = []
+    unit = "group" if grouped else "prompt"
     if units < FEW_UNITS:
-        counted = _counted(units, "group" if grouped else "prompt")
-        found.append(f"{counted}: intervals over fewer than {FEW_UNITS} are too narrow, or missing.")
+        found.append(f"{_counted(units, unit)}: intervals over fewer than {FEW_UNITS} are too narrow, or missing.")
+    else:
+        for name, against in evaluation.comparisons.items():
+            parts = {**against.by_length, "unseen": against.unseen}
+            few = [
+                f"{part}: {_counted(one.units, unit)}" for part, one in parts.items() if one and one.units < FEW_UNITS
+            ]
+            if few:
+                found.append(
+                    f"Parts of the prompts against {name} ({'; '.join(few)}): intervals over fewer than {FEW_UNITS} "
+                    "are too narrow, or missing."
+                )
     if evaluation.seen:
+        seen, all_of_them = len(evaluation.seen), len(evaluation.prompts)
         found.append(
-            f"{len(evaluation.seen)} of {len(evaluation.prompts)} prompts also occur in the training set; "
-            "the rates without them are given beside."
+            f"{seen} of {all_of_them} prompts also occur in the training set; "
+            + (
+                "none is left to compare without them."
+                if seen == all_of_them
+                else "the rates without them are given beside."
+            )
         )
     for name, side in (("aligned", evaluation.aligned), *evaluation.baselines.items()):
         if side.text.cut_off >= 0.1:

@@ -83,6 +83,31 @@ class Store:
         self._file.flush()
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder, made if it is missing, to this run alone. Raises MaraError where another one has it.
+
+    The lock is on the folder itself: it leaves no file, and ends with the process, even when that is killed.
+    """
+    with _in_one_line(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MaraError(f"another run is using {folder}: wait for its end, or choose another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole, the old one or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

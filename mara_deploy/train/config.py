@@ -71,7 +71,7 @@ class TrainConfig:
     """log: ln α is learned; direct: α itself, not below 0. In a few thousand updates ln α hardly moves"""
 
     seed: int = 0
-    """of weights, prompts, actions and batches; ≥ 0"""
+    """of weights, prompts, actions and batches; 0 … 2**63 - 1"""
     checkpoint_minutes: float = 10.0
     """between checkpoints, ≥ 0; a run that ends or is interrupted leaves one in any case"""
 
@@ -96,7 +96,7 @@ class TrainConfig:
         self._check("target_rate", "in (0, 1]", 0.0 < self.target_rate <= 1.0)
         self._check("alpha_rate", "a finite number of at least 0", 0.0 <= self.alpha_rate < math.inf)
         self._check("alpha_form", f"one of {', '.join(ALPHA_FORMS)}", self.alpha_form in ALPHA_FORMS)
-        self._check("seed", "a whole number of at least 0", self.seed >= 0)
+        self._check("seed", "a whole number from 0 to 2**63 - 1", 0 <= self.seed < 1 << 63)
         self._check("checkpoint_minutes", "a finite number of at least 0", 0.0 <= self.checkpoint_minutes < math.inf)
 
     def _check(self, name: str, allowed: str, within: bool) -> None:

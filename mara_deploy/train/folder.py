@@ -39,10 +39,8 @@ class RunFolder:
     @classmethod
     def new(cls, path: Path, run: Mapping[str, Any], prompts: list[str]) -> RunFolder:
         """Begin a run. Raises MaraError where `path` is not new or empty."""
+        cls.refuse_used(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
-                raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             _replace(
@@ -52,6 +50,17 @@ class RunFolder:
         except OSError as error:
             raise MaraError(f"cannot write {path}: {error.strerror}") from error
         return folder
+
+    @staticmethod
+    def refuse_used(path: Path) -> None:
+        """Raise MaraError where `path` is not new or empty."""
+        try:
+            used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        except OSError as error:
+            raise MaraError(f"cannot write {path}: {error.strerror}") from error
+        if used:
+            again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
+            raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:

@@ -2,7 +2,7 @@
 
 Sources: Haarnoja et al., "Soft Actor-Critic" (arXiv 1801.01290) with learned temperature (arXiv 1812.05905);
 Christodoulou, "Soft Actor-Critic for Discrete Action Settings" (arXiv 1910.07207); MARA (arXiv 2505.19743).
-docs/method.md states the losses, and what is special to forced acceptance.
+docs/training.md states the objective, and what is special to forced acceptance.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Learner:
         actor_loss, mean_entropy = self.actor_loss(on)
         self._step("critic", self.critic, critic_loss)
         self._step("actor", self.actor, actor_loss)
-        self._step_alpha(mean_entropy)
+        if not batch.forced[:, 0].all():  # else there is no entropy to judge α by
+            self._step_alpha(mean_entropy)
         with torch.no_grad():
             for old, new in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 old.lerp_(new, self.config.target_rate)

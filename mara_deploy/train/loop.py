@@ -83,7 +83,9 @@ def train(
         chosen = _chosen(progress.episodes, config, len(task.prompts))
         answers = task.answer(chosen, agent_policy(learner.actor), actions)
         collected = time.monotonic()
-        if replay.room < sum(len(e.chain.accepted) for e in answers.episodes):  # see Replay
+        transitions = sum(len(e.chain.accepted) for e in answers.episodes)
+        replay.check(transitions)
+        if replay.room < transitions:
             save(before)
         for episode, score in zip(answers.episodes, answers.scored.combined, strict=True):
             if len(episode.chain.accepted):

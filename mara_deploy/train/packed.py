@@ -123,6 +123,7 @@ class PackedLM:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         self.hidden_size: int = model.config.hidden_size
         config = model.config
         self._kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -137,8 +138,7 @@ class PackedLM:
         position = torch.arange(len(owner)) - (ends - lengths)[owner]
         shape = (len(prompts), self._kv_heads, int(lengths.max()) + room, self._head_dim)
         layers = range(self._model.config.num_hidden_layers)
-        dtype = self._model.dtype
-        keys, values = ([torch.zeros(shape, dtype=dtype, device=self.device) for _ in layers] for _ in "kv")
+        keys, values = ([torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers] for _ in "kv")
         cache = Sequences(keys, values, lengths.to(self.device))
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         position = position.to(self.device)

@@ -1,9 +1,9 @@
 """The LLM's own choice written as accepting and rejecting, and what a policy pays for leaving it.
 
-docs/method.md, "Training": over a list of candidates with probabilities p, best first, the LLM draws like a policy that
-accepts candidate i, once all before it were rejected, with q_i(1) = p_i / Σ_{m≥i} p_m. Both policies are kept as
-logits: a *margin* is log π(1) - log π(0), and the *reference* is log q(1) - log q(0) = log p_i - log Σ_{m>i} p_m, +inf
-for the last candidate, which cannot be rejected.
+docs/training.md, "What is learned": over a list of candidates with probabilities p, best first, the LLM draws like a
+policy that accepts candidate i, once all before it were rejected, with q_i(1) = p_i / Σ_{m≥i} p_m. Both policies are
+kept as logits: a *margin* is log π(1) - log π(0), and the *reference* is log q(1) - log q(0) = log p_i -
+log Σ_{m>i} p_m, +inf for the last candidate, which cannot be rejected.
 """
 
 from __future__ import annotations

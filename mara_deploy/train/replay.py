@@ -99,14 +99,23 @@ class Replay:
         """Transitions that may be added before a checkpoint must be made."""
         return self._kept - min(self._kept, self.capacity) + self._rows - self.added
 
+    def check(self, transitions: int) -> None:
+        """Raise MaraError for a round of so many that would not fit between two checkpoints once the ring is full."""
+        if transitions > self._rows - self.capacity:
+            raise self._too_small()
+
+    def _too_small(self) -> MaraError:
+        return MaraError(
+            f"a round has more than the {self._rows - self.capacity} transitions that the replay memory can take "
+            "between checkpoints: begin a new run, and raise --replay-transitions, or lower --prompts-at-once or "
+            "--max-new-tokens"
+        )
+
     def add(self, chain: Chain, score: float) -> None:
         """Append an episode of T transitions, T ≥ 1. score: paid at its end."""
         T = len(chain.accepted)
         if self.room < T:
-            raise MaraError(
-                f"a round has more than the {self._rows - self.capacity} transitions that the replay memory can take "
-                "between checkpoints: raise --replay-transitions, or lower --prompts-at-once"
-            )
+            raise self._too_small()
         rows = (np.arange(T) + self.added) % self._rows
         self._files["states"][rows] = chain.states
         self._files["reference"][rows] = chain.reference

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mara_deploy.reward_model import usable_device
 from mara_deploy.scores import Combined, Scored
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Environment, Episode, Policy
@@ -19,7 +20,7 @@ from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
 from mara_export.tokenizer import load_tokenizer
-from mara_runtime.errors import OptionError, PromptError
+from mara_runtime.errors import PromptError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -74,7 +75,11 @@ class Task:
         prompts = tuple(self.prompts[i] for i in chosen)
         tokens = [self.tokens[i] for i in chosen]
         episodes = self.environment.rollout(tokens, policy, rng, fallback=fallback, record=record)
-        texts = self._tokenizer.batch_decode([e.token_ids for e in episodes], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(
+            [e.token_ids for e in episodes],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # the runtime does not tidy the spaces before punctuation either
+        )
         return Answers(prompts, episodes, texts, self.score.detail(prompts, texts))
 
 
@@ -135,10 +140,4 @@ def encode(tokenizer: Any, prompt: str, template: Mapping[str, Any]) -> list[int
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device is {name!r}, which cannot be used here ({reason}); take auto or cpu") from None
-    return device
+    return usable_device("--device", name, "auto or cpu")

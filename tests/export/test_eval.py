@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from mara_deploy import scores
+from mara_deploy.commands import scoring
 from mara_deploy.commands.eval import main
+from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
+from mara_deploy.evaluate.store import held
+from mara_deploy.scores import FunctionScore
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.errors import MaraError
@@ -281,6 +286,18 @@ def test_settings_of_a_checkpoint_tell_its_weights_and_its_options(checkpoint, t
         ((*SCORE, "--limit", "0"), "--limit is 0; it must be at least 1"),
         ((*SCORE, "--examples", "-1"), "--examples is -1; it must be at least 0"),
         ((*SCORE, "--temperature", "0"), "--temperature is 0.0"),
+        ((*SCORE, "--temperature", "0", "--baseline", "sample"), "--temperature is 0.0; it must be"),
+        ((*SCORE, "--temperature", "1"), "--temperature is 1.0, but no --baseline samples: leave it out"),
+        (
+            (*SCORE, "--temperature", "1", "--baseline", str(MODEL_FOLDER)),
+            "--temperature is 1.0, but no --baseline samples: leave it out",
+        ),
+        (
+            (*SCORE, "--sample-checkpoint", "--baseline", "sample", "--baseline", "best-of-2", "--baseline", "greedy"),
+            "--sample-checkpoint is given, but no --baseline is a checkpoint: leave it out",
+        ),
+        ((*SCORE, "--score-device", "cpu"), "--score-device is cpu, but no --score is a model: leave it out"),
+        ((*SCORE, "--score-batch", "8"), "--score-batch is 8, but no --score is a model: leave it out"),
         ((*SCORE, "--template", "x"), "it must be KEY=JSON"),
         ((*SCORE, "--template", "x=1", "--raw"), "--template needs the chat template"),
         ((*SCORE, "--group-by", "nothing"), "entry 1 has no 'nothing' to group by; it has 'instruction', 'topic'"),
@@ -304,6 +321,30 @@ def test_a_folder_of_something_else_is_left_alone(bundle, prompt_file, tmp_path,
     assert outcome.code == 2
     assert "exists already and is no evaluation: choose another --out" in outcome.err
     assert [path.name for path in out.iterdir()] == ["letter.txt"]
+
+
+def test_a_folder_that_another_run_is_using_is_left_alone(bundle, prompt_file, tmp_path, command):
+    out = tmp_path / "out"
+    arguments = ("eval", bundle("demo"), "--prompts", prompt_file, *SCORE, "--limit", 1, "--out", out, *LIMITS)
+    with held(out):
+        outcome = command(*arguments, "--quiet")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err == (
+            f"mara-eval: error: another run is using {out}: wait for its end, or choose another --out\n"
+        )
+        assert list(out.iterdir()) == []
+    assert command(*arguments, "--quiet").code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["answers", "report.html", "result.json", "scores"]
+
+
+def test_scores_of_a_model_are_known_by_where_it_ran(monkeypatch):
+    """A GPU computes in another precision; the values of a function do not depend on it."""
+    monkeypatch.setattr(scores, "load_score", lambda spec, **_: FunctionScore(spec, len))
+    monkeypatch.setattr(scoring, "_fingerprint", lambda spec: "the same")
+    options = [ScoreOption("demo"), ScoreOption("someone/reward")]
+    kept = [[judge.settings for judge in judges(options, device, None)] for device in (None, "cpu", "cuda:1")]
+    assert [of[0] for of in kept] == [{"template": None, "code or weights": "the same"}] * 3
+    assert [of[1]["device"] for of in kept] == ["cpu", "cpu", "cuda"]
 
 
 def test_prompts_that_the_bundle_refuses(bundle, tmp_path, command):

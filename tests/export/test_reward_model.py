@@ -17,9 +17,12 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from mara_deploy.scores import Combined, ScoreError, load_score
+from mara_runtime.errors import OptionError
 
 TEXT = "[PAD] [UNK] [CLS] [SEP] <s> </s> user assistant : how do i cook rice wash it gently and wait go away"
 WORDS = TEXT.split()
@@ -114,6 +117,14 @@ def test_a_classifier_gives_the_log_odds_of_a_label_of_a_pair(bert, batch_size) 
     assert score.name == "bert#kind"
 
 
+def test_where_a_text_may_have_several_labels_log_odds_are_the_logit(bert) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    pairs = tokenizer(False)(PROMPTS, ANSWERS)
+    p = one_by_one(bert, pairs["input_ids"], pairs["token_type_ids"]).sigmoid()[:, 2]
+    assert list(load_score(f"{bert}#kind")(PROMPTS, ANSWERS)) == pytest.approx((p / (1 - p)).log().tolist(), abs=1e-5)
+
+
 def test_a_label_must_be_named_where_there_are_several(bert, llama) -> None:
     with pytest.raises(ScoreError, match=r"bert has several labels: write .*#LABEL, with one of rude, plain, kind"):
         load_score(str(bert))
@@ -147,6 +158,35 @@ def test_a_text_that_is_too_long_is_named(llama) -> None:
     score = load_score(str(llama), template=TEMPLATE)
     with pytest.raises(ScoreError, match=r"llama-reward reads at most 32 tokens, .*'how do i cook rice' makes 48"):
         score(PROMPTS[:1], ["wait " * 37])
+
+
+def test_the_positions_of_the_padding_are_no_room_for_text(tmp_path) -> None:
+    """RoBERTa's first position is the one behind its padding id: of 34, two are lost."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=34, type_vocab_size=2, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    made = tokenizer(False)
+    made.pad_token = WORDS[1]
+    score = load_score(str(saved(RobertaForSequenceClassification(config), made, tmp_path / "roberta")))
+    assert len(score(["how"], ["wait " * 28])) == 1  # 32 tokens with those around them
+    with pytest.raises(ScoreError, match=r"roberta reads at most 32 tokens, and .* makes 33"):
+        score(["how"], ["wait " * 29])
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(llama, monkeypatch, device) -> None:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
+    with pytest.raises(
+        OptionError, match=f"--score-device is '{device}', which cannot be used here .*; begin with cpu"
+    ) as said:
+        load_score(str(llama), template=TEMPLATE, device=device)
+    assert "\n" not in str(said.value)
+
+
+def no_cuda() -> None:
+    raise AssertionError("Torch not compiled with CUDA enabled")
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from mara_deploy.scores import Combined, load_score
 from mara_deploy.train.environment import Environment, reference_policy
 from mara_deploy.train.packed import ATTENTION, PackedLM
+from mara_deploy.train.task import Task
 from mara_export.checkpoint import load_model
 from mara_export.sources import resolve_model
 from mara_runtime.errors import NumericsError
@@ -169,3 +178,26 @@ def test_a_state_that_is_not_finite_is_named(environment, agent, monkeypatch) ->
     monkeypatch.setattr(environment.lm, "candidates", broken)
     with pytest.raises(NumericsError, match=f"prompt 1: a hidden state at position {len(PROMPTS[1]) + 2} is not"):
         environment.rollout(PROMPTS, policy_of(agent("qwen2")), None)
+
+
+def test_texts_are_not_tidied_as_the_runtime_does_not() -> None:
+    made = Tokenizer(models.WordLevel({"well": 0, ".": 1}, unk_token="well"))
+    tidy = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=True)
+    assert tidy.decode([0, 1]) == "well."
+    told = SimpleNamespace(rollout=lambda *_, **__: [SimpleNamespace(token_ids=[0, 1])])
+    task = Task(told, tidy, ["Well?"], [[0]], Combined([(1.0, load_score("demo"))]))
+    assert task.answer(np.array([0]), reference_policy, None).texts == ["well ."]
+
+
+def test_both_sides_of_the_benchmark_answer_at_most_so_many_tokens(monkeypatch, capsys) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "transitions.py"
+    spec = importlib.util.spec_from_file_location("transitions", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    opened, real = [], module.open_task
+    monkeypatch.setattr(module, "open_task", lambda *args, **kw: opened.append(real(*args, **kw)) or opened[-1])
+    options = ["--max-new-tokens", "3", "--rounds", "2", "--prompts-at-once", "8"]
+    monkeypatch.setattr(sys, "argv", ["transitions.py", *options])
+    module.main()
+    assert opened[0].environment.max_new_tokens == 3
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts_at_once"] == 8

@@ -121,7 +121,9 @@ def test_actor_gradient_against_finite_differences(learner, batch) -> None:
 def test_a_batch_of_forced_states_alone_teaches_the_actor_nothing(learner, batch) -> None:
     forced = replace(batch, forced=np.ones_like(batch.forced), reference=np.full_like(batch.reference, np.inf))
     before = [p.clone() for p in learner.actor.parameters()]
+    alpha = learner.alpha
     learner.update(forced)
+    assert learner.alpha == alpha
     assert all(torch.equal(old, new) for old, new in zip(before, learner.actor.parameters(), strict=True))
 
 

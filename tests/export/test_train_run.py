@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mara_deploy import agent as agents
-from mara_deploy.train import report
+from mara_deploy import reward_model
+from mara_deploy.evaluate.store import held
+from mara_deploy.train import report, task
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.report import write_report
@@ -163,6 +166,71 @@ def test_more_episodes_may_be_asked_for_later(run, command, whole, tmp_path) -> 
     assert same(everything(tmp_path / "short"), whole)
 
 
+def test_fewer_episodes_than_were_made_are_refused(run, command, tmp_path) -> None:
+    assert run("out", episodes=8).code == 0
+    before = (tmp_path / "out" / "run.json").read_text()
+    done = command("train", "--resume", "--out", "out", "--episodes", 4)
+    assert done.code == 2
+    assert "--episodes is 4, but the run has made 8" in done.err.splitlines()[-1]
+    assert (tmp_path / "out" / "run.json").read_text() == before
+
+
+def test_a_run_goes_on_as_and_where_it_began(run, command, tmp_path, monkeypatch) -> None:
+    assert run("out", episodes=4, dtype="bfloat16").code == 0
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (kept["device"], kept["dtype"]) == ("cpu", "bfloat16")
+    opened, real = [], task.open_task
+    monkeypatch.setattr(task, "open_task", lambda *args, **kw: opened.append(kw) or real(*args, **kw))
+    assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
+    assert (opened[0]["device"], opened[0]["dtype"]) == ("cpu", "bfloat16")
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == {
+        **kept,
+        "config": {**kept["config"], "episodes": 8},
+    }
+
+
+def test_a_score_that_has_changed_is_refused(run, command, tmp_path) -> None:
+    assert run("out", episodes=4).code == 0
+    with (tmp_path / "train_test_scores.py").open("a") as file:
+        file.write("\n# better now")
+    done = command("train", "--resume", "--out", "out", "--episodes", 8)
+    assert done.code == 2
+    assert "the code or weights of the score train_test_scores:length have changed" in done.err.splitlines()[-1]
+
+
+def test_a_reward_model_is_read_as_before_and_known_again(command, checkpoint, tmp_path, monkeypatch) -> None:
+    """--score-device and --score-batch are the run's; other weights are refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    config = LlamaConfig.from_pretrained(checkpoint("llama"), num_labels=1, pad_token_id=0)
+    LlamaForSequenceClassification(config).save_pretrained("judge")
+    for file in checkpoint("llama").glob("tokenizer*"):
+        (tmp_path / "judge" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "prompts.txt").write_text("a prompt\nanother\n")
+    options = [
+        part
+        for name, value in {**SMALL, "episodes": 4, "replay-transitions": 1000}.items()
+        for part in (f"--{name}", value)
+    ]
+    score = ["--score", "judge", "--score-device", "cpu", "--score-batch", 3]
+    where = ["--model", checkpoint("qwen2"), "--prompts", "prompts.txt", "--out", "out"]
+    done = command("train", *where, *score, *options, "--widths", 16, 8)
+    assert done.code == 0, done.err
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (kept["score_device"], kept["score_batch"]) == ("cpu", 3)
+    loaded, real = [], reward_model.load
+    monkeypatch.setattr(reward_model, "load", lambda *args: loaded.append(args) or real(*args))
+    more = ["train", "--resume", "--out", "out", "--episodes"]
+    assert command(*more, 8).code == 0
+    assert loaded[0] == ("judge", None, "cpu", 3, None)
+    with (tmp_path / "judge" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x3f")
+    done = command(*more, 12)
+    assert done.code == 2
+    assert "the code or weights of the score judge have changed" in done.err.splitlines()[-1]
+
+
 def test_another_seed_is_another_agent(run, tmp_path) -> None:
     for seed in (0, 1):
         assert run(f"seed{seed}", seed=seed, episodes=8).code == 0
@@ -277,6 +345,28 @@ def test_what_cannot_be_is_one_line(run, settings, said) -> None:
     done = run("out", **settings)
     assert done.code == 2
     assert said in done.err.splitlines()[-1]
+
+
+def test_a_round_that_the_replay_memory_cannot_take_ends_the_first_one(run, tmp_path) -> None:
+    """Not the one at which the files are full, hours later; the memory may be large for everything else."""
+    done = run("out", replay_transitions=80)
+    assert done.code == 2
+    assert "begin a new run, and raise --replay-transitions" in done.err.splitlines()[-1]
+    assert not (tmp_path / "out" / "log.jsonl").read_text()
+
+
+def test_a_folder_that_another_run_is_using_is_left_alone(run, command, tmp_path) -> None:
+    assert run("out", episodes=4).code == 0
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with held(tmp_path / "out"):
+        done = command("train", "--resume", "--out", "out", "--episodes", 8)
+        assert done.code == 2
+        assert "another run is using out: wait for its end" in done.err.splitlines()[-1]
+    with held(tmp_path / "new"):
+        assert "another run is using new" in run("new").err.splitlines()[-1]
+    assert list((tmp_path / "new").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+    assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
 
 
 def test_nothing_is_written_for_a_run_that_cannot_begin(run, tmp_path) -> None:

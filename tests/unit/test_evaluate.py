@@ -173,6 +173,23 @@ def test_groups_are_the_units(tmp_path):
     assert found["cautions"][0].startswith("2 groups: intervals over fewer than 20 are too narrow")
 
 
+def test_an_empty_name_is_a_group_too(tmp_path):
+    prompts = [Prompt(p.text, "" if i < 4 else "b") for i, p in enumerate(PROMPTS)]
+    assert result(compared(tmp_path, prompts=prompts), FACTS, Bootstrap())["bootstrap"]["units"] == 2
+
+
+def test_few_prompts_in_a_part_are_a_caution_too(tmp_path):
+    prompts = [Prompt(f"Question {i}?") for i in range(45)]
+    ours = {p.text: ["one two" if i < 40 else "one"] for i, p in enumerate(prompts)}
+    theirs = {p.text: ["one"] for p in prompts}
+    sides = Scripted("aligned", ours), [Scripted("other", theirs)]
+    found = evaluate(prompts, *sides, JUDGES, tmp_path, seen=[p.text for p in prompts[:30]], quiet=True)
+    assert result(found, FACTS, Bootstrap())["cautions"][0] == (
+        "Parts of the prompts against other (equal: 5 prompts; unseen: 15 prompts): intervals over fewer than 20 are "
+        "too narrow, or missing."
+    )
+
+
 def test_prompts_of_the_training_set_are_counted_and_named(tmp_path):
     found = compared(tmp_path, seen=[PROMPTS[0].text, PROMPTS[3].text])
     unseen = found.comparisons["other"].unseen
@@ -185,6 +202,10 @@ def test_prompts_of_the_training_set_are_counted_and_named(tmp_path):
     assert compared(tmp_path).comparisons["other"].unseen is None
     everything = compared(tmp_path, seen=[p.text for p in PROMPTS])
     assert everything.comparisons["other"].unseen is None
+    assert (
+        "7 of 7 prompts also occur in the training set; none is left to compare without them."
+        in result(everything, FACTS, Bootstrap())["cautions"]
+    )
 
 
 def test_a_score_that_is_not_finite_names_prompt_and_score_and_is_not_kept(tmp_path):

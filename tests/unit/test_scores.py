@@ -101,6 +101,13 @@ def test_what_a_function_raises_becomes_one_line() -> None:
         FunctionScore("bad", lambda *_: {}["x"])(PROMPTS, ANSWERS)
 
 
+def test_a_function_is_given_lists() -> None:
+    def kinds(prompts, answers):
+        return [isinstance(prompts, list), isinstance(answers, list)]
+
+    assert FunctionScore("kinds", kinds)(tuple(PROMPTS), tuple(ANSWERS)) == [1.0, 1.0]
+
+
 def test_templates_are_for_models() -> None:
     with pytest.raises(ScoreError, match="--score-template is for a model"):
         load_score("demo", template="{prompt} {answer}")

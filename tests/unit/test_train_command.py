@@ -77,6 +77,7 @@ def test_settings_survive_json() -> None:
         ("alpha_rate", -1.0, "--alpha-rate is -1.0"),
         ("alpha_form", "sqrt", "--alpha-form is 'sqrt'; it must be one of log, direct"),
         ("seed", -1, "--seed is -1"),
+        ("seed", 2**63, f"--seed is {2**63}; it must be a whole number from 0 to 2**63 - 1"),
         ("checkpoint_minutes", -1.0, "--checkpoint-minutes is -1.0"),
     ],
 )
@@ -99,6 +100,28 @@ def test_a_new_run_needs_model_prompts_and_score(capsys, missing) -> None:
 def test_resume_takes_nothing_but_more_episodes(capsys) -> None:
     said = refused(capsys, "--resume", "--out", "x", "--model", "demo", "--n-step", "3", "--threads", "2")
     assert said.endswith("leave out --model, --n-step, --threads")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--device", "cpu"),
+        ("--dtype", "float32"),
+        ("--dtype", "auto"),
+        ("--score-device", "cpu"),
+        ("--score-batch", "8"),
+    ],
+)
+def test_a_resumed_run_stays_where_it_began(capsys, flag, value) -> None:
+    assert refused(capsys, "--resume", "--out", "x", flag, value).endswith(f"leave out {flag}")
+
+
+def test_options_of_scores_are_checked_before_anything_is_loaded(capsys) -> None:
+    model = [*NEW[:5], "someone/reward", *NEW[6:]]
+    assert refused(capsys, *model, "--score-batch", "0") == "--score-batch is 0; it must be at least 1"
+    for flag, value in (("--score-device", "cpu"), ("--score-batch", "8")):
+        said = refused(capsys, *NEW, flag, value)
+        assert said == f"{flag} is {value}, but no --score is a model: leave it out"
 
 
 def test_weights_belong_to_the_score_before_them(capsys) -> None:
