@@ -174,7 +174,7 @@ def _room(model: Any) -> int | None:
 
 def _classifier(source: ModelSource, config: Any, device: str) -> Any:
     """The model, refused where weights are missing, as transformers would fill them in at random."""
-    options: dict[str, Any] = {"output_loading_info": True}
+    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}
     if any(name.endswith("ForScore") for name in config.architectures or []):
         options |= {"key_mapping": _SAFE_RLHF_HEAD, "num_labels": getattr(config, "score_dim", 1)}
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"

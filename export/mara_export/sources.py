@@ -42,11 +42,13 @@ class ModelSource:
     """commit of a Hub model"""
 
 
-def resolve_model(model: str, vet: Callable[[ModelSource], object] | None = None) -> ModelSource:
+def resolve_model(
+    model: str, vet: Callable[[ModelSource], object] | None = None, revision: str | None = None
+) -> ModelSource:
     """An alias, a Hub id or a folder. A folder of that name wins; a Hub model is fetched unless it is cached.
 
-    vet: called with the configuration alone there, and may refuse it before gigabytes of weights are fetched.
-    Raises ModelError.
+    vet: called with the configuration alone there, and may refuse it before gigabytes of weights are fetched;
+    revision: commit of a Hub model, None for its newest. Raises ModelError.
     """
     folder = local_path(model)
     if folder is not None and folder.is_dir():
@@ -64,11 +66,11 @@ def resolve_model(model: str, vet: Callable[[ModelSource], object] | None = None
         )
 
     if vet is not None:
-        snapshot = _snapshot(hub_id, model, ["config.json", _ADAPTER])
+        snapshot = _snapshot(hub_id, model, ["config.json", _ADAPTER], revision)
         _refuse_adapter(snapshot, hub_id)
         if (snapshot / "config.json").is_file():
             vet(ModelSource(snapshot, hub_id, snapshot.name))
-    snapshot = _snapshot(hub_id, model, _WANTED)
+    snapshot = _snapshot(hub_id, model, _WANTED, revision)
     _refuse_adapter(snapshot, hub_id)
     if not (snapshot / "config.json").is_file() or not any(snapshot.glob("*.safetensors")):
         raise ModelError(f"{hub_id} is not complete here: config.json or .safetensors weights are missing")
@@ -103,11 +105,11 @@ def resolve_file(hub_id: str, file: str) -> Path:
     return path
 
 
-def _snapshot(hub_id: str, asked: str, patterns: list[str]) -> Path:
+def _snapshot(hub_id: str, asked: str, patterns: list[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(hub_id, asked):
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_UNWANTED))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED))
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def _train_in(args: argparse.Namespace, folder_held: ExitStack) -> None:
         run = _describe(args, config, len(prompts))
         run["threads"] = torch.get_num_threads() if args.threads is None else args.threads
     torch.set_num_threads(run["threads"])
-    source = _source(run["model"]["asked"])
+    source = _source(run["model"]["asked"], run["model"]["revision"])
     if args.resume and source.revision != run["model"]["revision"]:
         raise MaraError(
             f"{source.name} is at revision {source.revision}, the run began with {run['model']['revision']}"
@@ -251,11 +251,11 @@ def _prompts(name: str) -> list[str]:
     return [prompt.text for prompt in read_prompts(name).prompts]
 
 
-def _source(name: str) -> ModelSource:
+def _source(name: str, revision: str | None) -> ModelSource:
     from mara_deploy.demo import MODEL_FOLDER
     from mara_export.sources import ModelSource, resolve_model
 
-    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name)
+    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, revision=revision)
 
 
 def _judges(run: dict[str, Any]) -> list[Judge]:

@@ -302,3 +302,11 @@ def test_the_files_of_a_tokenizer_without_its_json_are_fetched(checkpoint, tmp_p
     expected = load_tokenizer(whole)("another theme")["input_ids"]
     assert len(expected) < len("another theme")
     assert load_tokenizer(fetched)("another theme")["input_ids"] == expected
+
+
+def test_a_commit_that_is_named_is_taken_though_the_model_has_moved(cached, checkpoint) -> None:
+    old = cached("somebody/model", checkpoint("qwen2"), revision="a" * 40)
+    new = cached("somebody/model", checkpoint("qwen2"), revision="b" * 40)
+    assert resolve_model("somebody/model").folder == new
+    found = resolve_model("somebody/model", revision="a" * 40)
+    assert (found.folder, found.revision) == (old, "a" * 40)

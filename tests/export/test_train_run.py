@@ -189,6 +189,14 @@ def test_a_run_goes_on_as_and_where_it_began(run, command, tmp_path, monkeypatch
     }
 
 
+def test_a_model_that_has_moved_on_the_hub_is_the_one_that_it_was(run, command, cached, checkpoint, tmp_path) -> None:
+    cached("somebody/model", checkpoint("qwen2"), revision="a" * 40)
+    assert run("out", model="somebody/model", episodes=6).code == 0
+    cached("somebody/model", checkpoint("llama"), revision="b" * 40)
+    assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["revision"] == "a" * 40
+
+
 def test_a_score_that_has_changed_is_refused(run, command, tmp_path) -> None:
     assert run("out", episodes=4).code == 0
     with (tmp_path / "train_test_scores.py").open("a") as file:
