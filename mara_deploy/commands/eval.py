@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -108,11 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    with ExitStack() as folder_held:
-        _eval_in(args, argv, folder_held)
-
-
-def _eval_in(args: argparse.Namespace, argv: Sequence[str], folder_held: ExitStack) -> None:
     ways = _ways(args)
 
     from mara_deploy.evaluate.compare import Bootstrap
@@ -141,45 +135,45 @@ def _eval_in(args: argparse.Namespace, argv: Sequence[str], folder_held: ExitSta
     out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
     bootstrap = Bootstrap()
     judging = judges(args.score, args.score_device, args.score_batch)
-    folder_held.enter_context(held(out))
-    found = evaluate(
-        prompts,
-        contestants[0],
-        contestants[1:],
-        judging,
-        out,
-        seen=shared(prompts, training.prompts) if training else (),
-        bootstrap=bootstrap,
-        quiet=args.quiet,
-    )
-    manifest = bundle.manifest
-    facts = {
-        "command": shlex.join(["mara-eval", *argv]),
-        "score": " ".join(f"{weight:+g} × {name}" for name, weight in found.weights.items()),
-        "bundle": {
-            "name": bundle.folder.resolve().name,
-            "model": manifest.model.source,
-            "revision": manifest.model.revision,
-            "agent": manifest.agent.source,
-            "fallback": ways.aligned.fallback or manifest.agent.fallback,
-            "precision": manifest.step.precision,
-            "engine": {**decoder.engine.describe(), "declined": decoder.declined},
-        },
-        "prompts": {
-            "file": prompt_set.name,
-            "read": len(prompt_set.prompts) + prompt_set.duplicates,
-            "duplicates": prompt_set.duplicates,
-            "refused": refused,
-            "limit": args.limit,
-            "unique": len(prompts),
-            "training_file": training.name if training else None,
-        },
-        "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
-    summary = result(found, facts, bootstrap)
-    write_whole(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    write_whole(out / "report.html", html(found, summary, args.examples))
+    with held(out):
+        found = evaluate(
+            prompts,
+            contestants[0],
+            contestants[1:],
+            judging,
+            out,
+            seen=shared(prompts, training.prompts) if training else (),
+            bootstrap=bootstrap,
+            quiet=args.quiet,
+        )
+        manifest = bundle.manifest
+        facts = {
+            "command": shlex.join(["mara-eval", *argv]),
+            "score": " ".join(f"{weight:+g} × {name}" for name, weight in found.weights.items()),
+            "bundle": {
+                "name": bundle.folder.resolve().name,
+                "model": manifest.model.source,
+                "revision": manifest.model.revision,
+                "agent": manifest.agent.source,
+                "fallback": ways.aligned.fallback or manifest.agent.fallback,
+                "precision": manifest.step.precision,
+                "engine": {**decoder.engine.describe(), "declined": decoder.declined},
+            },
+            "prompts": {
+                "file": prompt_set.name,
+                "read": len(prompt_set.prompts) + prompt_set.duplicates,
+                "duplicates": prompt_set.duplicates,
+                "refused": refused,
+                "limit": args.limit,
+                "unique": len(prompts),
+                "training_file": training.name if training else None,
+            },
+            "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+        summary = result(found, facts, bootstrap)
+        write_whole(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_whole(out / "report.html", html(found, summary, args.examples))
     if not args.quiet:
         print("\n".join(lines(summary)))
         print(f"{out / 'report.html'}")
