@@ -125,7 +125,8 @@ def _bench(args: argparse.Namespace) -> None:
             raise OptionError(
                 f"--context is {context}; {args.bundle} holds {capacity} tokens, which leaves 1 to {longest}"
             )
-    contexts = sorted(args.context or {min(c, longest) for c in STANDARD_CONTEXTS if c <= capacity} or {longest})
+    standard = [min(c, longest) for c in STANDARD_CONTEXTS if c <= capacity]
+    contexts = sorted({*(args.context or standard or [longest])})
     bench = Bench(args, contexts)
     with ExitStack() as stack:
         bench.open(stack)
