@@ -499,13 +499,18 @@ def test_a_chat(terminal, bundle, tmp_path, run, result) -> None:
     assert tokens[1] == expected["token_ids"]
 
 
-def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None:
-    # Sixty-four passes a token: an answer that takes seconds.
+def in_an_answer(terminal, bundle) -> Terminal:
+    """A chat in the middle of an answer that takes seconds: sixty-four passes a token."""
     slow = ["--schedule", "one-by-one", "--top-k", MAX_CANDIDATES, "--top-p", 1, "--threshold", 1000, "--threads", 1]
     screen = terminal([sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen3"), *slow])
     screen.read_until("> ")
     screen.write("Hello\n")
     screen.read_until(r"Hello\n(?s:.)+")
+    return screen
+
+
+def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None:
+    screen = in_an_answer(terminal, bundle)
     screen.write("\x03")
     text = screen.read_until(r"\(stopped\)\n> ")
     assert "ended by" not in text
@@ -518,11 +523,7 @@ def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None
 
 
 def test_a_termination_ends_the_chat_in_the_middle_of_an_answer(terminal, bundle) -> None:
-    slow = ["--schedule", "one-by-one", "--top-k", MAX_CANDIDATES, "--top-p", 1, "--threshold", 1000, "--threads", 1]
-    screen = terminal([sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen3"), *slow])
-    screen.read_until("> ")
-    screen.write("Hello\n")
-    screen.read_until(r"Hello\n(?s:.)+")
+    screen = in_an_answer(terminal, bundle)
     screen.process.terminate()
     rest = screen.read_until("never")
     assert screen.process.wait(timeout=30) == 2
