@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
-from mara_runtime.errors import MaraError
+from mara_runtime.errors import MaraError, first_line
 
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
@@ -91,7 +91,9 @@ def load(path: Path) -> Agent:
     except (OSError, ValueError):  # no file can have such a name
         found = False
     if not found:
-        raise AgentError(f"there is no agent file at {path}: --agent takes a .pth or .safetensors file, or `demo`")
+        raise AgentError(
+            f"there is no agent file at {path}: --agent takes a .pth or .safetensors file, hub-id:file, or `demo`"
+        )
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if any(name.startswith("linear11.") for name in state):
         raise AgentError(f"{path} holds the twin critics of a training run, not an agent: give the actor's file")
@@ -136,8 +138,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             warnings.simplefilter("ignore")  # torch's remarks on the age of a file
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in every way there is
-        first_line = (str(error).strip().splitlines() or ["it is empty"])[0]
-        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line}") from None
+        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AgentError(f"{path} is not a plain state dict of tensors, as released agents are")
     return state, {}

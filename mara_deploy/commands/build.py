@@ -40,7 +40,7 @@ def parser() -> Parser:
         action="extend",
         default=[],
         metavar="N[,N…]",
-        help="engines for so many tokens of context, too, beside the one for the bundle's own: decoding starts in the "
+        help="also build engines for these context lengths, beside the one for the bundle's own: decoding starts in the "
         "smallest and grows into the next, as attention costs by capacity",
     )
     options.add_argument(

@@ -23,8 +23,8 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "mara-inspect",
-        "Show what a bundle holds, and check every file against its checksum. With --memory: what a bundle\n"
-        "takes where it runs, or what one of a model would take, and which Jetson has it.",
+        "Show what a bundle holds, and check every file against its checksum. With --memory: estimate the\n"
+        "memory that a bundle, or a model once exported, needs where it runs, and which Jetson has enough.",
         EPILOG,
     )
     options.add_argument(

@@ -122,9 +122,10 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
 
 def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
     engine = decoder.engine.describe()
-    facts = ", ".join(str(v) for k, v in engine.items() if k not in ("name", "threads"))
-    threads = engine.get("threads") or "default"
-    print(f"engine {engine['name']} ({facts}, {threads} threads)", file=sys.stderr)
+    facts = [engine[key] for key in ("version", "gpu", "lowering", "precision") if key in engine]
+    if "threads" in engine:
+        facts.append(f"{engine['threads'] or 'default'} threads")
+    print(f"engine {engine['name']} ({', '.join(facts)})", file=sys.stderr)
     for name, reason in decoder.declined.items():
         if name in decoder.bundle.manifest.targets:  # of the others nobody expects anything
             print(f"engine {name} declined: {reason}", file=sys.stderr)
@@ -185,7 +186,9 @@ def _chat(
 
 def _counters(result: Generation) -> str:
     s = result.stats
-    parts = [f"{s.tokens} tokens", f"{s.tokens_per_second:.1f} tokens/s"]
+    parts = [f"{s.tokens} token{'s' * (s.tokens != 1)}"]
+    if s.tokens_per_second:
+        parts.append(f"{s.tokens_per_second:.1f} tokens/s")
     if result.config.align:
         ranks = ", ".join(f"{n}× rank {rank}" for rank, n in sorted(s.accepted_rank.items()))
         parts += [
@@ -235,7 +238,11 @@ class Tracer:
                 )
             ],
         }
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()  # so that a full disk is noticed here, and a reader sees the line
+        except OSError as error:
+            raise OptionError(f"--trace cannot write {self._file.name}: {error.strerror}") from None
 
     def _token(self, token: int) -> dict[str, Any]:
         if self._side is None:
@@ -252,8 +259,11 @@ def _tracer(path: str | None, decoder: AlignedDecoder) -> Iterator[Tracer]:
         file = open(path, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - closed below
     except OSError as error:
         raise OptionError(f"--trace cannot write {path}: {error.strerror}") from None
-    with file:
+    try:
         yield Tracer(file, decoder)
+    finally:
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            file.close()
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="auto",
         metavar="NAME",
-        help=f"auto (default: the best that bundle and machine have), {' or '.join(ENGINES)}",
+        help=f"one of auto, {', '.join(ENGINES)} (default auto: the best that bundle and machine have)",
     )
     group.add_argument(
         "--threads", type=int, metavar="N", help="threads of a CPU engine (default: one a physical core)"

@@ -24,7 +24,7 @@ from mara_runtime.huge_pages import page_size
 from mara_runtime.schedule import Cost
 
 BUDGET_S = 6.0
-"""A measurement goes on for so long, and until everything was measured once, after what first passes take."""
+"""Time of a measurement, first passes excluded; it takes longer only until each pass was timed once."""
 ROUNDS = 24
 """Rounds at most."""
 RAREST = 8

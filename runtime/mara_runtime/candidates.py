@@ -24,7 +24,7 @@ class Candidates:
     log_probabilities: NDArray[np.float64]
     """(n,) LM log-probabilities over the whole vocabulary"""
     gap: float
-    """nats by which two logits, or the odds of a tail and of 1 - top_p, differ at least: closed, it is another list"""
+    """nats: the smallest change that alters the list, between two neighbouring logits or at the top-p boundary"""
 
     def __len__(self) -> int:
         return len(self.ids)

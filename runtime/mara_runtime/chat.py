@@ -67,14 +67,20 @@ class ChatTemplate:
             raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], /, *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Text of a conversation: messages are {"role": …, "content": …}; variables: of the template.
 
         Raises PromptError when the template refuses them (an unknown role, a wrong order, …).
         """
-        values = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
         if taken := sorted(_OURS & values.keys()):
-            raise PromptError(f"the chat template's variable {taken[0]!r} has its value from the conversation")
+            raise PromptError(f"the chat template's variable {taken[0]!r} is set by the decoder: leave it out")
         ours = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render({**values, **ours})

@@ -18,8 +18,8 @@ ALIGNMENT = 256
 """Bytes: of every tensor's address. cudaMalloc gives no less, and kernels may count on it."""
 
 FOR_CUDA_12 = (
-    "with a driver of CUDA 12 pip install tensorrt-cu12 'cuda-bindings<13' onnx instead of the extra, which is for "
-    "CUDA 13; on JetPack 6 the extra and 'cuda-bindings==12.8.*'"
+    "on a driver of CUDA 12, instead of the extra, which is for CUDA 13: pip install tensorrt-cu12 'cuda-bindings<13' "
+    "onnx; on JetPack 6, the extra and 'cuda-bindings==12.8.*'"
 )
 """What to install there, for messages."""
 _TOO_OLD = 35

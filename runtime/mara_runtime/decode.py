@@ -56,7 +56,31 @@ class _Examined:
     rank: int  # 0-based LM rank
     margin: float
     slot: int  # where its KV entry lies
-    following: Candidates | None = None  # of the position after it, if its row went through the LM head
+    following: Candidates | None = None  # of the position after it, if its row went through the head
+
+
+@dataclass
+class _Decision:
+    """A position at which several candidates compete, as far as they were examined."""
+
+    candidates: Candidates
+    order: Sequence[int]
+    """of examination: 0-based LM ranks"""
+    probabilities: NDArray[np.float64]
+    """in that order"""
+    fallback: int
+    """0-based LM rank of the candidate that is emitted when all are rejected"""
+    examined: list[_Examined] = field(default_factory=list)
+    rows_placed: int = 0
+    """rows of its passes so far, in the slots from the position's own on"""
+
+    @property
+    def margins(self) -> list[float]:
+        return [e.margin for e in self.examined]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.examined) == len(self.candidates)
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,7 @@ class Noise:
 
 @dataclass
 class Session:
-    """What lasts from one answer to the next: the engine, what its cache holds, and what was learned."""
+    """What an answer needs from outside, and leaves behind: the engine and what its cache holds, what was learned."""
 
     engine: Engine
     schedule: Schedule
@@ -98,8 +122,8 @@ def decode(
 ) -> Iterator[Step]:
     """Emit up to `limit` tokens after `prompt`, ending with an end-of-sequence id if one is chosen.
 
-    prompt: token ids, at least one. The caller sees to it that prompt and answer, and the spare slots of a decision,
-    fit into the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
+    prompt: token ids, at least one. The caller ensures that prompt and answer, and the spare slots of a decision, fit into
+    the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
     """
     clock = _Clock()
     loop = _Loop(session, config, fallback, eos_token_ids, stats)
@@ -124,7 +148,8 @@ class _Loop:
     """One answer in the making. A position is settled either by its only candidate, or by a decision.
 
     `_now` are the candidates of position len(held). When that position's token is settled before it was run, as a
-    single candidate is, its step is `_pending`, and the next pass runs it.
+    single candidate is, its step is `_pending`, and the next pass runs it. A decision that takes more than one pass is
+    `_decision`.
     """
 
     def __init__(
@@ -136,15 +161,15 @@ class _Loop:
         # a draft is verified as the first choice of its position: other strategies and orders look elsewhere first
         ranked = config.strategy == "top1" and config.order == "ranked" if config.align else not config.sample
         self._drafts = session.drafts if ranked else None
-        self._pending: Step | None = None  # its token is to be run
+        self._exhaustive = config.strategy != "top1"  # every candidate is examined
         self._now: Candidates
-        self._examined: list[_Examined] = []  # candidates of `_now`, in the order of examination
-        self._rows_placed = 0  # by the passes of this decision, in the slots from len(held) on
+        self._pending: Step | None = None
+        self._decision: _Decision | None = None
 
     # ── the prompt ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def prefill(self, prompt: Sequence[int]) -> list[Step]:
-        """Fill the cache with the prompt, except for what it holds already; returns what is settled thereby."""
+        """Fill the cache with the prompt, except for what it holds already; returns the steps that this settles."""
         held = self._session.held
         kept = 0
         while kept < min(len(held), len(prompt) - 1) and held[kept] == prompt[kept]:
@@ -194,99 +219,105 @@ class _Loop:
 
     def _examine(self, room: int) -> list[Step]:
         """Run candidates that were not examined yet, a draft under the first; decide, if that is enough."""
-        config, now, length = self._config, self._now, len(self._session.held)
-        order = examination_order(config.order, len(now))
-        start = len(self._examined)
-        exhaustive = config.strategy != "top1"
-        fallback = 0 if self._fallback == "first" else len(now) - 1
-        probabilities = now.probabilities if config.order == "ranked" else now.probabilities[order]
-        draft = self._draft(int(now.ids[0]), room - 1) if start == 0 else NO_DRAFT
+        if self._decision is None:
+            self._decision = self._begin_decision()
+        decision, config = self._decision, self._config
+        start = len(decision.examined)
+        draft = self._draft(int(self._now.ids[0]), room - 1) if start == 0 else NO_DRAFT
         plan = self._session.schedule.plan(
             View(
-                length,
-                probabilities,
-                tuple(e.margin for e in self._examined),
+                len(self._session.held),
+                decision.probabilities,
+                tuple(decision.margins),
                 config.threshold,
-                exhaustive,
-                refeed=order[0] == fallback and config.strategy != "random",
+                self._exhaustive,
+                refeed=decision.order[0] == decision.fallback and config.strategy != "random",
                 draft=draft,
             )
         )
-
-        # rows: the first candidate, the draft under it, the other candidates, maybe an earlier fallback once more
-        ranks = order[start : start + plan.candidates]
-        chain = list(draft.tokens[: plan.drafted])
-        tokens = [int(now.ids[ranks[0]]), *chain, *(int(now.ids[rank]) for rank in ranks[1:])]
-        row_of = {rank: i + len(chain) * (i > 0) for i, rank in enumerate(ranks)}
-        positions = [length, *range(length + 1, length + 1 + len(chain)), *[length] * (len(ranks) - 1)]
-        asked = list(range(len(tokens)))
-        priorities = [-np.inf] * len(tokens)
-        if config.strategy != "random":
-            for i, row in enumerate(row_of.values()):
-                priorities[row] = -float(i) if config.strategy == "top1" else 0.0
-        last = start + len(ranks) == len(now)
-        fallback_row = None
-        if last and config.strategy != "random" and not any(e.margin > config.threshold for e in self._examined):
-            known = any(e.rank == fallback and e.following is not None for e in self._examined)
-            if not known and fallback not in row_of:
-                row_of[fallback] = len(tokens)
-                tokens.append(int(now.ids[fallback]))
-                positions.append(length)
-            fallback_row = None if known else row_of[fallback]
-        slot = length + self._rows_placed
-        out = self._run(
-            Pass(
-                tokens,
-                positions,
-                slot,
-                range(1 + len(chain)) if chain else (),
-                asked,
-                priorities,
-                float(config.strategy == "max_prob"),
-                config.threshold,
-                fallback_row,
-            )
-        )
-        self._rows_placed += len(tokens)
+        ranks = decision.order[start : start + plan.candidates]
+        chain = draft.tokens[: plan.drafted]
+        work, row_of = self._pass_of(decision, ranks, chain)
+        out = self._run(work)
+        decision.rows_placed += len(work.tokens)
         self._stats.drafted += len(chain)
 
         following = self._following(out)
-        for e in self._examined:  # the fallback, once more
-            if e.rank in row_of:
-                e.slot, e.following = slot + row_of[e.rank], following.get(row_of[e.rank])
+        for e in decision.examined:
+            if e.rank in row_of:  # the fallback, once more
+                e.slot, e.following = work.slot + row_of[e.rank], following.get(row_of[e.rank])
         for rank in ranks:
             row = row_of[rank]
-            self._examined.append(_Examined(rank, float(out.margins[row]), slot + row, following.get(row)))
-        margins = [e.margin for e in self._examined]
-        if not last and (exhaustive or max(margins) <= config.threshold):
+            decision.examined.append(_Examined(rank, float(out.margins[row]), work.slot + row, following.get(row)))
+        if not decision.complete and (self._exhaustive or max(decision.margins) <= config.threshold):
             return []
-        drafted_margins = out.margins[1 : 1 + len(chain)].tolist()
-        step = self._decide(fallback, probabilities)
+        rows = range(1, 1 + len(chain))
+        margins = [float(out.margins[row]) for row in rows]  # before another pass writes over them
+        step = self._decide(decision)
         if step.rank > 1 or not chain:
             return [step, *self._settle()]
-        drafted = [following[row] for row in range(1, 1 + len(chain))]
-        return [step, *self._verify(chain, drafted_margins, drafted), *self._settle()]
+        return [step, *self._verify(chain, margins, [following[row] for row in rows]), *self._settle()]
 
-    def _decide(self, fallback: int, probabilities: NDArray[np.float64]) -> Step:
+    def _begin_decision(self) -> _Decision:
+        now, config = self._now, self._config
+        order = examination_order(config.order, len(now))
+        probabilities = now.probabilities if config.order == "ranked" else now.probabilities[order]
+        return _Decision(now, order, probabilities, 0 if self._fallback == "first" else len(now) - 1)
+
+    def _pass_of(self, decision: _Decision, ranks: Sequence[int], chain: Sequence[int]) -> tuple[Pass, dict[int, int]]:
+        """A pass of the candidates `ranks`, `chain` drafted under the first; and {LM rank: row}.
+
+        Its rows are the first candidate, the draft, the other candidates, and maybe an earlier fallback once more.
+        """
+        config, ids, length = self._config, decision.candidates.ids, len(self._session.held)
+        row_of = {rank: i + len(chain) * (i > 0) for i, rank in enumerate(ranks)}
+        tokens = [int(ids[ranks[0]]), *chain, *(int(ids[rank]) for rank in ranks[1:])]
+        positions = [length, *range(length + 1, length + 1 + len(chain)), *[length] * (len(ranks) - 1)]
+        agent_rows = range(len(tokens))
+        priorities = [-np.inf] * len(tokens)
+        fallback_row = None
+        if config.strategy != "random":
+            for i, row in enumerate(row_of.values()):
+                priorities[row] = -float(i) if config.strategy == "top1" else 0.0
+            last = len(decision.examined) + len(ranks) == len(ids)
+            if last and not any(margin > config.threshold for margin in decision.margins):
+                known = any(e.rank == decision.fallback and e.following is not None for e in decision.examined)
+                if not known and decision.fallback not in row_of:
+                    row_of[decision.fallback] = len(tokens)
+                    tokens.append(int(ids[decision.fallback]))
+                    positions.append(length)
+                fallback_row = None if known else row_of[decision.fallback]
+        work = Pass(
+            tokens,
+            positions,
+            slot=length + decision.rows_placed,
+            head_rows=range(1 + len(chain)) if chain else (),
+            agent_rows=agent_rows,
+            priorities=priorities,
+            margin_weight=float(config.strategy == "max_prob"),
+            threshold=config.threshold,
+            fallback_row=fallback_row,
+        )
+        return work, row_of
+
+    def _decide(self, decision: _Decision) -> Step:
         """Emit the chosen one of the examined candidates."""
-        config, examined, now = self._config, self._examined, self._now
-        margins = [e.margin for e in examined]
-        self._session.schedule.learn(probabilities, margins, config.threshold)
-        choice = choose(config.strategy, margins, config.threshold, self._rng)
+        config, examined = self._config, decision.examined
+        self._session.schedule.learn(decision.probabilities, decision.margins, config.threshold)
+        choice = choose(config.strategy, decision.margins, config.threshold, self._rng)
         if choice is None:
-            chosen = next(e for e in examined if e.rank == fallback)
+            chosen = next(e for e in examined if e.rank == decision.fallback)
         else:
             chosen = examined[choice]
             if config.strategy == "top1":
                 examined = examined[: choice + 1]  # the sequential procedure stops here
-        token = int(now.ids[chosen.rank])
         step = Step(
-            token,
+            int(decision.candidates.ids[chosen.rank]),
             len(self._session.held),
-            now,
+            decision.candidates,
             chosen.rank + 1,
             {e.rank + 1: e.margin for e in examined},
-            choice is None,
+            forced=choice is None,
         )
         if chosen.following is None:
             self._pending = step
@@ -305,11 +336,12 @@ class _Loop:
                 break
             seen = {}
             if len(now) > 1:
-                margin = float(margins[index])
+                margin = margins[index]
                 seen = {1: margin}
-                examined = [_Examined(0, margin, position, following[index])]
-                if not margin > self._config.threshold:
-                    self._examined, self._rows_placed = examined, 1  # so much of the decision is made
+                if not margin > self._config.threshold:  # so much of the decision is made
+                    self._decision = self._begin_decision()
+                    self._decision.examined.append(_Examined(0, margin, position, following[index]))
+                    self._decision.rows_placed = 1
                     break
                 self._session.schedule.learn(now.probabilities, [margin], self._config.threshold)
             steps.append(Step(token, position, now, 1, seen, forced=False, drafted=True))
@@ -332,8 +364,7 @@ class _Loop:
         self._session.held.append(step.token)
         if self._drafts is not None:
             self._drafts.extend(step.token, first_choice=step.rank == 1 and not step.forced)
-        self._now, self._pending = following, None
-        self._examined, self._rows_placed = [], 0
+        self._now, self._pending, self._decision = following, None, None
 
     def _draft(self, following: int, most: int) -> Draft:
         if self._drafts is None or following in self._eos:
@@ -376,7 +407,10 @@ class _Loop:
         for row, (token, position) in enumerate(zip(work.tokens, work.positions, strict=True)):
             slot = position if position > len(before) else work.slot + row  # a chain's, or a sibling's
             check_row(self._session.engine, int(token), position, slot, margin=self._config.align and bool(before))
-        raise NumericsError(f"a pass at position {len(before)} gave numbers that are not finite, and not when repeated")
+        raise NumericsError(
+            f"a pass at position {len(before)} gave numbers that are not finite, and finite ones when it was repeated: "
+            "run again, and if it persists, suspect the memory or the driver"
+        )
 
 
 def _forget(session: Session) -> None:

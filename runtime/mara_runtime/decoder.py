@@ -206,7 +206,7 @@ class AlignedDecoder:
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._cache.turn:
-            raise MaraError("this answer cannot go on: its engine has begun another, and there is one KV cache")
+            raise MaraError("this answer cannot go on: another has begun on the same engine, which has one KV cache")
 
     def _session(self, config: DecodeConfig) -> Session:
         drafts = self._drafts if config.draft or (config.draft is None and config.schedule == "adaptive") else None

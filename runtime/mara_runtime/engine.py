@@ -7,7 +7,7 @@ candidates, strategies or text; rows and slots are explained in `mara_runtime.te
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mara_runtime import tensors
 from mara_runtime.config import ENGINES
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
@@ -43,7 +44,7 @@ class Pass:
     threshold: float = 0.0
     """a row is accepted when its margin exceeds this"""
     fallback_row: int | None = None
-    """elected when nobody is"""
+    """elected when no row is accepted; None: none"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Engine(Protocol):
         """Run the rows and return their hidden states, logits and margins."""
 
     def begin(self, kept: int, slots: int) -> None:
-        """A text begins, and needs `slots` soon: `kept` entries of the cache are its own, no other is needed any more.
+        """A text begins that will need `slots` soon: the first `kept` entries of the cache stay, the others may go.
 
         The engine may make its cache larger or smaller now, which is cheaper than growing pass by pass.
         """
@@ -111,9 +112,38 @@ def is_finite(out: Outcome) -> bool:
     return all(map(math.isfinite, out.margins.tolist())) and all(map(math.isfinite, out.log_normaliser.tolist()))
 
 
+def fill(inputs: Mapping[str, NDArray[Any]], work: Pass) -> None:
+    """Write a pass into the arrays of the graph's inputs. An array may have a row where the pass has none."""
+    inputs[tensors.INPUT_IDS][0] = work.tokens
+    inputs[tensors.POSITION_IDS][0] = work.positions
+    inputs[tensors.WRITE_INDICES][0] = work.slot
+    inputs[tensors.HEAD_ROWS][:] = work.head_rows if len(work.head_rows) else 0  # row 0 fills the place …
+    inputs[tensors.AGENT_ROWS][:] = work.agent_rows if len(work.agent_rows) else 0
+    inputs[tensors.PRIORITIES][:] = work.priorities if len(work.priorities) else -np.inf  # … and is never chosen
+    inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
+    inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
+    inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
+
+
+def outcome(outputs: Mapping[str, NDArray[Any]], work: Pass, extra: int = 0) -> Outcome:
+    """Read the arrays of the graph's outputs, without rows that stood where the pass has none.
+
+    extra: rows that ran in front of the pass's own.
+    """
+    rows = outputs[tensors.ROWS]
+    told = slice(len(rows) - 1 - len(work.head_rows), len(rows) if rows[-1] >= 0 else -1)
+    return Outcome(
+        outputs[tensors.MARGINS][: len(work.agent_rows)],
+        rows[told] - extra if extra else rows[told],
+        outputs[tensors.TOP_IDS][told],
+        outputs[tensors.TOP_LOGITS][told],
+        outputs[tensors.LOG_NORMALISER][told],
+    )
+
+
 @lru_cache(maxsize=8)
 def float32_below(threshold: float) -> float:
-    """The greatest float32 not above a float64: the same float32 margins exceed the two."""
+    """The greatest float32 ≤ threshold: a float32 margin exceeds the one exactly when it exceeds the other."""
     with np.errstate(over="ignore"):
         nearest = np.float32(threshold)
     return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))
@@ -149,13 +179,13 @@ def open_engine(bundle: Bundle, name: str = "auto", threads: int | None = None) 
     Raises EngineError, with every reason, when none fits.
     """
     if name not in ("auto", *ENGINES):
-        raise EngineError(f"unknown engine {name!r}; known: auto, {', '.join(ENGINES)}")
-    if threads is not None and name in ENGINE_TARGETS:
-        raise OptionError(f"--threads is for an engine on a CPU, and --engine is {name}; leave it out")
+        raise OptionError(f"--engine is {name!r}; it must be one of auto, {', '.join(ENGINES)}")
     declined: dict[str, str] = {}
     for candidate in ENGINES if name == "auto" else (name,):
         why_not, make = _kind(candidate)
         reason = why_not(bundle, candidate)
+        if threads is not None and candidate in ENGINE_TARGETS and (reason is None or name == candidate):
+            raise OptionError(f"--threads is for an engine on a CPU, and this is {candidate}: leave it out")
         if reason is None:
             try:
                 return make(bundle, candidate, threads), declined

@@ -29,3 +29,8 @@ class PromptError(MaraError):
 
 class NumericsError(MaraError):
     """A hidden state or logit that is not finite; the message names the position."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of others says; its type, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

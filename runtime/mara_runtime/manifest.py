@@ -140,7 +140,7 @@ def parse(text: str, where: str) -> Manifest:
         root = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         _check_depth(root)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is not JSON as a manifest has it ({error}); export the bundle again") from None
+        raise BundleError(f"{where} is not valid manifest JSON ({error}); export the bundle again") from None
     if not isinstance(root, dict) or "schema_version" not in root:
         raise BundleError(f"{where} is not a bundle manifest: it has no schema_version")
     version = root["schema_version"]

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Everything, Outcome, Pass, float32_below
-from mara_runtime.errors import EngineError, OptionError
+from mara_runtime.engine import Everything, Outcome, Pass, fill, outcome
+from mara_runtime.errors import EngineError, OptionError, first_line
 from mara_runtime.huge_pages import huge_pages
 from mara_runtime.refeed import Refeed
 
@@ -132,8 +132,7 @@ class OrtEngine:
             with huge_pages() if self._name == "cpu" else contextlib.nullcontext():
                 session = ort.InferenceSession(str(path), options, providers=[(PROVIDERS[self._name], how)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise EngineError(f"ONNX Runtime cannot load {path}: {first_line}") from error
+            raise EngineError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
         if PROVIDERS[self._name] not in session.get_providers():  # it goes on with the CPU's, in silence
             raise EngineError(
                 f"ONNX Runtime cannot use its {PROVIDERS[self._name]}, as a rule because CUDA or cuDNN is not found: "
@@ -225,18 +224,9 @@ class OrtEngine:
         size = len(work.tokens)
         self._make_room(work.slot + size)
         bound = self._bind((size, len(work.head_rows), len(work.agent_rows)))
-        self._fill(bound.inputs, work)
+        fill(bound.inputs, work)
         self._execute(bound)
-        outputs = bound.outputs
-        rows = outputs[tensors.ROWS]
-        told = len(rows) if rows[-1] >= 0 else len(rows) - 1
-        return Outcome(
-            outputs[tensors.MARGINS],
-            rows[:told] - extra if extra else rows[:told],
-            outputs[tensors.TOP_IDS][:told],
-            outputs[tensors.TOP_LOGITS][:told],
-            outputs[tensors.LOG_NORMALISER][:told],
-        )
+        return outcome(bound.outputs, work, extra)
 
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
         """See `Engine.evaluate`."""
@@ -247,7 +237,7 @@ class OrtEngine:
             for prepared in self._refeed.prepare(work, together=False)[:-1]:
                 self._run(prepared.work)
         bound = self._make_binding((len(rows), len(rows), len(rows)), kept=False)
-        self._fill(bound.inputs, work)
+        fill(bound.inputs, work)
         for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
             bound.binding.bind_output(name, "cpu")
         self._execute(bound)
@@ -262,17 +252,6 @@ class OrtEngine:
         self._session.run_with_iobinding(bound.binding, bound.options)
         for value, array in bound.downloads:
             array[...] = value.numpy()
-
-    def _fill(self, inputs: dict[str, NDArray[Any]], work: Pass) -> None:
-        inputs[tensors.INPUT_IDS][0] = work.tokens
-        inputs[tensors.POSITION_IDS][0] = work.positions
-        inputs[tensors.WRITE_INDICES][0] = work.slot
-        inputs[tensors.HEAD_ROWS][:] = work.head_rows
-        inputs[tensors.AGENT_ROWS][:] = work.agent_rows
-        inputs[tensors.PRIORITIES][:] = work.priorities
-        inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
-        inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
-        inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
 
     def _bind(self, key: _Key) -> _Bound:
         bound = self._bound.get(key)

@@ -1,6 +1,6 @@
 """Owed rows: how an engine whose KV cache lies out of the host's reach moves an entry.
 
-An accepted candidate's entry lies in a slot of its own and belongs into the sequence's next one. To copy it there takes
+An accepted candidate's entry lies in a slot of its own and belongs in the sequence's next one. To copy it there takes
 a call for every layer; to compute it again takes one more row in a pass that runs anyway. So the engine only notes that
 the row is owed, and the next pass begins with it. The result is a copy's as long as the slots below the row's position
 are what they were.

@@ -58,8 +58,8 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens by decode time."""
-        return self.tokens / self.decode_ms * 1e3 if self.decode_ms else 0.0
+        """Tokens after the first, which comes with the prompt, by decode time; 0 where there are none."""
+        return (self.tokens - 1) / self.decode_ms * 1e3 if self.tokens > 1 and self.decode_ms else 0.0
 
     def saw(self, step: Step, config: DecodeConfig, noise: Noise | None) -> None:
         """Count an emitted token."""

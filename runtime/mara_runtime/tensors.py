@@ -2,8 +2,8 @@
 
 A bundle has one graph, the *step*: the LLM, the agent beside it, the choice among candidates, and the LM head on the
 rows that need one. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows shown to the agent,
-H0 rows whose logits are wanted whatever the agent says, R rows that went through the head, P = H0 + 1 rows of what is
-told of them.
+H0 rows whose logits are wanted whatever the agent says, R rows that went through the head, P = H0 + 1 rows of the
+outputs about them.
 A row is one token; it is written to one KV slot and has one position:
 
     row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots below
@@ -15,9 +15,9 @@ drafted chain has positions T, T+1, …, siblings T, T, …, and both may stand 
 The choice: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
 `priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, unless
 that is -1. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
-best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where nobody
-was chosen, `rows` has a -1, and what stands beside it means nothing: outputs whose sizes are known before need no
-allocation.
+best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where no
+row is chosen, the last of `rows` is -1, and the other outputs of that row are undefined: outputs whose sizes are known in
+advance need no allocation.
 """
 
 from __future__ import annotations

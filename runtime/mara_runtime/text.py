@@ -35,7 +35,7 @@ class TextSide:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, read when it is first wanted: who goes without need not care that it is damaged."""
+        """The chat template, read when it is first wanted: a damaged one does not matter to raw prompts."""
         facts = self._bundle.manifest.tokenizer
         if facts is None or facts.chat_template is None:
             raise PromptError("this bundle has no chat template: use --raw")
@@ -61,7 +61,7 @@ class TextSide:
             raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty: give at least one character")
-        return self._encode(template.render(messages, **(variables or {})), add_special_tokens=False)
+        return self._encode(template.render(messages, variables), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:

@@ -23,7 +23,7 @@ from mara_runtime import cuda as cuda_calls
 from mara_runtime import tensors, trt_plan
 from mara_runtime.bundle import Bundle
 from mara_runtime.cuda import Cuda, aligned
-from mara_runtime.engine import Everything, Outcome, Pass, float32_below
+from mara_runtime.engine import Everything, Outcome, Pass, fill, outcome
 from mara_runtime.errors import EngineError
 from mara_runtime.io_block import Block, Sizes
 from mara_runtime.manifest import EngineFacts
@@ -272,16 +272,7 @@ class TrtEngine:
             self._pass(prepared.work)
         found = self._pass(last.work)
         self._refeed.done()
-        asked, heads = len(work.agent_rows), len(work.head_rows)
-        rows = found[tensors.ROWS]
-        told = slice(len(rows) - 1 - heads, len(rows) if rows[-1] >= 0 else -1)  # without the row that was padding
-        return Outcome(
-            found[tensors.MARGINS][:asked],
-            rows[told] - last.extra,
-            found[tensors.TOP_IDS][told],
-            found[tensors.TOP_LOGITS][told],
-            found[tensors.LOG_NORMALISER][told],
-        )
+        return outcome(found, work, last.extra)
 
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
         """See `Engine.evaluate`; as many passes as the engine's bounds ask for."""
@@ -315,7 +306,7 @@ class TrtEngine:
         self._widen(work.slot + len(work.tokens))
         sizes = Sizes(len(work.tokens), max(len(work.head_rows), 1), max(len(work.agent_rows), 1))
         inputs, outputs = self._view(sizes)
-        self._fill(inputs, work)
+        fill(inputs, work)
         self._open.plan.run(sizes, self._side)
         if not self._engines[self._index].in_place:
             self._side = 1 - self._side
@@ -333,18 +324,6 @@ class TrtEngine:
             )
             found = self._views[sizes] = inputs, outputs
         return found
-
-    def _fill(self, inputs: dict[str, NDArray[Any]], work: Pass) -> None:
-        inputs[tensors.INPUT_IDS][0] = work.tokens
-        inputs[tensors.POSITION_IDS][0] = work.positions
-        inputs[tensors.WRITE_INDICES][0] = work.slot
-        heads, asked = len(work.head_rows), len(work.agent_rows)
-        inputs[tensors.HEAD_ROWS][:] = work.head_rows if heads else 0  # where there is none, row 0 fills the place …
-        inputs[tensors.AGENT_ROWS][:] = work.agent_rows if asked else 0
-        inputs[tensors.PRIORITIES][:] = work.priorities if asked else -np.inf  # … and is never chosen
-        inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
-        inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
-        inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
 
     # ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -241,7 +241,7 @@ def test_variables_of_the_caller(tokenizer) -> None:
     source, messages = TEMPLATES["thinking cut out of earlier answers"], CONVERSATIONS["long"]
     for value in (True, False):
         expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, enable_thinking=value)
-        found = ChatTemplate(source, SPECIAL).render(messages, add_generation_prompt=False, enable_thinking=value)
+        found = ChatTemplate(source, SPECIAL).render(messages, {"enable_thinking": value}, add_generation_prompt=False)
         assert found == expected
         assert found.endswith("</think>\n\n") == (not value)
 

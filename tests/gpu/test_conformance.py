@@ -19,8 +19,8 @@ from mara_runtime import ort_engine, tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import STRATEGIES
 from mara_runtime.engine import Engine, Outcome, Pass, open_engine
-from mara_runtime.table_engine import TableEngine
 from tests.gpu.conftest import close
+from tests.table_engine import TableEngine
 from tests.unit import helpers
 from tests.unit import test_ort_engine as suite
 from tests.unit.written_model import CANDIDATES, SHAPE, SLOTS, judge, table

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from mara_runtime.engine import Everything, Outcome, Pass
 from mara_runtime.manifest import MANIFEST_FILE
 from mara_runtime.schedule import Cost
-from mara_runtime.table_engine import TableEngine
+from tests.table_engine import TableEngine
 
 Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
 

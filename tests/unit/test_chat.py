@@ -19,7 +19,7 @@ TALK = [
 
 
 def render(source: str, messages: Any = HELLO, special: dict[str, str] | None = None, **variables: Any) -> str:
-    return ChatTemplate(source, special or {}).render(messages, **variables)
+    return ChatTemplate(source, special or {}).render(messages, variables)
 
 
 def refused(source: str, messages: Any = HELLO, **variables: Any) -> str:
@@ -41,7 +41,7 @@ def test_a_conversation() -> None:
     )
     expected = "<|system|>Be kind.<|end|><|user|>Hi<|end|><|assistant|>Hello!<|end|><|user|>Bye<|end|>"
     assert render(source, TALK) == expected + "<|assistant|>"
-    assert render(source, TALK, add_generation_prompt=False) == expected
+    assert ChatTemplate(source, {}).render(TALK, add_generation_prompt=False) == expected
 
 
 def test_the_lines_of_blocks_leave_nothing_behind() -> None:
@@ -283,7 +283,7 @@ def test_a_special_token_that_takes_the_name_of_another_variable(role: str) -> N
         render(source, special={role: "x"})
 
 
-@pytest.mark.parametrize("name", ["messages", "self"])
-def test_a_variable_that_is_the_conversation_s_own(name: str) -> None:
-    with pytest.raises(PromptError, match=f"variable '{name}' has its value from the conversation"):
-        ChatTemplate("{{ messages[0].content }}", {}).render(HELLO, **{name: 1})
+@pytest.mark.parametrize("name", ["messages", "self", "add_generation_prompt"])
+def test_a_variable_that_is_the_decoder_s_own(name: str) -> None:
+    with pytest.raises(PromptError, match=f"variable '{name}' is set by the decoder: leave it out"):
+        ChatTemplate("{{ messages[0].content }}", {}).render(HELLO, {name: 1})

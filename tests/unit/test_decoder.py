@@ -12,8 +12,8 @@ from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
 from mara_runtime.config import SCHEDULES
 from mara_runtime.engine import Pass
 from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
-from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import spare_slots
+from tests.table_engine import TableEngine
 from tests.unit import helpers
 from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
 

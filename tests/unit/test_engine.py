@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mara_runtime import ort_engine
+from mara_runtime import ort_engine, trt_engine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engine import Outcome, Pass, check_row, float32_below, is_finite, open_engine
 from mara_runtime.errors import EngineError, NumericsError, OptionError
-from mara_runtime.table_engine import TableEngine
 from mara_runtime.tensors import DRAFT_ROWS, TOP_SPARE, spare_slots, top_tokens
+from tests.table_engine import TableEngine
 from tests.unit import helpers
 
 
@@ -95,9 +95,19 @@ def test_a_named_engine_is_that_one_or_none(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["tensor-rt", "", "CPU", "auto,cpu"])
 def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        EngineError, match=rf"^unknown engine {name!r}; known: auto, tensorrt, tensorrt-rtx, cuda, cpu$"
+        OptionError, match=rf"^--engine is {name!r}; it must be one of auto, tensorrt, tensorrt-rtx, cuda, cpu$"
     ):
         open_engine(bundle_for(tmp_path, "cpu"), name)
+
+
+@pytest.mark.parametrize("name", ["auto", "tensorrt"])
+def test_threads_are_refused_where_the_engine_would_ignore_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    have(monkeypatch, CPU)
+    monkeypatch.setattr(trt_engine, "why_not", lambda bundle, name: None)
+    with pytest.raises(OptionError, match=r"^--threads is for an engine on a CPU, and this is tensorrt: leave it out$"):
+        open_engine(bundle_for(tmp_path, "cpu"), name, threads=4)
 
 
 def test_when_none_fits_every_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

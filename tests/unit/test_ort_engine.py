@@ -25,9 +25,9 @@ from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.schedule import Adaptive, Fixed, Schedule
 from mara_runtime.stats import Stats
-from mara_runtime.table_engine import TableEngine
 from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
+from tests.table_engine import TableEngine
 from tests.unit import helpers
 from tests.unit.sequential import sequential
 from tests.unit.written_model import (

@@ -8,7 +8,7 @@ import pytest
 
 from mara_runtime.engine import Outcome, Pass
 from mara_runtime.refeed import Prepared, Refeed
-from mara_runtime.table_engine import TableEngine
+from tests.table_engine import TableEngine
 from tests.unit import helpers
 
 MOST = 8

@@ -116,7 +116,7 @@ def test_positions_within_the_noise_add_up() -> None:
 
 
 def test_everything_is_in_the_json() -> None:
-    stats = counted(step({1: 1.0}))
+    stats = counted(step({1: 1.0}), step({1: 1.0}))
     stats.decode_ms = 2000.0
     values = json.loads(json.dumps(stats.to_json(), allow_nan=False))
     assert {f.name for f in fields(Stats)} | {"tokens_per_second"} == set(values)
