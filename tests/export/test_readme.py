@@ -15,6 +15,7 @@ from mara_export.sources import ALIASES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PACKAGES = ("mara_deploy", "export/mara_export", "runtime/mara_runtime")
 NOT_RUN_HERE = {
     "make demo": "its program runs in test_the_demo_prints_what_the_page_shows",
     "make test": "is what runs this test",
@@ -109,8 +110,9 @@ def test_the_demo_prints_what_the_page_shows(tmp_path):
 def test_the_tree_names_what_is_there():
     """Every module of the packages stands in the layout tree, and nothing that does not exist."""
     tree = README.split("## Layout")[1].split("```")[1]
-    for package in ("export/mara_export", "runtime/mara_runtime"):
+    for package in PACKAGES:
         for module in (ROOT / package).glob("*.py"):
             assert module.name == "__init__.py" or module.name in tree, module
+    there = {path.name for part in (*PACKAGES, "tests") for path in (ROOT / part).rglob("*.py")}
     for name in re.findall(r"[\w/]+\.py", tree):
-        assert list(ROOT.rglob(Path(name).name)), name
+        assert Path(name).name in there, name

@@ -467,3 +467,14 @@ def test_what_was_measured_in_another_way_is_measured_anew(
 def test_the_tests_have_a_cache_folder_of_their_own(cache_folder: Path) -> None:
     assert user_cache.folder() == cache_folder / "mara-deploy"
     assert not str(cache_folder).startswith(str(Path.home() / ".cache"))
+
+
+def test_a_file_of_the_cache_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError
+
+    (path := tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError):  # noqa: PT011 - the one above
+        user_cache.write_whole(path, b"new")
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])

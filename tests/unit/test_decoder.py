@@ -12,6 +12,7 @@ from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
 from mara_runtime.config import SCHEDULES
 from mara_runtime.engine import Pass
 from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
+from mara_runtime.schedule import Acceptance
 from mara_runtime.tensors import spare_slots
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -395,6 +396,16 @@ def test_forget_leaves_a_decoder_as_it_was_at_first(tmp_path: Path) -> None:
     then = decoder.generate([5, 6], config)
     counters = ("reused_tokens", "forwards", "rows", "drafted", "confirmed")
     assert [getattr(then.stats, name) for name in counters] == [getattr(first.stats, name) for name in counters]
+
+
+def test_forget_forgets_what_the_agent_accepts(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, choosing())
+    pair = np.array([0.6, 0.4])
+    new = Acceptance().estimate(pair, [])
+    decoder.generate("q", DecodeConfig(top_k=2, max_new_tokens=4))
+    assert decoder._acceptance.estimate(pair, []) != new
+    decoder.forget()
+    assert decoder._acceptance.estimate(pair, []) == new
 
 
 def test_forget_ends_a_running_stream(tmp_path: Path) -> None:

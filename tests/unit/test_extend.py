@@ -76,12 +76,16 @@ def test_replaces_what_has_the_same_target_and_slots_and_nothing_else(bundle: Bu
     assert second.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
 
 
-def test_engines_of_another_release_go_with_the_first_that_is_replaced(bundle: Bundle) -> None:
+@pytest.mark.parametrize("change", [{"version": "11.2"}, {"compute_capability": "8.9"}, {"platform": "linux-ppc64"}])
+def test_engines_of_another_release_gpu_or_system_go_with_the_first_that_is_replaced(
+    bundle: Bundle, change: dict[str, str]
+) -> None:
     """They could not run beside it, and an engine that does not fit refuses its target."""
     first = add(bundle, [facts(64), facts(128), facts(64, "tensorrt-rtx")])
-    second = add(first, [facts(128, version="11.2")])
+    new = replace(facts(128), **change)  # type: ignore[arg-type]
+    second = add(first, [new])
     assert assert_whole(bundle.folder) == second
-    assert second.manifest.engines == (facts(64, "tensorrt-rtx"), facts(128, version="11.2"))
+    assert second.manifest.engines == (facts(64, "tensorrt-rtx"), new)
 
 
 def test_the_file_of_a_replaced_engine_goes_when_it_has_another_name(bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,20 @@ def test_what_is_allocated_meanwhile_lies_in_huge_pages_and_keeps_its_content(me
         address = filled(memory, 16 * MB)
     assert huge_bytes(address) >= 12 * MB  # what lies across a border of pages is left out
     assert set(memory[0][:]) == {7}
+
+
+@linux
+def test_only_whole_pages_inside_what_was_added_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2 * MB
+    found = iter([[(0, size)], [(0, size), (3 * size + 4096, 6 * size - 4096), (8 * size + 1, 8 * size + 9)]])
+    asked: set[tuple[int, int]] = set()
+    monkeypatch.setattr(huge_pages, "page_size", lambda: size)
+    monkeypatch.setattr(huge_pages, "private_memory", lambda: next(found))
+    library = SimpleNamespace(madvise=lambda start, length, advice: asked.add((start, length)))
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", lambda *_, **__: library)
+    with huge_pages.huge_pages():
+        pass
+    assert asked == {(4 * size, size)}
 
 
 @linux

@@ -578,6 +578,12 @@ def test_a_graph_of_other_sizes_than_its_manifest_is_refused(
         OrtEngine(other)
 
 
+@pytest.mark.parametrize(("threads", "found"), [(None, 0), (1, 1), (3, 3)])
+def test_the_session_has_the_threads_that_are_asked_for(bundle: Bundle, threads: int | None, found: int) -> None:
+    options = OrtEngine(bundle, threads=threads)._session.get_session_options()
+    assert options.intra_op_num_threads == found  # 0: ONNX Runtime's own choice
+
+
 @pytest.mark.parametrize("threads", [0, 1025])
 def test_threads_out_of_range(bundle: Bundle, threads: int) -> None:
     with pytest.raises(OptionError, match="--threads"):

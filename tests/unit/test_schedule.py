@@ -129,6 +129,11 @@ class Told(Acceptance):
         """Nothing."""
 
 
+def test_a_good_draft_does_not_hide_a_wider_pass() -> None:
+    cost = Cost((1,), (*range(1, 11),), (tuple(10 + 0.1 * rows for rows in range(10)),), (1, 2), (0.0, 0.0))
+    assert Adaptive(cost, Told([0.5] * 4)).plan(drafted(candidates(4), *[1.0] * 6)).candidates == 4
+
+
 def cost_of_passes(
     chunks: Sequence[int],
     start: int,

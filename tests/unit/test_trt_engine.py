@@ -459,6 +459,18 @@ def test_weights_are_streamed_if_they_must(tmp_path: Path, machine: Machine, fit
     engine.close()
 
 
+@pytest.mark.parametrize("room", [-1, 0, 1])
+def test_activations_count_beside_the_weights(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    machine.trt.automatic_budget = 3000
+    file = {"streamable_weights_bytes": 5000, "activation_bytes": 4096}
+    monkeypatch.setattr(Cuda, "free_bytes", lambda self: 5000 + 4096 + room)
+    engine = TrtEngine(bundle(tmp_path, file=file), "tensorrt")
+    assert engine.describe()["memory"]["streamed_weight_bytes"] == (0 if room > 0 else 2000)
+    engine.close()
+
+
 def test_a_budget_that_is_refused_streams_all_weights(tmp_path: Path, machine: Machine) -> None:
     machine.trt.automatic_budget, machine.trt.refused_budgets = 3000, {3000}
     size = machine.cuda.total_bytes
