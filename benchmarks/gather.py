@@ -11,11 +11,11 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.board import NoBoard, find
+from mara_runtime.versions import installed
 
 PACKAGES = (
     *("mara-deploy", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
@@ -35,7 +35,7 @@ def gather(folder: Path) -> dict[str, Any]:
             targets.setdefault(target, {})[step] = last_object(path.read_text(encoding="utf-8"))
     return {
         "board": {"before": _json(folder / "board-before.json"), "after": _board()},
-        "versions": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
+        "versions": {"python": platform.python_version(), "system": platform.platform(), **installed(*PACKAGES)},
         "revision": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--untracked-files=no"),
         "tests": _tests(folder / "tests.xml"),
@@ -89,16 +89,6 @@ def _board() -> dict[str, Any] | None:
         return find().facts()
     except NoBoard:
         return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _json(path: Path) -> Any:

@@ -1,23 +1,14 @@
-"""ONNX Runtime GenAI as a peer of the benchmark: its model folder, driven by JSON lines.
+"""ONNX Runtime GenAI as a contestant, see protocol.py.
 
     python peer_genai.py MODEL_FOLDER [--threads N]
 
-Runs by the interpreter of an environment that has onnxruntime-genai, so it imports nothing of this project. It prints
-`{"name": ..., "versions": {...}, "ready": true}`, then answers each JSON line of stdin with one of stdout:
-
-    {"do": "decode", "context": C, "tokens": N}   {"ms": [of each step]}
-    {"do": "prefill", "tokens": N}                {"ms": from the prompt to the first token}
-    {"do": "memory"}                              {"peak_bytes": ..., "current_bytes": ...}
-
-What goes wrong is answered with `{"error": "one line"}`.
+Runs by the interpreter of an environment that has onnxruntime-genai, so it imports nothing else of this project.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +19,10 @@ import numpy as np
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded
 
 import onnxruntime_genai as og  # type: ignore[import-not-found]
+from protocol import command_line, random_tokens, serve  # type: ignore[import-not-found]
 
-SEED = 0
 
-
-class Peer:
+class GenAI:
     """A model of GenAI and the generator whose cache the last decoding left."""
 
     def __init__(self, folder: Path, threads: int | None):
@@ -40,72 +30,65 @@ class Peer:
         if threads is not None:
             options = {"intra_op_num_threads": threads}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self.model = og.Model(config)
+        self._model = og.Model(config)
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-        self.vocab_size = int(settings["model"]["vocab_size"])
-        self.generator: Any = None
-        self.context = 0
-        self.max_length = 0
+        self._vocab_size = int(settings["model"]["vocab_size"])
+        self._generator: Any = None
+        self._context = 0
+        self._max_length = 0
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What to answer to a request."""
-        what = request.get("do")
-        if what == "decode":
-            return {"ms": self.decode(int(request["context"]), int(request["tokens"]))}
-        if what == "prefill":
-            return {"ms": self.prefill(int(request["tokens"]))}
-        if what == "memory":
-            return memory()
-        raise ValueError(f"no such request: {what!r}")
+    def describe(self) -> dict[str, Any]:
+        """What is measured."""
+        versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "numpy")}
+        return {"name": "onnxruntime-genai", "versions": versions}
 
-    def decode(self, context: int, tokens: int) -> list[float]:
-        """Times of greedy steps, in ms, with `context` tokens cached before the first one.
+    def decode(self, context: int, tokens: int) -> dict[str, Any]:
+        """A step computes the logits of the newest token and chooses the next.
 
-        A step computes the logits of the newest token and chooses the next. In the first, the newest is a random one:
-        the choice that ends the prompt is not made, so that all steps do the same work.
+        In the first, the newest is a random one: the choice that ends the prompt is not made, so that all steps do
+        the same work.
         """
-        if context < 1 or tokens < 1:
-            raise ValueError("context and tokens must be at least 1")
-        prompt = self.random_tokens(context + 1)
+        prompt = self._prompt(context + 1)
         length = context + 1 + tokens
-        if self.generator is not None and context == self.context and length < self.max_length:
-            self.generator.rewind_to(context)
+        if self._generator is not None and context == self._context and length < self._max_length:
+            self._generator.rewind_to(context)
         else:
-            self.generator = None  # its cache is freed before the next one is allocated
-            generator = self.new_generator(length + 1)
+            self._generator = None  # its cache is freed before the next one is allocated
+            generator = self._new_generator(length + 1)
             generator.append_tokens(prompt[:context])
-            self.generator, self.context, self.max_length = generator, context, length + 1
+            self._generator, self._context, self._max_length = generator, context, length + 1
 
-        generator = self.generator
+        generator = self._generator
         clock = time.perf_counter
         times = []
         start = clock()
         generator.append_tokens(prompt[context:])
         generator.generate_next_token()
-        times.append(clock() - start)
+        times.append((clock() - start) * 1e3)
         for _ in range(tokens - 1):
             start = clock()
             generator.generate_next_token()
-            times.append(clock() - start)
+            times.append((clock() - start) * 1e3)
         if generator.token_count() != length:
             raise RuntimeError(f"decoding stopped at {generator.token_count()} tokens of {length}")
-        return [round(t * 1e3, 4) for t in times]
+        return {"ms": times}
 
-    def prefill(self, tokens: int) -> float:
-        """Time in ms that a new generator, once constructed, takes to the first token after a prompt."""
-        if tokens < 1:
-            raise ValueError("tokens must be at least 1")
-        self.generator = None
-        prompt = self.random_tokens(tokens)
-        generator = self.new_generator(tokens + 2)
+    def prefill(self, tokens: int) -> dict[str, Any]:
+        """By a new generator, once that is constructed."""
+        self._generator = None
+        prompt = self._prompt(tokens)
+        generator = self._new_generator(tokens + 2)
         start = time.perf_counter()
         generator.append_tokens(prompt)
         generator.generate_next_token()
-        return round((time.perf_counter() - start) * 1e3, 4)
+        return {"ms": (time.perf_counter() - start) * 1e3}
 
-    def new_generator(self, max_length: int) -> Any:
+    def _prompt(self, length: int) -> Any:
+        return np.array(random_tokens(length, self._vocab_size), np.int32)
+
+    def _new_generator(self, max_length: int) -> Any:
         """A greedy generator that end-of-sequence does not stop. It allocates its cache for `max_length` tokens."""
-        params = og.GeneratorParams(self.model)
+        params = og.GeneratorParams(self._model)
         params.set_search_options(
             do_sample=False,
             num_beams=1,
@@ -114,59 +97,14 @@ class Peer:
             min_length=max_length,
             max_length=max_length,
         )
-        return og.Generator(self.model, params)
-
-    def random_tokens(self, count: int) -> Any:
-        """The first `count` of a fixed sequence of token ids."""
-        return np.random.default_rng(SEED).integers(0, self.vocab_size, count, dtype=np.int32)
+        return og.Generator(self._model, params)
 
 
-def memory() -> dict[str, Any]:
-    """Resident memory of this process: the most it had, and what it has."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
-    return {
-        "peak_bytes": int(sizes["VmHWM"].split()[0]) * 1024,
-        "current_bytes": int(sizes["VmRSS"].split()[0]) * 1024,
-    }
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def main() -> int:
-    """Answer requests until stdin ends."""
-    parser = argparse.ArgumentParser(description="Answer the benchmark's requests with ONNX Runtime GenAI.")
-    parser.add_argument("folder", type=Path, help="folder that GenAI's model builder wrote")
-    parser.add_argument("--threads", type=int, help="intra-op threads; without it, what the engine chooses")
-    arguments = parser.parse_args()
-
-    # the protocol keeps stdout for itself: what a native library prints goes to stderr
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    try:
-        peer = Peer(arguments.folder, arguments.threads)
-    except Exception as error:
-        send({"error": one_line(error)})
-        return 1
-    versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "numpy")}
-    send({"name": "onnxruntime-genai", "versions": versions, "ready": True})
-    for line in sys.stdin:
-        if not line.strip():
-            continue
-        try:
-            send(peer.answer(json.loads(line)))
-        except Exception as error:
-            send({"error": one_line(error)})
-    return 0
+def main() -> None:
+    """Entry point of the process."""
+    args = command_line().parse_args()
+    serve(lambda: GenAI(Path(args.model), args.threads))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,25 +1,26 @@
-"""Hugging Face eager as a contestant: the released code's way, one candidate a forward pass. Protocol: worker.py."""
+"""Hugging Face eager as a contestant, see protocol.py: the released code's way, one candidate a forward pass.
+
+Beside the others' requests:
+
+    {"do": "serial", "profile": {...}, "context": C, "tokens": N}   {"ms": of aligned decoding on the instrument}
+"""
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from mara_deploy.bench.profile import Profile, Script
-from mara_deploy.bench.worker import Subject, serve
+from mara_deploy.bench.protocol import command_line, random_tokens, serve
+from mara_deploy.bench.workload import Profile, Script
 from mara_runtime.candidates import select
+from mara_runtime.versions import installed
 
 
 class HuggingFace:
     """A model in float32 with eager attention."""
-
-    memory = Subject.memory
 
     def __init__(self, folder: str, threads: int | None) -> None:
         if threads:
@@ -30,10 +31,14 @@ class HuggingFace:
         self._model.eval()  # type: ignore[no-untyped-call]
         self._context, self._cache = -1, DynamicCache()
 
+    def describe(self) -> dict[str, Any]:
+        """What is measured."""
+        return {"name": "hugging-face-eager", "versions": installed("torch", "transformers")}
+
     @torch.no_grad()
     def _fill(self, context: int) -> None:
         if self._context != context:
-            ids = np.random.default_rng(context).integers(0, self._model.config.vocab_size, context)
+            ids = random_tokens(context, self._model.config.vocab_size)
             self._cache = self._model(torch.tensor(ids)[None], use_cache=True).past_key_values
             self._context = context
         self._cache.crop(context)
@@ -47,7 +52,7 @@ class HuggingFace:
         return logits
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """See worker.py."""
+        """Each step runs the best token of the one before, the first the token 0."""
         self._fill(context)
         token, times = 0, []
         for _ in range(tokens):
@@ -57,7 +62,7 @@ class HuggingFace:
         return {"ms": times}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """See worker.py."""
+        """With an empty cache."""
         self._context = -1
         started = time.perf_counter()
         self._fill(tokens)
@@ -68,7 +73,6 @@ class HuggingFace:
         vocab_size = self._model.config.vocab_size
         script = Script(Profile(**profile), context + tokens + 1, vocab_size, 48)
         self._fill(context)
-        forwards = 0
         started = time.perf_counter()
         for position in range(context, context + tokens):
             ids, logits = script.candidates(position)
@@ -76,20 +80,15 @@ class HuggingFace:
             for token in candidates:
                 self._cache.crop(position)
                 self._step(int(token))
-                forwards += 1
                 if len(candidates) == 1 or script.accepts(position, int(token)):
                     break
-        return {"ms": (time.perf_counter() - started) * 1e3, "forwards": forwards}
+        return {"ms": (time.perf_counter() - started) * 1e3}
 
 
 def main() -> None:
     """Entry point of the process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--threads", type=int)
-    args = parser.parse_args()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    serve(HuggingFace(args.model, args.threads), {"name": "hugging-face-eager", "versions": versions})
+    args = command_line().parse_args()
+    serve(lambda: HuggingFace(args.model, args.threads))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
-"""llama.cpp as a peer of the benchmark: a GGUF file, driven by JSON lines.
+"""llama.cpp with a GGUF file as a contestant, see protocol.py.
 
     python peer_llama.py FILE.gguf [--threads N]
 
-Runs by the interpreter of an environment that has llama-cpp-python, so it imports nothing of this project. The
-requests are those of peer_genai.py: decode, prefill, memory.
+Runs by the interpreter of an environment that has llama-cpp-python, so it imports nothing else of this project.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +14,19 @@ from typing import Any
 
 import llama_cpp as llama  # type: ignore[import-not-found]
 import numpy as np
+from protocol import command_line, random_tokens, serve  # type: ignore[import-not-found]
 
 CAPACITY = 4096 + 512
 """Tokens of the KV cache; the longest context of the benchmark and what is decoded after it."""
 BATCH = 512
 
 
-class Peer:
+class LlamaCpp:
     """A model with one sequence."""
 
     def __init__(self, file: Path, threads: int | None):
+        self._silence = llama.llama_log_callback(lambda *_: None)  # what it prints is not wanted
+        llama.llama_log_set(self._silence, None)
         llama.llama_backend_init()
         self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
         if not self._model:
@@ -41,9 +39,14 @@ class Peer:
         self._vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._held = -1  # tokens of context in the cache
 
+    def describe(self) -> dict[str, Any]:
+        """What is measured."""
+        versions = {"llama-cpp-python": version("llama-cpp-python")}
+        return {"name": "llama.cpp", "versions": versions, "system": llama.llama_print_system_info().decode().strip()}
+
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """Times of greedy steps, in ms, with `context` tokens cached before the first one."""
-        prompt = self._random_tokens(context + 1)
+        """The first step runs a random token, the others the best."""
+        prompt = random_tokens(context + 1, self._vocab_size)
         if self._held != context:
             self._keep(0)
             self._run(prompt[:context])
@@ -58,23 +61,14 @@ class Peer:
         return {"ms": times}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """Time in ms to the first token after a prompt."""
-        prompt = self._random_tokens(tokens)
+        """With an empty cache."""
+        prompt = random_tokens(tokens, self._vocab_size)
         self._keep(0)
         self._held = -1
         start = time.perf_counter()
         self._run(prompt)
         self._best()
         return {"ms": (time.perf_counter() - start) * 1e3}
-
-    def memory(self) -> dict[str, Any]:
-        """Resident memory of this process: the most it had, and what it has."""
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
-        return {
-            "peak_bytes": int(sizes["VmHWM"].split()[0]) * 1024,
-            "current_bytes": int(sizes["VmRSS"].split()[0]) * 1024,
-        }
 
     def _keep(self, count: int) -> None:
         """Leave the first `count` tokens in the cache."""
@@ -92,46 +86,12 @@ class Peer:
         logits = llama.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
 
-    def _random_tokens(self, count: int) -> list[int]:
-        tokens: list[int] = np.random.default_rng(0).integers(0, self._vocab_size, count).tolist()
-        return tokens
 
-
-def main() -> int:
-    """Answer requests until stdin ends."""
-    parser = argparse.ArgumentParser(description="Answer the benchmark's requests with llama.cpp.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
-
-    # the protocol keeps stdout for itself: what the library prints goes to stderr, and is not wanted there either
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    silence = llama.llama_log_callback(lambda *_: None)
-    llama.llama_log_set(silence, None)
-
-    def send(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    try:
-        peer = Peer(arguments.file, arguments.threads)
-    except Exception as error:
-        send({"error": " ".join(f"{type(error).__name__}: {error}".split())})
-        return 1
-    system = llama.llama_print_system_info().decode().strip()
-    send({"name": "llama.cpp", "versions": {"llama-cpp-python": version("llama-cpp-python")}, "system": system})
-    for line in sys.stdin:
-        request = json.loads(line)
-        what = request.pop("do")
-        try:
-            if what not in ("decode", "prefill", "memory"):
-                raise ValueError(f"no such request: {what!r}")
-            send(getattr(peer, what)(**request))
-        except Exception as error:
-            send({"error": " ".join(f"{type(error).__name__}: {error}".split())})
-    return 0
+def main() -> None:
+    """Entry point of the process."""
+    args = command_line().parse_args()
+    serve(lambda: LlamaCpp(Path(args.model), args.threads))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -40,8 +40,8 @@ def parser() -> Parser:
         action="extend",
         default=[],
         metavar="N[,N…]",
-        help="also build engines for these context lengths, beside the one for the bundle's own: decoding starts in the "
-        "smallest and grows into the next, as attention costs by capacity",
+        help="also build engines for these context lengths, beside the one for the bundle's own: decoding starts in "
+        "the smallest and grows into the next, as attention costs by capacity",
     )
     options.add_argument(
         "--compute-capability",

@@ -122,8 +122,8 @@ def decode(
 ) -> Iterator[Step]:
     """Emit up to `limit` tokens after `prompt`, ending with an end-of-sequence id if one is chosen.
 
-    prompt: token ids, at least one. The caller ensures that prompt and answer, and the spare slots of a decision, fit into
-    the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
+    prompt: token ids, at least one. The caller ensures that prompt and answer, and the spare slots of a decision, fit
+    into the engine's cache. `stats` is filled as the loop goes. Raises NumericsError, naming the position.
     """
     clock = _Clock()
     loop = _Loop(session, config, fallback, eos_token_ids, stats)

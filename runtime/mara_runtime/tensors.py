@@ -16,8 +16,8 @@ The choice: among the agent's rows whose margin exceeds `threshold`, the one wit
 `priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, unless
 that is -1. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
 best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where no
-row is chosen, the last of `rows` is -1, and the other outputs of that row are undefined: outputs whose sizes are known in
-advance need no allocation.
+row is chosen, the last of `rows` is -1, and the other outputs of that row are undefined: outputs whose sizes are known
+in advance need no allocation.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_it_measures_itself_and_hugging_face(command, demo):
 
 STAND_IN = """#!{python}
 import json, sys
-print(json.dumps({{"name": "steady", "versions": {{}}, "ready": True}}), flush=True)
+print(json.dumps({{"name": "steady", "versions": {{}}}}), flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     assert request["do"] == "decode", request
@@ -69,7 +69,7 @@ def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, t
 
 DYING = """#!{python}
 import json
-print(json.dumps({{"name": "dying", "versions": {{}}, "ready": True}}), flush=True)
+print(json.dumps({{"name": "dying", "versions": {{}}}}), flush=True)
 """
 
 
@@ -98,6 +98,9 @@ def test_a_prompt_of_several_chunks_and_few_candidates(command, tmp_path):
     ("options", "said"),
     [
         (["--peer", "llama=x"], "--peer is 'llama=x'; it must be"),
+        (["--peer", "mara=x"], "--peer is 'mara=x'; it must be"),
+        (["--peer", "genai=/a:/b", "--peer", "genai=/c:/d"], "--peer names genai twice; leave one of them out"),
+        (["--peer", "hugging-face=/nowhere"], "hugging-face: "),
         (["--peer", "genai=/nowhere/python:/nowhere"], "--peer genai: cannot run /nowhere/python"),
         (["--rounds", 0], "--rounds must be at least 1"),
         (["--tokens", 400], "leaves no context"),

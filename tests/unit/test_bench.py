@@ -1,14 +1,20 @@
 """The bench's instrument: is its profile what it says, and does every pass of the engine underneath run in full?"""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mara_deploy.bench.profile import HIGH, Instrument, Profile, Script
-from mara_deploy.bench.worker import Recorder, continued_share
-from mara_deploy.commands import bench
-from mara_deploy.commands.bench import spread
+from mara_deploy.bench import machine
+from mara_deploy.bench.contestant import commands
+from mara_deploy.bench.measure import spread
+from mara_deploy.bench.worker import continued_share
+from mara_deploy.bench.workload import HIGH, Instrument, Profile, Script
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, decode
@@ -73,14 +79,14 @@ def test_a_bundle_of_few_candidates_has_no_more_of_them(allowed: int, foreseen: 
 
 
 def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
-    monkeypatch.setattr(bench, "CPUS", tmp_path)
-    assert bench.cores() == 4  # the system does not tell
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(machine, "CPUS", tmp_path)
+    assert machine.cores() == 4  # the system does not tell
     for number, siblings in enumerate(("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")):
         folder = tmp_path / f"cpu{number}" / "topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(siblings)
-    assert bench.cores() == 3
+    assert machine.cores() == 3
 
 
 def test_a_token_that_is_no_candidate_is_rejected() -> None:
@@ -94,8 +100,8 @@ def test_a_token_that_is_no_candidate_is_rejected() -> None:
 def test_the_instrument_says_what_the_script_says(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
     engine = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
-    recorder = Recorder(Instrument(engine, made))
-    session = Session(recorder, schedule, NGrams() if schedule.drafted else None)
+    instrument = Instrument(engine, made)
+    session = Session(instrument, schedule, NGrams() if schedule.drafted else None)
     stats = Stats()
     prompt = made.prompt(60)
     monkeypatch.setattr("mara_runtime.decode.PREFILL_ROWS", 25)  # three passes for the prompt
@@ -107,9 +113,36 @@ def test_the_instrument_says_what_the_script_says(schedule: Fixed, monkeypatch: 
         assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
     assert len(engine.calls) == stats.forwards + 3  # every pass went through the engine underneath
     flat = Cost((1,), (1, 2), ((1.0, 1.0),), (1, 2), (0.5, 0.5))
-    assert recorder.expected_ms(flat, 60, stats.forwards) == pytest.approx(
-        sum(1.0 + 0.5 * bool(heads) for heads in recorder.heads()[3:]), rel=1e-6
+    assert instrument.expected_ms(flat, 60, stats.forwards) == pytest.approx(
+        sum(1.0 + 0.5 * bool(heads) for heads in engine.headed[3:]), rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "engines", "told"),
+    [
+        ("auto", False, [], True),
+        ("auto", False, ["step.engine"], False),  # "auto" may choose it, and it takes no threads
+        ("auto", True, ["step.engine"], True),  # … which the worker then says
+        ("cpu", False, ["step.engine"], True),
+        ("tensorrt", True, ["step.engine"], False),  # they are for the peers
+    ],
+)
+def test_who_is_told_how_many_threads(engine: str, asked: bool, engines: list[str], told: bool) -> None:
+    bundle: Any = SimpleNamespace(folder="bundle", manifest=SimpleNamespace(engines=engines))
+    found = commands(bundle, engine, ["genai=python:model"], 3, asked=asked)
+    assert (found["mara"][-2:] == ["--threads", "3"]) == told
+    assert found["genai"][-3:] == ["model", "--threads", "3"]
+
+
+def test_help_answers_without_numpy() -> None:
+    code = (
+        "import atexit, sys\nfrom mara_deploy.commands.bench import main\n"
+        "atexit.register(lambda: print('numpy' in sys.modules))\nmain(['--help'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.startswith("usage: mara-bench ")
+    assert found.endswith("False\n")
 
 
 def test_shares_and_spreads() -> None:

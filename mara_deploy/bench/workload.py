@@ -9,13 +9,14 @@ aligned decoding run on the same instrument.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.engine import Engine, Everything, Outcome, Pass
+from mara_runtime.schedule import Cost
 from mara_runtime.tensors import TOP_SPARE
 
 MOST_CANDIDATES = 40
@@ -42,10 +43,6 @@ class Profile:
         parts += ["foreseeable"] * self.foreseen
         parts += [f"{self.repeated:.0%} repeated"] * bool(self.repeated)
         return ", ".join(parts)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 class Script:
@@ -130,6 +127,8 @@ class Instrument:
 
     def __init__(self, engine: Engine, script: Script) -> None:
         self._engine, self._script = engine, script
+        self.passes: list[tuple[int, int]] = []
+        """rows of each, and how many of them went through the LM head"""
 
     @property
     def slots(self) -> int:
@@ -141,13 +140,16 @@ class Instrument:
         script, positions = self._script, work.positions
         verdicts = [script.accepts(positions[row], work.tokens[row]) for row in work.agent_rows]
         priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
-        asked, fallback = work.agent_rows, work.fallback_row
-        out = self._engine.run(
-            Pass(work.tokens, positions, work.slot, work.head_rows, asked, priorities, 0.0, -np.inf, fallback)
-        )
+        out = self._engine.run(replace(work, priorities=priorities, margin_weight=0.0, threshold=-np.inf))
+        self.passes.append((len(work.tokens), len(out.rows)))
         margins = np.array([1.0 if ok else -1.0 for ok in verdicts], np.float32)
         ids, logits = script.best([positions[row] + 1 for row in out.rows.tolist()])
         return Outcome(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
+
+    def expected_ms(self, cost: Cost, context: int, forwards: int) -> float:
+        """What the last so many passes, those after the prompt, should have cost by the measured curve."""
+        rows, heads = cost.rows_ms(context), cost.heads_ms()
+        return float(sum(rows[r] + heads[h] for r, h in self.passes[len(self.passes) - forwards :]))
 
     def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
         """See `Engine.evaluate`."""

@@ -1,0 +1,190 @@
+"""The bench's peers that run by another interpreter: their processes, with stand-ins for the libraries they drive."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mara_deploy.bench import protocol
+
+FOLDER = Path(protocol.__file__).parent
+
+ELSEWHERE = """
+import cProfile  # as a library may: the script's folder comes first on the path
+import sys
+
+class Blocker:  # that environment has nothing of this project
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("mara_"):
+            raise ImportError(name + " is not installed")
+
+sys.meta_path.insert(0, Blocker())
+
+def chat():
+    print("it prints what it likes", flush=True)
+"""
+GENAI = (
+    ELSEWHERE
+    + """
+class Config:
+    def __init__(self, folder):
+        self.overlaid = None
+
+    def overlay(self, text):
+        self.overlaid = text
+
+class Model:
+    def __init__(self, config):
+        chat()
+        assert '"intra_op_num_threads": 2' in config.overlaid, config.overlaid
+
+class GeneratorParams:
+    def __init__(self, model):
+        pass
+
+    def set_search_options(self, **options):
+        self.longest = options["max_length"]
+
+class Generator:
+    def __init__(self, model, params):
+        self.tokens, self.longest = [], params.longest
+
+    def append_tokens(self, tokens):
+        self.tokens += tokens.tolist()
+        assert len(self.tokens) <= self.longest
+
+    def generate_next_token(self):
+        assert len(self.tokens) < self.longest
+        self.tokens.append(0)
+
+    def rewind_to(self, length):
+        del self.tokens[length:]
+
+    def token_count(self):
+        return len(self.tokens)
+"""
+)
+LLAMA = (
+    ELSEWHERE
+    + """
+import ctypes
+from types import SimpleNamespace
+
+llama_token = ctypes.c_int32
+cache = []
+
+def llama_model_load_from_file(file, params):
+    return file.endswith(b"model")
+
+def llama_log_callback(function):
+    return function
+
+def nothing(*arguments):
+    return SimpleNamespace()
+
+llama_backend_init = chat
+llama_log_set = llama_model_default_params = llama_context_default_params = nothing
+llama_model_get_vocab = llama_get_memory = nothing
+
+def llama_init_from_model(model, params):
+    assert params.n_threads == params.n_threads_batch == 2
+
+def llama_vocab_n_tokens(vocab):
+    return 50
+
+def llama_memory_seq_rm(memory, sequence, first, last):
+    del cache[first:]
+
+def llama_batch_get_one(tokens, count):
+    return list(tokens)[:count]
+
+def llama_decode(context, batch):
+    cache.extend(batch)
+    return 0
+
+def llama_get_logits_ith(context, row):
+    return ctypes.cast((ctypes.c_float * 50)(), ctypes.POINTER(ctypes.c_float))
+
+def llama_print_system_info():
+    return b"AVX512 = 1 "
+"""
+)
+
+
+def ask(tmp_path: Path, script: str, model: str, *requests: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a peer's process answers: first what it is, then to each request."""
+    for module, package, text in (
+        ("onnxruntime_genai", "onnxruntime-genai", GENAI),
+        ("llama_cpp", "llama-cpp-python", LLAMA),
+    ):
+        (tmp_path / f"{module}.py").write_text(text)
+        metadata = tmp_path / f"{package.replace('-', '_')}-0.1.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "genai_config.json").write_text('{"model": {"vocab_size": 50}}')
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), str(tmp_path / model), "--threads", "2"],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == "it prints what it likes\n"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "about"),
+    [
+        ("peer_genai.py", {"name": "onnxruntime-genai", "versions": {"onnxruntime-genai": "0.1"}}),
+        ("peer_llama.py", {"name": "llama.cpp", "versions": {"llama-cpp-python": "0.1"}, "system": "AVX512 = 1"}),
+    ],
+)
+def test_a_peer_answers_in_an_environment_without_this_project(
+    tmp_path: Path, script: str, about: dict[str, Any]
+) -> None:
+    said, decoded, again, longer, prefilled, memory, failed, after = ask(
+        tmp_path,
+        script,
+        "model",
+        {"do": "decode", "context": 4, "tokens": 3},
+        {"do": "decode", "context": 4, "tokens": 2},
+        {"do": "decode", "context": 9, "tokens": 5},
+        {"do": "prefill", "tokens": 700},
+        {"do": "memory"},
+        {"do": "sing"},
+        {"do": "decode", "context": 1, "tokens": 1},
+    )
+    assert said["versions"].items() >= about["versions"].items()
+    assert {**said, "versions": about["versions"]} == about
+    assert [len(answer["ms"]) for answer in (decoded, again, longer, after)] == [3, 2, 5, 1]
+    assert all(ms > 0 for ms in longer["ms"])
+    assert prefilled["ms"] > 0
+    assert memory["peak_bytes"] > 10**6
+    assert failed["error"].startswith("AttributeError: ")
+
+
+@pytest.mark.parametrize("script", ["peer_genai.py", "peer_llama.py"])
+def test_a_model_that_cannot_be_opened_is_said_in_one_line(tmp_path: Path, script: str) -> None:
+    (said,) = ask(tmp_path, script, "nowhere", {"do": "memory"})
+    assert set(said) == {"error"}
+    assert "nowhere" in said["error"]
+
+
+def test_no_file_hides_a_module_of_the_standard_library() -> None:
+    """The folder comes first on a peer's path: with a profile.py in it, nobody could import cProfile."""
+    assert {path.stem for path in FOLDER.glob("*.py")} & set(sys.stdlib_module_names) == set()
+
+
+def test_prompts_of_two_lengths_do_not_begin_alike() -> None:
+    short, long = protocol.random_tokens(20, 1000), protocol.random_tokens(30, 1000)
+    assert (len(short), len(long)) == (20, 30)
+    assert short[:3] != long[:3]
+    assert short == protocol.random_tokens(20, 1000)
