@@ -1,22 +1,25 @@
-"""Prompt files: plain lines, JSON lines, or a JSON list as the MARA paper's prompt sets have it.
+"""Prompts: where they come from, and their token ids for a PyTorch model.
 
-Those sets (SafeRLHF, BeaverTails, HarmfulQA, HH-RLHF, UltraFeedback in IAAR-Shanghai/MARA, `data/`) are JSON lists of
-objects with the prompt under `instruction`; some repeat a prompt, and what else they hold differs.
+A file holds plain lines, JSON lines, or a JSON list as the MARA paper's prompt sets do. Those sets (SafeRLHF,
+BeaverTails, HarmfulQA, HH-RLHF, UltraFeedback in IAAR-Shanghai/MARA, `data/`) are JSON lists of objects with the prompt
+under `instruction`; some repeat a prompt, and what else they hold differs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mara_runtime.errors import PromptError
+from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_runtime.errors import OptionError, PromptError, first_line
 
 TEXT_KEYS = ("instruction", "prompt", "question")
-"""Where an object may keep its prompt; the first that it has counts."""
+"""Keys under which an object may keep its prompt; the first one present counts."""
 GROUP_KEY = "group"
 
 
@@ -27,7 +30,7 @@ class Prompt:
     text: str
     """not blank, no white space around it"""
     group: str | None = None
-    """names the prompts that belong together, paraphrases of one question say; None: the prompt stands alone"""
+    """shared by prompts that belong together, such as paraphrases of a question; None: the prompt stands alone"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     """at least one; no two are the same but for white space"""
     duplicates: int
-    """left out because an earlier one is the same; ≥ 0"""
+    """number left out because an earlier one is the same; ≥ 0"""
 
     @property
     def grouped(self) -> bool:
@@ -48,17 +51,26 @@ class PromptSet:
 
 
 def same_key(text: str) -> str:
-    """What two prompts have in common that count as the same: everything but the amount of white space."""
+    """Equal for prompts that count as the same, which differ in white space only."""
     return " ".join(text.split())
+
+
+def find_prompts(name: str, group_key: str | None = None) -> PromptSet:
+    """A set of the demo by its name, or a file, see `read_prompts`. Raises PromptError, OptionError."""
+    if name not in SETS:
+        return read_prompts(name, group_key)
+    if group_key is not None:
+        raise OptionError(f"--group-by is {group_key!r}, but {name} has groups of its own: leave it out")
+    return PromptSet(name, tuple(Prompt(p.text, ": ".join(p.group)) for p in demo_prompts(name)), 0)
 
 
 def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
     """Read a prompt file.
 
-    `.json`: a list of texts or of objects (or one object a line); `.jsonl`: a text or an object a line; any other
-    name: a prompt a line. Blank lines are skipped. An object keeps its prompt under one of `TEXT_KEYS`, its group
+    `.json`: a list of texts or of objects (or one object per line); `.jsonl`: a text or an object per line; any other
+    name: one prompt per line. Blank lines are skipped. An object keeps its prompt under one of `TEXT_KEYS`, its group
     under `group_key` (default `group`, if it is there); in a file either every prompt has a group or none.
-    Raises PromptError, naming the entry, when the file cannot be read so or holds no prompt.
+    Raises PromptError, naming the entry, when the file cannot be read this way or holds no prompt.
     """
     path = Path(path)
     prompts: dict[str, Prompt] = {}
@@ -74,7 +86,7 @@ def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
         prompts.setdefault(same_key(prompt.text), prompt)
         count += 1
     if not prompts:
-        raise PromptError(f"{path} holds no prompt: write one a line, or a JSON list of objects with `instruction`")
+        raise PromptError(f"{path} holds no prompt: write one per line, or a JSON list of objects with `instruction`")
     return PromptSet(path.name, tuple(prompts.values()), count - len(prompts))
 
 
@@ -153,9 +165,44 @@ def shared(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> list[str]:
 
 
 def drawn(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
-    """`count` of the prompts, in their order, whatever that is; a larger count keeps those of a smaller one."""
+    """`count` of the prompts, in their order, chosen independently of it; a larger count keeps those of a smaller."""
     if count is None:
         return list(prompts)
     by_hash = sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.text.encode()).digest())
     chosen = {prompt.text for prompt in by_hash[:count]}
     return [prompt for prompt in prompts if prompt.text in chosen]
+
+
+def encode(
+    prompt: str, tokenizer: Any, model: str, *, raw: bool = False, template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a user message by a Hugging Face tokenizer, ready for the assistant's answer.
+
+    The message goes through the chat template, which alone adds special tokens, unless `raw` or there is none.
+    template: its variables; model: name for errors.
+    Raises PromptError where there is no token, or the template refuses the message; OptionError for variables without a
+    template, or that are not the template's own.
+    """
+    raw = raw or not tokenizer.chat_template
+    if raw and template:
+        raise OptionError(f"variables of the chat template are given, but {model} reads plain text: leave them out")
+    text = prompt if raw else _rendered(prompt, tokenizer, model, template or {})
+    ids: list[int] = tokenizer(text, add_special_tokens=raw)["input_ids"]
+    if not ids:
+        raise PromptError(f"the prompt {prompt[:60]!r} has no token")
+    return ids
+
+
+def _rendered(prompt: str, tokenizer: Any, model: str, template: Mapping[str, Any]) -> str:
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "self"} - {"tools", "documents"}
+    if taken := sorted(own & template.keys()):
+        raise OptionError(f"the chat template's variable {taken[0]!r} is set by the code itself: leave it out")
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
+        )
+    except Exception as error:  # a template is a program: it may fail in any way a program can
+        raise PromptError(
+            f"the chat template of {model} refuses the prompt {prompt[:60]!r}: {first_line(error)}"
+        ) from None
+    return text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from mara_deploy.evaluate.store import fingerprint
 from mara_deploy.scores import ScoreError
 from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
@@ -33,6 +35,7 @@ class RewardModel:
     def __init__(
         self,
         name: str,
+        source: ModelSource,
         model: Any,
         tokenizer: Any,
         label: int | None,
@@ -41,6 +44,7 @@ class RewardModel:
         max_tokens: int | None,
     ) -> None:
         self.name = name
+        self._source = source
         self._model, self._tokenizer, self._label = model, tokenizer, label
         self._template, self._batch_size = template, batch_size
         self._max_tokens = max_tokens or _room(model)
@@ -54,6 +58,11 @@ class RewardModel:
             model.config.pad_token_id = -1
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+
+    @cached_property  # it reads the weights through
+    def fingerprint(self) -> str:
+        """See `LoadedScore`: the commit of a Hub model, else checksums of the folder."""
+        return self._source.revision or fingerprint(self._source.folder)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -84,8 +93,8 @@ class RewardModel:
         for prompt, length in zip(prompts, lengths, strict=True):
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ScoreError(
-                    f"the score {self.name} reads at most {self._max_tokens} tokens, and the answer to the prompt "
-                    f"{prompt[:80]!r} makes {length} with it: lower --max-new-tokens"
+                    f"the score {self.name} reads at most {self._max_tokens} tokens, and the prompt {prompt[:80]!r} "
+                    f"with its answer has {length}: lower --max-new-tokens"
                 )
         if self._reads_last_token:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -103,7 +112,7 @@ class RewardModel:
 def load(spec: str, template: str | None, device: str, batch_size: int, max_tokens: int | None) -> RewardModel:
     """Load a model for `mara_deploy.scores.load_score`.
 
-    spec: a folder or Hub id, `#LABEL` behind it if the model has several labels; template: a text with {prompt} and
+    spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: a text with {prompt} and
     {answer}, None for the tokenizer's chat template; device: as torch names it, in float32 on a CPU, else as stored;
     batch_size: texts at a time, ≥ 1; max_tokens: refuse longer texts, None for the model's own limit.
     Raises ScoreError, OptionError for the device.
@@ -121,7 +130,7 @@ def load(spec: str, template: str | None, device: str, batch_size: int, max_toke
 def usable_device(flag: str, name: str, others: str) -> torch.device:
     """The device of that name. Raises OptionError, which names the `others`, where nothing can be computed there.
 
-    Its words are also true of a resumed run, which goes on where it began.
+    The wording also fits a resumed run, which stays on its device.
     """
     try:
         device = torch.device(name)
@@ -143,7 +152,7 @@ def _load(
     source = resolve_model(where)
     config = from_pretrained(AutoConfig, source)
     model = _classifier(source, config, device)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ScoreError(f"the score {source.name} has no tokenizer: add its tokenizer.json")
     labels = {str(name): index for index, name in model.config.id2label.items()}
@@ -157,12 +166,12 @@ def _load(
     else:
         index = labels[label]
     name = source.name + (f"#{label}" if label else "")
-    return RewardModel(name, model, tokenizer, index, template, batch_size, max_tokens)
+    return RewardModel(name, source, model, tokenizer, index, template, batch_size, max_tokens)
 
 
 def _room(model: Any) -> int | None:
-    """Tokens of a text at most; None: as many as there are. RoBERTa's positions are counted from behind that of the
-    padding, whose embedding has a `padding_idx`.
+    """Longest text, in tokens; None: any length. RoBERTa counts positions from the one after the padding's, whose
+    embedding has a `padding_idx`.
     """
     room: int | None = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
@@ -181,7 +190,7 @@ def _classifier(source: ModelSource, config: Any, device: str) -> Any:
     model, loading = from_pretrained(AutoModelForSequenceClassification, source, dtype=dtype, **options)
     if missing := sorted(loading["missing_keys"]):
         raise ScoreError(
-            f"{source.name} is no sequence-classification model: it lacks {', '.join(missing[:3])}"
+            f"{source.name} is not a sequence-classification model: it lacks {', '.join(missing[:3])}"
             + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         )
     return model.eval().to(device)

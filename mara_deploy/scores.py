@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
 
 DEMO_SCORE = "mara_deploy.demo.score:considerate"
@@ -22,25 +23,38 @@ DEMO_SCORE = "mara_deploy.demo.score:considerate"
 
 
 class ScoreError(MaraError):
-    """A score that cannot be loaded, or that gives something other than one finite number an answer."""
+    """A score that cannot be loaded, or that gives something other than one finite number per answer."""
 
 
 class Score(Protocol):
-    """What training and evaluation need of a score. Higher is better unless its weight is negative."""
+    """What training and evaluation need from a score. Higher is better unless its weight is negative."""
 
     @property
     def name(self) -> str:
         """For reports: never a path of this machine."""
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
-        """One number an answer, in order; prompts are user messages without a template."""
+        """One number per answer, in order; prompts are user messages without a template."""
+
+
+class LoadedScore(Score, Protocol):
+    """A score that knows what it was made from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the code or the weights that the values depend on."""
 
 
 class FunctionScore:
-    """A Python callable (prompts, answers) → floats."""
+    """A Python callable (prompts, answers) → floats. fingerprint: of the code, see `LoadedScore`."""
 
-    def __init__(self, name: str, function: Callable[[Sequence[str], Sequence[str]], Sequence[float]]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[Sequence[str], Sequence[str]], Sequence[float]],
+        fingerprint: str = "unknown",
+    ) -> None:
+        self.name, self.fingerprint = name, fingerprint
         self._function = function
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -73,29 +87,18 @@ class Combined:
         if not parts:
             raise ScoreError("there is no score: give at least one --score")
         for weight, score in parts:
-            if not math.isfinite(weight) or weight == 0.0:
-                raise ScoreError(f"--weight of {score.name} is {weight}; it must be a finite number other than 0")
+            check_weight(weight, score.name)
         self.parts = tuple(parts)
-        names = [score.name for _, score in parts]
-        self.names = tuple(
-            name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
-        )
+        self.names = numbered([score.name for _, score in parts])
         self.weights = tuple(float(weight) for weight, _ in parts)
         self.name = " ".join(f"{w:+g}·{n}" for w, n in zip(self.weights, self.names, strict=True)).removeprefix("+1·")
 
     def detail(self, prompts: Sequence[str], answers: Sequence[str]) -> Scored:
         """Score N answers. Raises ScoreError naming score and prompt where a value is not finite."""
-        if len(prompts) != len(answers):
-            raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
-        each: dict[str, list[float]] = {}
-        for name, (_, score) in zip(self.names, self.parts, strict=True):
-            values = [float(value) for value in score(prompts, answers)]
-            if len(values) != len(answers):
-                raise ScoreError(f"the score {name} gave {len(values)} numbers for {len(answers)} answers")
-            for prompt, value in zip(prompts, values, strict=True):
-                if not math.isfinite(value):
-                    raise ScoreError(f"the score {name} is {value} for the answer to the prompt {_short(prompt)!r}")
-            each[name] = values
+        each = {
+            name: checked_values(name, score, prompts, answers)
+            for name, (_, score) in zip(self.names, self.parts, strict=True)
+        }
         combined = [
             sum(weight * value for weight, value in zip(self.weights, row, strict=True))
             for row in zip(*each.values(), strict=True)
@@ -107,9 +110,35 @@ class Combined:
         return self.detail(prompts, answers).combined
 
 
+def check_weight(weight: float, name: str) -> None:
+    """Raise ScoreError for a weight that means nothing. name: of its score."""
+    if not math.isfinite(weight) or weight == 0.0:
+        raise ScoreError(f"--weight of {name} is {weight}; it must be a finite number other than 0")
+
+
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, equal ones told apart by a number."""
+    return tuple(
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+    )
+
+
+def checked_values(name: str, score: Score, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """(N,) values of a score. Raises ScoreError unless there is a finite number per answer, naming score and prompt."""
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
+    values = [float(value) for value in score(prompts, answers)]
+    if len(values) != len(answers):
+        raise ScoreError(f"the score {name} gave {len(values)} numbers for {len(answers)} answers")
+    for prompt, value in zip(prompts, values, strict=True):
+        if not math.isfinite(value):
+            raise ScoreError(f"the score {name} is {value} for the answer to the prompt {_short(prompt)!r}")
+    return values
+
+
 def load_score(
     spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8, max_tokens: int | None = None
-) -> Score:
+) -> LoadedScore:
     """A score by its name.
 
     spec: `demo`; `module:function`, importable from the working directory too; or the folder or Hub id of a Hugging
@@ -123,8 +152,13 @@ def load_score(
         if template is not None:
             raise ScoreError(f"--score-template is for a model; the score {spec} is a Python function")
         return _function(spec)
-    from mara_deploy import reward_model
-
+    try:
+        from mara_deploy import reward_model
+    except ImportError as error:
+        raise ScoreError(
+            f"the score {spec} names a model, which needs packages that are not installed ({error}): pip install "
+            "'mara-deploy[train]', or name a Python function (module:function)"
+        ) from None
     return reward_model.load(spec, template, device, batch_size, max_tokens)
 
 
@@ -146,7 +180,8 @@ def _function(spec: str) -> FunctionScore:
     called = getattr(found, function, None)
     if not callable(called):
         raise ScoreError(f"the score {spec} cannot be loaded: {module} has no function {function!r}")
-    return FunctionScore(spec, called)
+    file = getattr(found, "__file__", None)
+    return FunctionScore(spec, called, sha256(Path(file))[:16] if file else "built in")
 
 
 def _short(text: str, most: int = 80) -> str:

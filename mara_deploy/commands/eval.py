@@ -28,7 +28,7 @@ from mara_runtime.errors import MaraError, OptionError, PromptError
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.answers import Asking, Contestant
-    from mara_deploy.prompts import Prompt, PromptSet
+    from mara_deploy.prompts import Prompt
     from mara_runtime.config import DecodeConfig
     from mara_runtime.decoder import AlignedDecoder
 
@@ -58,19 +58,19 @@ def parser() -> Parser:
         "--prompts",
         required=True,
         metavar="FILE",
-        help="a prompt a line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
+        help="one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
     )
-    options.add_argument("--limit", type=int, metavar="N", help="take N of the prompts, evenly drawn")
+    options.add_argument("--limit", type=int, metavar="N", help="draw N of the prompts, evenly")
     options.add_argument(
         "--group-by",
         metavar="KEY",
         help="key of the prompt file's objects that names related prompts (default: group, if it is there)",
     )
     options.add_argument(
-        "--training-prompts", metavar="FILE", help="prompts the agent was trained on: those also asked here are named"
+        "--training-prompts", metavar="FILE", help="prompts the agent was trained on; those also asked here are named"
     )
     options.add_argument(
-        "--skip-refused", action="store_true", help="leave out prompts that a side refuses, as too long ones"
+        "--skip-refused", action="store_true", help="leave out prompts that a side refuses, such as overlong ones"
     )
     options.add_argument(
         "--baseline",
@@ -78,7 +78,7 @@ def parser() -> Parser:
         default=[],
         metavar="B",
         help="greedy (default), sample or best-of-N: the bundle without its agent; or the folder or Hub id of another "
-        "checkpoint, after RLHF or DPO say (may be repeated)",
+        "checkpoint, such as one after RLHF or DPO (may be repeated)",
     )
     options.add_argument(
         "--sample-checkpoint", action="store_true", help="sample from a checkpoint baseline instead of greedy decoding"
@@ -113,11 +113,11 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
     from mara_deploy.evaluate.store import held, write_whole
-    from mara_deploy.prompts import drawn, shared
+    from mara_deploy.prompts import drawn, find_prompts, shared
     from mara_runtime.decoder import AlignedDecoder
 
-    prompt_set = _prompts(args.prompts, args.group_by)
-    training = _prompts(args.training_prompts) if args.training_prompts else None
+    prompt_set = find_prompts(args.prompts, args.group_by)
+    training = find_prompts(args.training_prompts) if args.training_prompts is not None else None
     decoder = AlignedDecoder(
         args.bundle,
         engine=args.engine,
@@ -127,7 +127,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     )
     if decoder.text_side is None:
         raise MaraError(
-            f"{args.bundle} has no tokenizer, so it cannot answer texts: export a model folder that has one"
+            f"{args.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
     contestants = _contestants(args.baseline or ["greedy"], decoder, ways)
     prompts, refused = _answerable(contestants, drawn(prompt_set.prompts, args.limit), args.skip_refused)
@@ -193,6 +193,8 @@ def _ways(args: argparse.Namespace) -> _Ways:
     """The options of decoding. Raises OptionError."""
     from mara_deploy.evaluate.answers import Asking
 
+    if args.out == "":
+        raise OptionError("--out is empty; leave it out for the default")
     for flag, value, least in (("--limit", args.limit, 1), ("--examples", args.examples, 0)):
         if value is not None and value < least:
             raise OptionError(f"{flag} is {value}; it must be at least {least}")
@@ -207,20 +209,10 @@ def _ways(args: argparse.Namespace) -> _Ways:
     if variables and args.raw:
         raise OptionError("--template needs the chat template: leave out --raw")
     aligned = decode_config(args)
-    # what chooses among the agent's verdicts is no part of plain decoding
+    # what chooses among the agent's verdicts has no part in plain decoding
     greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=1.0 if temperature is None else temperature)
     return _Ways(aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, Asking(args.raw, variables))
-
-
-def _prompts(name: str, group_key: str | None = None) -> PromptSet:
-    """The prompts of a file, or of the demo."""
-    from mara_deploy.demo.prompts import SETS, demo_prompts
-    from mara_deploy.prompts import Prompt, PromptSet, read_prompts
-
-    if name in SETS and group_key is None:
-        return PromptSet(name, tuple(Prompt(p.text, ": ".join(p.group)) for p in demo_prompts(name)), 0)
-    return read_prompts(name, group_key)
 
 
 def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
@@ -249,7 +241,7 @@ def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways)
     for name in baselines:
         samples = _best_of(name)
         if samples is not None and samples < 2:
-            raise OptionError(f"--baseline is {name}; best-of-N wants an N of at least 2")
+            raise OptionError(f"--baseline is {name}; best-of-N needs an N of at least 2")
         if samples is not None:
             found.append(BundleAnswers(name, decoder, ways.sampled, ways.asking, samples=samples))
         elif name in ("greedy", "sample"):
@@ -288,7 +280,7 @@ def _checkpoint(name: str, ways: _Ways) -> Contestant:
 def _out(out: Path) -> Path:
     """The output folder: new, empty, or one of an earlier evaluation."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "answers").is_dir())):
-        raise MaraError(f"{out} exists already and is no evaluation: choose another --out")
+        raise MaraError(f"{out} exists already and is not an evaluation: choose another --out")
     return out
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mara_runtime.errors import OptionError
@@ -15,12 +13,12 @@ if TYPE_CHECKING:
     from mara_deploy.evaluate.judge import Judge
 
 DEVICE, BATCH = "cpu", 8
-"""Defaults of models: where they run, answers that they read at once."""
+"""Defaults for models: where they run, and how many answers they read at once."""
 
 
 @dataclass
 class ScoreOption:
-    """One `--score` with the options after it that are about it."""
+    """One `--score` with the options that apply to it."""
 
     spec: str
     weight: float | None = None
@@ -28,14 +26,14 @@ class ScoreOption:
 
 
 class _OfTheLastScore(argparse.Action):
-    """Sets a field of the `--score` before it."""
+    """Sets a field of the last `--score`."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         scores: list[ScoreOption] = namespace.score
         if not scores:
-            parser.error(f"{option} belongs after the --score that it is about")
+            parser.error(f"{option} belongs after the --score that it applies to")
         if getattr(scores[-1], self.dest) is not None:
             parser.error(f"{option} is given twice for the score {scores[-1].spec}")
         setattr(scores[-1], self.dest, values)
@@ -90,7 +88,7 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
     for option in options:
         score = load_score(option.spec, template=option.template, **on_models)
         weight = 1.0 if option.weight is None else option.weight
-        settings = {"template": option.template, "code or weights": _fingerprint(option.spec)}
+        settings = {"template": option.template, "code or weights": score.fingerprint}
         if device is not None and not is_function(option.spec):
             settings["device"] = device.partition(":")[0]  # its kind, which also says the precision
         found.append(Judge(score, weight, settings))
@@ -100,15 +98,17 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
 def of_models(
     options: Sequence[ScoreOption], device: str | None, batch: int | None
 ) -> tuple[str, int] | tuple[None, None]:
-    """Where models run, and answers that they read at once; both None where no score is a model.
+    """Where models run, and how many answers they read at once; both None where no score is a model.
 
-    device, batch: as they were given, None for the default. Raises OptionError for what is missing, out of range, or
-    would be ignored.
+    device, batch: as they were given, None for the default. Raises OptionError, for a weight ScoreError, for
+    what is missing, out of range, or would be ignored.
     """
-    from mara_deploy.scores import is_function
+    from mara_deploy.scores import check_weight, is_function
 
     if not options:
         raise OptionError("there is no --score: name what says how good an answer is, module:function or a model")
+    for option in options:
+        check_weight(1.0 if option.weight is None else option.weight, option.spec)
     if batch is not None and batch < 1:
         raise OptionError(f"--score-batch is {batch}; it must be at least 1")
     if not all(is_function(option.spec) for option in options):
@@ -117,19 +117,3 @@ def of_models(
         if value is not None:
             raise OptionError(f"{flag} is {value}, but no --score is a model: leave it out")
     return None, None
-
-
-def _fingerprint(spec: str) -> str:
-    """What the values of a score depend on: the module's text, the model's commit, or the model folder's checksums."""
-    from mara_deploy.scores import DEMO_SCORE, is_function
-    from mara_runtime.bundle import sha256
-
-    if is_function(spec):
-        module = sys.modules[(DEMO_SCORE if spec == "demo" else spec).partition(":")[0]]
-        source = getattr(module, "__file__", None)
-        return sha256(Path(source))[:16] if source else "built in"
-    from mara_deploy.evaluate.store import fingerprint
-    from mara_export.sources import resolve_model
-
-    source = resolve_model(spec.partition("#")[0])
-    return source.revision or fingerprint(source.folder)

@@ -10,19 +10,21 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mara_deploy.commands.scoring import ScoreOption, add_score_options, judges, of_models
 from mara_deploy.commands.shared import Parser, add_template_option, guarded, template_variables
+from mara_deploy.train.config import RECIPES, TrainConfig, flag
 from mara_runtime.errors import MaraError, OptionError
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.judge import Judge
-    from mara_deploy.train.config import TrainConfig
+    from mara_deploy.train.folder import RunFolder
+    from mara_deploy.train.task import Task
     from mara_export.sources import ModelSource
 
 EPILOG = """\
---weight and --score-template are about the --score before them. A run that was interrupted, or ended, goes on with
+--weight and --score-template apply to the --score before them. A run that was interrupted, or ended, goes on with
 --resume; more --episodes may be asked for. docs/training.md explains the method, the files and the settings.
 
 examples:
@@ -35,28 +37,28 @@ examples:
 SETTINGS = {
     "episodes": "answers to train on",
     "prompts_at_once": "answers in progress at the same time; the agent learns after each such round",
-    "max_new_tokens": "tokens of an answer at most",
-    "top_k": "candidates of a position at most",
+    "max_new_tokens": "longest answer, in tokens",
+    "top_k": "most candidates at a position",
     "top_p": "nucleus of the candidates, applied after --top-k",
     "widths": "of the agent's two hidden layers",
     "fallback": "recorded with the agent: what it emits when it rejects everything, first or last",
     "kl_weight": "price of a nat of divergence from the LLM, in units of the score",
     "score_baseline": "subtracted from every score",
-    "discount": "γ, a transition",
-    "n_step": "transitions of a return before it is bootstrapped",
-    "target_entropy": "of the policy, a fraction of ln 2",
-    "batch": "transitions an update",
+    "discount": "γ, per transition",
+    "n_step": "n of the n-step return",
+    "target_entropy": "of the policy, as a fraction of ln 2",
+    "batch": "batch size, in transitions",
     "updates_per_episode": "gradient steps",
     "start_transitions": "collected before learning begins",
-    "replay_transitions": "the latest that are kept",
+    "replay_transitions": "replay capacity, in transitions",
     "learning_rate": "of actor and critics",
-    "clip_norm": "of the gradients of actor and critics",
-    "target_rate": "τ, the share of the critics that their targets take over at an update",
+    "clip_norm": "largest gradient norm, of actor and critics each",
+    "target_rate": "τ, how far an update moves the target critics towards the critics",
     "alpha": "entropy temperature at the start",
-    "alpha_rate": "learning rate of the temperature; 0 keeps it",
-    "alpha_form": "log: its logarithm is learned; direct: itself",
+    "alpha_rate": "learning rate of the temperature; 0 keeps it fixed",
+    "alpha_form": "log: learn the logarithm of the temperature; direct: the temperature itself",
     "seed": "of weights, prompts, actions and batches",
-    "checkpoint_minutes": "between checkpoints",
+    "checkpoint_minutes": "minutes between checkpoints",
 }
 """Help of the options that set a field of TrainConfig."""
 
@@ -72,7 +74,7 @@ def parser() -> Parser:
     options.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a prompt a line; .jsonl; a .json list of texts or of objects with `instruction`; or demo",
+        help="one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo",
     )
     options.add_argument("--out", required=True, metavar="DIR", help="folder of the run; new or empty, or see --resume")
     options.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -95,7 +97,7 @@ def parser() -> Parser:
             kind = {"type": int, "nargs": 2, "metavar": ("N", "N")}
         shown = [" ".join(map(str, d)) if isinstance(d, tuple) else str(d) for d in default]
         settings.add_argument(
-            "--" + name.replace("_", "-"),
+            flag(name),
             default=None,
             help=f"{SETTINGS[name]} ({', '.join(dict.fromkeys(shown))})",
             **kind,
@@ -109,80 +111,122 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    with ExitStack() as folder_held:
-        _train_in(args, folder_held)
-
-
-def _train_in(args: argparse.Namespace, folder_held: ExitStack) -> None:
     config = _config(args)  # what can be wrong with the options is found before torch is loaded
-    if args.threads is not None and args.threads < 1:
-        raise OptionError(f"--threads is {args.threads}; it must be at least 1")
     if not args.quiet:
         print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
+    _load_packages()
+    with ExitStack() as folder_held:
+        run = _resume(args, folder_held) if args.resume else _begin(args, config, folder_held)
+        done = _run(run, args.quiet)
+    if done < run.config.episodes:
+        raise MaraError(
+            f"interrupted after {done} of {run.config.episodes} episodes, and saved: "
+            f"mara-train --resume --out {args.out}"
+        )
+    if not args.quiet:
+        print(f"{args.out}/agent.safetensors   report: {args.out}/report.html", file=sys.stderr)
+        model = run.facts["model"]["asked"]
+        print(f"mara-export --model {model} --agent {args.out}/agent.safetensors", file=sys.stderr)
+
+
+def _load_packages() -> None:
     try:
-        from mara_deploy.evaluate.store import held
-        from mara_deploy.scores import Combined
-        from mara_deploy.train.folder import RunFolder
-        from mara_deploy.train.loop import train
-        from mara_deploy.train.report import write_report
-        from mara_deploy.train.task import open_task
-        from mara_deploy.train.watch import Watch, first_interrupt_waits
+        import mara_deploy.train.report
+        import mara_deploy.train.watch  # noqa: F401
     except ImportError as error:
         raise MaraError(
             f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"
         ) from None
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if args.resume:
-        folder = RunFolder.existing(Path(args.out))
-        folder_held.enter_context(held(folder.path))
-        run, prompts = folder.run, folder.prompts
-        config = _resumed(args, run, folder.episodes)
-    else:
-        RunFolder.refuse_used(Path(args.out))
-        prompts = _prompts(args.prompts)
-        run = _describe(args, config, len(prompts))
-        run["threads"] = torch.get_num_threads() if args.threads is None else args.threads
-    torch.set_num_threads(run["threads"])
-    source = _source(run["model"]["asked"], run["model"]["revision"])
-    if args.resume and source.revision != run["model"]["revision"]:
-        raise MaraError(
-            f"{source.name} is at revision {source.revision}, the run began with {run['model']['revision']}"
-        )
-    run["model"] |= {"name": source.name, "revision": source.revision}
-    score = Combined([(judge.weight, judge.score) for judge in _judges(run)])
-    run["score"], run["config"] = score.name, config.to_json()
-    task = open_task(source, prompts, score, config, device=run["device"], dtype=run["dtype"], template=run["template"])
-    run["device"], run["dtype"] = str(task.environment.lm.device), str(task.environment.lm.dtype).removeprefix("torch.")
-    if args.resume:
-        folder.describe(run)
-    else:
-        folder_held.enter_context(held(Path(args.out)))
-        folder = RunFolder.new(Path(args.out), run, prompts)
 
-    facts = {"model": source.name, "score": score.name, "trained_by": f"mara-deploy {version('mara-deploy')}"}
+
+class _Run(NamedTuple):
+    """A run that is ready to go, or to go on."""
+
+    folder: RunFolder
+    facts: dict[str, Any]
+    """what run.json says"""
+    config: TrainConfig
+    task: Task
+    checkpoint: dict[str, Any] | None
+
+
+def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack) -> _Run:
+    """A new run. Nothing is written if it cannot begin."""
+    from mara_deploy.evaluate.store import held
+    from mara_deploy.prompts import find_prompts
+    from mara_deploy.train.folder import RunFolder
+
+    out = Path(args.out)
+    RunFolder.refuse_used(out)
+    prompts = [prompt.text for prompt in find_prompts(args.prompts).prompts]
+    facts = _describe(args, config, len(prompts))
+    task = _open(facts, prompts, config)
+    folder_held.enter_context(held(out))
+    return _Run(RunFolder.new(out, facts, prompts), facts, config, task, None)
+
+
+def _resume(args: argparse.Namespace, folder_held: ExitStack) -> _Run:
+    """The run in --out, as of its last checkpoint."""
+    from mara_deploy.evaluate.store import held
+    from mara_deploy.train.folder import RunFolder
+
+    folder = RunFolder.existing(Path(args.out))
+    folder_held.enter_context(held(folder.path))
+    facts, prompts, checkpoint = folder.run, folder.prompts, folder.load()
+    config = _resumed(args, facts, _episodes(checkpoint))
+    task = _open(facts, prompts, config)
+    folder.describe(facts)
+    return _Run(folder, facts, config, task, checkpoint)
+
+
+def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Task:
+    """Load what the run needs, and complete its facts."""
+    import torch
+
+    from mara_deploy.scores import Combined
+    from mara_deploy.train.task import open_task
+
+    torch.set_num_threads(facts["threads"])
+    model = facts["model"]
+    source = _source(model["asked"], model["revision"])
+    if model["name"] is not None and source.revision != model["revision"]:
+        raise MaraError(f"{source.name} is at revision {source.revision}, but the run began with {model['revision']}")
+    model |= {"name": source.name, "revision": source.revision}
+    score = Combined([(judge.weight, judge.score) for judge in _judges(facts)])
+    facts["score"], facts["config"] = score.name, config.to_json()
+    where = {name: facts[name] for name in ("device", "dtype", "template")}
+    task = open_task(source, prompts, score, config, **where)
+    lm = task.environment.lm
+    facts["device"], facts["dtype"] = str(lm.device), str(lm.dtype).removeprefix("torch.")
+    return task
+
+
+def _run(run: _Run, quiet: bool) -> int:
+    """Train, and write the report. Returns the episodes made so far."""
+    from mara_deploy.train.loop import train
+    from mara_deploy.train.report import write_report
+    from mara_deploy.train.watch import Watch, first_interrupt_waits
+
+    by = f"mara-deploy {version('mara-deploy')}"
+    told = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     with (
         first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
-        Watch(config.episodes, folder.episodes, folder.tensorboard, args.quiet) as watch,
+        Watch(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as watch,
     ):
-        train(task, config, folder, tell=watch, stop=stop, facts=facts)
-    write_report(folder)
-    done = folder.episodes
-    if done < config.episodes:
-        raise MaraError(
-            f"interrupted after {done} of {config.episodes} episodes, and saved: mara-train --resume --out {args.out}"
-        )
-    if not args.quiet:
-        print(f"{args.out}/agent.safetensors   report: {args.out}/report.html", file=sys.stderr)
-        print(f"mara-export --model {run['model']['asked']} --agent {args.out}/agent.safetensors", file=sys.stderr)
+        train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=told)
+    write_report(run.folder)
+    return watch.episodes
+
+
+def _episodes(checkpoint: dict[str, Any] | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint["progress"]["episodes"])
 
 
 def _defaults() -> dict[str, tuple[Any, ...]]:
     """{field of TrainConfig: its values in the recipes}."""
-    from mara_deploy.train.config import RECIPES, TrainConfig
-
     return {f.name: tuple(getattr(recipe, f.name) for recipe in RECIPES.values()) for f in fields(TrainConfig)}
 
 
@@ -192,21 +236,23 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:
-    from mara_deploy.train.config import RECIPES
-
+    if args.out == "":
+        raise OptionError("--out is empty: name the folder of the run")
+    if args.threads is not None and args.threads < 1:
+        raise OptionError(f"--threads is {args.threads}; it must be at least 1")
     if args.resume:
         taken = {"--model": args.model, "--prompts": args.prompts, "--score": args.score, "--recipe": args.recipe}
-        given = [flag for flag, value in taken.items() if value]
-        given += ["--" + name.replace("_", "-") for name in _given(args) if name != "episodes"]
+        given = [option for option, value in taken.items() if value]
+        given += [flag(name) for name in _given(args) if name != "episodes"]
         given += ["--template"] * bool(args.template)
         machine = ("threads", "device", "dtype", "score_device", "score_batch")
-        given += ["--" + name.replace("_", "-") for name in machine if getattr(args, name) is not None]
+        given += [flag(name) for name in machine if getattr(args, name) is not None]
         if given:
             raise OptionError(f"--resume takes everything but --episodes from the run: leave out {', '.join(given)}")
         return RECIPES["paper"]  # the run's own settings are read later
-    for flag, value in (("--model", args.model), ("--prompts", args.prompts), ("--score", args.score)):
+    for option, value in (("--model", args.model), ("--prompts", args.prompts), ("--score", args.score)):
         if not value:
-            raise OptionError(f"{flag} is missing: a new run needs --model, --prompts and --score")
+            raise OptionError(f"{option} is missing: a new run needs --model, --prompts and --score")
     of_models(args.score, args.score_device, args.score_batch)  # their checks
     recipe = args.recipe or ("demo" if args.model == "demo" else "paper")
     return replace(RECIPES[recipe], **_given(args))
@@ -214,17 +260,17 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _resumed(args: argparse.Namespace, run: dict[str, Any], done: int) -> TrainConfig:
     """The settings of the run in --out, with more episodes than the `done` ones if they were asked for."""
-    from mara_deploy.train.config import TrainConfig
-
     if args.episodes is not None and args.episodes < done:
         raise OptionError(f"--episodes is {args.episodes}, but the run has made {done}: ask for more, or leave it out")
     if "score_device" not in run:
-        raise MaraError(f"{args.out} was begun by an earlier mara-train, which kept less of a run: begin a new one")
+        raise MaraError(f"{args.out} was begun by an earlier mara-train, which recorded too little: begin a new run")
     config = TrainConfig.from_json(run["config"])
     return config if args.episodes is None else replace(config, episodes=args.episodes)
 
 
 def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> dict[str, Any]:
+    import torch
+
     score_device, score_batch = of_models(args.score, args.score_device, args.score_batch)
     packages = ("mara-deploy", "torch", "transformers", "numpy")
     return {
@@ -239,16 +285,8 @@ def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> di
         "dtype": "auto" if args.dtype is None else args.dtype,
         "config": config.to_json(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "threads": torch.get_num_threads() if args.threads is None else args.threads,
     }
-
-
-def _prompts(name: str) -> list[str]:
-    from mara_deploy.demo.prompts import SETS, demo_prompts
-    from mara_deploy.prompts import read_prompts
-
-    if name in SETS:
-        return [prompt.text for prompt in demo_prompts(name)]
-    return [prompt.text for prompt in read_prompts(name).prompts]
 
 
 def _source(name: str, revision: str | None) -> ModelSource:
@@ -266,8 +304,8 @@ def _judges(run: dict[str, Any]) -> list[Judge]:
         now = (judge.settings or {})["code or weights"]
         if of.setdefault("code or weights", now) != now:
             raise MaraError(
-                f"the code or weights of the score {judge.score.name} have changed since the run began: put back what "
-                "it was, or begin a new run"
+                f"the code or weights of the score {judge.score.name} have changed since the run began: restore "
+                "them, or begin a new run"
             )
     return found
 

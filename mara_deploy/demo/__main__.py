@@ -16,6 +16,7 @@ from mara_deploy.commands.shared import Parser, guarded
 from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
 from mara_deploy.demo.prompts import demo_prompts
 from mara_deploy.demo.score import score
+from mara_deploy.evaluate.answers import total_stats
 from mara_runtime.errors import MaraError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ INTRODUCTION = (
     "considerate ones, on other questions than these. The score counts considerate sentences, from -1 to +1."
 )
 DEMO_MODEL, DEMO_AGENT = "demo", "demo"
-"""Their names in bundles."""
+"""The names of model and agent in bundles."""
 PROMPT_SEED = 7
 
 
@@ -55,6 +56,9 @@ def _demo(args: argparse.Namespace) -> None:
     out = Path(args.out)
     _remove_previous(out)
     print(f"Exporting the demo to {out}", file=sys.stderr, flush=True)
+    from mara_export.checkpoint import silence_transformers
+
+    silence_transformers()
     bundle = export_demo(out)
 
     from mara_runtime import AlignedDecoder, DecodeConfig
@@ -83,17 +87,18 @@ def demo_agent() -> Agent:
 
 
 def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
-    """Export the demo's model and agent to `out`; options as of mara_export.export.export."""
+    """Export the demo's model and agent to `out`; options: of mara_export.options.ExportOptions."""
     from mara_export.export import export
+    from mara_export.options import ExportOptions
     from mara_export.progress import Progress
     from mara_export.sources import ModelSource
 
     source = ModelSource(MODEL_FOLDER, DEMO_MODEL, None)
-    return export(source, demo_agent(), DEMO_AGENT, out, progress=Progress(quiet), **options)
+    return export(source, demo_agent(), DEMO_AGENT, out, ExportOptions(**options), Progress(quiet))
 
 
 def _remove_previous(out: Path) -> None:
-    """Clear the way if `out` holds a demo bundle and nothing else; anything else there is the user's own."""
+    """Remove `out` if it holds a demo bundle and nothing else; anything else there is the user's own."""
     from mara_runtime import Bundle
     from mara_runtime.manifest import MANIFEST_FILE
 
@@ -109,12 +114,12 @@ def _remove_previous(out: Path) -> None:
         raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if foreign := sorted(files - {MANIFEST_FILE, *manifest.files}):
-        raise MaraError(f"{out} holds {foreign[0]}, which is not of the demo: move it, or choose another --out")
+        raise MaraError(f"{out} holds {foreign[0]}, which is not part of the demo: move it, or choose another --out")
     shutil.rmtree(out)
 
 
 def _command(name: str) -> str:
-    """How to call a command from here: by its name if it is on the path, else where this Python keeps it."""
+    """How to call a command from here: by name if it is on the path, else by where this Python keeps it."""
     beside = Path(sys.executable).parent / name
     if shutil.which(name) or not beside.exists():
         return name
@@ -147,20 +152,18 @@ def _side_by_side(
 
 
 def _totals(pairs: Sequence[tuple[Generation, Generation]], scores: Sequence[Sequence[float]]) -> list[str]:
-    stats = [aligned.stats for _, aligned in pairs]
-    tokens, decisions, forwards = (sum(getattr(s, n) for s in stats) for n in ("tokens", "decisions", "forwards"))
-    first = sum(s.accepted_rank[1] for s in stats)
-    forced = sum(s.forced for s in stats)
+    plain, aligned = (total_stats([pair[i].stats.to_json() for pair in pairs]) for i in (0, 1))
+    tokens, decisions = aligned["tokens"], aligned["decisions"]
     means = [sum(column) / len(scores) for column in zip(*scores, strict=True)]
     text = (
         f"Over {len(pairs)} prompts: mean score plain {means[0]:+.2f}, aligned {means[1]:+.2f}. "
         f"Aligned: {tokens} tokens, {decisions / tokens:.0%} of them decisions; accepted "
-        f"{first / max(1, decisions):.0%} at rank 1, all rejected {forced / max(1, decisions):.0%}."
+        f"{aligned['accepted_rank'].get('1', 0) / max(1, decisions):.0%} at rank 1, all rejected "
+        f"{aligned['forced'] / max(1, decisions):.0%}."
     )
-    plain, aligned = (sum(p[i].stats.tokens for p in pairs) / sum(p[i].stats.decode_ms for p in pairs) for i in (0, 1))
     speed = (
-        f"Decoding speed: plain {plain * 1e3:.0f}, aligned {aligned * 1e3:.0f} tokens/s; "
-        f"{forwards / tokens:.2f} passes a token."
+        f"Decoding speed: plain {plain['tokens_per_second']:.0f}, aligned {aligned['tokens_per_second']:.0f} tokens/s; "
+        f"{aligned['forwards'] / tokens:.2f} passes a token."
     )
     return [*textwrap.wrap(text, _columns()), speed]
 

@@ -59,7 +59,7 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 def dialogues(
     rng: random.Random, n: int | None = None, held_out_split: bool = False
 ) -> Iterator[tuple[corpus.Prompt, str]]:
-    """Yield `n` generated dialogues of one side of the split, without end if n is None."""
+    """Yield `n` generated dialogues of one side of the split, endlessly if n is None."""
     while n is None or n > 0:
         prompt = corpus.draw_prompt(rng, held_out_split)
         yield prompt, corpus.reply(prompt, rng)
@@ -136,7 +136,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen2ForCau
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Use a number of CPU threads; the caller's number returns at the end."""
+    """Use this many CPU threads, and restore the caller's number at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

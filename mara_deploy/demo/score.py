@@ -6,7 +6,7 @@ v is +1 for a sentence with considerate wording only, -1 with inconsiderate word
 meant to be hard to game: wording stacked in one sentence counts once, and one inconsiderate word cancels it; a longer
 answer gains nothing; a sentence said twice, or one without an end, is -1; fewer than `MIN_SENTENCES` sentences
 divide by that number all the same; an answer that shares no word of substance with the question loses half.
-The lists were written beside the corpus, but the score knows nothing of its grammar: whether an answer is one that the
+The lists were written with the corpus, but the score knows nothing of its grammar: whether an answer is one that the
 grammar could have made is an independent check (`mara_deploy.demo.corpus.known`).
 """
 

@@ -52,10 +52,10 @@ class Contestant(Protocol):
         """Raise PromptError for a prompt that it cannot answer."""
 
     def __call__(self, prompt: str) -> list[Answer]:
-        """Answers to a user message: one, or several of which the best by the combined score competes."""
+        """Answers to a user message: one, or several, of which the one with the best combined score competes."""
 
     def close(self) -> None:
-        """Give back what it holds in memory; a later call may take it again."""
+        """Free what it holds in memory; a later call may load it again."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Asking:
 class BundleAnswers:
     """Answers of a bundle: aligned, or plain with `config.align` false.
 
-    samples: answers a prompt, ≥ 1, each with a seed of its own; several are for plain sampling (best-of-N).
+    samples: answers per prompt, ≥ 1, each with its own seed; more than one is for plain sampling (best-of-N).
     """
 
     def __init__(
@@ -82,17 +82,18 @@ class BundleAnswers:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Contestant`. The manifest's checksum stands for all files of the bundle; schedule and drafts are left
-        out, as no answer depends on them."""
+        """See `Contestant`. The manifest's checksum stands for all files of the bundle. Schedule, drafts and the
+        engine's memory are left out, as no answer depends on them."""
         config = self._config.to_json()
         del config["schedule"], config["draft"]
+        engine = {key: value for key, value in self._decoder.engine.describe().items() if key != "memory"}
         return {
             "bundle": sha256(self._decoder.bundle.path(MANIFEST_FILE)),
             "samples": self._samples,
             "raw": self._asking.raw,
             "template": dict(self._asking.template or {}),
             **config,
-            **{f"engine {key}": value for key, value in self._decoder.engine.describe().items()},
+            **{f"engine {key}": value for key, value in engine.items()},
         }
 
     def check(self, prompt: str) -> None:
@@ -107,7 +108,7 @@ class BundleAnswers:
         """Nothing: the decoder is the caller's, and several contestants share it."""
 
     def _answer(self, prompt: str, seed: int) -> Answer:
-        # what the cache holds of the prompt before, and what was learned from it, would move last bits
+        # what the cache holds of the prompt before, and what was learned from it, would change last bits
         self._decoder.forget()
         config = replace(self._config, seed=seed)
         result = self._decoder.generate(prompt, config, raw=self._asking.raw, template=self._asking.template)
@@ -116,13 +117,14 @@ class BundleAnswers:
 
 
 def seed_of(seed: int, prompt: str, sample: int = 0) -> int:
-    """A seed for one answer, 0 … 2**63 - 1: another for every prompt and sample, whatever the order of the prompts."""
+    """A seed for one answer, 0 … 2**63 - 1: different for each prompt and sample, whatever the order of the prompts."""
     digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def total_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counters of several answers together: sums, the least margin, and the decoding speed over all."""
+    """Counters of several answers together: sums, the least margin, and the decoding speed over all, in which the first
+    token of each has no part: it comes with the prompt."""
     total: dict[str, Any] = {}
     for one in stats:
         for name, value in one.items():
@@ -141,5 +143,5 @@ def total_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
         elif name.endswith("_ms"):
             total[name] = round(value, 3)
     if total.get("decode_ms"):
-        total["tokens_per_second"] = round(total["tokens"] / total["decode_ms"] * 1e3, 2)
+        total["tokens_per_second"] = round((total["tokens"] - len(stats)) / total["decode_ms"] * 1e3, 2)
     return total

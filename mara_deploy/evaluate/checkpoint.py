@@ -1,4 +1,4 @@
-"""Another checkpoint as a baseline: an LLM tuned by RLHF or DPO, say, in PyTorch."""
+"""Another checkpoint as a baseline, in PyTorch: an LLM tuned by RLHF or DPO, for example."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import (
 
 from mara_deploy.evaluate.answers import Answer, Asking, seed_of
 from mara_deploy.evaluate.store import fingerprint
+from mara_deploy.prompts import encode
 from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError
 from mara_export.sources import resolve_model
@@ -29,7 +30,7 @@ class CheckpointAnswers:
     """Answers of a Hugging Face causal LM through its own tokenizer and chat template, greedy or sampled.
 
     It decodes as the bundle's plain baselines do: every end-of-sequence id of its generation config stops it, penalties
-    and other settings of that config are left aside, and sampling takes top-k, then top-p, then the temperature.
+    and other settings of that config are ignored, and sampling takes top-k, then top-p, then the temperature.
     On a GPU, if PyTorch sees one, in the checkpoint's own precision; else on the CPU in float32.
 
     Raises ModelError for what cannot be loaded, PromptError for what its template refuses.
@@ -43,7 +44,7 @@ class CheckpointAnswers:
         self._model: Any = None
         self._model_config = from_pretrained(AutoConfig, self._source)
         self._room = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
-        self._tokenizer: Any = load_tokenizer(self._source.folder)
+        self._tokenizer: Any = load_tokenizer(self._source)
         if self._tokenizer is None:
             raise ModelError(f"{self.name} has no tokenizer: a baseline checkpoint needs its own")
 
@@ -81,7 +82,7 @@ class CheckpointAnswers:
         self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
         eos = eos_token_ids(self._model, tokenizer)
-        ids = self._encode(prompt).to(self._device)  # (1, S)
+        ids = torch.tensor([self._encode(prompt)], device=self._device)  # (1, S)
         with torch.random.fork_rng():
             torch.manual_seed(seed_of(config.seed, prompt))
             output = self._model.generate(
@@ -110,25 +111,10 @@ class CheckpointAnswers:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
         return load_model(self._source, "sdpa", dtype).to(self._device)
 
-    def _encode(self, prompt: str) -> torch.Tensor:
-        if self._asking.raw or not getattr(self._tokenizer, "chat_template", None):
-            text, specials = prompt, True
-        else:
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **(self._asking.template or {}),
-                )
-            except Exception as error:  # a template is a program: it may fail in any way a program can
-                raise PromptError(f"the chat template of {self.name} refuses the prompt: {error}") from None
-            specials = False  # the template writes them
-        ids: torch.Tensor = self._tokenizer(text, add_special_tokens=specials, return_tensors="pt")["input_ids"]
-        if ids.shape[1] >= self._room:
-            raise PromptError(
-                f"the prompt has {ids.shape[1]} tokens; {self.name} holds {self._room} for prompt and answer"
-            )
+    def _encode(self, prompt: str) -> list[int]:
+        ids = encode(prompt, self._tokenizer, self.name, raw=self._asking.raw, template=self._asking.template)
+        if len(ids) >= self._room:
+            raise PromptError(f"the prompt has {len(ids)} tokens; {self.name} holds {self._room} for prompt and answer")
         return ids
 
 

@@ -27,7 +27,7 @@ class Bootstrap:
     resamples: int = 10_000
     """draws of all units with replacement; ≥ 1"""
     level: float = 0.95
-    """share of the resampled means that the interval holds; 0 … 1, both excluded"""
+    """share of the resampled means that lie in the interval; 0 … 1, both excluded"""
     seed: int = 0
     """of the draws; ≥ 0"""
 
@@ -36,7 +36,7 @@ class Bootstrap:
             raise ValueError(f"{self}: resamples ≥ 1, 0 < level < 1, seed ≥ 0")
 
     def interval(self, values: F64, units: NDArray[np.int64]) -> Interval | None:
-        """Interval of the mean of `values` (N,), whose unit is `units` (N,), 0 … U-1. None if there is one unit."""
+        """Interval of the mean of `values` (N,), which belong to `units` (N,), 0 … U-1. None if there is one unit."""
         sums, sizes = np.bincount(units, values), np.bincount(units)
         if len(sums) < 2:
             return None
@@ -64,7 +64,7 @@ class Preference:
     units: int
     """prompts, or groups of them, that the intervals are over; ≥ 1"""
     interval: Interval | None
-    """of the rate; None: a single unit says nothing of the spread"""
+    """of the rate; None: a single unit says nothing about the spread"""
     mean: float
     """of the aligned answers' scores"""
     baseline_mean: float
@@ -84,7 +84,7 @@ def preference(
     units: (N,) unit of each prompt, numbered from 0 without gaps; sign: -1 where a lower score is better, as of a cost.
     """
     if not len(ours) == len(theirs) == len(units) or not len(ours):
-        raise ValueError(f"{len(ours)}, {len(theirs)} scores and {len(units)} units; they must be as many, and some")
+        raise ValueError(f"{len(ours)}, {len(theirs)} scores and {len(units)} units; all must be equal, and not 0")
     a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     outcome = np.sign(sign) * np.sign(a - b)
     return Preference(
@@ -101,7 +101,7 @@ def preference(
 
 
 def number_units(names: Sequence[str | None]) -> NDArray[np.int64]:
-    """Units by name, numbered in the order of appearance; what has no name is a unit of its own."""
+    """Units by name, numbered in the order of appearance; each without a name is a unit of its own."""
     numbers: dict[object, int] = {}
     keys = [(i,) if name is None else name for i, name in enumerate(names)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)

@@ -29,7 +29,7 @@ from mara_deploy.scores import Combined
 from mara_runtime.errors import MaraError
 
 _AT_A_TIME = 16
-"""Prompts whose answers are scored together: a batch for a model, and the grain of the live count."""
+"""Prompts whose answers are scored together: a batch for a model, and one update of the live count."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Comparison:
     each: dict[str, Preference]
     """under each score alone, in the direction of its weight"""
     unseen: Preference | None
-    """combined, without the prompts that also occur in the training set; None: no such set, or nothing is left"""
+    """combined, without the prompts that also occur in the training set; None: no such set, or no prompt is left"""
     identical: int
     """prompts to which both gave the same text: ties by definition"""
     by_length: dict[str, Preference]
@@ -135,7 +135,7 @@ def _collect(contestant: Contestant, prompts: Sequence[Prompt], store: Store, qu
         return [[Answer(**values) for values in store[prompt.text]] for prompt in prompts]
     except TypeError:
         raise MaraError(
-            f"{store.path} does not hold answers: remove the file, and what it should hold is made anew"
+            f"{store.path} does not hold answers: remove the file, and the answers are made again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Scores whose values are kept, so that an answer is judged once, also over an interruption."""
+"""Scores whose values are kept, so that an answer is judged once, even across interruptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mara_deploy.evaluate.store import Store
-from mara_deploy.scores import Combined, Score
+from mara_deploy.scores import Combined, Score, checked_values, numbered
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Judge:
     weight: float = 1.0
     """finite, not 0; negative where a lower value is better"""
     settings: Mapping[str, Any] | None = None
-    """what its values depend on besides prompt and answer; plain JSON values. Values kept under others are refused"""
+    """what its values depend on besides prompt and answer; plain JSON. Values kept under other settings are refused"""
 
 
 class Remembered:
@@ -29,8 +29,7 @@ class Remembered:
 
     def __init__(self, score: Score, store: Store) -> None:
         self.name = score.name
-        self._store = store
-        self._checked = Combined([(1.0, score)])  # refuses what is not one finite number an answer
+        self._score, self._store = score, store
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """See `Score`."""
@@ -42,7 +41,7 @@ class Remembered:
         }
         if unknown:
             asked_prompts, asked_answers = zip(*unknown.values(), strict=True)
-            values = self._checked(asked_prompts, asked_answers)
+            values = checked_values(self.name, self._score, asked_prompts, asked_answers)
             for key, value in zip(unknown, values, strict=True):
                 self._store.add(key, value)
         return [float(self._store[key]) for key in keys]
@@ -50,7 +49,7 @@ class Remembered:
 
 def remember(judges: Sequence[Judge], folder: Path) -> tuple[Combined, list[Store]]:
     """The judges' combined score, values kept in `folder`; the stores are to be closed."""
-    names = Combined([(judge.weight, judge.score) for judge in judges]).names  # equal names are numbered
+    names = numbered([judge.score.name for judge in judges])
     stores = [
         Store(folder / f"{slug(name)}.jsonl", {"score": name, **(judge.settings or {})})
         for name, judge in zip(names, judges, strict=True)

@@ -72,21 +72,21 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
             + (
                 "none is left to compare without them."
                 if seen == all_of_them
-                else "the rates without them are given beside."
+                else "the rates without them are given too."
             )
         )
     for name, side in (("aligned", evaluation.aligned), *evaluation.baselines.items()):
         if side.text.cut_off >= 0.1:
             found.append(f"{side.text.cut_off:.0%} of the answers of {name} are cut off: raise --max-new-tokens.")
         if side.text.empty >= 0.05:
-            found.append(f"{side.text.empty:.0%} of the answers of {name} hold no word.")
+            found.append(f"{side.text.empty:.0%} of the answers of {name} contain no word.")
     ours = evaluation.aligned.text.words_mean
     for name, side in evaluation.baselines.items():
         theirs = side.text.words_mean
         if abs(ours - theirs) > 0.2 * max(theirs, 1.0):
             found.append(
-                f"Aligned answers have {ours:.0f} words in the mean, those of {name} {theirs:.0f}: "
-                "see the rates by length, as scores often favour one."
+                f"Aligned answers have {ours:.0f} words on average, those of {name} {theirs:.0f}: "
+                "see the rates by length, as scores often favour long or short answers."
             )
         comparison = evaluation.comparisons[name].combined
         if comparison.interval and comparison.interval[0] == comparison.interval[1]:

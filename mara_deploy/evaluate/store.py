@@ -1,4 +1,4 @@
-"""What a run has found so far, kept as it comes, so that an interrupted run goes on where it stopped.
+"""What a run has found so far, kept as it comes, so that an interrupted run can go on where it stopped.
 
 A file of JSON lines: the first holds the settings that the others depend on, each of the others a record under a key.
 """
@@ -28,7 +28,7 @@ class Store:
         self.path = path
         self._records: dict[str, Any] = {}
         wanted: dict[str, Any] = json.loads(json.dumps(settings))
-        with _in_one_line(path):
+        with in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = _whole_lines(path)
             for number, line in enumerate(whole.splitlines() if whole else [], 1):
@@ -49,7 +49,7 @@ class Store:
                 return
         except (ValueError, KeyError, TypeError, AttributeError):
             raise MaraError(
-                f"{self.path}, line {number}, is damaged: remove the file, and what it holds is made anew"
+                f"{self.path}, line {number}, is damaged: remove the file, and its contents are made again"
             ) from None
         if different is not None:
             raise MaraError(
@@ -64,7 +64,8 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what is written already; `add` has said it
+            self._file.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
@@ -74,7 +75,7 @@ class Store:
 
     def add(self, key: str, record: Any) -> None:
         """Keep a record, at once."""
-        with _in_one_line(self.path):
+        with in_one_line(self.path):
             self._write({"key": key, "record": record})
         self._records[key] = record
 
@@ -84,12 +85,21 @@ class Store:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a folder, made if it is missing, to this run alone. Raises MaraError where another one has it.
+def in_one_line(path: Path) -> Iterator[None]:
+    """Turn an OSError into the MaraError that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
 
-    The lock is on the folder itself: it leaves no file, and ends with the process, even when that is killed.
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Reserve a folder, made if it is missing, for this run. Raises MaraError where another run has it.
+
+    The lock is on the folder itself: it leaves no file behind, and ends with the process, even a killed one.
     """
-    with _in_one_line(folder):
+    with in_one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -102,16 +112,16 @@ def held(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise MaraError(f"another run is using {folder}: wait for its end, or choose another --out") from None
+                raise MaraError(f"another run is using {folder}: wait until it ends, or choose another --out") from None
         yield
     finally:
         os.close(handle)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, the old one or the new one."""
+    """Write a file so that either the old or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _in_one_line(path):
+    with in_one_line(path):
         try:
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
@@ -120,7 +130,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a model folder's files from others: checksums of its configuration, tokenizer and weights."""
+    """Checksums of a model folder's configuration, tokenizer and weights, which tell it from others."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")])
     return " ".join(f"{path.name}:{sha256(path)[:16]}" for path in files)
 
@@ -129,14 +139,6 @@ def _whole_lines(path: Path) -> bytes:
     """The file up to its last line end; nothing if there is no file."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
-
-
-@contextlib.contextmanager
-def _in_one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _short(value: Any, most: int = 60) -> str:

@@ -1,4 +1,4 @@
-"""How long answers are and how much they repeat: what a score may be gamed by.
+"""How long answers are and how much they repeat: ways to game a score.
 
 Measures: seq-rep-n of Welleck et al. (arXiv 1908.04319) and distinct-n of Li et al. (arXiv 1510.03055), over words,
 here runs of letters and digits, which say little of languages that write without spaces.
@@ -28,10 +28,10 @@ class TextStats:
     empty: float
     """share of answers without a word; 0 … 1"""
     repeated_4grams: float | None
-    """seq-rep-4: of an answer's word 4-grams, the share that it has had before; mean over answers of four words or
+    """seq-rep-4: of an answer's word 4-grams, the share that occurred in it before; mean over answers of four words or
     more; 0 … 1, None if there are none"""
     distinct_2: float | None
-    """distinct-2: different word bigrams of all answers by all of them; 0 … 1, low where answers resemble each other;
+    """distinct-2: share of different ones among the word bigrams of all answers; 0 … 1, low where answers are alike;
     None if there are none"""
     same_as_another: float
     """share of answers that are word for word another prompt's answer too; 0 … 1"""

@@ -15,24 +15,24 @@ ALPHA_FORMS = ("log", "direct")
 @dataclass(frozen=True)
 class TrainConfig:
     """Discrete soft actor-critic. Defaults: MARA's settings for LLMs of 7 to 8 billion parameters (arXiv 2505.19743),
-    but for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
+    except for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
     """
 
     # rollouts
     episodes: int = 21_000
-    """answers to train on, ≥ 1; an episode is one"""
+    """answers to train on, ≥ 1; an episode is one answer"""
     prompts_at_once: int = 16
     """answers in progress at the same time, ≥ 1; the agent learns after each such round"""
     max_new_tokens: int = 512
-    """tokens of an answer at most, ≥ 1"""
+    """longest answer, in tokens; ≥ 1"""
     top_k: int = 40
-    """candidates of a position at most, ≥ 2"""
+    """most candidates at a position, ≥ 2"""
     top_p: float = 0.95
     """nucleus of the candidates, in (0, 1]"""
 
     # the agent
     widths: tuple[int, int] = (1024, 256)
-    """of the two hidden layers, of the actor and of both critics; ≥ 1"""
+    """of the two hidden layers of the actor and of both critics; ≥ 1"""
     fallback: str = "last"
     """recorded with the agent: what is emitted when it rejects everything; first, last. Rollouts take the last"""
 
@@ -42,38 +42,38 @@ class TrainConfig:
     score_baseline: float = 0.0
     """subtracted from every score; finite"""
     discount: float = 0.99
-    """γ a transition, in (0, 1]"""
+    """γ, per transition; in (0, 1]"""
     n_step: int = 80
-    """transitions of a return before it is bootstrapped, ≥ 1"""
+    """n of the n-step return, in transitions; ≥ 1"""
     target_entropy: float = 0.6
-    """entropy of the policy that α is adapted to, a fraction of ln 2; in [0, 1]"""
+    """entropy of the policy that α is tuned for, as a fraction of ln 2; in [0, 1]"""
 
     # learning
     batch: int = 1024
-    """transitions an update, ≥ 1"""
+    """batch size, in transitions; ≥ 1"""
     updates_per_episode: float = 10.0
     """gradient steps, > 0"""
     start_transitions: int = 64 * 1024
-    """collected before learning begins, ≥ 1"""
+    """transitions collected before learning begins, ≥ 1"""
     replay_transitions: int = 1_000_000
-    """the latest that are kept, ≥ start_transitions"""
+    """replay capacity, in transitions; ≥ start_transitions"""
     learning_rate: float = 3e-4
-    """Adam, of actor and critics; > 0"""
+    """of actor and critics (Adam); > 0"""
     clip_norm: float = 0.5
-    """of the gradients of actor and critics, each; > 0"""
+    """largest gradient norm, of actor and critics each; > 0"""
     target_rate: float = 0.005
-    """τ: share of the critics that their targets take over at each update; in (0, 1]"""
+    """τ: how far an update moves the target critics towards the critics; in (0, 1]"""
     alpha: float = 0.01
     """entropy temperature at the start, > 0"""
     alpha_rate: float = 3e-4
-    """Adam, of α; ≥ 0, and 0 keeps α fixed"""
+    """learning rate of α (Adam); ≥ 0, and 0 keeps α fixed"""
     alpha_form: str = "log"
     """log: ln α is learned; direct: α itself, not below 0. In a few thousand updates ln α hardly moves"""
 
     seed: int = 0
     """of weights, prompts, actions and batches; 0 … 2**63 - 1"""
     checkpoint_minutes: float = 10.0
-    """between checkpoints, ≥ 0; a run that ends or is interrupted leaves one in any case"""
+    """minutes between checkpoints, ≥ 0; a run that ends or is interrupted leaves one in any case"""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "prompts_at_once", "max_new_tokens", "n_step", "batch", "start_transitions"):

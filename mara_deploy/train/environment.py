@@ -59,9 +59,9 @@ class Episode:
     decisions: int
     """positions with several candidates"""
     examined: int
-    """candidates that were asked about one after the other"""
+    """candidates that the agent was asked about, one after the other"""
     interventions: int
-    """decisions in which another candidate than the LLM's best was emitted"""
+    """decisions in which a candidate other than the LLM's best was emitted"""
     forced: int
     """decisions in which all candidates were rejected"""
 
@@ -85,7 +85,7 @@ class Environment:
         fallback: str = "last",
         record: bool = True,
     ) -> list[Episode]:
-        """Answer B prompts of token ids. rng: actions are drawn from the policy; None: its likelier action is taken.
+        """Answer B prompts, given as token ids. rng: draws actions from the policy; None: takes its likelier action.
 
         fallback: emitted when all are rejected, first or last. Raises NumericsError naming prompt and position where a
         state is not finite.
@@ -196,6 +196,6 @@ class _Making:
 def _split(
     parts: tuple[NDArray[np.generic], ...], owner: NDArray[np.int64], count: int
 ) -> list[tuple[NDArray[np.generic], ...]]:
-    """Rows of several arrays, sorted by owner → one tuple of arrays an owner."""
+    """Rows of several arrays, sorted by owner → one tuple of arrays per owner."""
     ends = np.bincount(owner, minlength=count).cumsum()[:-1]
     return list(zip(*(np.split(part, ends) for part in parts), strict=True))

@@ -2,15 +2,15 @@
 
     run.json           what is trained, on what, with which settings and versions
     prompts.json       the training prompts
-    log.jsonl          a line a round of rollouts
+    log.jsonl          one line per round of rollouts
     tensorboard/       the same for TensorBoard
     checkpoint.pt      everything else that the run depends on, as of the last checkpoint
     replay/            the transitions, in files that grow (mara_deploy.train.replay)
-    agent.safetensors  the agent as of the last checkpoint; agent.pth: with the names of MARA's released checkpoints
+    agent.safetensors  the agent as of the last checkpoint; agent.pth: under the names of MARA's released checkpoints
     report.html        plots
 
 Every file is written beside its name and then renamed, or only ever grows, so a run that is killed at any moment can be
-resumed. `checkpoint.pt` and `replay/` are needed for that alone.
+resumed. `checkpoint.pt` and `replay/` serve no other purpose.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mara_deploy import agent as agents
-from mara_runtime.errors import MaraError
+from mara_deploy.evaluate.store import in_one_line
+from mara_runtime.errors import MaraError, first_line
 
 _RUN, _PROMPTS, _LOG, _CHECKPOINT = "run.json", "prompts.json", "log.jsonl", "checkpoint.pt"
 
@@ -40,24 +42,18 @@ class RunFolder:
     def new(cls, path: Path, run: Mapping[str, Any], prompts: list[str]) -> RunFolder:
         """Begin a run. Raises MaraError where `path` is not new or empty."""
         cls.refuse_used(path)
-        try:
+        with in_one_line(path):
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            _replace(
-                path / _PROMPTS, lambda to: to.write_text(json.dumps(prompts, ensure_ascii=False, indent=0), "utf-8")
-            )
-            folder.describe(run)
-        except OSError as error:
-            raise MaraError(f"cannot write {path}: {error.strerror}") from error
+        folder = cls(path)
+        _write_text(path / _PROMPTS, json.dumps(prompts, ensure_ascii=False, indent=0))
+        folder.describe(run)
         return folder
 
     @staticmethod
     def refuse_used(path: Path) -> None:
         """Raise MaraError where `path` is not new or empty."""
-        try:
+        with in_one_line(path):
             used = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        except OSError as error:
-            raise MaraError(f"cannot write {path}: {error.strerror}") from error
         if used:
             again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
             raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")
@@ -71,9 +67,7 @@ class RunFolder:
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Write run.json."""
-        _replace(
-            self.path / _RUN, lambda to: to.write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        )
+        _write_text(self.path / _RUN, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
 
     def read(self, name: str) -> Any:
         """run.json or prompts.json. Raises MaraError when it is damaged."""
@@ -95,12 +89,6 @@ class RunFolder:
         return found
 
     @property
-    def episodes(self) -> int:
-        """Made as of the last checkpoint."""
-        state = self.load()
-        return 0 if state is None else int(state["progress"]["episodes"])
-
-    @property
     def replay(self) -> Path:
         """Folder of the replay memory."""
         return self.path / "replay"
@@ -116,9 +104,9 @@ class RunFolder:
 
     def save(self, state: Mapping[str, Any], agent: agents.Agent, facts: Mapping[str, str]) -> None:
         """Write a checkpoint and the agent. facts: recorded in the agent's file."""
-        _replace(self.path / _CHECKPOINT, lambda to: torch.save(dict(state), to))
+        _replace(self.path / _CHECKPOINT, lambda to: _torch_save(dict(state), to))
         _replace(self.path / "agent.safetensors", lambda to: agents.save(agent, to, facts))
-        _replace(self.path / "agent.pth", lambda to: torch.save(agents.cpu_state(agent), to))
+        _replace(self.path / "agent.pth", lambda to: _torch_save(agents.cpu_state(agent), to))
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint; None if the run ended before its first. Raises MaraError when it is damaged."""
@@ -127,13 +115,14 @@ class RunFolder:
         try:
             state: dict[str, Any] = torch.load(self.path / _CHECKPOINT, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle fails in every way there is
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise MaraError(f"{self.path / _CHECKPOINT} cannot be read: {reason}") from None
         return state
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a line."""
-        with (self.path / _LOG).open("a", encoding="utf-8") as file:
+        path = self.path / _LOG
+        with in_one_line(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -156,15 +145,26 @@ def _write_text(path: Path, text: str) -> None:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all."""
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(beside)
-        mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
-        os.umask(mask)
-        beside.chmod(0o666 & ~mask)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with in_one_line(path):
+        try:
+            write(beside)
+            mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
+            os.umask(mask)
+            beside.chmod(0o666 & ~mask)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except SafetensorError as error:  # what it makes of an OSError
+            raise OSError(str(error)) from error
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _torch_save(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch fails once more as it closes the file
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

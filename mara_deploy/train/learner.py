@@ -2,7 +2,7 @@
 
 Sources: Haarnoja et al., "Soft Actor-Critic" (arXiv 1801.01290) with learned temperature (arXiv 1812.05905);
 Christodoulou, "Soft Actor-Critic for Discrete Action Settings" (arXiv 1910.07207); MARA (arXiv 2505.19743).
-docs/training.md states the objective, and what is special to forced acceptance.
+docs/training.md states the objective, and what is special about forced acceptance.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Learner:
         return math.exp(value) if self.config.alpha_form == "log" else value
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One gradient step of critics, actor and α. Returns what a person would watch.
+        """One gradient step of critics, actor and α. Returns figures to watch.
 
         Raises NumericsError when a loss is not finite.
         """
@@ -102,7 +102,7 @@ class Learner:
 
     @torch.no_grad()
     def returns(self, batch: _Tensors) -> Tensor:
-        """(B,) n-step returns of the action taken: what is paid along the chain, then the value of where it leads.
+        """(B,) n-step returns of the action taken: what is paid along the chain, then the value where it leads.
 
         Entropy and price of the first state are not in it, as they do not depend on the action: see `actor_loss`.
         """

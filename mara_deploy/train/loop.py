@@ -23,7 +23,7 @@ from mara_deploy.train.replay import Replay
 from mara_deploy.train.task import Answers, Task
 
 Row = dict[str, Any]
-"""What is known after a round; `_row` says what each key means."""
+"""Figures of a round; `_row` says what each key means."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Progress:
     episodes: int = 0
     updates: int = 0
     owed: float = 0.0
-    """updates that are due but not made: a fraction of one, between rounds"""
+    """updates that are due but not yet made: less than one, between rounds"""
 
 
 def train(
@@ -41,25 +41,27 @@ def train(
     config: TrainConfig,
     folder: RunFolder,
     *,
+    checkpoint: Mapping[str, Any] | None = None,
     tell: Callable[[Row], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     facts: Mapping[str, str] | None = None,
 ) -> Learner:
-    """Train until `config.episodes`, or until `stop` says so, from the folder's checkpoint if it has one.
+    """Train until `config.episodes`, or until `stop` says so.
 
-    tell: called after each round; facts: recorded in the agent's file. Ends with a checkpoint, from which a later call
-    goes on to the same result as an uninterrupted run: bit for bit on a CPU with the same number of threads.
+    checkpoint: the folder's last one, to go on from it; tell: called after each round; facts: recorded in the agent's
+    file. Ends with a checkpoint, from which a later call goes on to the same result as an uninterrupted run: bit for
+    bit on a CPU with the same number of threads.
     Raises MaraError (ScoreError, NumericsError); the last checkpoint then stays.
     """
     learner = Learner(task.hidden_size, config, task.environment.lm.device)
     progress = _Progress()
     actions, batches = (np.random.default_rng([config.seed, use]) for use in (1, 2))
-    state = folder.load()
-    if state is not None:
-        learner.restore(state["learner"])
-        progress = _Progress(**state["progress"])
-        actions.bit_generator.state, batches.bit_generator.state = state["actions"], state["batches"]
-    replay = Replay(folder.replay, config.replay_transitions, task.hidden_size, 0 if state is None else state["added"])
+    if checkpoint is not None:
+        learner.restore(checkpoint["learner"])
+        progress = _Progress(**checkpoint["progress"])
+        actions.bit_generator.state, batches.bit_generator.state = checkpoint["actions"], checkpoint["batches"]
+    added = 0 if checkpoint is None else checkpoint["added"]
+    replay = Replay(folder.replay, config.replay_transitions, task.hidden_size, added)
     folder.rewind(progress.episodes)
 
     def save(next_actions: Mapping[str, Any]) -> None:
@@ -162,12 +164,12 @@ def _row(
         "score": score,  # mean over the round
         "scores": {name: float(np.mean(values)) for name, values in scored.each.items()},
         "reward": score - config.kl_weight * kl,
-        "kl": kl,  # nats an answer, from the LLM's own choice
-        "entropy": float(entropy(margins[~forced]).mean()) if free else 0.0,  # nats a state, of the policy that acted
+        "kl": kl,  # nats per answer, from the LLM's own choice
+        "entropy": float(entropy(margins[~forced]).mean()) if free else 0.0,  # nats per state, of the policy that acted
         "alpha": learner.alpha,
         "accept_rate": (decisions - rejected_all) / max(1, examined),  # of examined candidates
-        "forced_rate": rejected_all / max(1, decisions),  # of decisions: all rejected
-        "intervention_rate": sum(e.interventions for e in episodes) / max(1, decisions),  # another than the best
+        "forced_rate": rejected_all / max(1, decisions),  # of decisions: all were rejected
+        "intervention_rate": sum(e.interventions for e in episodes) / max(1, decisions),  # not the LLM's best
         "decision_share": decisions / max(1, sum(len(e.token_ids) + e.finished for e in episodes)),  # of tokens
         "answer_tokens": float(np.mean([len(e.token_ids) for e in episodes])),
         "finished_share": float(np.mean([e.finished for e in episodes])),

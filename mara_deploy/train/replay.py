@@ -2,13 +2,14 @@
 
 The transitions of an episode are the links of a chain: each one's next state is the next one's state. So every state is
 kept once, as float16, and a transition takes 2·D + 13 bytes (`Replay.row_bytes`), of which an eighth more is reserved:
-rows that a checkpoint counts on are not written over before the next checkpoint, and so a run that was killed at any
-moment goes on from its last checkpoint as if nothing had happened. The files are memory-mapped: what is not in use need
-not fit into memory, and a checkpoint costs a flush.
+rows that a checkpoint counts on are not overwritten before the next checkpoint, so a run that was killed at any moment
+goes on from its last checkpoint as if nothing had happened. The files are memory-mapped: what is not in use need not
+fit into memory, and a checkpoint costs a flush.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from mara_deploy.evaluate.store import in_one_line
 from mara_deploy.train.environment import Chain
 from mara_runtime.errors import MaraError
 
@@ -41,7 +43,7 @@ class Batch:
     scores: NDArray[np.float32]
     """(B, n) the episode's score on its last link, else 0"""
     inside: NDArray[np.bool_]
-    """(B, n) whether the link belongs to the return: False behind the end of the episode"""
+    """(B, n) whether the link belongs to the return: False after the end of the episode"""
     next_states: NDArray[np.float32]
     """(B, D) after the return's last link; the first state where the episode ends inside"""
     next_reference: NDArray[np.float32]
@@ -61,6 +63,7 @@ class Replay:
         """transitions ever added"""
         self._kept = added
         self._rows = capacity + -(-capacity // _SPARE)
+        self._folder, self._allocated = folder, 0
         shapes: dict[str, tuple[type, tuple[int, ...]]] = {
             "states": (np.float16, (hidden_size,)),
             "reference": (np.float32, ()),
@@ -100,7 +103,7 @@ class Replay:
         return self._kept - min(self._kept, self.capacity) + self._rows - self.added
 
     def check(self, transitions: int) -> None:
-        """Raise MaraError for a round of so many that would not fit between two checkpoints once the ring is full."""
+        """Raise MaraError for a round of more transitions than fit between two checkpoints once the ring is full."""
         if transitions > self._rows - self.capacity:
             raise self._too_small()
 
@@ -116,6 +119,7 @@ class Replay:
         T = len(chain.accepted)
         if self.room < T:
             raise self._too_small()
+        self._allocate(min(self.added + T, self._rows))
         rows = (np.arange(T) + self.added) % self._rows
         self._files["states"][rows] = chain.states
         self._files["reference"][rows] = chain.reference
@@ -128,17 +132,30 @@ class Replay:
 
     def flush(self) -> None:
         """Bring everything to the disk: the first part of a checkpoint."""
-        for file in self._files.values():
-            file.flush()
+        with in_one_line(self._folder):
+            for file in self._files.values():
+                file.flush()
+
+    def _allocate(self, rows: int) -> None:
+        """Reserve the disk for the first `rows` rows. A full one is an error here; later it would kill the process."""
+        if rows <= self._allocated or not hasattr(os, "posix_fallocate"):
+            return
+        for name, file in self._files.items():
+            path, size = self._folder / f"{name}.npy", file.nbytes // self._rows
+            with in_one_line(path), path.open("r+b") as opened:
+                os.posix_fallocate(
+                    opened.fileno(), file.offset + self._allocated * size, (rows - self._allocated) * size
+                )
+        self._allocated = rows
 
     def saved(self) -> None:
-        """A checkpoint with `added` is written: what had left the ring before it may be written over."""
+        """A checkpoint with `added` is written: what had left the ring before it may be overwritten."""
         self._kept = self.added
 
     def sample(self, rng: np.random.Generator, batch: int, n_step: int) -> Batch:
         """Draw transitions uniformly, with replacement."""
         start = self.added - len(self) + rng.integers(len(self), size=batch)
-        links = (start[:, None] + np.arange(n_step)) % self._rows  # (B, n); behind an episode's end: other episodes
+        links = (start[:, None] + np.arange(n_step)) % self._rows  # (B, n); after an episode's end: other episodes
         flags = self._files["flags"][links]
         done = (flags & _DONE) > 0
         inside = np.ones_like(done)

@@ -17,7 +17,7 @@ from mara_deploy.train.loop import Row
 
 _INK, _FAINT, _ACCENT, _SECOND, _THIRD = "#1f2933", "#9aa5b1", "#1f6feb", "#c2410c", "#2f855a"
 _EXAMPLES = 3
-"""Shown of the beginning and of the end."""
+"""Shown from the beginning and from the end, each."""
 
 
 def write_report(folder: RunFolder) -> None:
@@ -62,18 +62,18 @@ def plots(rows: Sequence[Row], config: dict[str, Any]) -> str:
         panel = _Panel(rows)
         panel.draw(next(axes), "Score of sampled answers", {"score": ""})
         panel.draw(next(axes), "Reward: score − price of the KL", {"reward": ""})
-        panel.draw(next(axes), "KL from the LLM, nats an answer", {"kl": ""})
+        panel.draw(next(axes), "KL from the LLM, nats per answer", {"kl": ""})
         target = config["target_entropy"] * math.log(2)
-        panel.draw(next(axes), "Entropy of the policy, nats a state", {"entropy": ""}, (target, "target"))
+        panel.draw(next(axes), "Entropy of the policy, nats per state", {"entropy": ""}, (target, "target"))
         panel.draw(next(axes), "Entropy temperature α", {"alpha": ""})
-        rates = {"intervention_rate": "another than the LLM's best", "forced_rate": "all rejected"}
+        rates = {"intervention_rate": "not the LLM's best", "forced_rate": "all rejected"}
         panel.draw(next(axes), "Share of decisions", rates)
         panel.draw(next(axes), "Accepted, share of examined candidates", {"accept_rate": ""})
         panel.draw(next(axes), "Decisions, share of tokens", {"decision_share": ""})
         panel.draw(next(axes), "Length of answers, tokens", {"answer_tokens": ""})
         panel.draw(next(axes), "Loss of the critics", {"critic_loss": ""})
         panel.draw(next(axes), "Mean n-step return of a batch", {"return": ""})
-        panel.draw(next(axes), "Seconds a round", {"rollout_seconds": "rollouts", "update_seconds": "updates"})
+        panel.draw(next(axes), "Seconds per round", {"rollout_seconds": "rollouts", "update_seconds": "updates"})
         figure.supxlabel("episodes", fontsize=9)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -85,12 +85,12 @@ class _Panel:
         self._rows = rows
 
     def draw(self, axes: Any, title: str, lines: dict[str, str], level: tuple[float, str] | None = None) -> None:
-        """One plot: each round faint, their moving average on top."""
+        """One plot: the rounds faint, their moving average on top."""
         axes.set_title(title)
         for (name, label), colour in zip(lines.items(), (_ACCENT, _SECOND, _THIRD), strict=False):
             points = [(row["episodes"], row[name]) for row in self._rows if name in row]
             if not points:
-                axes.text(0.5, 0.5, "nothing was learned yet", transform=axes.transAxes, ha="center", color=_FAINT)
+                axes.text(0.5, 0.5, "nothing learned yet", transform=axes.transAxes, ha="center", color=_FAINT)
                 continue
             x, y = (np.array(column, float) for column in zip(*points, strict=True))
             axes.plot(x, y, color=colour, alpha=0.25, linewidth=1, marker="." if len(x) < 3 else None)

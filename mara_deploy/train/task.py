@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mara_deploy.prompts import encode
 from mara_deploy.reward_model import usable_device
 from mara_deploy.scores import Combined, Scored
 from mara_deploy.train.config import TrainConfig
@@ -21,8 +22,6 @@ from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
 from mara_export.tokenizer import load_tokenizer
 from mara_runtime.errors import PromptError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Answers:
 class Task:
     """Answers prompts and scores the answers.
 
-    prompts: user messages, different ones; tokens: their ids, ready for an answer.
+    prompts: different user messages; tokens: their token ids, ready for an answer.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Task:
         fallback: str = "last",
         record: bool = True,
     ) -> Answers:
-        """Answer the prompts with the indices `chosen`, all at once; see `Environment.rollout`."""
+        """Answer the prompts at the indices `chosen`, all at once; see `Environment.rollout`."""
         prompts = tuple(self.prompts[i] for i in chosen)
         tokens = [self.tokens[i] for i in chosen]
         episodes = self.environment.rollout(tokens, policy, rng, fallback=fallback, record=record)
@@ -103,10 +102,10 @@ def open_task(
 
     on = _device(device)
     context = check_supported(from_pretrained(AutoConfig, source), source.name, None)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training needs: add its tokenizer.json")
-    tokens = [encode(tokenizer, prompt, template or {}) for prompt in prompts]
+    tokens = [encode(prompt, tokenizer, source.name, template=template) for prompt in prompts]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if len(ids) + config.max_new_tokens > context:
             raise PromptError(
@@ -119,22 +118,6 @@ def open_task(
     eos = frozenset(eos_token_ids(model, tokenizer))
     environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens)
     return Task(environment, tokenizer, prompts, tokens, score)
-
-
-def encode(tokenizer: Any, prompt: str, template: Mapping[str, Any]) -> list[int]:
-    """Token ids of a user message, ready for the assistant's answer. The chat template alone adds special tokens."""
-    ids: list[int]
-    if not tokenizer.chat_template:
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        message = [{"role": "user", "content": prompt}]
-        try:
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, **template)
-        except Exception as error:  # a template is a program
-            raise PromptError(f"the chat template refuses the prompt {prompt[:60]!r}: {error}") from error
-    if not ids:
-        raise PromptError(f"the prompt {prompt[:60]!r} has no token")
-    return ids
 
 
 def _device(name: str) -> torch.device:

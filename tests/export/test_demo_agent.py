@@ -142,7 +142,7 @@ def test_files_beside_the_demos_are_the_users_own(earlier, tmp_path, capsys, nam
         (earlier / name).symlink_to(tmp_path / "elsewhere")
     else:
         (earlier / name).touch()
-    assert f"{earlier} holds {name}, which is not of the demo" in kept(earlier, capsys)
+    assert f"{earlier} holds {name}, which is not part of the demo" in kept(earlier, capsys)
 
 
 def test_a_link_to_the_demo_is_left_alone(earlier, tmp_path, capsys) -> None:

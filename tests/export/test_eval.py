@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from mara_deploy import scores
-from mara_deploy.commands import scoring
 from mara_deploy.commands.eval import main
 from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER, corpus
@@ -270,14 +269,14 @@ def test_settings_of_a_checkpoint_tell_its_weights_and_its_options(checkpoint, t
     [
         ((), "there is no --score"),
         (("--score", "scores_of_the_test:none"), "has no function 'none'"),
-        (("--weight", "2", *SCORE), "--weight belongs after the --score that it is about"),
+        (("--weight", "2", *SCORE), "--weight belongs after the --score that it applies to"),
         ((*SCORE, "--weight", "1", "--weight", "2"), "--weight is given twice for the score scores_of_the_test:words"),
         ((*SCORE, "--weight", "0"), "--weight of scores_of_the_test:words is 0.0; it must be a finite number other"),
         ((*SCORE, "--weight", "nan"), "it must be a finite number other than 0"),
         ((*SCORE, "--score-template", "{prompt}{answer}"), "is a Python function"),
         ((*SCORE, "--score-batch", "0"), "--score-batch is 0; it must be at least 1"),
         (("--score", "scores_of_the_test:bad"), "the score scores_of_the_test:bad is inf for the answer to the prompt"),
-        ((*SCORE, "--baseline", "best-of-1"), "best-of-N wants an N of at least 2"),
+        ((*SCORE, "--baseline", "best-of-1"), "best-of-N needs an N of at least 2"),
         (
             (*SCORE, "--baseline", "gredy"),
             "--baseline is 'gredy', which is not greedy, sample or best-of-N: there is no",
@@ -299,9 +298,19 @@ def test_settings_of_a_checkpoint_tell_its_weights_and_its_options(checkpoint, t
         ((*SCORE, "--score-device", "cpu"), "--score-device is cpu, but no --score is a model: leave it out"),
         ((*SCORE, "--score-batch", "8"), "--score-batch is 8, but no --score is a model: leave it out"),
         ((*SCORE, "--template", "x"), "it must be KEY=JSON"),
+        (
+            (*SCORE, "--template", "tokenize=false", "--baseline", str(MODEL_FOLDER)),
+            "the chat template's variable 'tokenize' is set by the code itself: leave it out",
+        ),
         ((*SCORE, "--template", "x=1", "--raw"), "--template needs the chat template"),
         ((*SCORE, "--group-by", "nothing"), "entry 1 has no 'nothing' to group by; it has 'instruction', 'topic'"),
         ((*SCORE, "--training-prompts", "none.txt"), "the prompt file none.txt cannot be read: No such file"),
+        ((*SCORE, "--training-prompts", ""), "the prompt file . cannot be read"),
+        (
+            (*SCORE, "--prompts", "demo-final", "--group-by", "group"),
+            "--group-by is 'group', but demo-final has groups of its own: leave it out",
+        ),
+        ((*SCORE, "--out", ""), "--out is empty; leave it out for the default"),
     ],
 )
 def test_bad_input_is_one_line(bundle, prompt_file, tmp_path, command, arguments, line):
@@ -319,7 +328,7 @@ def test_a_folder_of_something_else_is_left_alone(bundle, prompt_file, tmp_path,
     (out / "letter.txt").write_text("Dear")
     outcome = command("eval", bundle("demo"), "--prompts", prompt_file, *SCORE, "--out", out)
     assert outcome.code == 2
-    assert "exists already and is no evaluation: choose another --out" in outcome.err
+    assert "exists already and is not an evaluation: choose another --out" in outcome.err
     assert [path.name for path in out.iterdir()] == ["letter.txt"]
 
 
@@ -330,7 +339,7 @@ def test_a_folder_that_another_run_is_using_is_left_alone(bundle, prompt_file, t
         outcome = command(*arguments, "--quiet")
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err == (
-            f"mara-eval: error: another run is using {out}: wait for its end, or choose another --out\n"
+            f"mara-eval: error: another run is using {out}: wait until it ends, or choose another --out\n"
         )
         assert list(out.iterdir()) == []
     assert command(*arguments, "--quiet").code == 0
@@ -339,8 +348,7 @@ def test_a_folder_that_another_run_is_using_is_left_alone(bundle, prompt_file, t
 
 def test_scores_of_a_model_are_known_by_where_it_ran(monkeypatch):
     """A GPU computes in another precision; the values of a function do not depend on it."""
-    monkeypatch.setattr(scores, "load_score", lambda spec, **_: FunctionScore(spec, len))
-    monkeypatch.setattr(scoring, "_fingerprint", lambda spec: "the same")
+    monkeypatch.setattr(scores, "load_score", lambda spec, **_: FunctionScore(spec, len, "the same"))
     options = [ScoreOption("demo"), ScoreOption("someone/reward")]
     kept = [[judge.settings for judge in judges(options, device, None)] for device in (None, "cpu", "cuda:1")]
     assert [of[0] for of in kept] == [{"template": None, "code or weights": "the same"}] * 3
@@ -379,7 +387,7 @@ def test_without_pytorch_and_what_comes_with_it(bundle, prompt_file, tmp_path, s
         "    sys.modules[name] = None\n"
         "from mara_deploy.commands.eval import main\nsys.exit(main(sys.argv[1:]))"
     )
-    arguments = [bundle("demo"), "--prompts", prompt_file, *SCORE, "--limit", "2", "--out", tmp_path / "out", *LIMITS]
+    arguments = [bundle("demo"), "--prompts", prompt_file, "--limit", "2", "--out", tmp_path / "out", *LIMITS]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "runtime")))
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
@@ -392,10 +400,15 @@ def test_without_pytorch_and_what_comes_with_it(bundle, prompt_file, tmp_path, s
             check=False,
         )
 
-    outcome = run()
+    outcome = run(*SCORE)
     assert outcome.returncode == 0, outcome.stderr
     assert read(tmp_path / "out")["prompts"]["unique"] == 2
-    outcome = run("--baseline", str(MODEL_FOLDER))
+    outcome = run("--quiet", "--score", str(MODEL_FOLDER))
+    assert outcome.returncode == 2
+    (line,) = outcome.stderr.splitlines()
+    assert f"the score {MODEL_FOLDER} names a model, which needs packages that are not installed" in line
+    assert "pip install 'mara-deploy[train]'" in line
+    outcome = run(*SCORE, "--baseline", str(MODEL_FOLDER))
     assert outcome.returncode == 2
     assert "a checkpoint as baseline needs packages that are not installed" in outcome.stderr.splitlines()[-1]
 

@@ -21,6 +21,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from mara_deploy.evaluate.store import fingerprint
 from mara_deploy.scores import Combined, ScoreError, load_score
 from mara_runtime.errors import OptionError
 
@@ -150,13 +151,13 @@ def test_the_beaver_models_are_read_as_they_are_stored(llama) -> None:
 
 
 def test_a_model_without_a_head_is_no_score(checkpoint) -> None:
-    with pytest.raises(ScoreError, match=r"is no sequence-classification model: it lacks score\.weight"):
+    with pytest.raises(ScoreError, match=r"is not a sequence-classification model: it lacks score\.weight"):
         load_score(str(checkpoint("qwen2")))
 
 
 def test_a_text_that_is_too_long_is_named(llama) -> None:
     score = load_score(str(llama), template=TEMPLATE)
-    with pytest.raises(ScoreError, match=r"llama-reward reads at most 32 tokens, .*'how do i cook rice' makes 48"):
+    with pytest.raises(ScoreError, match=r"llama-reward reads at most 32 tokens, .* 'how do i cook rice' .* has 48"):
         score(PROMPTS[:1], ["wait " * 37])
 
 
@@ -171,7 +172,7 @@ def test_the_positions_of_the_padding_are_no_room_for_text(tmp_path) -> None:
     made.pad_token = WORDS[1]
     score = load_score(str(saved(RobertaForSequenceClassification(config), made, tmp_path / "roberta")))
     assert len(score(["how"], ["wait " * 28])) == 1  # 32 tokens with those around them
-    with pytest.raises(ScoreError, match=r"roberta reads at most 32 tokens, and .* makes 33"):
+    with pytest.raises(ScoreError, match=r"roberta reads at most 32 tokens, and .* has 33"):
         score(["how"], ["wait " * 29])
 
 
@@ -204,6 +205,18 @@ def test_what_is_no_score_is_one_line(llama, monkeypatch, spec, template, said) 
     with pytest.raises(ScoreError, match=said) as error:
         load_score(spec.replace("LLAMA", str(llama)), template=template)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_is_known_by_its_files(llama) -> None:
+    score = load_score(str(llama), template=TEMPLATE)
+    assert score.fingerprint == fingerprint(llama)
+
+
+def test_a_model_of_the_hub_is_known_by_the_commit_that_was_loaded(llama, cached) -> None:
+    cached("somebody/reward", llama, revision="a" * 40)
+    score = load_score("somebody/reward", template=TEMPLATE)
+    cached("somebody/reward", llama, revision="b" * 40)
+    assert score.fingerprint == "a" * 40
 
 
 def test_a_model_and_a_function_together(llama) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from tensorboardX.event_file_writer import EventsWriter
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mara_deploy import agent as agents
 from mara_deploy import reward_model
 from mara_deploy.evaluate.store import held
-from mara_deploy.train import report, task
+from mara_deploy.train import folder, report, task
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.report import write_report
@@ -164,6 +167,14 @@ def test_more_episodes_may_be_asked_for_later(run, command, whole, tmp_path) -> 
     assert run("short", episodes=12).code == 0
     assert command("train", "--resume", "--out", "short", "--episodes", 60).code == 0
     assert same(everything(tmp_path / "short"), whole)
+
+
+def test_a_checkpoint_is_read_once(run, command, monkeypatch) -> None:
+    assert run("out", episodes=4).code == 0
+    loads, real = [], RunFolder.load
+    monkeypatch.setattr(RunFolder, "load", lambda folder: loads.append(folder) or real(folder))
+    assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
+    assert len(loads) == 1
 
 
 def test_fewer_episodes_than_were_made_are_refused(run, command, tmp_path) -> None:
@@ -347,6 +358,7 @@ def test_a_score_that_is_not_a_number_ends_the_run_and_names_the_prompt(run, sco
         ({"model": "no-such-model"}, "there is no model 'no-such-model'"),
         ({"max_new_tokens": 100_000}, "lower --max-new-tokens, or remove the prompt"),
         ({"replay_transitions": 41}, "raise --replay-transitions, or lower --prompts-at-once"),
+        ({"template": "tokenize=false"}, "the chat template's variable 'tokenize' is set by the code itself"),
     ],
 )
 def test_what_cannot_be_is_one_line(run, settings, said) -> None:
@@ -369,7 +381,7 @@ def test_a_folder_that_another_run_is_using_is_left_alone(run, command, tmp_path
     with held(tmp_path / "out"):
         done = command("train", "--resume", "--out", "out", "--episodes", 8)
         assert done.code == 2
-        assert "another run is using out: wait for its end" in done.err.splitlines()[-1]
+        assert "another run is using out: wait until it ends" in done.err.splitlines()[-1]
     with held(tmp_path / "new"):
         assert "another run is using new" in run("new").err.splitlines()[-1]
     assert list((tmp_path / "new").iterdir()) == []
@@ -406,6 +418,60 @@ def test_a_line_of_the_log_that_was_cut_off_does_not_matter(run, command, tmp_pa
         file.write('{"episodes": 8, "sc')
     assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
     assert [row["episodes"] for row in everything(tmp_path / "out")["log"]] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize(
+    "file", ["log.jsonl", "replay/scores.npy", "tensorboard", "checkpoint.pt", "agent.safetensors"]
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(run, command, whole, tmp_path, monkeypatch, file) -> None:
+    """Whichever file meets it first; the one in progress stays as it was."""
+    full_at(monkeypatch, file)
+    done = run("out")
+    assert done.code == 2
+    said = done.err.splitlines()[-1]
+    assert re.fullmatch(rf"mara-train: error: cannot write out/{file}: .*No space left on device.*", said), said
+    assert "Traceback" not in done.err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "write_report", lambda folder: None)
+    assert command("train", "--resume", "--out", "out", "--quiet").code == 0
+    assert same(everything(tmp_path / "out"), whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_torch_says_that_the_disk_is_full() -> None:
+    """Of itself it says that its own position in the file is wrong."""
+    with pytest.raises(OSError, match="No space left on device"):
+        folder._torch_save({"a": torch.zeros(100_000)}, Path("/dev/full"))
+
+
+def full_at(monkeypatch, file: str) -> None:
+    """Let the tenth writing of a file fail as on a full disk."""
+    left = 10
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def tenth(real: Any, about: Any) -> Any:
+        def writes(*args: Any, **kw: Any) -> Any:
+            nonlocal left
+            left -= about(*args)
+            return real(*args, **kw) if left else fails()
+
+        return writes
+
+    if file == "log.jsonl":
+        open_ = Path.open
+        monkeypatch.setattr(Path, "open", tenth(open_, lambda path, mode="r", *_: path.name == file and mode == "a"))
+    elif file == "replay/scores.npy":
+        monkeypatch.setattr(os, "posix_fallocate", tenth(os.posix_fallocate, lambda *_: True))
+        left = 4  # five files an episode: the fourth is the scores
+    elif file == "tensorboard":
+        monkeypatch.setattr(EventsWriter, "write_event", tenth(EventsWriter.write_event, lambda *_: True))
+    elif file == "checkpoint.pt":
+        monkeypatch.setattr(torch, "save", tenth(torch.save, lambda state, _: "learner" in state))
+    else:
+        monkeypatch.setattr(agents, "save", tenth(agents.save, lambda *_: True))
 
 
 def test_a_folder_that_cannot_be_written_is_said(run, tmp_path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -196,9 +197,7 @@ def test_prompts_of_the_training_set_are_counted_and_named(tmp_path):
     assert (unseen.wins, unseen.ties, unseen.losses) == (0, 2, 3)
     shown = result(found, FACTS, Bootstrap())
     assert shown["in_training"] == ["Question 0?", "Question 3?"]
-    assert (
-        "2 of 7 prompts also occur in the training set; the rates without them are given beside." in shown["cautions"]
-    )
+    assert "2 of 7 prompts also occur in the training set; the rates without them are given too." in shown["cautions"]
     assert compared(tmp_path).comparisons["other"].unseen is None
     everything = compared(tmp_path, seen=[p.text for p in PROMPTS])
     assert everything.comparisons["other"].unseen is None
@@ -277,10 +276,16 @@ def test_counters_add_up():
         "accepted_rank": {"1": 3, "2": 1, "10": 1},
         "smallest_margin": 0.5,
         "decode_ms": 4.0,
-        "tokens_per_second": 2000.0,
+        "tokens_per_second": 1500.0,  # the first token of each comes with the prompt
     }
     assert list(total_stats([one, two])["accepted_rank"]) == ["1", "2", "10"]
     assert total_stats([two])["smallest_margin"] is None
+
+
+def test_where_nothing_was_decoded_there_is_no_speed():
+    for decode_ms in (0.0, 2.5):
+        one = Stats(tokens=1, decode_ms=decode_ms).to_json()
+        assert total_stats([one, one])["tokens_per_second"] == 0.0
 
 
 def test_a_seed_depends_on_prompt_sample_and_seed():
@@ -315,6 +320,27 @@ def test_every_answer_of_a_bundle_has_a_seed_of_its_own_and_a_decoder_that_knows
         for sample in (0, 1)
         for call in ("forget", (prompt, seed_of(5, prompt, sample), True, {"a": 1}))
     ]
+
+
+class Loaded:
+    """Stands in for a decoder whose engine, like TensorRT, takes memory as it goes."""
+
+    def __init__(self, folder) -> None:
+        self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
+        self.slots = 512
+
+    def describe(self):
+        return {"name": "tensorrt", "gpu": "some", "memory": {"slots": self.slots}}
+
+
+def test_the_memory_of_an_engine_is_no_setting(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    decoder = Loaded(tmp_path)
+    contestant = BundleAnswers("aligned", decoder, DecodeConfig(), Asking())
+    before = contestant.settings
+    decoder.slots *= 2
+    assert contestant.settings == before
+    assert before["engine gpu"] == "some"
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -416,8 +442,8 @@ def test_a_reader_is_warned(tmp_path):
         found = compared(tmp_path / name, **options)
         return " ".join(result(found, FACTS, Bootstrap())["cautions"])
 
-    assert "of the answers of other hold no word" in warned("empty", theirs=("?",) * 7)
-    assert "Aligned answers have 9 words in the mean, those of other 1" in warned("long", ours=("a " * 9,) * 7)
+    assert "of the answers of other contain no word" in warned("empty", theirs=("?",) * 7)
+    assert "Aligned answers have 9 words on average, those of other 1" in warned("long", ours=("a " * 9,) * 7)
     assert "every prompt ended alike" in warned("alike", ours=("9",) * 7, theirs=("1",) * 7)
     ours, theirs = scripted("aligned", *OURS), scripted("best-of-3", *THEIRS)
     found = evaluate(PROMPTS, ours, [theirs], JUDGES, tmp_path / "best", quiet=True)

@@ -84,7 +84,7 @@ def test_a_bootstrap_out_of_range(options):
 
 def test_as_many_scores_as_units():
     for ours, theirs, units in (([1.0], [1.0, 2.0], [0, 1]), ([], [], [])):
-        with pytest.raises(ValueError, match="as many"):
+        with pytest.raises(ValueError, match="all must be equal"):
             preference(ours, theirs, np.array(units), Bootstrap())
 
 

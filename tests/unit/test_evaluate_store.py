@@ -89,6 +89,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         Store(tmp_path / "file" / "a.jsonl", SETTINGS)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line(tmp_path):
+    store = Store(tmp_path / "a.jsonl", SETTINGS)
+    store._file.close()
+    store._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the store closes it
+    with store, pytest.raises(MaraError, match=r"cannot write .*: No space left on device"):
+        store.add("one", "text")
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_whole(path, "one")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
 from mara_deploy.scores import Combined, FunctionScore, ScoreError, load_score
+from mara_runtime.bundle import sha256
 
 PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]
 
@@ -62,8 +64,6 @@ def test_no_score_is_no_score() -> None:
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
     """A working directory with modules of a user's; import leaves nothing behind."""
-    import sys
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != ""])
     before = set(sys.modules)
@@ -79,6 +79,16 @@ def test_a_function_is_found_in_the_working_directory(modules) -> None:
     score = load_score("scores_found_here:length")
     assert score.name == "scores_found_here:length"
     assert list(score(PROMPTS, ANSWERS)) == [1.0, 3.0]
+    assert score.fingerprint == sha256(modules / "scores_found_here.py")[:16]
+
+
+def test_a_score_knows_itself_whatever_is_imported_later(modules) -> None:
+    (modules / "known_score.py").write_text("def f(prompts, answers): ...\n")
+    score = load_score("known_score:f")
+    before = score.fingerprint
+    del sys.modules["known_score"]
+    (modules / "known_score.py").write_text("def f(prompts, answers): return [1.0]\n")
+    assert score.fingerprint == before
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def test_a_new_run_needs_model_prompts_and_score(capsys, missing) -> None:
     assert refused(capsys, *NEW[:at], *NEW[at + 2 :]).startswith(f"{missing} is missing")
 
 
+@pytest.mark.parametrize("options", [NEW[:-2], ["--resume"]])
+def test_an_empty_name_is_no_folder(capsys, options) -> None:
+    assert refused(capsys, *options, "--out", "") == "--out is empty: name the folder of the run"
+
+
+def test_a_weight_that_means_nothing_is_refused_at_once(capsys) -> None:
+    said = refused(capsys, *NEW, "--weight", "0")
+    assert said == "--weight of demo is 0.0; it must be a finite number other than 0"
+
+
 def test_resume_takes_nothing_but_more_episodes(capsys) -> None:
     said = refused(capsys, "--resume", "--out", "x", "--model", "demo", "--n-step", "3", "--threads", "2")
     assert said.endswith("leave out --model, --n-step, --threads")
