@@ -5,6 +5,7 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,8 +73,14 @@ def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> 
 
 
 def save(agent: Agent, path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file that records the fallback, and what else there is to know of the agent."""
-    save_file(cpu_state(agent), path, metadata={**(facts or {}), "fallback": agent.fallback})
+    """Write a .safetensors file that records the fallback, and what else there is to know. Raises OSError."""
+    try:
+        save_file(cpu_state(agent), path, metadata={**(facts or {}), "fallback": agent.fallback})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from error
+    mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:

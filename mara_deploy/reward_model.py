@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from mara_deploy.evaluate.store import fingerprint
+from mara_deploy.files import fingerprint
 from mara_deploy.scores import ScoreError
 from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError

@@ -112,7 +112,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
-    from mara_deploy.evaluate.store import held, write_whole
+    from mara_deploy.files import held, write_text
     from mara_deploy.prompts import drawn, find_prompts, shared
     from mara_runtime.decoder import AlignedDecoder
 
@@ -172,8 +172,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "versions": {"python": platform.python_version(), **_versions()},
         }
         summary = result(found, facts, bootstrap)
-        write_whole(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        write_whole(out / "report.html", html(found, summary, args.examples))
+        write_text(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_text(out / "report.html", html(found, summary, args.examples))
     if not args.quiet:
         print("\n".join(lines(summary)))
         print(f"{out / 'report.html'}")

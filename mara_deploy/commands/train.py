@@ -155,7 +155,7 @@ class _Run(NamedTuple):
 
 def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack) -> _Run:
     """A new run. Nothing is written if it cannot begin."""
-    from mara_deploy.evaluate.store import held
+    from mara_deploy.files import held
     from mara_deploy.prompts import find_prompts
     from mara_deploy.train.folder import RunFolder
 
@@ -170,7 +170,7 @@ def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack
 
 def _resume(args: argparse.Namespace, folder_held: ExitStack) -> _Run:
     """The run in --out, as of its last checkpoint."""
-    from mara_deploy.evaluate.store import held
+    from mara_deploy.files import held
     from mara_deploy.train.folder import RunFolder
 
     folder = RunFolder.existing(Path(args.out))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from mara_deploy.evaluate.answers import Answer, Asking, seed_of
-from mara_deploy.evaluate.store import fingerprint
+from mara_deploy.files import fingerprint
 from mara_deploy.prompts import encode
 from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
 from mara_export.errors import ModelError

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mara_runtime.bundle import sha256
+from mara_deploy.files import in_one_line
 from mara_runtime.errors import MaraError
 
 
@@ -82,57 +81,6 @@ class Store:
     def _write(self, value: dict[str, Any]) -> None:
         self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
         self._file.flush()
-
-
-@contextlib.contextmanager
-def in_one_line(path: Path) -> Iterator[None]:
-    """Turn an OSError into the MaraError that `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Reserve a folder, made if it is missing, for this run. Raises MaraError where another run has it.
-
-    The lock is on the folder itself: it leaves no file behind, and ends with the process, even a killed one.
-    """
-    with in_one_line(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MaraError(f"another run is using {folder}: wait until it ends, or choose another --out") from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that either the old or the new one is there, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with in_one_line(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def fingerprint(folder: Path) -> str:
-    """Checksums of a model folder's configuration, tokenizer and weights, which tell it from others."""
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")])
-    return " ".join(f"{path.name}:{sha256(path)[:16]}" for path in files)
 
 
 def _whole_lines(path: Path) -> bytes:

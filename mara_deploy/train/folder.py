@@ -16,17 +16,15 @@ resumed. `checkpoint.pt` and `replay/` serve no other purpose.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from mara_deploy import agent as agents
-from mara_deploy.evaluate.store import in_one_line
+from mara_deploy.files import in_one_line, write_text, write_whole
 from mara_runtime.errors import MaraError, first_line
 
 _RUN, _PROMPTS, _LOG, _CHECKPOINT = "run.json", "prompts.json", "log.jsonl", "checkpoint.pt"
@@ -45,7 +43,7 @@ class RunFolder:
         with in_one_line(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        _write_text(path / _PROMPTS, json.dumps(prompts, ensure_ascii=False, indent=0))
+        write_text(path / _PROMPTS, json.dumps(prompts, ensure_ascii=False, indent=0))
         folder.describe(run)
         return folder
 
@@ -67,7 +65,7 @@ class RunFolder:
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Write run.json."""
-        _write_text(self.path / _RUN, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
+        write_text(self.path / _RUN, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
 
     def read(self, name: str) -> Any:
         """run.json or prompts.json. Raises MaraError when it is damaged."""
@@ -100,13 +98,13 @@ class RunFolder:
 
     def write_report(self, page: str) -> None:
         """Write report.html."""
-        _write_text(self.path / "report.html", page)
+        write_text(self.path / "report.html", page)
 
     def save(self, state: Mapping[str, Any], agent: agents.Agent, facts: Mapping[str, str]) -> None:
         """Write a checkpoint and the agent. facts: recorded in the agent's file."""
-        _replace(self.path / _CHECKPOINT, lambda to: _torch_save(dict(state), to))
-        _replace(self.path / "agent.safetensors", lambda to: agents.save(agent, to, facts))
-        _replace(self.path / "agent.pth", lambda to: _torch_save(agents.cpu_state(agent), to))
+        write_whole(self.path / _CHECKPOINT, lambda to: _torch_save(dict(state), to))
+        write_whole(self.path / "agent.safetensors", lambda to: agents.save(agent, to, facts))
+        write_whole(self.path / "agent.pth", lambda to: _torch_save(agents.cpu_state(agent), to))
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint; None if the run ended before its first. Raises MaraError when it is damaged."""
@@ -135,29 +133,7 @@ class RunFolder:
         """Forget what was logged after a checkpoint at `episodes`."""
         kept = [row for row in self.rows() if row["episodes"] <= episodes]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        _write_text(self.path / _LOG, text)
-
-
-def _write_text(path: Path, text: str) -> None:
-    _replace(path, lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with in_one_line(path):
-        try:
-            write(beside)
-            mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
-            os.umask(mask)
-            beside.chmod(0o666 & ~mask)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except SafetensorError as error:  # what it makes of an OSError
-            raise OSError(str(error)) from error
-        finally:
-            beside.unlink(missing_ok=True)
+        write_text(self.path / _LOG, text)
 
 
 def _torch_save(state: Mapping[str, Any], path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from mara_deploy.evaluate.store import in_one_line
+from mara_deploy.files import in_one_line
 from mara_deploy.train.environment import Chain
 from mara_runtime.errors import MaraError
 

@@ -18,7 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from mara_deploy.evaluate.store import in_one_line
+from mara_deploy.files import in_one_line
 from mara_deploy.train.loop import Row
 
 _ROLLOUT = (

@@ -21,7 +21,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from mara_deploy.evaluate.store import fingerprint
+from mara_deploy.files import fingerprint
 from mara_deploy.scores import Combined, ScoreError, load_score
 from mara_runtime.errors import OptionError
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mara_deploy.evaluate.store import Store, fingerprint, write_whole
+from mara_deploy.evaluate.store import Store
+from mara_deploy.files import fingerprint, write_text
 from mara_runtime.errors import MaraError
 
 SETTINGS = {"seed": 0, "stop": ["a"], "bundle": "0123", "limit": None}
@@ -100,7 +101,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    write_whole(path, "one")
+    write_text(path, "one")
     assert path.read_text() == "one"
 
     def full(self, target):
@@ -108,7 +109,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(MaraError, match=r"cannot write .*: No space left on device"):
-        write_whole(path, "two")
+        write_text(path, "two")
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
