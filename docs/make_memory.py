@@ -15,7 +15,8 @@ TEXT = Path(__file__).with_name("memory.in.md")
 def page() -> str:
     """The text of memory.md."""
     from mara_deploy.decoders import DECODERS
-    from mara_deploy.memory import CONTEXTS, JETSONS_GB, TARGETS, Setting, estimate
+    from mara_deploy.memory import CONTEXTS, JETSONS_GB, Setting, estimate
+    from mara_export.options import PRECISIONS_OF
     from mara_export.sources import ALIASES
 
     aliases: dict[str, list[str]] = {}
@@ -30,7 +31,7 @@ def page() -> str:
             parts.append(f"{', '.join(names)}: {model.parameters / 1e9:.2f} · 10⁹ parameters\n")
             parts.append(f"| precision | context | engine | KV | workspace | host | sum, MB | {boards} |")
             parts.append("|---|" + "--:|" * (6 + len(JETSONS_GB)))
-            for precision in TARGETS[target]:
+            for precision in PRECISIONS_OF[target]:
                 for context in CONTEXTS:
                     m = estimate(model, Setting(target, precision, context))
                     sizes = (m.engine_bytes, m.kv_bytes, m.workspace_bytes, m.host_bytes, m.total_bytes)

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mara_export.architectures import SUPPORTED
 from mara_export.errors import ModelError
-
-_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def from_config(config: Mapping[str, Any], name: str) -> Decoder:
     name: of the model, for messages.
     """
     family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise ModelError(f"{name} is of architecture {family!r}; supported are {', '.join(_FAMILIES)}")
+    if family not in SUPPORTED:
+        raise ModelError(f"{name} is of architecture {family!r}; supported are {', '.join(SUPPORTED)}")
 
     def size(key: str) -> int:
         value = config.get(key)

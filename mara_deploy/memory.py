@@ -9,45 +9,29 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mara_deploy.decoders import Decoder
+from mara_export.options import (
+    BITS,
+    BLOCK_SIZES_OF,
+    COLUMN,
+    HEAD_ROWS,
+    LOWERINGS_OF,
+    MAX_CANDIDATES,
+    PRECISIONS_OF,
+    TARGETS,
+    engine_slots,
+)
 from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.errors import OptionError
 from mara_runtime.ort_engine import FIRST_SLOTS, grown
-from mara_runtime.tensors import DRAFT_ROWS, spare_slots
+from mara_runtime.tensors import spare_slots
 
-TARGETS = {
-    "cpu": ("fp32", "fp16", "int8", "int4"),
-    "cuda": ("fp16", "int8", "int4"),
-    "tensorrt": ("fp16", "bf16", "fp32", "int8", "int4"),
-    "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8", "int4"),
-}
-"""Targets of mara-export, and the precisions that each has."""
-LOWERINGS = {
-    "cpu": ("ort", "portable", "decomposed"),
-    "cuda": ("ort",),
-    "tensorrt": ("portable", "decomposed"),
-    "tensorrt-rtx": ("portable", "decomposed"),
-}
-"""Lowerings that each target runs, its own first. (What the export says of the same needs PyTorch to be read.)"""
 CONTEXTS = (2048, 8192)
-_ANY_BLOCK: dict[str, tuple[int, ...]] = {"int8": (32, 16, 64, 128, 256), "int4": (32, 16, 64, 128, 256)}
-COLUMN = -1
-"""Block size of a scale for each column, as in a manifest."""
-BLOCK_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "cpu": _ANY_BLOCK,
-    "cuda": _ANY_BLOCK,
-    "tensorrt": {"int8": (COLUMN,), "int4": (64, 128)},
-    "tensorrt-rtx": {"int8": (COLUMN,), "int4": (32, 64, 128)},
-}
-"""Block sizes of the export by target and precision, the default first."""
-MAX_CANDIDATES = 1024
 JETSONS_GB = (8, 16, 32, 64)
 """Memory that processor and GPU of a Jetson share, in 10⁹ bytes: about what Linux has of a module of so many GiB."""
 SYSTEM_BYTES = 2_500_000_000
 """Left for Linux without a desktop, the CUDA context and the libraries' kernels: an assumption, not a measurement."""
 AGENT_WIDTHS = (1024, 256)
-SLOT_MULTIPLE = 16
-"""TensorRT engines have a multiple of so many slots."""
-HEAD_ROWS = DRAFT_ROWS + 2
+LOGIT_ROWS = HEAD_ROWS + 1
 """Rows that may go through the LM head in one pass of a TensorRT engine: those asked for, and the elected one."""
 PLAN_BYTES, PLAN_BYTES_A_LAYER = 4_800_000, 710_000
 """Of a TensorRT engine beside its weights: kernels and names."""
@@ -72,26 +56,26 @@ class Setting:
     lowering: str | None = None
     """ort, portable, decomposed; None: the target's own"""
     block_size: int | None = None
-    """int8, int4: weights that share a scale, COLUMN for one of each column; None: the first of BLOCK_SIZES"""
+    """int8, int4: weights that share a scale, COLUMN for one of each column; None: the target's own"""
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise OptionError(f"--target is {self.target!r}; it must be one of {', '.join(TARGETS)}")
-        if self.precision not in TARGETS[self.target]:
-            has = ", ".join(TARGETS[self.target])
+        if self.precision not in PRECISIONS_OF[self.target]:
+            has = ", ".join(PRECISIONS_OF[self.target])
             raise OptionError(f"--precision is {self.precision!r}; --target {self.target} has {has}")
         if self.context < 2:
             raise OptionError(f"--context is {self.context}; it must be at least 2")
         if not 1 <= self.max_candidates <= MAX_CANDIDATES:
             raise OptionError(f"--max-candidates is {self.max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
-        if self.lowering not in (None, *LOWERINGS[self.target]):
-            takes = " or ".join(LOWERINGS[self.target])
+        if self.lowering not in (None, *LOWERINGS_OF[self.target]):
+            takes = " or ".join(LOWERINGS_OF[self.target])
             raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} takes {takes}")
         if self.block_size is not None and self.block_size != COLUMN and self.block_size < 1:
             raise OptionError(f"--block-size is {self.block_size}; it must be at least 1")
         if self.lowering is None:
-            object.__setattr__(self, "lowering", LOWERINGS[self.target][0])
-        sizes = BLOCK_SIZES[self.target].get(self.precision)
+            object.__setattr__(self, "lowering", LOWERINGS_OF[self.target][0])
+        sizes = BLOCK_SIZES_OF[self.target].get(self.precision)
         if self.block_size is None and sizes is not None:
             object.__setattr__(self, "block_size", sizes[0])
 
@@ -113,8 +97,9 @@ class Setting:
     @property
     def slots(self) -> int:
         """Size of the KV cache when it is largest."""
-        slots = self.context + spare_slots(self.max_candidates)
-        return -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE if self.on_tensorrt else slots
+        if self.on_tensorrt:
+            return engine_slots(self.context, self.max_candidates)
+        return self.context + spare_slots(self.max_candidates)
 
 
 @dataclass(frozen=True)
@@ -196,7 +181,7 @@ def kv_bytes(model: Decoder, setting: Setting) -> int:
 
 def workspace_bytes(model: Decoder, setting: Setting) -> int:
     """The most that is alive at a time in the widest pass, inputs and outputs included."""
-    outputs = 4 * (HEAD_ROWS * model.vocab_size + PREFILL_ROWS * model.hidden_size)
+    outputs = 4 * (LOGIT_ROWS * model.vocab_size + PREFILL_ROWS * model.hidden_size)
     return outputs + activation_bytes(model, setting)
 
 
@@ -213,13 +198,13 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
         attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
     elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
-    head = HEAD_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
+    head = LOGIT_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
     return max(mlp, attention, head) + (SCRATCH_BYTES if setting.on_tensorrt else 0)
 
 
 def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:
     """Of a matrix and its scales."""
-    bits = {"int8": 8, "int4": 4}.get(setting.precision)
+    bits = BITS.get(setting.precision)
     if bits is None:
         return inputs * outputs * (4 if setting.precision == "fp32" else 2)
     size = inputs if setting.block_size in (None, COLUMN) else int(setting.block_size)
@@ -230,7 +215,7 @@ def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:
 def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
     """Of the embedding's table and the LM head."""
     head = _matrix_bytes(model.hidden_size, model.vocab_size, setting)
-    if setting.precision not in ("int8", "int4"):
+    if setting.precision not in BITS:
         return head if model.tied else 2 * head
     if setting.lowering == "ort" and model.hidden_size % (setting.block_size or 1) == 0:
         return head if model.tied else 2 * head

@@ -53,7 +53,7 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
     turned = getattr(config, "partial_rotary_factor", 1)
     if turned != 1:
-        raise ModelError(f"{name} turns part of a head only (partial_rotary_factor = {turned!r}): not supported")
+        raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {turned!r})")
     rope = getattr(config, "rope_scaling", None) or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _FIXED_ROPE:

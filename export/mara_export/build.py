@@ -15,19 +15,16 @@ from typing import Any
 
 from mara_export import timings
 from mara_export.folder import additions, extend
+from mara_export.options import HEAD_ROWS, engine_slots
 from mara_export.progress import Progress
 from mara_runtime import cuda, trt_plan
 from mara_runtime.bundle import Bundle
 from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
-from mara_runtime.tensors import DRAFT_ROWS, spare_slots
+from mara_runtime.tensors import spare_slots
 
 HARDWARE = ("none", "ampere-plus", "same-compute-capability")
-HEAD_ROWS = DRAFT_ROWS + 1
-"""Rows whose logits one pass may ask for: a whole draft and the row before it."""
-SLOT_MULTIPLE = 16
-"""Slots are rounded up to it, so that the rows of the mask are aligned as fused kernels want them."""
 USUAL_ROWS = 4
 """Of a decoding pass: what the kernels of the first profile are chosen for."""
 KERNEL_BYTES = 64 << 20
@@ -78,9 +75,7 @@ class BuildOptions:
         for capacity in self.capacities:
             if capacity > most:
                 raise OptionError(f"--capacity is {capacity}; the bundle was exported for {most} tokens of context")
-        spare = spare_slots(manifest.max_candidates)
-        sizes = {tokens + spare for tokens in (*self.capacities, most)}
-        return tuple(sorted({-(-size // SLOT_MULTIPLE) * SLOT_MULTIPLE for size in sizes}))
+        return tuple(sorted({engine_slots(tokens, manifest.max_candidates) for tokens in (*self.capacities, most)}))
 
 
 def why_cannot_build(target: str) -> str | None:

@@ -6,18 +6,29 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
+from mara_runtime.errors import first_line
 
 
-def from_pretrained(kind: Any, source: ModelSource, **options: Any) -> Any:
-    """Call `kind.from_pretrained`; why it fails, in one line. Code that a model brings along is not run."""
+def silence_transformers() -> None:
+    """Keep its remarks and progress bars off the screen, as long as this process runs."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def from_pretrained(kind: Any, source: ModelSource, *, part: str = "", **options: Any) -> Any:
+    """Call `kind.from_pretrained`; why it fails, in one line. Code that a model brings along is not run.
+
+    part: what of the model it is, for messages. Raises ModelError.
+    """
     try:
         return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
+        what = f"the {part} of {source.name}" if part else source.name
+        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
 
 
 def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
@@ -26,7 +37,7 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
     the architecture has no place for, as they would be left out. Raises ModelError.
     """
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention,
         "output_loading_info": True,

@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
-from mara_export.grouped import MICROSOFT
-from mara_export.nodes import Traced
+from mara_export.nodes import MICROSOFT, Traced, set_nodes
 from mara_export.weights import Weights
 
 
@@ -25,12 +24,7 @@ def drop_dead(graph: onnx.GraphProto) -> None:
         if needed & set(node.output):
             needed |= set(node.input)
             kept.append(node)
-    _set_nodes(graph, kept[::-1])
-
-
-def _set_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, kept[::-1])
 
 
 # ── projections ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +69,7 @@ def join_projections(graph: onnx.GraphProto, weights: Weights) -> None:
     for node in nodes:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)
     drop_dead(graph)
 
 
@@ -135,7 +129,6 @@ def fuse_residuals(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.op_type == "Add" and node.output[0] in norms:
             norm = norms[node.output[0]]
-            epsilon = next(a.f for a in norm.attribute if a.name == "epsilon")
             nodes.append(
                 helper.make_node(
                     "SkipSimplifiedLayerNormalization",
@@ -143,9 +136,9 @@ def fuse_residuals(graph: onnx.GraphProto) -> None:
                     [norm.output[0], "", "", node.output[0]],
                     norm.name,
                     domain=MICROSOFT,
-                    epsilon=epsilon,
+                    epsilon=helper.get_node_attr_value(norm, "epsilon"),
                 )
             )
         elif node.output[0] not in fused:
             nodes.append(node)
-    _set_nodes(graph, nodes)
+    set_nodes(graph, nodes)

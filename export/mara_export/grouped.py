@@ -17,14 +17,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
-from mara_export.nodes import NORM, Parts, Traced
+from mara_export.nodes import MICROSOFT, NORM, Nodes, Traced
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
-MICROSOFT = "com.microsoft"
 _SHARED = "grouped"
 _SLOTS, _MASK = f"{_SHARED}/slots", f"{_SHARED}/mask"
 _HEADS_LAST = [0, 2, 1, 3]  # (1, heads, S, head_dim) ↔ (1, S, heads, head_dim)
@@ -51,14 +50,14 @@ def _all_heads(shape: ModelShape) -> int:
     return shape.num_heads + 2 * shape.num_kv_heads
 
 
-class Grouped(Parts):
+class Grouped:
     """Nodes and constants that take the place of the traced attentions.
 
     tables: names of the rotary embedding's, by `with_still_row`; still: the first row at which nothing turns.
     """
 
     def __init__(self, graph: Traced, weights: Weights, shape: ModelShape, tables: tuple[str, str], still: int) -> None:
-        super().__init__(_SHARED)
+        self.add = Nodes(_SHARED)
         self._graph, self._weights, self._shape, self._tables, self._still = graph, weights, shape, tables, still
         self._groups = shape.num_heads // shape.num_kv_heads
         self._replaced: set[str] = set()
@@ -70,51 +69,44 @@ class Grouped(Parts):
         """Add what stands for a traced attention."""
         *qkv, past_k, past_v, _, _ = node.input
         out, present_k, present_v = node.output
-        name, groups, shape = node.name, self._groups, self._shape
+        add, name, groups, shape = self.add, node.name, self._groups, self._shape
         plain, turns = zip(*(self._graph.rotated(value) for value in qkv), strict=True)
         joined = self._graph.joined(out)  # what the model's own Transpose and Reshape make of it
         swapped = groups > 1 and joined is not None and self._swap_weights(plain[0], joined)
 
         packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=True)]
-        together = self._add("Concat", packed, f"{name}/qkv", axis=-1)
-        heads = self._add("Reshape", [together, self._ints(-1, _all_heads(shape), shape.head_dim)], f"{name}/heads")
+        together = add("Concat", *packed, to=f"{name}/qkv", axis=-1)
+        heads = add("Reshape", together, add.ints(-1, _all_heads(shape), shape.head_dim), to=f"{name}/heads")
         if any(turns):
-            heads = self._add(
-                "RotaryEmbedding",
-                [heads, self._positions_of(turns), *self._tables],
-                f"{name}/rotated",
-                domain=MICROSOFT,
-            )
-        sizes = self._ints(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        queries, keys, values = self._several("Split", [heads, sizes], [f"{name}/{part}" for part in "qkv"], axis=1)
+            positions = self._positions_of(turns)
+            heads = add("RotaryEmbedding", heads, positions, *self._tables, to=f"{name}/rotated", domain=MICROSOFT)
+        sizes = add.ints(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        queries, keys, values = add.several("Split", [heads, sizes], [f"{name}/{part}" for part in "qkv"], axis=1)
         if groups > 1 and not swapped:
             queries = self._swap(queries, f"{name}/q", shape.num_kv_heads, groups)
-        queries = self._add(
-            "Reshape", [queries, self._ints(1, -1, shape.num_kv_heads * shape.head_dim)], f"{name}/rows"
-        )
+        queries = add("Reshape", queries, add.ints(1, -1, shape.num_kv_heads * shape.head_dim), to=f"{name}/rows")
         for past, new, present in ((past_k, keys, present_k), (past_v, values, present_v)):
-            self._add("ScatterND", [past, _SLOTS, new], present, f"{new}_scatter")
+            add("ScatterND", past, _SLOTS, new, to=present, name=f"{new}_scatter")
 
         result = joined or f"{name}/out_packed"
         attended = f"{name}/out_grouped" if groups > 1 else result
-        self._add(
+        mask = _MASK if groups > 1 else tensors.ATTENTION_MASK
+        add(
             "MultiHeadAttention",
-            [queries, present_k, present_v, "", "", _MASK if groups > 1 else tensors.ATTENTION_MASK],
-            attended,
-            f"{name}/attention",
+            *(queries, present_k, present_v, "", "", mask),
+            to=attended,
+            name=f"{name}/attention",
             domain=MICROSOFT,
             num_heads=shape.num_kv_heads,
-            scale=next(float(a.f) for a in node.attribute if a.name == "scale"),
+            scale=helper.get_node_attr_value(node, "scale"),
         )
         if groups > 1:
             if not swapped:
                 attended = self._swap(attended, f"{name}/out", groups, shape.num_kv_heads)
-            self._add("Reshape", [attended, self._ints(1, -1, shape.num_heads * shape.head_dim)], result)
+            add("Reshape", attended, add.ints(1, -1, shape.num_heads * shape.head_dim), to=result)
         if joined is None:
-            apart = self._add(
-                "Reshape", [result, self._ints(0, 0, shape.num_heads, shape.head_dim)], f"{name}/out_rows"
-            )
-            self._add("Transpose", [apart], out, perm=_HEADS_LAST)
+            sizes = add.ints(0, 0, shape.num_heads, shape.head_dim)
+            add("Transpose", add("Reshape", result, sizes, to=f"{name}/out_rows"), to=out, perm=_HEADS_LAST)
         else:
             self._replaced.add(joined)
 
@@ -126,34 +118,27 @@ class Grouped(Parts):
 
     def _slots(self) -> None:
         """(S, kv_heads, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
-        name, heads = f"{_SHARED}/write", self._shape.num_kv_heads
-        rows = self._add("Shape", [tensors.INPUT_IDS], f"{name}/rows", start=1, end=2)
-        end = self._add("Squeeze", [rows, self._ints(0)], f"{name}/end")
-        number = self._add("Range", [self._whole(0), end, self._whole(1)], f"{name}/number")
-        slot = self._add("Add", [number, tensors.WRITE_INDICES], f"{name}/slot")
-        apart = self._add("Unsqueeze", [slot, self._ints(1, 2)], f"{name}/apart")
-        last = self._add("Mul", [apart, self._constant("last", np.array([[[0, 0, 1]]], np.int64))], f"{name}/last")
-        of_head = np.array([[[0, head, 0] for head in range(heads)]], np.int64)
-        self._add("Add", [last, self._constant("heads", of_head)], _SLOTS)
+        add = self.add
+        slot = add("Unsqueeze", add.written_slots(add.rows()), add.ints(1, 2))
+        last = add("Mul", slot, add.constant([[[0, 0, 1]]]))
+        add("Add", last, add.constant([[[0, head, 0] for head in range(self._shape.num_kv_heads)]]), to=_SLOTS)
 
     def _mask(self) -> None:
         """(1, 1, S · groups, C): every row of the mask for each query of a group."""
         if self._groups > 1:
-            name = f"{_SHARED}/mask"
-            apart = self._add("Transpose", [tensors.ATTENTION_MASK], f"{name}/apart", perm=_ROWS_FIRST)
-            repeated = self._add("Expand", [apart, self._ints(1, 1, self._groups, 1)], f"{name}/repeated")
-            self._add("Reshape", [repeated, self._ints(1, 1, -1, 0)], _MASK)
+            add = self.add
+            apart = add("Transpose", tensors.ATTENTION_MASK, perm=_ROWS_FIRST)
+            add("Reshape", add("Expand", apart, add.ints(1, 1, self._groups, 1)), add.ints(1, 1, -1, 0), to=_MASK)
 
     def _positions_of(self, turns: Sequence[bool]) -> str:
         """(S, all heads): the row's position for the heads that turn; for queries, keys, values each: do they?"""
         key = tuple(turns)
         if key not in self._positions:
-            name = f"{_SHARED}/positions" + (f"/{len(self._positions)}" if self._positions else "")
+            add = self.add
             counts = (self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads)
-            column = self._add("Transpose", [tensors.POSITION_IDS], f"{name}/column", perm=[1, 0])
-            turning = self._constant(f"turns/{len(self._positions)}", np.repeat(key, counts)[None])
-            still = self._constant("still", np.array([[self._still]], np.int64))
-            self._positions[key] = self._add("Where", [turning, column, still], name)
+            column = add("Transpose", tensors.POSITION_IDS, perm=[1, 0])
+            turning = add.constant(np.repeat(key, counts)[None])
+            self._positions[key] = add("Where", turning, column, add.constant([[self._still]]))
         return self._positions[key]
 
     # ── an attention's parts ─────────────────────────────────────────────────────────────────────────────────────────
@@ -167,14 +152,14 @@ class Grouped(Parts):
             if split is not None:
                 return str(split.input[0])
         else:
-            rows = self._add("Transpose", [value], f"{name}_rows", perm=_HEADS_LAST)
-        return self._add("Reshape", [rows, self._ints(0, 0, -1)], name)
+            rows = self.add("Transpose", value, to=f"{name}_rows", perm=_HEADS_LAST)
+        return self.add("Reshape", rows, self.add.ints(0, 0, -1), to=name)
 
     def _swap(self, value: str, name: str, outer: int, inner: int) -> str:
         """(1, …) of heads in the order (outer, inner) as (1, S, inner, outer, head_dim)."""
-        sizes = self._ints(1, -1, outer, inner, self._shape.head_dim)
-        apart = self._add("Reshape", [value, sizes], f"{name}_apart")
-        return self._add("Transpose", [apart], f"{name}_swapped", perm=_SWAPPED)
+        sizes = self.add.ints(1, -1, outer, inner, self._shape.head_dim)
+        apart = self.add("Reshape", value, sizes, to=f"{name}_apart")
+        return self.add("Transpose", apart, to=f"{name}_swapped", perm=_SWAPPED)
 
     def _swap_weights(self, queries: str, joined: str) -> bool:
         """Change the order of the heads in the weights around an attention, if there are such."""

@@ -17,13 +17,12 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export import decomposed, grouped
 from mara_export.fuse import drop_dead, fuse_residuals, join_projections
-from mara_export.grouped import MICROSOFT, Tables
-from mara_export.nodes import NORM, ROTARY, Traced
+from mara_export.grouped import Tables
+from mara_export.nodes import MICROSOFT, NODE, NORM, ROTARY, Traced, set_nodes
 from mara_export.weights import Weights
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape, Tensor
 
-LOWERINGS = ("ort", "portable", "decomposed")
 _COS, _SIN = "rotary/cos", "rotary/sin"
 
 
@@ -35,9 +34,8 @@ def lower(model: onnx.ModelProto, weights: Weights, shape: ModelShape, lowering:
     graph = Traced(model.graph)
     rewrite = {"ort": _ort, "portable": _portable, "decomposed": _decomposed}[lowering]
     nodes, constants, opsets = rewrite(graph, weights, shape, len(rotary[0]))
-    del model.graph.node[:], model.graph.value_info[:], model.graph.input[:], model.graph.output[:]
-    del model.opset_import[:]
-    model.graph.node.extend(nodes)
+    set_nodes(model.graph, nodes)
+    del model.graph.value_info[:], model.graph.input[:], model.graph.output[:], model.opset_import[:]
     model.graph.input.extend(value_info(t) for t in tensors.llm_inputs(shape))
     model.graph.output.extend(value_info(t) for t in tensors.llm_outputs(shape))
     tables = grouped.with_still_row(rotary, shape) if lowering == "ort" else rotary
@@ -75,13 +73,13 @@ def _portable(graph: Traced, weights: Weights, shape: ModelShape, positions: int
                 [q, present_k, present_v, mask],
                 [out],
                 f"{node.name}/attention",
-                scale=_scale(node),
+                scale=helper.get_node_attr_value(node, "scale"),
             ),
         ]
 
     nodes: list[NodeProto] = []
-    for node, attends in graph.others():
-        nodes += rewrite(node) if attends else _rotations(node) if node.op_type == ROTARY else [_norm(node)]
+    for node in graph.nodes:
+        nodes += {NODE: rewrite, ROTARY: _rotations}.get(node.op_type, _norm)(node)
     return nodes, (), [helper.make_opsetid("", 24)]
 
 
@@ -89,17 +87,17 @@ def _decomposed(graph: Traced, weights: Weights, shape: ModelShape, positions: i
     parts = decomposed.Decomposed(shape, (_COS, _SIN))
     for node in graph.nodes:
         parts.rewrite(node)
-    return parts.nodes, parts.constants.values(), [helper.make_opsetid("", decomposed.OPSET)]
+    return parts.add.nodes, parts.add.constants, [helper.make_opsetid("", decomposed.OPSET)]
 
 
 def _ort(graph: Traced, weights: Weights, shape: ModelShape, positions: int) -> _Lowered:
     parts = grouped.Grouped(graph, weights, shape, (_COS, _SIN), still=positions)
-    for node, attends in graph.others():
-        if attends:
+    for node in graph.nodes:
+        if node.op_type == NODE:
             parts.rewrite(node)
         elif node.op_type != ROTARY and not parts.replaces(node):
-            parts.nodes.append(_norm(node))
-    return parts.nodes, parts.constants.values(), [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
+            parts.add.nodes += _norm(node)
+    return parts.add.nodes, parts.add.constants, [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
 
 
 def _rotations(node: NodeProto) -> list[NodeProto]:
@@ -110,16 +108,12 @@ def _rotations(node: NodeProto) -> list[NodeProto]:
     ]
 
 
-def _norm(node: NodeProto) -> NodeProto:
+def _norm(node: NodeProto) -> list[NodeProto]:
     """A traced norm as the standard operator; any other node as it is."""
     if node.op_type != NORM:
-        return node
-    epsilon = next(float(a.f) for a in node.attribute if a.name == "epsilon")
-    return helper.make_node("RMSNormalization", node.input, node.output, node.name, axis=-1, epsilon=epsilon)
-
-
-def _scale(node: NodeProto) -> float:
-    return next(float(a.f) for a in node.attribute if a.name == "scale")
+        return [node]
+    epsilon = helper.get_node_attr_value(node, "epsilon")
+    return [helper.make_node("RMSNormalization", node.input, node.output, node.name, axis=-1, epsilon=epsilon)]
 
 
 def value_info(tensor: Tensor) -> onnx.ValueInfoProto:

@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mara_export.nodes import set_nodes
 from mara_export.weights import Weights
 from mara_runtime import tensors
 
@@ -65,8 +66,7 @@ def narrow(graph: onnx.GraphProto, weights: Weights, dtype: str) -> None:
                 node.output[i] = casts[name] = f"{name}_narrow"
         nodes.append(node)
         nodes += [_convert(casts[name], name, TensorProto.FLOAT) for name in shown]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
 
 
 def _is_island(node: NodeProto) -> bool:

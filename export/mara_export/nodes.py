@@ -6,14 +6,18 @@ Apart from both, as whoever makes a graph without tracing one needs neither Opti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mara_runtime import tensors
+
 DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
+MICROSOFT = "com.microsoft"
+"""Domain of ONNX Runtime's own operators."""
 
 
 class Traced:
@@ -50,36 +54,64 @@ class Traced:
         node = self.made_by(ROTARY, name)
         return (node.input[list(node.output).index(name)], True) if node is not None else (name, False)
 
-    def others(self) -> Iterator[tuple[NodeProto, bool]]:
-        """Every node, and whether it is the attention."""
-        for node in self.nodes:
-            yield node, node.domain == DOMAIN and node.op_type == NODE
+
+def set_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
+    """Give a graph other nodes, among which there may be its own."""
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
-class Parts:
-    """Nodes and constants in the making, to take the place of traced ones. prefix: of the constants' names."""
+class Nodes:
+    """Nodes and constants in the making: each call adds a node and returns the name of its result.
+
+    prefix: of names that are made up here.
+    """
 
     def __init__(self, prefix: str) -> None:
         self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = {}
         self._prefix = prefix
 
-    def _add(self, op: str, inputs: Sequence[str], output: str, name: str | None = None, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name or output, **attributes))
-        return output
+    @property
+    def constants(self) -> list[TensorProto]:
+        """Those that the nodes read."""
+        return list(self._constants.values())
 
-    def _several(self, op: str, inputs: Sequence[str], outputs: list[str], **attributes: Any) -> list[str]:
-        self.nodes.append(helper.make_node(op, inputs, outputs, f"{outputs[0]}_{op.lower()}", **attributes))
-        return outputs
+    def __call__(self, op: str, *inputs: str, to: str = "", name: str = "", **attributes: Any) -> str:
+        """to: name of the result; name: of the node."""
+        result = to or f"{self._prefix}/{op}_{len(self.nodes)}"
+        name = name or (result if "/" in result else f"{self._prefix}/{result}")  # those of the step have none
+        self.nodes.append(helper.make_node(op, inputs, [result], name, **attributes))
+        return result
 
-    def _ints(self, *values: int) -> str:
-        return self._constant("ints/" + "_".join(map(str, values)), np.array(values, np.int64))
+    def several(self, op: str, inputs: Sequence[str], to: list[str], **attributes: Any) -> list[str]:
+        """A node with several results."""
+        self.nodes.append(helper.make_node(op, inputs, to, f"{to[0]}_{op.lower()}", **attributes))
+        return to
 
-    def _whole(self, value: int) -> str:
-        return self._constant(f"whole/{value}", np.array(value, np.int64))
+    def constant(self, value: Any) -> str:
+        """Whole numbers as int64, others as float32, or truth values. Equal ones are one."""
+        array = np.asarray(value)
+        if array.dtype != bool:
+            array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"{self._prefix}/constant_{len(self._constants)}"
+            self._constants[key] = numpy_helper.from_array(array, name)
+        return str(self._constants[key].name)
 
-    def _constant(self, name: str, value: Any) -> str:
-        full = f"{self._prefix}/{name}"
-        if full not in self.constants:
-            self.constants[full] = numpy_helper.from_array(np.asarray(value), full)
-        return full
+    def ints(self, *values: int) -> str:
+        """A list of whole numbers, as sizes and axes are given."""
+        return self.constant(values)
+
+    def count_to(self, size: str) -> str:
+        """0, 1, … below `size` (1,)."""
+        return self("Range", self.constant(0), self("Squeeze", size, self.ints(0)), self.constant(1))
+
+    def rows(self) -> str:
+        """(1,) S, how many rows the pass has."""
+        return self("Shape", tensors.INPUT_IDS, start=1, end=2)
+
+    def written_slots(self, rows: str) -> str:
+        """(S,) the slot that each of the `rows` (1,) is written to."""
+        return self("Add", self.count_to(rows), tensors.WRITE_INDICES)

@@ -16,32 +16,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
-from mara_export.quantise import COLUMN, Quantisation
+from mara_export.nodes import set_nodes
+from mara_export.options import COLUMN, Quantisation
 from mara_export.weights import Weights
 from mara_runtime.errors import OptionError
 
-BLOCK_SIZES: dict[str, dict[int, tuple[int, ...]]] = {
-    "cpu": {4: (32, 16, 64, 128, 256), 8: (32, 16, 64, 128, 256)},
-    "tensorrt": {4: (64, 128), 8: (COLUMN,)},
-    "tensorrt-rtx": {4: (32, 64, 128), 8: (COLUMN,)},
-}
-"""By target and bits, the default first. Source for TensorRT: its documentation, "Quantization Schemes"; that for RTX
-builds blocks of 32 was tried with 1.7.1. ONNX Runtime on a CPU makes MatMulNBits of blocks alone."""
 _INTEGERS: dict[int, Any] = {4: ml_dtypes.int4, 8: np.int8}
 _BLOCK_OPSET = 21
 """Blocks, and numbers of four bits, came with it; TensorRT 10.3 reads them, though it says no more than opset 20."""
-
-
-def check(how: Quantisation, target: str, lowering: str) -> None:
-    """Raises OptionError for what the target does not read, or its lowering does not have."""
-    sizes = BLOCK_SIZES[target][how.bits]
-    if how.quantiser != "rtn":
-        raise OptionError(f"--quantiser is {how.quantiser!r}; --lowering {lowering} has rtn")
-    if how.block_size not in sizes:
-        wanted = (
-            "int8 has a scale a column: leave it out" if sizes == (COLUMN,) else f"take {' or '.join(map(str, sizes))}"
-        )
-        raise OptionError(f"--block-size is {how.block_size}; for --target {target} {wanted}")
 
 
 def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts: Any = iter) -> None:
@@ -72,8 +54,7 @@ def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, pa
             helper.make_node("DequantizeLinear", [integers, scale], [wide], f"{node.name}/widen", **where)
         ]
     nodes = [part for node in graph.node for part in (*made.get(node.name, ()), node)]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
     if not column:
         (standard,) = (opset for opset in model.opset_import if opset.domain == "")
         standard.version = max(standard.version, _BLOCK_OPSET)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,52 +21,13 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mara_export.nodes import MICROSOFT, set_nodes
+from mara_export.options import Quantisation
 from mara_export.weights import INLINE_BYTES, Weights
 from mara_runtime.errors import OptionError
 
-QUANTISERS = ("rtn", "hqq", "k-quant")
-"""rtn: round to nearest; hqq: half-quadratic, int4 only; k-quant: as llama.cpp chooses scales, blocks of 32 only"""
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-COLUMN = -1
-"""Block size of a scale for each column, as GPTQ writes it; in standard operators only (qdq.py)."""
 SLICE_COLUMNS = 16384
 """Columns of a matrix that are quantised at a time."""
-_MICROSOFT = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How int8 and int4 weights are made."""
-
-    bits: int
-    block_size: int = 32
-    """weights along the input dimension that share a scale"""
-    quantiser: str = "rtn"
-    keep: tuple[str, ...] = ()
-    """names of nodes, with * for anything, whose weights stay float32, as in */lm_head/*"""
-
-    def __post_init__(self) -> None:
-        if self.block_size not in (*BLOCK_SIZES, COLUMN):
-            raise OptionError(f"--block-size is {self.block_size}; it must be one of {_listed(BLOCK_SIZES)}")
-        if self.quantiser not in QUANTISERS:
-            raise OptionError(f"--quantiser is {self.quantiser!r}; it must be one of {_listed(QUANTISERS)}")
-        if self.quantiser == "hqq" and self.bits != 4:
-            raise OptionError("--quantiser hqq is for --precision int4")
-        if self.quantiser == "k-quant" and self.block_size != 32:
-            raise OptionError(f"--block-size is {self.block_size}; --quantiser k-quant has blocks of 32")
-
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {
-            "bits": self.bits,
-            "block_size": self.block_size,
-            "quantiser": self.quantiser,
-            "keep": list(self.keep),
-        }
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def quantise(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts: Any = iter) -> None:
@@ -97,8 +57,8 @@ def quantise(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts:
         # rows of the table must be whole blocks: the lookup reads what the multiplication would pad
         if columns % how.block_size == 0 and not any(fnmatchcase(node.name, pattern) for pattern in how.keep):
             _quantise_table(node, weights, for_tables)
-    if not any(opset.domain == _MICROSOFT for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
+    if not any(opset.domain == MICROSOFT for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 
 
 def halve(graph: onnx.GraphProto, weights: Weights) -> None:
@@ -125,8 +85,7 @@ def halve(graph: onnx.GraphProto, weights: Weights) -> None:
             node.input[i] = widened[name]
         else:
             nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
 
 
 def _widen(source: str, target: str) -> NodeProto:
@@ -157,7 +116,7 @@ def _quantise_table(node: NodeProto, weights: Weights, how: Quantisation) -> Non
             [names[0], node.input[1], *names[1:]],
             list(node.output),
             node.name,
-            domain=_MICROSOFT,
+            domain=MICROSOFT,
             bits=how.bits,
             block_size=how.block_size,
             gather_axis=0,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_export.errors import ModelError
+from mara_runtime.errors import first_line
 
 ALIASES = {
     "qwen2": "Qwen/Qwen2-0.5B-Instruct",
@@ -61,8 +62,7 @@ def resolve_model(
     hub_id = ALIASES.get(model, model)
     if not _HUB_ID.fullmatch(hub_id):
         raise ModelError(
-            f"there is no model {model!r}: --model takes a folder, a Hub id (owner/name), `demo`, or one of "
-            + ", ".join(ALIASES)
+            f"there is no model {model!r}: give a folder, a Hub id (owner/name), or one of " + ", ".join(ALIASES)
         )
 
     if vet is not None:
@@ -127,7 +127,7 @@ def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "there is no such folder here, it is not in the Hub cache, and the Hub cannot be reached"
     except (errors.HFValidationError, OSError) as error:  # what else an HTTP client raises is an OSError
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
     else:
         return
     raise ModelError(f"{name}: {reason}")

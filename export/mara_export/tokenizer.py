@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
+from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
+from mara_export.sources import ModelSource
 from mara_runtime.manifest import TokenizerFacts
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -13,18 +17,13 @@ TEMPLATE_FILE = "chat_template.jinja"
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a Hugging Face model folder, or None when it has none. Raises ModelError."""
-    if not any((folder / name).is_file() for name in _SOURCES):
+def load_tokenizer(source: ModelSource) -> Any | None:
+    """The tokenizer of a Hugging Face model, or None when it has none. Raises ModelError."""
+    if not any((source.folder / name).is_file() for name in _SOURCES):
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever the tokenizer's own class raises
-        raise ModelError(f"the tokenizer of {folder.name} cannot be loaded: {_first_line(error)}") from None
+    tokenizer = from_pretrained(AutoTokenizer, source, part="tokenizer")
     if not tokenizer.is_fast:
-        raise ModelError(f"{folder.name} has no fast tokenizer, which the runtime needs: add its tokenizer.json")
+        raise ModelError(f"{source.name} has no fast tokenizer, which the runtime needs: add its tokenizer.json")
     return tokenizer
 
 
@@ -38,7 +37,3 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     special = {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return TokenizerFacts(TOKENIZER_FILE, TEMPLATE_FILE if template else None, special)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

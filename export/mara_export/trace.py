@@ -2,8 +2,8 @@
 
 `mara::CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value;
 attribute `scale`) is what every lowering rewrites for its engine (mara_export.lower).
-The node gets in by three public doors: a registered attention implementation of transformers, a cache object whose
-`update` hands back the new keys and values, and an Optimum export configuration with inputs, outputs and a model
+The node gets in by two public doors: an attention implementation that is registered with transformers, and gets its
+cache as an argument of the model's forward; and an Optimum export configuration with inputs, outputs and a model
 patcher of our own.
 
 Two more stand for what engines have an operator for: `mara::Rotary` (q, k → q, k) for the rotary embedding, whose
@@ -19,7 +19,8 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from optimum.exporters.onnx.model_patcher import ModelPatcher
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.input_generators import DummyInputGenerator
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.architectures import model_shape
@@ -123,61 +123,44 @@ def _normalise(module: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotary_tables(model: Any, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rotary_tables(model: Any, positions: int, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines (positions, head_dim / 2) of the model's rotary embedding, its scaling applied.
 
-    Raises ModelError for an embedding that does not turn the two halves of a head against each other.
+    name: of the model, for messages. Raises ModelError for an embedding that does not turn the two halves of a head
+    against each other.
     """
     angles = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(positions)[None])
     tables = []
     for table in angles:
         low, high = table[0].float().chunk(2, dim=-1)
         if not torch.equal(low, high) or 2 * low.shape[-1] != model_shape(model.config).head_dim:
-            raise ModelError("its rotary embedding turns part of a head only; this is not supported")
+            raise ModelError(f"{name}: partial rotary embeddings are not supported")
         tables.append(low.numpy())
     return tables[0], tables[1]
 
 
-class _SeamCache:
-    """What a transformers model takes for its cache; the seam does the real work in `_attend`."""
+@dataclass
+class _Seam:
+    """What the attentions of one forward need beside queries, keys and values, and what they hand back."""
 
-    is_compileable = False
-
-    def __init__(self, past: Any, write: Tensor) -> None:
-        self.past, self.write = past, write
-        self.present: list[Any] = [None] * len(past)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are given explicitly
-
-    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        return self.past[0][0].shape[2], 0
-
-    def update(self, k: Tensor, v: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        return k, v
-
-
-_current: list[_SeamCache] = []
-"""The cache of the forward in progress: attention functions are not handed it."""
+    past: Sequence[tuple[Tensor, Tensor]]
+    """a layer: keys and values, (1, kv_heads, C, head_dim)"""
+    write: Tensor
+    """(1,) slot of the first row"""
+    present: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def _attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, *, scaling: float, seam: _Seam, **_: Any
 ) -> tuple[Tensor, None]:
-    cache = _current[-1]
-    layer = module.layer_idx
-    out, *cache.present[layer] = _CachedAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, *cache.past[layer], attention_mask, cache.write, float(scaling)
+    out, keys, values = _CachedAttention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, *seam.past[module.layer_idx], attention_mask, seam.write, float(scaling)
     )
+    seam.present.append((keys, values))
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask_as_given(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:
-    return attention_mask
-
-
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask_as_given)
 
 
 class _Patcher(ModelPatcher):  # type: ignore[misc]
@@ -194,23 +177,18 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
             rows: Tensor,
             past_key_values: Any,
         ) -> dict[str, Any]:
-            cache = _SeamCache(past_key_values, write_indices)
-            _current.append(cache)
-            try:
-                hidden = model.model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    past_key_values=cache,
-                    use_cache=True,
-                    cache_position=position_ids[0],
-                ).last_hidden_state
-            finally:
-                _current.pop()
+            seam = _Seam(past_key_values, write_indices)
+            hidden = model.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,  # has four dimensions: transformers hands such a one on as it is
+                position_ids=position_ids,
+                use_cache=False,
+                seam=seam,
+            ).last_hidden_state
             return {
                 tensors.LOGITS: model.lm_head(hidden[0].index_select(0, rows)),
                 tensors.LAST_HIDDEN_STATE: hidden,
-                "past_key_values": cache.present,
+                "past_key_values": seam.present,
             }
 
         self.patched_forward = forward

@@ -14,6 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mara_export.nodes import set_nodes
+
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph's own file."""
 _M_MMAP_THRESHOLD = -3
@@ -45,8 +47,7 @@ def _read_themselves(graph: onnx.GraphProto) -> None:
         for i, name in enumerate(node.input):
             node.input[i] = kept.get(name, name)
         nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    set_nodes(graph, nodes)
 
 
 def return_large_blocks() -> None:
@@ -54,7 +55,7 @@ def return_large_blocks() -> None:
 
     glibc learns from the first ones freed to keep such blocks, and its heap then grows to three times the model.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such habit
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, or Windows, has no such habit
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy.commands.shared import Parser, guarded, prompt_options
+from mara_export.options import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS, ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
 
 if TYPE_CHECKING:
     from mara_deploy.agent import Agent
-    from mara_export.quantise import Quantisation
     from mara_export.sources import ModelSource
 
 EPILOG = """\
@@ -45,13 +45,14 @@ def parser() -> Parser:
     options.add_argument(
         "--target",
         default="cpu",
-        choices=("cpu", "cuda", "tensorrt", "tensorrt-rtx"),
+        choices=TARGETS,
         help="engine to export for (default cpu); cuda: ONNX Runtime on a GPU; TensorRT engines are built here if that "
         "is possible, else by mara-build on the device",
     )
     options.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16", "int8", "int4"),
+        default="",
+        choices=PRECISIONS,
         help="what the LLM's weights are stored as (default fp32 on cpu, else fp16). On cpu it computes in float32, "
         "elsewhere in float16, with bf16 in bfloat16 (TensorRT only)",
     )
@@ -64,7 +65,8 @@ def parser() -> Parser:
     )
     options.add_argument(
         "--quantiser",
-        choices=("rtn", "hqq", "k-quant"),
+        default="",
+        choices=QUANTISERS,
         help="int8, int4: rtn rounds to nearest (default); hqq (int4) and k-quant choose scales by their error",
     )
     options.add_argument(
@@ -85,7 +87,8 @@ def parser() -> Parser:
     )
     options.add_argument(
         "--lowering",
-        choices=("ort", "portable", "decomposed"),
+        default="",
+        choices=LOWERINGS,
         help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default"
         " for TensorRT; 10.15 and later); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
     )
@@ -106,10 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     _refuse_what_says_nothing(args)
+    options = _options(args)
     if not args.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
     try:
-        from mara_export.export import export, make_plan, vet
+        from mara_export.checkpoint import silence_transformers
+        from mara_export.export import export, vet
         from mara_export.folder import require_free
         from mara_export.progress import Progress
     except ImportError as error:
@@ -117,35 +122,21 @@ def _export(args: argparse.Namespace) -> None:
             f"the export needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
         ) from None
 
-    quantisation = _quantisation(args)
-    make_plan(args.target, args.lowering, args.precision, quantisation, args.max_candidates, not args.no_gate)
+    silence_transformers()
     if args.out is not None:
         require_free(Path(args.out))
     agent, agent_name = _agent(args.agent, args.model)
 
     def destination(source: ModelSource) -> Path:
-        return Path("bundles") / _default_name(args, source, agent_name) if args.out is None else Path(args.out)
+        return Path("bundles") / _default_name(source, agent_name, options) if args.out is None else Path(args.out)
 
     def refuse_before_weights(config_only: ModelSource) -> None:
-        vet(config_only, agent, agent_name, args.max_context)
+        vet(config_only, agent, agent_name, options.max_context)
         require_free(destination(config_only))
 
     source = _model(args.model, refuse_before_weights)
     out = destination(source)
-    bundle = export(
-        source,
-        agent,
-        agent_name,
-        out,
-        target=args.target,
-        lowering=args.lowering,
-        precision=args.precision,
-        quantisation=quantisation,
-        max_context=args.max_context,
-        max_candidates=args.max_candidates,
-        gate=not args.no_gate,
-        progress=Progress(args.quiet),
-    )
+    bundle = export(source, agent, agent_name, out, options, Progress(args.quiet))
     to_build = _build(bundle, args) if args.target in ENGINE_TARGETS else None
     if args.quiet:
         return
@@ -154,7 +145,8 @@ def _export(args: argparse.Namespace) -> None:
 
     print("\n".join(summary(Bundle.open(out, verify=False))))
     if to_build is not None:
-        print(f"no engine {to_build}: on the device that will run it,\nmara-build {out} --target {args.target}")
+        print(f"engine not built: {to_build}. Build it on the device that will run it:")
+        print(f"mara-build {out} --target {args.target}")
     print(f"\nmara-run {out} {prompt_options(bundle.manifest)}")
 
 
@@ -167,35 +159,32 @@ def _refuse_what_says_nothing(args: argparse.Namespace) -> None:
         raise OptionError(f"--no-build is for {' and '.join(ENGINE_TARGETS)}; --target {args.target} builds nothing")
 
 
+def _options(args: argparse.Namespace) -> ExportOptions:
+    return ExportOptions(
+        target=args.target,
+        lowering=args.lowering,
+        precision=args.precision,
+        block_size=args.block_size,
+        quantiser=args.quantiser,
+        keep=tuple(args.keep),
+        max_context=args.max_context,
+        max_candidates=args.max_candidates,
+        gate=not args.no_gate,
+    )
+
+
 def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
     """Build an engine here, if that can be. Returns why it was not built."""
     from mara_export.build import build, why_cannot_build
     from mara_export.progress import Progress
 
-    reason = "was asked for (--no-build)" if args.no_build else None
-    if reason is None and (why := why_cannot_build(args.target)) is not None:
-        reason = f"was built: {why}"
+    reason = "--no-build was given" if args.no_build else why_cannot_build(args.target)
     if reason is None:
         try:
             build(bundle, args.target, progress=Progress(args.quiet))
         except MaraError as error:
             raise MaraError(f"the bundle {bundle.folder} is written, but without an engine: {error}") from error
     return reason
-
-
-def _quantisation(args: argparse.Namespace) -> Quantisation | None:
-    if args.block_size is None and args.quantiser is None and not args.keep:
-        return None
-    from mara_export.export import TARGETS, block_size
-    from mara_export.quantise import Quantisation
-
-    bits = {"int8": 8, "int4": 4}.get(args.precision)
-    if bits is None:
-        raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-    size = args.block_size
-    if size is None:
-        size = block_size(bits, args.target, args.lowering or TARGETS[args.target][0])
-    return Quantisation(bits, size, args.quantiser or "rtn", tuple(args.keep))
 
 
 def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:
@@ -225,10 +214,9 @@ def _agent(name: str, model: str) -> tuple[Agent, str]:
     return agents.load(path), path.name
 
 
-def _default_name(args: argparse.Namespace, source: ModelSource, agent_name: str) -> str:
+def _default_name(source: ModelSource, agent_name: str, options: ExportOptions) -> str:
     model = source.name.rpartition("/")[2]
-    agent = Path(agent_name.rpartition(":")[2]).stem if args.agent != "demo" else "demo"
-    return f"{model}-{agent}-{args.target}-{args.precision or ('fp32' if args.target == 'cpu' else 'fp16')}"
+    return f"{model}-{Path(agent_name.rpartition(':')[2]).stem}-{options.target}-{options.precision}"
 
 
 if __name__ == "__main__":

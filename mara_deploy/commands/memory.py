@@ -11,8 +11,9 @@ from typing import Any
 
 from mara_deploy import memory
 from mara_deploy.decoders import DECODERS, Decoder, from_config
-from mara_deploy.memory import BLOCK_SIZES, COLUMN, CONTEXTS, JETSONS_GB, SYSTEM_BYTES, TARGETS, Memory, Setting
+from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
 from mara_export.errors import ModelError
+from mara_export.options import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
 from mara_export.sources import ALIASES, local_path, resolve_file
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
@@ -50,7 +51,7 @@ def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
     if args.block_size is not None and args.precision is None:
         raise OptionError(f"--block-size is {args.block_size}; say of which --precision, int8 or int4")
     hub_id, model = find(name)
-    precisions = TARGETS[target] if args.precision is None else (args.precision,)
+    precisions = PRECISIONS_OF[target] if args.precision is None else (args.precision,)
     rows = [
         (setting, memory.estimate(model, setting))
         for precision in precisions
@@ -141,7 +142,7 @@ NOTES = (
 def _setting(args: argparse.Namespace, target: str, precision: str, context: int) -> Setting:
     candidates = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
     setting = Setting(target, precision, context, lowering=args.lowering, block_size=args.block_size, **candidates)
-    sizes = BLOCK_SIZES[target].get(precision, ())
+    sizes = BLOCK_SIZES_OF[target].get(precision, ())
     if args.block_size is not None and args.block_size not in sizes:
         takes = " or ".join(map(str, sizes))
         what = "has no blocks" if not sizes else "has a scale a column" if sizes == (COLUMN,) else f"takes {takes}"

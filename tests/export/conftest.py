@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from mara_deploy import agent as agents
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from tests import checkpoints, hub
 
@@ -105,7 +106,9 @@ def bundle(
             export_demo(out, quiet=True, **options)
         else:
             name = agent_file(architecture).name
-            export(resolve_model(str(checkpoint(architecture))), agent(architecture), name, out, **options)
+            export(
+                resolve_model(str(checkpoint(architecture))), agent(architecture), name, out, ExportOptions(**options)
+            )
         return out
 
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)

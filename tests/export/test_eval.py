@@ -20,7 +20,7 @@ from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
-from mara_deploy.evaluate.store import held
+from mara_deploy.files import held
 from mara_deploy.scores import FunctionScore
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder

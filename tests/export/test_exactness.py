@@ -18,6 +18,7 @@ from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.demo.__main__ import demo_agent, export_demo
 from mara_export import parity
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from mara_runtime import AlignedDecoder, DecodeConfig, ort_engine
 from mara_runtime.bundle import Bundle
@@ -82,7 +83,7 @@ def quantised(checkpoint, agent, tmp_path_factory):
         # rounding takes the most from tiny random weights; what is compared below is the bundle with itself
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(parity.GATES, precision, parity.Gate(-1.0, np.inf, differing=1.0))
-            return export(source, agent(name), "agent", out, precision=precision, max_context=256)
+            return export(source, agent(name), "agent", out, ExportOptions(precision=precision, max_context=256))
 
     return get
 

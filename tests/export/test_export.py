@@ -27,6 +27,7 @@ from mara_export import folder as folder_module
 from mara_export import parity
 from mara_export.errors import ModelError
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_export.sources import resolve_model
 from mara_export.weights import Weights
@@ -43,9 +44,12 @@ def make(checkpoint, agent) -> Make:
     """Export a tiny model to a folder."""
     checkpoint("qwen2"), agent("qwen2")  # made now: some tests break what makes them
 
-    def run(out: Path, architecture: str = "qwen2", model: Path | None = None, **options: Any) -> Bundle:
+    def run(
+        out: Path, architecture: str = "qwen2", model: Path | None = None, progress: Progress | None = None, **more: Any
+    ) -> Bundle:
         source = resolve_model(str(model or checkpoint(architecture)))
-        return export(source, agent(architecture), "agent.pth", out, **{"max_context": 64, **options})
+        options = ExportOptions(**{"max_context": 64, **more})
+        return export(source, agent(architecture), "agent.pth", out, options, progress)
 
     return run
 
@@ -407,7 +411,9 @@ def test_an_agents_own_fallback_is_in_the_manifest(checkpoint, agent_file, tmp_p
 
     loaded = agents.load(agent_file("qwen2"))
     loaded.fallback = "last"
-    bundle = export(resolve_model(str(checkpoint("qwen2"))), loaded, "agent", tmp_path / "out", max_context=64)
+    bundle = export(
+        resolve_model(str(checkpoint("qwen2"))), loaded, "agent", tmp_path / "out", ExportOptions(max_context=64)
+    )
     assert bundle.manifest.agent.fallback == "last"
 
 
@@ -569,5 +575,7 @@ def test_an_agent_of_zeros_exports(checkpoint, tmp_path, agent) -> None:
     silent = copy.deepcopy(agent("qwen2"))
     torch.nn.init.zeros_(silent.output_linear.weight)
     torch.nn.init.zeros_(silent.output_linear.bias)
-    bundle = export(resolve_model(str(checkpoint("qwen2"))), silent, "silent", tmp_path / "out", max_context=64)
+    bundle = export(
+        resolve_model(str(checkpoint("qwen2"))), silent, "silent", tmp_path / "out", ExportOptions(max_context=64)
+    )
     assert bundle.manifest.parity["passed"] is True

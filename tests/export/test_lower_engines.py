@@ -18,8 +18,8 @@ from mara_deploy.demo.__main__ import export_demo
 from mara_export.architectures import model_shape
 from mara_export.export import export
 from mara_export.narrow import island, narrow
+from mara_export.options import COLUMN, ExportOptions, Quantisation
 from mara_export.qdq import quantised
-from mara_export.quantise import COLUMN, Quantisation
 from mara_export.sources import resolve_model
 from mara_export.weights import Weights
 from mara_runtime import tensors
@@ -59,13 +59,15 @@ def bundles(tmp_path_factory, checkpoint, agent) -> Callable[..., Bundle]:
             agent(architecture),
             "agent",
             root / f"{architecture}-{precision}-{lowering}",
-            target="tensorrt",
-            lowering=lowering,
-            precision=precision,
-            quantisation=Quantisation(4, 64, keep=NO_BLOCKS_OF_64) if precision == "int4" else None,
-            max_context=64,
-            max_candidates=8,
-            gate=False,
+            ExportOptions(
+                target="tensorrt",
+                lowering=lowering,
+                precision=precision,
+                keep=NO_BLOCKS_OF_64 if precision == "int4" else (),
+                max_context=64,
+                max_candidates=8,
+                gate=False,
+            ),
         )
 
     return lambda architecture, precision, lowering="decomposed": make(architecture, precision, lowering)
@@ -291,11 +293,7 @@ def test_the_graph_for_tensorrt_passes_the_gate_on_the_cpu(
         agent(architecture),
         "agent",
         tmp_path,
-        target="tensorrt",
-        lowering=lowering,
-        precision=precision,
-        max_context=64,
-        max_candidates=8,
+        ExportOptions(target="tensorrt", lowering=lowering, precision=precision, max_context=64, max_candidates=8),
     )
     assert made.manifest.targets == ("tensorrt", "cpu")  # ONNX Runtime ran the same graph, which chooses always
     assert made.manifest.step.cache == "float16"
@@ -332,18 +330,23 @@ def test_rounding_loses_half_a_step_at_most(how: Quantisation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "how", "message"),
+    ("target", "precision", "how", "message"),
     [
-        ("tensorrt", Quantisation(4, 32), r"--block-size is 32; for --target tensorrt take 64 or 128"),
-        ("tensorrt", Quantisation(8, 32), r"--block-size is 32; for --target tensorrt int8 has a scale a column"),
-        ("tensorrt-rtx", Quantisation(4, 16), r"--block-size is 16; for --target tensorrt-rtx take 32 or 64 or 128"),
-        ("tensorrt", Quantisation(4, 64, "hqq"), r"--quantiser is 'hqq'; --lowering portable has rtn"),
-        ("tensorrt", Quantisation(4, 64), r"--block-size is 64, and /model/\S+ has 96 inputs, which is no multiple"),
-        ("tensorrt", Quantisation(4, 64, keep=("nothing/*",)), r"--keep is 'nothing/\*', which matches no matrix"),
-        ("cpu", Quantisation(8, COLUMN), r"--block-size is -1; it must be one of 16, 32"),
+        ("tensorrt", "int4", {"block_size": 32}, r"--block-size is 32; for --target tensorrt take 64 or 128"),
+        (
+            "tensorrt",
+            "int8",
+            {"block_size": 32},
+            r"--block-size is 32; for --target tensorrt int8 has a scale a column",
+        ),
+        ("tensorrt-rtx", "int4", {"block_size": 16}, r"is 16; for --target tensorrt-rtx take 32 or 64 or 128"),
+        ("tensorrt", "int4", {"quantiser": "hqq"}, r"--quantiser is 'hqq'; --lowering portable has rtn"),
+        ("tensorrt", "int4", {}, r"--block-size is 64, and /model/\S+ has 96 inputs, which is no multiple"),
+        ("tensorrt", "int4", {"keep": ("nothing/*",)}, r"--keep is 'nothing/\*', which matches no matrix"),
+        ("cpu", "int8", {"block_size": COLUMN}, r"--block-size is -1; it must be one of 16, 32"),
     ],
 )
-def test_blocks_that_a_target_does_not_read(checkpoint, agent, tmp_path, target, how, message) -> None:
+def test_blocks_that_a_target_does_not_read(checkpoint, agent, tmp_path, target, precision, how, message) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(OptionError, match=message):
         export(
@@ -351,9 +354,6 @@ def test_blocks_that_a_target_does_not_read(checkpoint, agent, tmp_path, target,
             agent("qwen2"),
             "agent",
             out,
-            target=target,
-            precision=f"int{how.bits}",
-            quantisation=how,
-            gate=False,
+            ExportOptions(target=target, precision=precision, gate=False, **how),
         )
     assert not out.exists()

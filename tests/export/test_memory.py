@@ -23,6 +23,7 @@ from mara_deploy import memory
 from mara_deploy.commands.memory import find, of_bundle
 from mara_deploy.memory import Setting, estimate
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import ModelSource
 from mara_runtime.bundle import Bundle
 from mara_runtime.tensors import spare_slots
@@ -82,12 +83,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle
             agents.untrained(256, seed=0),
             "agent",
             root / f"{shape}-{target}-{precision}-{lowering}-{context}",
-            target=target,
-            precision=precision,
-            lowering=lowering,
-            max_context=context,
-            max_candidates=CANDIDATES,
-            gate=False,
+            ExportOptions(
+                target=target,
+                precision=precision,
+                lowering=lowering,
+                max_context=context,
+                max_candidates=CANDIDATES,
+                gate=False,
+            ),
         )
         return bundle, Setting(target, precision, context, CANDIDATES, lowering)
 
@@ -96,24 +99,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle
 
 def decoder_of(bundle: Bundle) -> Any:
     return find(str(bundle.folder.parent / bundle.manifest.model.source))[1]
-
-
-def test_targets_and_sizes_are_those_of_the_export():
-    from mara_export import build, export, qdq, quantise
-
-    assert memory.TARGETS == export.PRECISIONS
-    assert memory.LOWERINGS == export.TARGETS
-    assert memory.MAX_CANDIDATES == export.MAX_CANDIDATES
-    assert memory.SLOT_MULTIPLE == build.SLOT_MULTIPLE
-    assert memory.HEAD_ROWS == build.HEAD_ROWS + 1
-    for target, precisions in memory.TARGETS.items():
-        for precision in {"int8", "int4"} & set(precisions):
-            setting = Setting(target, precision)
-            bits = int(precision[3:])
-            assert setting.block_size == export.block_size(bits, target, setting.lowering)
-            taken = qdq.BLOCK_SIZES[target][bits] if target in qdq.BLOCK_SIZES else quantise.BLOCK_SIZES
-            assert sorted(memory.BLOCK_SIZES[target][precision]) == sorted(taken)
-    assert sorted(quantise.BLOCK_SIZES) == sorted(qdq.BLOCK_SIZES["cpu"][4])  # so that a lowering makes no difference
 
 
 @pytest.mark.parametrize(

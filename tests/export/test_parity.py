@@ -19,6 +19,7 @@ from mara_export import export as export_module
 from mara_export import parity
 from mara_export.errors import ParityError
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
@@ -223,9 +224,7 @@ def attempt(checkpoint, agent, tmp_path) -> Callable[..., Bundle]:
             agent(architecture),
             "agent",
             tmp_path / "new" / "out",
-            lowering=lowering,
-            max_context=128,
-            **options,
+            ExportOptions(lowering=lowering, max_context=128, **options),
         )
 
     return run
@@ -335,8 +334,7 @@ def test_small_capacities_pass_too(checkpoint, agent, tmp_path, max_context, max
         agent("qwen2"),
         "agent",
         tmp_path / "out",
-        max_context=max_context,
-        max_candidates=max_candidates,
+        ExportOptions(max_context=max_context, max_candidates=max_candidates),
     )
     assert bundle.manifest.parity["passed"] is True
 

@@ -9,12 +9,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.__main__ import export_demo
-from mara_export.quantise import SLICE_COLUMNS, Quantisation, _blocks
+from mara_export.options import BITS, ExportOptions, Quantisation
+from mara_export.quantise import SLICE_COLUMNS, _blocks
 from mara_runtime.errors import OptionError
 from tests import checkpoints
 
 WAYS = [("int8", "rtn"), ("int8", "k-quant"), ("int4", "rtn"), ("int4", "hqq"), ("int4", "k-quant")]
-BITS = {"int8": 8, "int4": 4}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def demo(tmp_path_factory):
         key = (precision, *sorted(how.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("precision") / "demo"
-            quantisation = Quantisation(BITS[precision], **how) if how else None
-            made[key] = export_demo(out, quiet=True, max_context=64, precision=precision, quantisation=quantisation)
+            made[key] = export_demo(out, quiet=True, max_context=64, precision=precision, **how)
         return made[key]
 
     return get
@@ -154,7 +153,7 @@ def test_what_cannot_be_is_said_in_one_line(command, tmp_path, options, said) ->
     assert not out.exists()
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 4, "quantiser": "gptq"}, {"bits": 8, "block_size": 0}])
+@pytest.mark.parametrize("wrong", [{"precision": "int4", "quantiser": "gptq"}, {"precision": "int8", "block_size": 0}])
 def test_options_are_checked_where_they_are_made(wrong) -> None:
     with pytest.raises(OptionError, match="must be one of"):
-        Quantisation(**wrong)
+        ExportOptions(**wrong)

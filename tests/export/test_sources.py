@@ -93,7 +93,7 @@ def test_what_is_asked_of_the_hub_first_are_the_files_that_refuse(monkeypatch, t
     "name", ["qwen9", "a/b/c", "/nonexistent/folder", "./x/y", "with space/name", "org/", "/name", "~nosuchuser/model"]
 )
 def test_what_cannot_be_a_model_is_refused_with_the_choices(hf_home, name) -> None:
-    with pytest.raises(ModelError, match="--model takes a folder, a Hub id") as caught:
+    with pytest.raises(ModelError, match="give a folder, a Hub id") as caught:
         resolve_model(name)
     assert repr(name) in str(caught.value)
     assert "llama3.2-1b" in str(caught.value)
@@ -299,9 +299,9 @@ def test_the_files_of_a_tokenizer_without_its_json_are_fetched(checkpoint, tmp_p
     names = [path.name for path in whole.iterdir()]
     for name in filter_repo_objects(names, allow_patterns=sources._WANTED, ignore_patterns=sources._UNWANTED):
         shutil.copy(whole / name, fetched)
-    expected = load_tokenizer(whole)("another theme")["input_ids"]
+    expected = load_tokenizer(ModelSource(whole, whole.name, None))("another theme")["input_ids"]
     assert len(expected) < len("another theme")
-    assert load_tokenizer(fetched)("another theme")["input_ids"] == expected
+    assert load_tokenizer(ModelSource(fetched, fetched.name, None))("another theme")["input_ids"] == expected
 
 
 def test_a_commit_that_is_named_is_taken_though_the_model_has_moved(cached, checkpoint) -> None:

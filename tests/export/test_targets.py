@@ -13,6 +13,7 @@ from onnx import TensorProto
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.errors import ParityError
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
@@ -30,7 +31,7 @@ def make(checkpoint, agent, tmp_path):
             export_demo(tmp_path / "out", quiet=True, **options)
             return Bundle.open(tmp_path / "out")
         source = resolve_model(str(checkpoint(architecture)))
-        return export(source, agent(architecture), "agent", tmp_path / "out", **options)
+        return export(source, agent(architecture), "agent", tmp_path / "out", ExportOptions(**options))
 
     return made
 
@@ -85,12 +86,13 @@ def test_activations_that_float16_does_not_hold_are_found_on_a_cpu(
         model.model.layers[0].mlp.down_proj.weight.mul_(2.0**-17)
     folder = shutil.copytree(checkpoint("qwen2"), tmp_path / "large")
     model.save_pretrained(folder)
-    options = {"max_context": CONTEXT, "max_candidates": 8}
+    sizes = {"max_context": CONTEXT, "max_candidates": 8}
+    options = ExportOptions(target=target, lowering=lowering, precision=precision, **sizes)
     source, out = resolve_model(str(folder)), tmp_path / "out"
     with pytest.raises(ParityError, match=r"activations reach [\d,]+, and float16 holds 65,504 at most: take bf16"):
-        export(source, agent("qwen2"), "agent", out, target=target, lowering=lowering, precision=precision, **options)
+        export(source, agent("qwen2"), "agent", out, options)
     assert not out.exists()
-    bundle = export(source, agent("qwen2"), "agent", out, precision="fp32", **options)
+    bundle = export(source, agent("qwen2"), "agent", out, ExportOptions(precision="fp32", **sizes))
     assert bundle.manifest.parity is not None
     assert bundle.manifest.parity["largest_activation"] is None
 
@@ -148,8 +150,8 @@ def test_mara_export_builds_the_engine_where_it_can(command, checkpoint, agent_f
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--target", "tensorrt"], "no engine was built: "),
-        (["--target", "tensorrt-rtx", "--no-build"], "no engine was asked for (--no-build)"),
+        (["--target", "tensorrt"], "engine not built: "),
+        (["--target", "tensorrt-rtx", "--no-build"], "engine not built: --no-build was given"),
     ],
 )
 def test_mara_export_says_what_builds_the_engine_where_it_cannot(

@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
+from mara_export.sources import ModelSource, resolve_model
 from mara_export.tokenizer import load_tokenizer, write_tokenizer
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import PromptError
@@ -92,6 +93,10 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
+def source_of(folder: Path) -> ModelSource:
+    return ModelSource(folder, folder.name, None)
+
+
 def change(folder: Path, file: str = "tokenizer_config.json", **values: Any) -> None:
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -99,7 +104,7 @@ def change(folder: Path, file: str = "tokenizer_config.json", **values: Any) -> 
 
 def written(folder: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
-    facts = write_tokenizer(load_tokenizer(folder), out)
+    facts = write_tokenizer(load_tokenizer(source_of(folder)), out)
     assert facts.file == "tokenizer.json"
     assert (out / "chat_template.jinja").exists() == (facts.chat_template is not None)
     return {"facts": facts, "files": {p.name for p in out.iterdir()}}
@@ -158,13 +163,13 @@ def test_special_tokens_given_as_objects(folder, tmp_path) -> None:
 
 def test_settings_of_a_training_batch_do_not_reach_a_prompt(folder, checkpoint, tmp_path) -> None:
     """A tokenizer.json may record padding and truncation; neither belongs in a prompt."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(source_of(folder))
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=12, pad_id=checkpoints.PAD_ID, pad_token="<pad>")
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     out = tmp_path / "out"
     out.mkdir()
-    facts = write_tokenizer(load_tokenizer(folder), out)
+    facts = write_tokenizer(load_tokenizer(source_of(folder)), out)
     from types import SimpleNamespace
 
     side = TextSide(SimpleNamespace(manifest=SimpleNamespace(tokenizer=facts), path=lambda name: out / name))
@@ -175,7 +180,7 @@ def test_settings_of_a_training_batch_do_not_reach_a_prompt(folder, checkpoint, 
 
 def test_a_model_without_a_tokenizer(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert load_tokenizer(tmp_path) is None
+    assert load_tokenizer(source_of(tmp_path)) is None
 
 
 def test_a_slow_tokenizer_is_refused_with_what_to_do(tmp_path) -> None:
@@ -184,15 +189,23 @@ def test_a_slow_tokenizer_is_refused_with_what_to_do(tmp_path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     with pytest.raises(ModelError, match=r"slow-model has no fast tokenizer.* add its tokenizer\.json"):
-        load_tokenizer(folder)
+        load_tokenizer(source_of(folder))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}'])
 def test_a_damaged_tokenizer_is_refused(folder, text) -> None:
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(ModelError, match="the tokenizer of model cannot be loaded") as caught:
-        load_tokenizer(folder)
+        load_tokenizer(source_of(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_of_the_hub_is_told_by_the_models_name(cached, checkpoint) -> None:
+    folder = cached("somebody/model", checkpoint("qwen2"))
+    (folder / "tokenizer.json").unlink()  # in the cache it is a link
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="the tokenizer of somebody/model cannot be loaded"):
+        load_tokenizer(resolve_model("somebody/model"))
 
 
 def test_code_of_a_tokenizers_folder_is_not_run_nor_asked_about(folder, tmp_path, monkeypatch) -> None:
@@ -202,9 +215,9 @@ def test_code_of_a_tokenizers_folder_is_not_run_nor_asked_about(folder, tmp_path
     change(folder, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError):
-        load_tokenizer(folder)
+        load_tokenizer(source_of(folder))
     assert not proof.exists()
 
 
 def test_the_fixture_is_a_fast_tokenizer(folder) -> None:
-    assert isinstance(load_tokenizer(folder), PreTrainedTokenizerFast)
+    assert isinstance(load_tokenizer(source_of(folder)), PreTrainedTokenizerFast)

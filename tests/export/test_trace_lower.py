@@ -19,16 +19,16 @@ from onnx import TensorProto, numpy_helper
 
 from mara_export.architectures import model_shape
 from mara_export.export import export
-from mara_export.lower import LOWERINGS
+from mara_export.options import LOWERINGS, ExportOptions
 from mara_export.sources import resolve_model
 from mara_runtime import ort_engine, tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engine import Everything, Outcome, Pass, check_row
 from mara_runtime.errors import EngineError, NumericsError
 from mara_runtime.ort_engine import OrtEngine
-from mara_runtime.table_engine import TableEngine
 from tests import checkpoints
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
+from tests.table_engine import TableEngine
 
 BOTH = [(architecture, lowering) for architecture in checkpoints.ARCHITECTURES for lowering in LOWERINGS]
 each = pytest.mark.parametrize(("architecture", "lowering"), BOTH)
@@ -582,7 +582,8 @@ def pair_rows(
 def test_a_small_vocabulary_is_returned_whole(checkpoint, reference, agent, tmp_path, lowering) -> None:
     """More candidates than tokens."""
     source = resolve_model(str(checkpoint("mistral")))
-    made = export(source, agent("mistral"), "agent", tmp_path, lowering=lowering, max_context=32, max_candidates=1024)
+    options = ExportOptions(lowering=lowering, max_context=32, max_candidates=1024)
+    made = export(source, agent("mistral"), "agent", tmp_path, options)
     pair = Pair(OrtEngine(made, threads=1), reference("mistral"), agent("mistral"), SIBLINGS)
     vocab_size = pair.model.config.vocab_size
     out = pair.run(Pass(SIBLINGS, range(COUNT), 0, range(COUNT)))
@@ -735,9 +736,9 @@ def test_weights_that_are_equal_are_not_missed(checkpoint, agent, tmp_path, arch
             torch.nn.init.constant_(parameter, float("norm" in name))
     folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
     model.save_pretrained(folder)
-    options = {"max_context": MAX_CONTEXT, "max_candidates": MAX_CANDIDATES}
+    options = ExportOptions(lowering="ort", max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES)
     out = tmp_path / "bundle"
-    export(resolve_model(str(folder)), agent(architecture), "agent", out, lowering="ort", **options)  # and the gate
+    export(resolve_model(str(folder)), agent(architecture), "agent", out, options)  # and the gate
     assert Counter(node.op_type for node in step_graph(out).graph.node)["Transpose"] == 3  # heads change in the weights
 
 
@@ -757,9 +758,11 @@ def test_layers_that_are_equal(
             torch.nn.init.zeros_(projection.bias)
     folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
     model.save_pretrained(folder)
-    options = {"max_context": MAX_CONTEXT, "max_candidates": MAX_CANDIDATES, "precision": precision}
+    options = ExportOptions(
+        lowering=lowering, precision=precision, max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES
+    )
     out = tmp_path / "bundle"
-    export(resolve_model(str(folder)), agent(architecture), "agent", out, lowering=lowering, **options)  # and the gate
+    export(resolve_model(str(folder)), agent(architecture), "agent", out, options)  # and the gate
     graph = step_graph(out).graph
     stored = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
     plain = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]

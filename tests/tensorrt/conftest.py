@@ -10,6 +10,7 @@ import pytest
 
 from mara_deploy.agent import Agent
 from mara_export.export import export
+from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from mara_export.trace import trace_llm
 from tests import checkpoints
@@ -41,12 +42,14 @@ def bundle(
                 agent(architecture),
                 "an-agent",
                 out,
-                target="tensorrt-rtx",
-                lowering=lowering,
-                precision=precision,
-                max_context=MAX_CONTEXT,
-                max_candidates=MAX_CANDIDATES,
-                gate=False,
+                ExportOptions(
+                    target="tensorrt-rtx",
+                    lowering=lowering,
+                    precision=precision,
+                    max_context=MAX_CONTEXT,
+                    max_candidates=MAX_CANDIDATES,
+                    gate=False,
+                ),
             )
         return out
 

@@ -25,7 +25,7 @@ from onnx import TensorProto, numpy_helper
 
 from mara_export import trt as parts
 from mara_export.build import BuildOptions, build, why_cannot_build
-from mara_export.lower import LOWERINGS
+from mara_export.options import LOWERINGS
 from mara_export.progress import Progress
 from mara_runtime import cuda, tensors
 from mara_runtime.bundle import Bundle

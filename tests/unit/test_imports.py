@@ -12,19 +12,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "runtime" / "mara_runtime"
 EXPORT = ROOT / "export" / "mara_export"
-HEAVY = ("torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "tqdm", "mara_export")
+OF_OTHERS = ("torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "tqdm")
+HEAVY = (*OF_OTHERS, "mara_export")
 COMMANDS = ("run", "inspect", "build", "shared")
 
-BLOCK = f"""
+
+def block(names: tuple[str, ...]) -> str:
+    return f"""
 import importlib.abc, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HEAVY!r}:
+        if name.partition(".")[0] in {names!r}:
             raise ImportError(name + " is blocked")
 
 sys.meta_path.insert(0, Blocker())
 """
+
+
+BLOCK = block(HEAVY)
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,11 +90,17 @@ def test_the_commands_of_the_runtime_import_without_the_heavy_packages(command: 
     assert out.returncode == 0, out.stderr
 
 
+def test_the_memory_model_needs_nothing_of_the_export_extra() -> None:
+    out = python(f"{block(OF_OTHERS)}\nimport mara_deploy.commands.memory")
+    assert out.returncode == 0, out.stderr
+
+
 @pytest.mark.parametrize("command", ["run", "inspect", "export", "build", "eval"])
 def test_help_answers_without_any_heavy_package_and_without_numpy(command: str) -> None:
-    # numpy too would be felt: --help answers at once.
+    # numpy too would be felt: --help answers at once. What an export has to choose from is told by mara_export.options
+    blocked = OF_OTHERS if command == "export" else HEAVY
     code = (
-        f"{BLOCK}\nimport atexit\nfrom mara_deploy.commands.{command} import main\n"
+        f"{block(blocked)}\nimport atexit\nfrom mara_deploy.commands.{command} import main\n"
         "atexit.register(lambda: print('LOADED', sorted({m.partition('.')[0] for m in sys.modules} & "
         "{'numpy', 'tokenizers', 'jinja2', 'onnxruntime'})))\nmain(['--help'])"
     )

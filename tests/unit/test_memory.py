@@ -12,6 +12,7 @@ from mara_deploy.commands import inspect
 from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import Setting, estimate
 from mara_export.errors import ModelError
+from mara_export.options import PRECISIONS_OF
 from mara_export.sources import ALIASES
 from mara_runtime.errors import OptionError
 from tests.unit import helpers
@@ -150,7 +151,7 @@ def test_an_alias_in_every_precision(capsys):
     code, out, _ = run(capsys, "--memory", "llama3.2-3b")
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith(("fp", "bf", "int"))]
-    assert [(r[0], r[1]) for r in rows] == [(p, c) for p in memory.TARGETS["tensorrt"] for c in ("2048", "8192")]
+    assert [(r[0], r[1]) for r in rows] == [(p, c) for p in PRECISIONS_OF["tensorrt"] for c in ("2048", "8192")]
     for row in rows:
         assert sum(int(part) for part in row[2:6]) == pytest.approx(int(row[6]), abs=2)
     assert rows[4][7] == "no"  # fp32 on 8 GB

@@ -1,0 +1,50 @@
+"""`ExportOptions`: what is left out becomes the target's own, and needs no PyTorch for it."""
+
+import pytest
+
+from mara_export.options import COLUMN, PRECISIONS_OF, ExportOptions, Quantisation
+from mara_runtime.errors import OptionError
+
+
+@pytest.mark.parametrize(
+    ("given", "lowering", "precision", "cache", "runs_on"),
+    [
+        ({}, "ort", "fp32", "float32", ("cpu",)),
+        ({"precision": "fp16", "lowering": "portable"}, "portable", "fp16", "float32", ("cpu",)),
+        ({"target": "cuda"}, "ort", "fp16", "float16", ("cuda", "cpu")),
+        ({"target": "tensorrt"}, "portable", "fp16", "float16", ("tensorrt", "cpu")),
+        ({"target": "tensorrt", "precision": "fp32"}, "portable", "fp32", "float32", ("tensorrt", "cpu")),
+        (
+            {"target": "tensorrt-rtx", "precision": "bf16", "gate": False},
+            *("portable", "bf16", "bfloat16", ("tensorrt-rtx",)),
+        ),
+    ],
+)
+def test_what_is_left_out_becomes_the_targets_own(given, lowering, precision, cache, runs_on):
+    options = ExportOptions(**given)
+    assert (options.lowering, options.precision, options.cache) == (lowering, precision, cache)
+    assert options.runs_on == runs_on
+    assert options.quantisation is None
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "how"),
+    [
+        ("cpu", "int4", Quantisation(4, 32)),
+        ("cuda", "int8", Quantisation(8, 32)),
+        ("tensorrt", "int4", Quantisation(4, 64)),
+        ("tensorrt-rtx", "int4", Quantisation(4, 32)),
+        ("tensorrt", "int8", Quantisation(8, COLUMN)),
+    ],
+)
+def test_blocks_are_the_targets_own(target, precision, how):
+    assert ExportOptions(target, precision=precision).quantisation == how
+    kept = ExportOptions(target, precision=precision, keep=("*/lm_head/*",)).quantisation
+    assert kept.to_json() == {**how.to_json(), "keep": ["*/lm_head/*"]}
+
+
+@pytest.mark.parametrize("target", PRECISIONS_OF)
+@pytest.mark.parametrize("given", [{"block_size": 32}, {"block_size": 0}, {"quantiser": "rtn"}, {"keep": ("x",)}])
+def test_floats_have_no_blocks(target, given):
+    with pytest.raises(OptionError, match="are for --precision int8 and int4"):
+        ExportOptions(target, **given)
