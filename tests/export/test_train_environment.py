@@ -145,6 +145,15 @@ def test_it_is_the_seed_that_decides(environment, agent) -> None:
     assert tokens(0) != tokens(1)
 
 
+def test_of_equal_logits_the_lower_ids_are_candidates() -> None:
+    """Not those that torch happens to find first."""
+    logits = torch.zeros(1, 300)
+    logits[0, [250, 40, 90, 20, 11, 200]] = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    lm = SimpleNamespace(head=lambda states: logits)
+    (found,) = Environment(lm, EOS, 3, 1.0, NEW_TOKENS)._candidates(torch.zeros(1, 2), [SimpleNamespace(index=0)])
+    assert found.ids.tolist() == [250, 11, 20]
+
+
 def test_an_answer_ends_at_its_limit(environment, agent) -> None:
     short = Environment(environment.lm, frozenset(), 40, 0.95, 3)
     for episode in short.rollout(PROMPTS, policy_of(agent("qwen2")), None):
@@ -166,13 +175,14 @@ def test_one_candidate_everywhere_is_greedy_decoding_without_a_decision(environm
         assert (episode.decisions, len(episode.chain.accepted)) == (0, 0)
 
 
-def test_a_state_that_is_not_finite_is_named(environment, agent, monkeypatch) -> None:
+@pytest.mark.parametrize("value", [math.inf, 1e5])
+def test_a_state_that_is_not_finite_as_float16_is_named(environment, agent, monkeypatch, value) -> None:
     real = environment.lm.candidates
 
     def broken(cache, tokens, counts):
         states, siblings = real(cache, tokens, counts)
         if int(cache.lengths[1]) == len(PROMPTS[1]) + 2:
-            states[int(counts[0])] = math.inf
+            states[int(counts[0])] = value
         return states, siblings
 
     monkeypatch.setattr(environment.lm, "candidates", broken)

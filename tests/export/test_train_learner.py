@@ -151,6 +151,19 @@ def test_divergence_is_an_error_of_one_line(learner, batch) -> None:
         learner.update(replace(batch, scores=np.full_like(batch.scores, np.inf)))
 
 
+def test_gradients_are_clipped(learner, batch) -> None:
+    learner.update(replace(batch, scores=1000 * batch.scores))
+    norm = torch.stack([p.grad.norm() for p in learner.critic.parameters()]).norm()
+    assert float(norm) == pytest.approx(CONFIG.clip_norm, rel=1e-4)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    for part, name in (("actor", "linear1.weight"), ("critic", "linear11.weight")):
+        one, again, other = (Learner(D, replace(CONFIG, seed=seed)).state()[part][name] for seed in (0, 0, 1))
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+
+
 def test_critics_have_the_names_of_the_released_ones() -> None:
     names = {name.partition(".")[0] for name in TwinCritic(D, (8, 4)).state_dict()}
     assert names == {"ln", *(f"linear{twin}{layer}" for twin in "12" for layer in "123")}

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mara_deploy import agent as agents
 from mara_deploy import reward_model
-from mara_deploy.evaluate.store import held
-from mara_deploy.train import folder, report, task
+from mara_deploy.files import held
+from mara_deploy.train import folder, loop, report, task
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.report import write_report
@@ -163,6 +164,15 @@ def test_when_checkpoints_are_made_does_not_matter(run, whole, monkeypatch, tmp_
     assert same(everything(tmp_path / "rare"), whole)
 
 
+def test_a_checkpoint_in_the_middle_of_a_round_is_gone_on_from(run, command, scores, whole, tmp_path) -> None:
+    scores.CALLS, scores.TRIP = 0, {29: "fail"}
+    assert run("rare", checkpoint_minutes=600).code == 2
+    made = torch.load(tmp_path / "rare" / "checkpoint.pt", weights_only=True)["progress"]["episodes"]
+    assert 0 < made < 56, "the reserve has not run out"
+    assert command("train", "--resume", "--out", "rare").code == 0
+    assert same(everything(tmp_path / "rare"), whole)
+
+
 def test_more_episodes_may_be_asked_for_later(run, command, whole, tmp_path) -> None:
     assert run("short", episodes=12).code == 0
     assert command("train", "--resume", "--out", "short", "--episodes", 60).code == 0
@@ -250,12 +260,44 @@ def test_a_reward_model_is_read_as_before_and_known_again(command, checkpoint, t
     assert "the code or weights of the score judge have changed" in done.err.splitlines()[-1]
 
 
-def test_another_seed_is_another_agent(run, tmp_path) -> None:
+def test_the_seed_decides_weights_prompts_actions_and_batches(run, tmp_path) -> None:
+    """Each of them: one alone makes another agent. For the weights see test_train_learner.py."""
     for seed in (0, 1):
         assert run(f"seed{seed}", seed=seed, episodes=8).code == 0
     one, other = (everything(tmp_path / f"seed{seed}") for seed in (0, 1))
     assert not same(one["agent"], other["agent"])
-    assert one["log"] != other["log"]
+    prompts = [[row["example"]["prompt"] for row in made["log"]] for made in (one, other)]
+    assert prompts[0] != prompts[1]
+    streams = {made["state"][use]["state"]["inc"] for made in (one, other) for use in ("actions", "batches")}
+    assert len(streams) == 4, "generators that draw the same numbers"
+
+
+def test_updates_begin_when_there_is_enough_and_none_is_lost(whole) -> None:
+    first, *rest = whole["log"]
+    assert first["transitions"] < SMALL["start-transitions"] <= rest[0]["transitions"]
+    assert [row["updates"] for row in whole["log"]] == [int(0.75 * (row["episodes"] - 2)) for row in whole["log"]]
+
+
+def test_a_score_is_paid_less_its_baseline(run, monkeypatch, tmp_path) -> None:
+    paid, real = [], Replay.add
+    monkeypatch.setattr(Replay, "add", lambda self, chain, score: (paid.append(score), real(self, chain, score)))
+    assert run("out", episodes=8, score_baseline=0.25).code == 0
+    rows = everything(tmp_path / "out")["log"]
+    means = np.reshape(paid, (4, 2)).mean(axis=1) + 0.25
+    assert means.tolist() == pytest.approx([row["score"] for row in rows])
+    assert rows[0]["example"]["score"] == pytest.approx(paid[0] + 0.25)
+
+
+def test_checkpoints_are_minutes_apart(run, scores, monkeypatch) -> None:
+    made, real = [], RunFolder.save
+    monkeypatch.setattr(
+        RunFolder,
+        "save",
+        lambda self, state, *rest: (made.append(state["progress"]["episodes"]), real(self, state, *rest)),
+    )
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * scores.CALLS))  # 25 s a round
+    assert run("out", episodes=16, checkpoint_minutes=1, replay_transitions=2000).code == 0
+    assert made == [6, 12, 16]
 
 
 def test_both_files_of_the_agent_load_and_say_where_it_comes_from(run, tmp_path) -> None:

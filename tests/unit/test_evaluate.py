@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ import pytest
 from mara_deploy.evaluate.answers import Answer, Asking, BundleAnswers, seed_of, total_stats
 from mara_deploy.evaluate.compare import Bootstrap
 from mara_deploy.evaluate.evaluate import evaluate
-from mara_deploy.evaluate.judge import Judge
-from mara_deploy.evaluate.report import examples, html, lines, result
+from mara_deploy.evaluate.judge import Judge, remember
+from mara_deploy.evaluate.report import _curve, _whisker, examples, html, lines, number, result
 from mara_deploy.prompts import Prompt
 from mara_deploy.scores import FunctionScore, ScoreError
 from mara_runtime.config import DecodeConfig
@@ -223,6 +224,12 @@ def test_two_scores_of_one_name_are_told_apart(tmp_path):
     found = compared(tmp_path, judges=judges)
     assert found.weights == {"s (1)": 1.0, "s (2)": 1.0}
     assert found.aligned.each["s (2)"][5] == len("100 or so")
+
+
+def test_where_a_prompt_ends_matters_and_names_may_be_long(tmp_path):
+    combined, (store,) = remember([Judge(FunctionScore("s" * 300, length))], tmp_path)
+    with store:
+        assert combined(["ab", "a"], ["c", "bc"]) == [1.0, 2.0]
 
 
 def test_changed_settings_are_refused_before_anything_is_answered(tmp_path):
@@ -437,14 +444,55 @@ def test_examples_are_the_worst_the_best_and_a_draw(tmp_path):
     assert [kind["title"] for kind in examples(only_ties, "other", 2)] == ["Drawn at random from the rest"]
 
 
+def told(found) -> list[str]:
+    return result(found, FACTS, Bootstrap())["cautions"]
+
+
 def test_a_reader_is_warned(tmp_path):
     def warned(name, **options):
-        found = compared(tmp_path / name, **options)
-        return " ".join(result(found, FACTS, Bootstrap())["cautions"])
+        return " ".join(told(compared(tmp_path / name, **options)))
 
     assert "of the answers of other contain no word" in warned("empty", theirs=("?",) * 7)
     assert "Aligned answers have 9 words on average, those of other 1" in warned("long", ours=("a " * 9,) * 7)
     assert "every prompt ended alike" in warned("alike", ours=("9",) * 7, theirs=("1",) * 7)
     ours, theirs = scripted("aligned", *OURS), scripted("best-of-3", *THEIRS)
     found = evaluate(PROMPTS, ours, [theirs], JUDGES, tmp_path / "best", quiet=True)
-    assert "best-of-3 picks its answer by the very score" in " ".join(result(found, FACTS, Bootstrap())["cautions"])
+    assert "best-of-3 picks its answer by the very score" in " ".join(told(found))
+
+
+def test_answers_that_are_cut_off_or_shorter_are_a_caution(tmp_path):
+    found = compared(tmp_path, theirs=("a " * 9,) * 7)
+    assert any(c.startswith("Aligned answers have 1 words on average, those of other 9:") for c in told(found))
+    side = found.baselines["other"]
+    for share, caution in ((0.1, True), (0.09, False)):
+        found.baselines["other"] = replace(side, text=replace(side.text, cut_off=share))
+        assert ("10% of the answers of other are cut off: raise --max-new-tokens." in told(found)) == caution
+
+
+def test_an_example_says_whether_it_was_seen_and_cut_off(tmp_path):
+    found = compared(tmp_path, seen=[PROMPTS[6].text])
+    found.aligned.answers[6] = replace(found.aligned.answers[6], finish_reason="length")
+    worst = examples(found, "other", 2)[0]["items"]
+    assert [item["seen"] for item in worst] == [True, False]
+    assert [[side["cut_off"] for side in item["sides"]] for item in worst] == [[True, False], [False, False]]
+
+
+def test_the_drawings_by_hand():
+    ours, theirs = SimpleNamespace(combined=[1.0, 0.0, 0.0]), SimpleNamespace(combined=[0.0, 2.0, 0.0])
+    curve = _curve(ours, theirs, width=300.0, height=100.0)  # of -2, 0 and 1
+    level = "0.0,50.0 100.0,50.0 100.0,50.0 200.0,50.0"
+    assert curve["win"] == f"0,50.0 {level} 200.0,25.0 300.0,25.0 300.0,50.0"
+    level = "100.0,50.0 200.0,50.0 200.0,50.0 300.0,50.0"
+    assert curve["loss"] == f"0,50.0 0.0,100.0 100.0,100.0 {level} 300.0,50.0"
+    assert (curve["least"], curve["most"]) == (-2.0, 1.0)
+    assert _whisker({"rate": 0.0, "interval": (-1.0, 0.5)}) == {"low": 6.0, "at": 90.0, "high": 132.0}
+    assert _whisker({"rate": 1.0, "interval": None}) == {"low": 174.0, "at": 174.0, "high": 174.0}
+
+
+def test_figures_have_four_digits():
+    assert [number(value) for value in (1234.567, 0.000123456, 1234567, None)] == [
+        "1235",
+        "0.0001235",
+        "1,234,567",
+        "–",
+    ]

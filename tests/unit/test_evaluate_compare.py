@@ -39,6 +39,11 @@ def test_two_units_by_hand():
     assert Bootstrap(level=0.4).interval(np.array([1.0, 1.0, 1.0, -1.0]), np.array([0, 0, 0, 1])) == (0.5, 0.5)
 
 
+def test_the_difference_has_an_interval_of_its_own():
+    found = preference([3.0, 1.0], [0.0, 0.0], np.arange(2), Bootstrap())
+    assert (found.interval, found.difference_interval) == ((1.0, 1.0), (1.0, 3.0))
+
+
 def test_a_single_unit_has_no_interval():
     found = preference([1.0, 2.0], [0.0, 0.0], np.array([0, 0]), Bootstrap())
     assert (found.interval, found.difference_interval) == (None, None)
