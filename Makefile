@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup demo test test-long check lint docs clean
+.PHONY: setup demo test test-long test-lowest check lint docs clean
 
 setup: $(VENV)/.ready $(VENV)/.names
 
@@ -38,6 +38,11 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -q
+
+# The runtime at the lowest versions that pyproject.toml permits, in an environment of its own; LOWEST=python3.10 names
+# another interpreter for it.
+test-lowest: $(VENV)/.ready
+	$(BIN)/python tests/lowest.py $(LOWEST)
 
 lint: setup
 	$(BIN)/ruff check .

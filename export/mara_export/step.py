@@ -7,9 +7,11 @@ wide as the vocabulary need leave the engine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto, helper
 
 from mara_export.lower import value_info
 from mara_export.nodes import Nodes, set_nodes
@@ -111,9 +113,7 @@ def _best_tokens(add: Nodes, top: int, pad: bool) -> None:
 
     pad: the rows may be one fewer than is told of them.
     """
-    values, ids = add.several(
-        "TopK", [tensors.LOGITS, add.ints(top)], ["step/top_logits", "step/top_ids"], axis=-1, largest=1, sorted=1
-    )
+    values, ids = _top_k(add, top, ["step/top_logits", "step/top_ids"], maybe_none=pad)
     greatest = add("Slice", values, add.ints(0), add.ints(1), add.ints(1))
     total = add("ReduceSum", add("Exp", add("Sub", tensors.LOGITS, greatest)), add.ints(1), keepdims=1)
     normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.ints(1))
@@ -127,6 +127,29 @@ def _best_tokens(add: Nodes, top: int, pad: bool) -> None:
             add("Pad", value, behind, add.constant(nothing), add.ints(0), to=name)
         else:
             add("Identity", value, to=name)
+
+
+def _top_k(add: Nodes, top: int, names: list[str], *, maybe_none: bool) -> list[str]:
+    """Values and indices of the greatest logits; maybe_none: there may be no row."""
+    inputs = [tensors.LOGITS, add.ints(top)]
+    how: dict[str, Any] = {"axis": -1, "largest": 1, "sorted": 1}
+    if not maybe_none:
+        return add.several("TopK", inputs, names, **how)
+    types = {"values": TensorProto.FLOAT, "indices": TensorProto.INT64}
+    outputs = [helper.make_tensor_value_info(name, kind, [None, top]) for name, kind in types.items()]
+    some = [helper.make_node("TopK", inputs, list(types), **how)]
+    none = [
+        helper.make_node("Constant", [], [name], value=helper.make_tensor(name, kind, [0, top], []))
+        for name, kind in types.items()
+    ]
+    # in ONNX Runtime before 1.31, TopK of no row divides by zero, which ends the process
+    return add.several(
+        "If",
+        [add("Greater", add("Size", _CHOSEN), add.constant(0))],
+        names,
+        then_branch=helper.make_graph(some, "some row", [], outputs),
+        else_branch=helper.make_graph(none, "no row", [], outputs),
+    )
 
 
 def _split(graph: onnx.GraphProto) -> tuple[list[NodeProto], list[NodeProto]]:

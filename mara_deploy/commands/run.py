@@ -92,7 +92,8 @@ def _run(args: argparse.Namespace) -> None:
             _chat(decoder, config, args.system, variables, trace)
         elif args.json:
             result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace)
-            print(json.dumps(result.to_json(), ensure_ascii=False))
+            utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+            print(json.dumps(result.to_json(), ensure_ascii=not utf8))
         else:
             result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace, echo=True)
             if result.text is None:
@@ -167,6 +168,9 @@ def _chat(
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:  # what was typed is taken back
+            print()
+            continue
         if not text.strip():
             messages = []
             print("(new conversation)", file=sys.stderr)
@@ -177,7 +181,8 @@ def _chat(
             result = _answer(decoder.stream(whole, config, template=variables), trace, echo=True)
         except (MaraError, KeyboardInterrupt) as error:  # neither ends the session
             messages.pop()
-            print(f"\nerror: {error}" if isinstance(error, MaraError) else "\n(stopped)", file=sys.stderr)
+            why = f"error: {error}" if isinstance(error, MaraError) else "(stopped; your message is taken back)"
+            print(f"\n{why}", file=sys.stderr)
             continue
         print(flush=True)
         print(_counters(result), file=sys.stderr)

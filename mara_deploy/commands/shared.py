@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
+import os
 import signal
 import sys
 import threading
@@ -16,6 +18,18 @@ from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import Manifest
 
 EXIT_BAD_INPUT = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from mara_runtime.versions import installed
+
+        print(f"{parser.prog} (mara-deploy {installed('mara-deploy')['mara-deploy']})")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +44,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--version", action=_Version, help="show the version, and leave")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave."""
@@ -42,17 +57,32 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
     try:
         with _termination_unwinds():
             body(args)
-    except (MaraError, KeyboardInterrupt, Terminated, BrokenPipeError) as error:
-        if args.debug:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except (MaraError, KeyboardInterrupt, Terminated, OSError) as error:
+        if args.debug or (isinstance(error, OSError) and error.errno not in (*_FULL, errno.EPIPE)):
             raise
+        if isinstance(error, OSError):
+            _drop_output()
         if isinstance(error, BrokenPipeError):  # the reader has left, as `head` does
             sys.stderr.close()
             return EXIT_BAD_INPUT
-        message = " ".join(str(error).split()) if isinstance(error, MaraError) else "interrupted"
+        if isinstance(error, MaraError):
+            message = " ".join(str(error).split())
+        else:
+            message = f"cannot write: {error.strerror}" if isinstance(error, OSError) else "interrupted"
         with contextlib.suppress(OSError):  # the terminal is gone
             print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
+
+
+def _drop_output() -> None:
+    """What is left of the output cannot be written; Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Terminated(BaseException):
@@ -164,7 +194,9 @@ def template_variables(settings: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             sign = ""
         if not key or not sign:
-            raise OptionError(f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false")
+            raise OptionError(
+                f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false or 'name=\"text\"'"
+            )
     return variables
 
 

@@ -7,8 +7,11 @@ The names are imported on first use, so that `import mara_runtime` alone costs n
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime 1.32 reports to Microsoft otherwise; 0 allows it
 
 if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle
@@ -25,6 +28,10 @@ _HOME = {
     "Generation": "decoder",
     "MaraError": "errors",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

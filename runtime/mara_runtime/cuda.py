@@ -5,6 +5,7 @@ An address is a whole number, and a failure an EngineError of one line.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ def why_not() -> str | None:
         status, count = cuda.cudaGetDeviceCount()
     except RuntimeError as error:  # of cuda-bindings 12.8 and before, where there is no driver
         return f"there is no NVIDIA GPU that can be used ({error})"
+    if int(status) == _TOO_OLD and not _has_driver():
+        return "there is no NVIDIA GPU that can be used: no driver is installed"
     if int(status) == _TOO_OLD:
         return (
             f"there is no NVIDIA GPU that can be used ({_text(cuda, status)}); if there is one, its driver is too old "
@@ -68,6 +71,14 @@ def why_not() -> str | None:
     if int(status) != 0 or not count:
         return f"there is no NVIDIA GPU that can be used ({_text(cuda, status) if int(status) else 'none was found'})"
     return None
+
+
+def _has_driver() -> bool:
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 def compute_capability() -> str:

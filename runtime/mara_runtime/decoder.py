@@ -9,6 +9,7 @@ Each is a thin wrapper of the next.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -78,13 +79,16 @@ class _Cache:
     """see `Session.held`"""
     turn: int = 0
     """the latest answer; those before it cannot go on"""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """of whoever runs a pass, or changes what stands here"""
 
 
 _CACHES: WeakKeyDictionary[Engine, _Cache] = WeakKeyDictionary()
 
 
 class AlignedDecoder:
-    """A bundle ready to decode. One generation at a time: there is one KV cache.
+    """A bundle ready to decode. One answer at a time, as there is one KV cache: with threads, `generate` waits for its
+    turn, and a stream ends with an error when another answer has begun.
 
     A prompt that begins with what the cache still holds, as the next turn of a conversation does, keeps that part.
 
@@ -124,10 +128,11 @@ class AlignedDecoder:
 
     def forget(self) -> None:
         """Empty the KV cache, and forget what was learned of the agent and of the texts."""
-        self._cache.turn += 1
-        self._cache.held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
-        self.engine.clear()
-        self._acceptance, self._drafts = Acceptance(), NGrams()
+        with self._cache.lock:
+            self._cache.turn += 1
+            self._cache.held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
+            self.engine.clear()
+            self._acceptance, self._drafts = Acceptance(), NGrams()
 
     def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt.
@@ -178,8 +183,9 @@ class AlignedDecoder:
         """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
         config = self._resolve(config or DecodeConfig())
         ids = self.encode(prompt, raw=raw, template=template)
-        self._cache.turn += 1
-        return self._pieces(ids, config, self._cache.turn)
+        with self._cache.lock:
+            self._cache.turn += 1
+            return self._pieces(ids, config, self._cache.turn)
 
     def generate(
         self,
@@ -189,10 +195,11 @@ class AlignedDecoder:
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
     ) -> Generation:
-        """Decode a whole answer; see `encode` for prompts."""
+        """Decode a whole answer; see `encode` for prompts. Threads that ask at the same time wait for each other."""
         result = None
-        for piece in self.stream(prompt, config, raw=raw, template=template):
-            result = piece.result
+        with self._cache.lock:
+            for piece in self.stream(prompt, config, raw=raw, template=template):
+                result = piece.result
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result
 
@@ -231,8 +238,9 @@ class AlignedDecoder:
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
         eos = frozenset(manifest.model.eos_token_ids)
         stats = Stats()
-        self._check_turn(turn)  # before anything is measured under the feet of another answer
-        session = self._session(config)
+        with self._cache.lock:
+            self._check_turn(turn)  # before anything is measured under the feet of another answer
+            session = self._session(config)
         stream = TextStream(self.text_side, config.stop) if self.text_side else None
         emitted: list[int] = []
         steps = decode(
@@ -245,8 +253,9 @@ class AlignedDecoder:
             stats=stats,
         )
         while True:
-            self._check_turn(turn)
-            step = next(steps)
+            with self._cache.lock:
+                self._check_turn(turn)
+                step = next(steps)
             emitted.append(step.token)
             text = stream.push(step.token) if stream else ""
             ended = step.token in eos or (stream is not None and stream.stopped)

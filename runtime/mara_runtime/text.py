@@ -57,17 +57,18 @@ class TextSide:
         variables: what the template asks for besides the messages, `enable_thinking` say.
         """
         template = self.template
-        if not all(isinstance(message, Mapping) for message in messages):
+        if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
             raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
         if not messages or not str(messages[-1].get("content") or "").strip():
-            raise PromptError("the prompt is empty: give at least one character")
+            raise PromptError("the prompt is empty, or blank: give some text")
         return self._encode(template.render(messages, variables), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt is not Unicode text: {error}") from None
+            found = ascii(text[error.start])
+            raise PromptError(f"the prompt is not Unicode text: it holds {found}, which is no character") from None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:

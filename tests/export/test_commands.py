@@ -17,7 +17,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +335,52 @@ def test_a_reader_that_leaves_is_no_traceback(bundle, options) -> None:
     assert "BrokenPipe" not in err
 
 
+@pytest.mark.parametrize(
+    "options", [("run", "--input-ids", ids(IDS)), ("run", "--input-ids", ids(IDS), "--json"), ("inspect",)]
+)
+def test_a_full_disk_behind_the_output_is_one_line(bundle, options) -> None:
+    command, *rest = options
+    argv = [sys.executable, "-m", f"mara_deploy.commands.{command}", bundle("qwen2"), *rest]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"mara-{command}: error: cannot write: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_json_reaches_an_output_that_is_not_utf_8(bundle, result) -> None:
+    argv = [sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), "--input-ids", ids(IDS), "--json"]
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*argv, "--max-new-tokens", "60"], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0
+    expected = result("--input-ids", ids(IDS), "--max-new-tokens", 60)
+    assert not expected["text"].isascii()
+    assert json.loads(done.stdout)["text"] == expected["text"]
+
+
+def test_the_version(command) -> None:
+    outcome = command("run", "--version")
+    assert (outcome.code, outcome.out) == (0, f"mara-run (mara-deploy {version('mara-deploy')})\n")
+
+
+def test_onnx_runtime_reports_nothing_unless_it_is_allowed(bundle, tmp_path) -> None:
+    argv = [
+        sys.executable,
+        "-m",
+        "mara_deploy.commands.run",
+        bundle("qwen2"),
+        "--input-ids",
+        ids(IDS),
+        "--max-new-tokens",
+        "2",
+    ]
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run(argv, capture_output=True, env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if "microsoft" in str(path.relative_to(tmp_path)).lower()]
+
+
 # --- mara-inspect ----------------------------------------------------------------------------------------------------
 
 
@@ -512,14 +558,18 @@ def in_an_answer(terminal, bundle) -> Terminal:
 def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None:
     screen = in_an_answer(terminal, bundle)
     screen.write("\x03")
-    text = screen.read_until(r"\(stopped\)\n> ")
+    text = screen.read_until(r"\(stopped; your message is taken back\)\n> ")
     assert "ended by" not in text
     time.sleep(0.5)  # Python's own line reader misses a signal between the prompt and its wait
-    screen.write("\x03")  # while it waits for a line: the end, as everywhere else
-    rest = screen.read_until("never")
-    assert screen.process.wait(timeout=30) == 2
-    assert "mara-run: error: interrupted" in rest
-    assert "Traceback" not in text + rest
+    screen.write("half a line")
+    text += screen.read_until("half a line")
+    screen.write("\x03")  # what was typed is taken back
+    text += screen.read_until(r"\n> ")
+    time.sleep(0.5)
+    screen.write("\x04")
+    text += screen.read_until("never")
+    assert screen.process.wait(timeout=30) == 0
+    assert "Traceback" not in text
 
 
 def test_a_termination_ends_the_chat_in_the_middle_of_an_answer(terminal, bundle) -> None:

@@ -392,7 +392,11 @@ def test_a_build_that_fails(copied: Callable[..., Bundle]) -> None:
 
 
 def test_a_gpu_that_lacks_what_the_graph_needs(copied: Callable[..., Bundle]) -> None:
-    assert "Turing" in refused(copied(), compute_capabilities=("7.5",))
+    """TensorRT for RTX names Turing among its GPUs, and then has no kernel for a Gemm in float32."""
+    assert "SM75" in trt.ComputeCapability.__members__
+    message = refused(copied(), compute_capabilities=("7.5",))
+    assert "--compute-capability is '7.5'" in message
+    assert "builds for 8.0" in message
 
 
 def test_a_compute_capability_that_is_unknown(copied: Callable[..., Bundle]) -> None:
@@ -472,7 +476,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "there is no NVIDIA GPU that can be used (no CUDA-capable device is detected (100))" in reason
     assert cuda.FOR_CUDA_12 not in reason
     stand_in(monkeypatch, "10.16.1.11", gpus=0, status=35)
-    assert cuda.FOR_CUDA_12 in str(why_cannot_build("tensorrt"))
+    for driver, told in ((True, cuda.FOR_CUDA_12), (False, "no driver is installed")):
+        monkeypatch.setattr(cuda, "_has_driver", lambda found=driver: found)
+        assert told in str(why_cannot_build("tensorrt"))
     stand_in(monkeypatch, "10.16.1.11", gpus=1)
     assert why_cannot_build("tensorrt") is None
 

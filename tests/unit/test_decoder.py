@@ -1,6 +1,9 @@
 """AlignedDecoder over a table: prompts, capacity, the fallback in force, stop texts, results."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from numpy.typing import NDArray
 
 from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
 from mara_runtime.config import SCHEDULES
-from mara_runtime.engine import Pass
+from mara_runtime.engine import Outcome, Pass
 from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
 from mara_runtime.schedule import Acceptance
 from mara_runtime.tensors import spare_slots
@@ -380,6 +383,52 @@ def test_decoders_that_share_an_engine_know_what_it_holds(tmp_path: Path) -> Non
     other.generate([9, 6, 7], config)
     with pytest.raises(MaraError, match="cannot go on"):
         next(begun)
+
+
+def test_threads_that_ask_at_the_same_time_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, engine = make_decoder(tmp_path, reciting())
+    config = DecodeConfig(top_k=2, max_new_tokens=12)
+    prompts = [[5] * (n + 1) for n in range(4)]
+    expected = [decoder.generate(prompt, config).token_ids for prompt in prompts]
+    run, inside = engine.run, threading.Lock()
+
+    def alone(work: Pass) -> Outcome:
+        assert inside.acquire(blocking=False), "two threads are in the engine"
+        try:
+            time.sleep(1e-4)  # another thread's turn
+            return run(work)
+        finally:
+            inside.release()
+
+    monkeypatch.setattr(engine, "run", alone)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(decoder.generate, prompt, config) for prompt in prompts * 5]
+        assert [each.result().token_ids for each in asked] == expected * 5
+
+
+def test_streams_in_threads_are_right_or_end_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, engine = make_decoder(tmp_path, reciting())
+    config = DecodeConfig(top_k=2, max_new_tokens=12)
+    prompts = [[5] * (n + 1) for n in range(4)]
+    expected = [decoder.generate(prompt, config).token_ids for prompt in prompts]
+    run = engine.run
+
+    def slow(work: Pass) -> Outcome:
+        time.sleep(1e-4)
+        return run(work)
+
+    monkeypatch.setattr(engine, "run", slow)
+
+    def answer(prompt: list[int]) -> list[int] | None:
+        try:
+            return [piece.step.token for piece in decoder.stream(prompt, config)]
+        except MaraError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, prompts * 10))
+    assert all(tokens in (None, right) for tokens, right in zip(found, expected * 10, strict=True))
+    assert any(found)
 
 
 def test_forget_leaves_a_decoder_as_it_was_at_first(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -66,6 +67,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     machine.install(monkeypatch)
     yield machine
     machine.check_given_back()
+
+
+def test_top_k_never_has_no_row(bundle: Bundle) -> None:
+    """ONNX Runtime before 1.31 then divides by zero, which ends the process."""
+    graph = onnx.load(bundle.path(bundle.manifest.step.file)).graph
+    assert "TopK" not in {node.op_type for node in graph.node}
+    (choice,) = (node for node in graph.node if node.op_type == "If")
+    branches = {a.name: [node.op_type for node in a.g.node] for a in choice.attribute}
+    assert branches == {"then_branch": ["TopK"], "else_branch": ["Constant", "Constant"]}
+    out = OrtEngine(bundle).run(Pass([1], [0], 0))
+    assert len(out.rows) == len(out.top_ids) == len(out.top_logits) == len(out.log_normaliser) == 0
 
 
 def begin_with(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:

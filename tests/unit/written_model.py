@@ -102,7 +102,8 @@ def traced_agent() -> onnx.ModelProto:
     """The agent as a graph that makes 0 of NaN, as a ReLU may: the step graph must see to it by itself."""
     add = Nodes()
     zero = add.constant(0.0, "float32")
-    margin = add("MatMul", tensors.AGENT_STATES, add.constant(AGENT, "float32"))
+    column = add("MatMul", tensors.AGENT_STATES, add.constant(AGENT[:, None], "float32"))
+    margin = add("Squeeze", column, add.constant([1], "int64"))
     above = add("Where", add("Greater", margin, zero), margin, zero)
     below = add("Where", add("Less", margin, zero), margin, zero)
     add("Add", above, below, result=tensors.AGENT_MARGIN)
