@@ -21,6 +21,10 @@ from mara_runtime.errors import OptionError, PromptError, first_line
 TEXT_KEYS = ("instruction", "prompt", "question")
 """Keys under which an object may keep its prompt; the first one present counts."""
 GROUP_KEY = "group"
+_JSON, _JSON_LINES = ".json", (".jsonl", ".ndjson")
+_PLAIN = ("", ".txt", ".text", ".md", ".markdown", ".rst", ".list", ".lst", ".prompts")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods")
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ def find_prompts(name: str, group_key: str | None = None) -> PromptSet:
 def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
     """Read a prompt file.
 
-    `.json`: a list of texts or of objects (or one object per line); `.jsonl`: a text or an object per line; any other
-    name: one prompt per line. Blank lines are skipped. An object keeps its prompt under one of `TEXT_KEYS`, its group
-    under `group_key` (default `group`, if it is there); in a file either every prompt has a group or none.
+    `.json`: a list of texts or of objects (or one object per line); `.jsonl`, `.ndjson`: a text or an object per line;
+    `.txt` and other names of text, or no suffix: one prompt per line. Blank lines are skipped. An object keeps its
+    prompt under one of `TEXT_KEYS`, its group under `group_key` (default `group`, if it is there); in a file either
+    every prompt has a group or none.
     Raises PromptError, naming the entry, when the file cannot be read this way or holds no prompt.
     """
     path = Path(path)
@@ -92,6 +97,7 @@ def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Every entry of the file and where it stands, in words."""
+    _refuse_other_formats(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,7 +105,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         raise PromptError(f"the prompt file {path} cannot be read: {reason}") from None
     except ValueError:  # a NUL in its name
         raise PromptError(f"the prompt file {ascii(str(path))[:200]} cannot be read: no file has such a name") from None
-    if path.suffix.lower() == ".json":
+    suffix = path.suffix.lower()
+    if suffix == _JSON:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -110,14 +117,34 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
                 raise PromptError(f"{path} is a JSON {_kind(value)}; a prompt file is a list of texts or of objects")
             yield from ((f"entry {number}", entry) for number, entry in enumerate(value, 1))
             return
-    as_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    as_json = suffix in (_JSON, *_JSON_LINES)
     for number, line in enumerate(text.split("\n"), 1):  # JSON strings may hold the other characters that end a line
         if not line.strip():
             continue
         try:
             yield f"line {number}", json.loads(line) if as_json else line
         except (ValueError, RecursionError) as error:
-            raise PromptError(f"{path}: line {number} is not valid JSON: {error}") from None
+            # the decoder sees one line alone, which it calls line 1
+            said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise PromptError(f"{path}: line {number} is not valid JSON: {said}") from None
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Raise PromptError for a file whose lines are not prompts: a header, or the rest of a table, would become some."""
+    suffix = path.suffix.lower()
+    if suffix in (_JSON, *_JSON_LINES, *_PLAIN):
+        return
+    if suffix in _TABLES:
+        raise PromptError(
+            f"the prompt file {path} is a table ({suffix}), which is not read: write its prompts to a .txt file, one "
+            "per line, or to a .jsonl file, an object with `prompt` per line"
+        )
+    if suffix in _PACKED:
+        raise PromptError(f"the prompt file {path} is packed ({suffix}): unpack it first")
+    raise PromptError(
+        f"the prompt file {ascii(str(path))[1:-1][:200]} has the suffix {suffix!r}, which says nothing about its form: "
+        "rename it to .txt if it has one prompt per line, .jsonl if it has an object per line, .json if it is one list"
+    )
 
 
 def _prompt(entry: Any, where: str, group_key: str | None) -> Prompt:

@@ -145,6 +145,8 @@ def _load(
     spec: str, where: str, label: str, template: str | None, device: str, batch_size: int, max_tokens: int | None
 ) -> RewardModel:
     folder = local_path(where)
+    if folder is None and where.startswith((".", "/", "~")):
+        raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {where}")
     if (folder is None or not folder.is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
         raise ScoreError(
             f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"

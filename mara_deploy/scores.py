@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
@@ -58,13 +60,25 @@ class FunctionScore:
         self._function = function
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Call it; what it raises becomes a ScoreError of one line."""
+        """Call it; what it raises, or gives instead of numbers, becomes a ScoreError of one line."""
+        given = self._guarded(lambda: self._function(list(prompts), list(answers)))
         try:
-            return [float(value) for value in self._function(list(prompts), list(answers))]
+            iterator = iter(given)
+        except TypeError:
+            raise ScoreError(
+                f"the score {self.name} gave {_shown(given)}; it must give a list with one number per answer"
+            ) from None
+        return [_number(self.name, value) for value in self._guarded(lambda: list(iterator))]
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """What somebody else's code gives. Raises ScoreError, which names the line that failed."""
+        try:
+            return call()
         except MaraError:
             raise
-        except Exception as error:  # somebody else's code
-            raise ScoreError(f"the score {self.name} failed with {type(error).__name__}: {error}") from error
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}{_place(error)}"
+            raise ScoreError(f"the score {self.name} failed with {said}") from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ def checked_values(name: str, score: Score, prompts: Sequence[str], answers: Seq
     """(N,) values of a score. Raises ScoreError unless there is a finite number per answer, naming score and prompt."""
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
-    values = [float(value) for value in score(prompts, answers)]
+    values = [_number(name, value) for value in score(prompts, answers)]
     if len(values) != len(answers):
         raise ScoreError(f"the score {name} gave {len(values)} numbers for {len(answers)} answers")
     for prompt, value in zip(prompts, values, strict=True):
@@ -176,12 +190,44 @@ def _function(spec: str) -> FunctionScore:
     try:
         found = importlib.import_module(module)
     except Exception as error:  # a user's module may fail in any way a program can
-        raise ScoreError(f"the score {spec} cannot be loaded: {type(error).__name__}: {error}") from error
-    called = getattr(found, function, None)
-    if not callable(called):
+        said = f"{type(error).__name__}: {error}{_place(error)}"
+        raise ScoreError(f"the score {spec} cannot be loaded: {said}") from error
+    if not hasattr(found, function):
         raise ScoreError(f"the score {spec} cannot be loaded: {module} has no function {function!r}")
+    called = getattr(found, function)
+    if not callable(called):
+        raise ScoreError(
+            f"the score {spec} cannot be loaded: {function!r} of {module} is of type {type(called).__name__}, which is "
+            "not callable: name a function of prompts and answers"
+        )
     file = getattr(found, "__file__", None)
     return FunctionScore(spec, called, sha256(Path(file))[:16] if file else "built in")
+
+
+def _number(name: str, value: Any) -> float:
+    """What a score gave for an answer, as a number. Raises ScoreError."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ScoreError(
+            f"the score {name} gave {_shown(value)}, of type {type(value).__name__}, where an answer's number should be"
+        ) from None
+
+
+def _place(error: BaseException) -> str:
+    """Where the user's code failed, as ` (file:line)`: the innermost line outside of Python, packages and this file."""
+    paths = sysconfig.get_paths()
+    others = (*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), __file__, "<")
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    if not theirs:
+        return ""
+    file = Path(theirs[-1].filename)
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    return f" ({shown}:{theirs[-1].lineno})"
+
+
+def _shown(value: Any) -> str:
+    return _short(" ".join(repr(value).split()))
 
 
 def _short(text: str, most: int = 80) -> str:

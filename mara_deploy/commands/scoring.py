@@ -83,6 +83,8 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
     from mara_deploy.scores import is_function, load_score
 
     device, batch = of_models(options, device, batch)
+    if device is not None:
+        _silence_transformers()
     on_models: dict[str, Any] = {} if device is None else {"device": device, "batch_size": batch}
     found = []
     for option in options:
@@ -93,6 +95,15 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
             settings["device"] = device.partition(":")[0]  # its kind, which also says the precision
         found.append(Judge(score, weight, settings))
     return found
+
+
+def _silence_transformers() -> None:
+    """As `mara_export.checkpoint` does; where it is not installed, loading the model says so."""
+    try:
+        from mara_export.checkpoint import silence_transformers
+    except ImportError:
+        return
+    silence_transformers()
 
 
 def of_models(

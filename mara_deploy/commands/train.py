@@ -117,14 +117,17 @@ def _train(args: argparse.Namespace) -> None:
     _load_packages()
     with ExitStack() as folder_held:
         run = _resume(args, folder_held) if args.resume else _begin(args, config, folder_held)
-        done = _run(run, args.quiet)
+        done, told = _run(run, args.quiet)
     if done < run.config.episodes:
         raise MaraError(
             f"interrupted after {done} of {run.config.episodes} episodes, and saved: "
             f"mara-train --resume --out {args.out}"
         )
+    for caution in told:  # also with --quiet: it is no summary
+        print(f"mara-train: warning: {caution}", file=sys.stderr)
     if not args.quiet:
         print(f"{args.out}/agent.safetensors   report: {args.out}/report.html", file=sys.stderr)
+    if not args.quiet and not told:
         model = run.facts["model"]["asked"]
         print(f"mara-export --model {model} --agent {args.out}/agent.safetensors", file=sys.stderr)
 
@@ -137,9 +140,9 @@ def _load_packages() -> None:
         raise MaraError(
             f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"
         ) from None
-    from transformers.utils import logging
+    from mara_export.checkpoint import silence_transformers
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    silence_transformers()
 
 
 class _Run(NamedTuple):
@@ -204,8 +207,9 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     return task
 
 
-def _run(run: _Run, quiet: bool) -> int:
-    """Train, and write the report. Returns the episodes made so far."""
+def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
+    """Train, and write the report. Returns the episodes made so far, and what to know of the agent."""
+    from mara_deploy.train.cautions import cautions
     from mara_deploy.train.loop import train
     from mara_deploy.train.report import write_report
     from mara_deploy.train.watch import Watch, first_interrupt_waits
@@ -218,7 +222,7 @@ def _run(run: _Run, quiet: bool) -> int:
     ):
         train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=told)
     write_report(run.folder)
-    return watch.episodes
+    return watch.episodes, cautions(run.folder.rows(), run.config.to_json())
 
 
 def _episodes(checkpoint: dict[str, Any] | None) -> int:
@@ -255,7 +259,9 @@ def _config(args: argparse.Namespace) -> TrainConfig:
             raise OptionError(f"{option} is missing: a new run needs --model, --prompts and --score")
     of_models(args.score, args.score_device, args.score_batch)  # their checks
     recipe = args.recipe or ("demo" if args.model == "demo" else "paper")
-    return replace(RECIPES[recipe], **_given(args))
+    config = replace(RECIPES[recipe], **_given(args))
+    config.check_replay()
+    return config
 
 
 def _resumed(args: argparse.Namespace, run: dict[str, Any], done: int) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,19 @@ class Remembered:
 
 
 def remember(judges: Sequence[Judge], folder: Path) -> tuple[Combined, list[Store]]:
-    """The judges' combined score, values kept in `folder`; the stores are to be closed."""
+    """The judges' combined score, values kept in `folder`; the stores are to be closed.
+
+    Where a store or a weight is refused, none stays open.
+    """
     names = numbered([judge.score.name for judge in judges])
-    stores = [
-        Store(folder / f"{slug(name)}.jsonl", {"score": name, **(judge.settings or {})})
-        for name, judge in zip(names, judges, strict=True)
-    ]
-    parts = [(j.weight, Remembered(j.score, store)) for j, store in zip(judges, stores, strict=True)]
-    return Combined(parts), stores
+    with ExitStack() as opened:
+        stores = [
+            opened.enter_context(Store(folder / f"{slug(name)}.jsonl", {"score": name, **(judge.settings or {})}))
+            for name, judge in zip(names, judges, strict=True)
+        ]
+        combined = Combined([(j.weight, Remembered(j.score, store)) for j, store in zip(judges, stores, strict=True)])
+        opened.pop_all()  # they are the caller's now
+    return combined, stores
 
 
 def slug(name: str) -> str:

@@ -40,7 +40,7 @@ def result(evaluation: Evaluation, facts: Mapping[str, Any], bootstrap: Bootstra
             }
             for name, found in evaluation.comparisons.items()
         },
-        "cautions": cautions(evaluation, units, grouped),
+        "cautions": cautions(evaluation, units, grouped, facts.get("decoding", {})),
     }
 
 
@@ -48,8 +48,8 @@ def _side(side: Side) -> dict[str, Any]:
     return {"text": side.text.to_json(), "counters": side.counters}
 
 
-def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
-    """What a reader should know before believing the rates, one sentence each."""
+def cautions(evaluation: Evaluation, units: int, grouped: bool, decoding: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader should know before believing the rates, one sentence each. decoding: settings of the sides."""
     found = []
     unit = "group" if grouped else "prompt"
     if units < FEW_UNITS:
@@ -77,7 +77,8 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
         )
     for name, side in (("aligned", evaluation.aligned), *evaluation.baselines.items()):
         if side.text.cut_off >= 0.1:
-            found.append(f"{side.text.cut_off:.0%} of the answers of {name} are cut off: raise --max-new-tokens.")
+            mend = _mend_of_cut_off(side, decoding.get(name, {}).get("max_new_tokens"))
+            found.append(f"{side.text.cut_off:.0%} of the answers of {name} are cut off: {mend}.")
         if side.text.empty >= 0.05:
             found.append(f"{side.text.empty:.0%} of the answers of {name} contain no word.")
     ours = evaluation.aligned.text.words_mean
@@ -97,6 +98,22 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool) -> list[str]:
         if name.startswith("best-of-"):
             found.append(f"{name} picks its answer by the very score that compares it.")
     return found
+
+
+def _mend_of_cut_off(side: Side, limit: int | None) -> str:
+    """What lets the answers of a side end by themselves. limit: its --max-new-tokens; None: not known."""
+    cut = [answer.tokens for answer in side.answers if answer.finish_reason == "length"]
+    full = sum(tokens < limit for tokens in cut) if limit is not None else 0  # the context ended before the limit
+    if not full:
+        return "raise --max-new-tokens"
+    context = (
+        "its context, which is full: ask shorter prompts"
+        if side.counters is None  # another checkpoint, which is as long as it is
+        else "the bundle's context, which is full: export it with a larger --max-context, or ask shorter prompts"
+    )
+    if full == len(cut):
+        return f"by {context}"
+    return f"{len(cut) - full} by --max-new-tokens, {full} by {context}"
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from mara_deploy.train.learner import Learner
 from mara_deploy.train.policy import divergence, entropy
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.task import Answers, Task
+from mara_runtime.errors import MaraError
 
 Row = dict[str, Any]
 """Figures of a round; `_row` says what each key means."""
@@ -51,7 +52,8 @@ def train(
     checkpoint: the folder's last one, to go on from it; tell: called after each round; facts: recorded in the agent's
     file. Ends with a checkpoint, from which a later call goes on to the same result as an uninterrupted run: bit for
     bit on a CPU with the same number of threads.
-    Raises MaraError (ScoreError, NumericsError); the last checkpoint then stays.
+    Raises MaraError (ScoreError, NumericsError); the last checkpoint then stays. Where the replay memory cannot take a
+    round, there is one of everything before it.
     """
     learner = Learner(task.hidden_size, config, task.environment.lm.device)
     progress = _Progress()
@@ -75,7 +77,7 @@ def train(
                 "added": replay.added,
             },
             learner.actor,
-            {**(facts or {}), "episodes": str(progress.episodes)},
+            {**(facts or {}), "episodes": str(progress.episodes), "updates": str(progress.updates)},
         )
         replay.saved()
 
@@ -86,7 +88,15 @@ def train(
         answers = task.answer(chosen, agent_policy(learner.actor), actions)
         collected = time.monotonic()
         transitions = sum(len(e.chain.accepted) for e in answers.episodes)
-        replay.check(transitions)
+        try:
+            replay.check(transitions)
+        except MaraError as error:
+            if not progress.episodes:
+                raise
+            save(before)
+            raise MaraError(
+                f"{error}; agent and checkpoint are as of the {progress.episodes} episodes before"
+            ) from None
         if replay.room < transitions:
             save(before)
         for episode, score in zip(answers.episodes, answers.scored.combined, strict=True):

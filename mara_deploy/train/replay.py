@@ -18,12 +18,11 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from mara_deploy.files import in_one_line
+from mara_deploy.train.config import capacity_for, reserve
 from mara_deploy.train.environment import Chain
 from mara_runtime.errors import MaraError
 
 _ACCEPTED, _DONE, _FORCED = 1, 2, 4
-_SPARE = 8
-"""The files hold 1 + 1/8 of the capacity."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Replay:
         self.added = added
         """transitions ever added"""
         self._kept = added
-        self._rows = capacity + -(-capacity // _SPARE)
+        self._rows = capacity + reserve(capacity)
         self._folder, self._allocated = folder, 0
         shapes: dict[str, tuple[type, tuple[int, ...]]] = {
             "states": (np.float16, (hidden_size,)),
@@ -104,21 +103,20 @@ class Replay:
 
     def check(self, transitions: int) -> None:
         """Raise MaraError for a round of more transitions than fit between two checkpoints once the ring is full."""
-        if transitions > self._rows - self.capacity:
-            raise self._too_small()
-
-    def _too_small(self) -> MaraError:
-        return MaraError(
-            f"a round has more than the {self._rows - self.capacity} transitions that the replay memory can take "
-            "between checkpoints: begin a new run, and raise --replay-transitions, or lower --prompts-at-once or "
-            "--max-new-tokens"
-        )
+        if transitions > reserve(self.capacity):
+            raise MaraError(
+                f"a round has {transitions} transitions, more than the {reserve(self.capacity)} that the replay memory "
+                f"can take between checkpoints: begin a new run with --replay-transitions {capacity_for(transitions)} "
+                "or more, or lower --prompts-at-once or --max-new-tokens"
+            )
 
     def add(self, chain: Chain, score: float) -> None:
         """Append an episode of T transitions, T ≥ 1. score: paid at its end."""
         T = len(chain.accepted)
         if self.room < T:
-            raise self._too_small()
+            raise MaraError(
+                f"{T} transitions are more than the {self.room} that the replay memory takes before a checkpoint"
+            )
         self._allocate(min(self.added + T, self._rows))
         rows = (np.arange(T) + self.added) % self._rows
         self._files["states"][rows] = chain.states

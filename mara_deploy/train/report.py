@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from mara_deploy.train.cautions import cautions
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.loop import Row
 
@@ -28,7 +29,12 @@ def write_report(folder: RunFolder) -> None:
     templates = Environment(loader=PackageLoader("mara_deploy.train"), autoescape=True, trim_blocks=True)
     beginning, end = ([row["example"] for row in part] for part in (rows[:_EXAMPLES], rows[-_EXAMPLES:]))
     page = templates.get_template("report.html.jinja").render(
-        run=run, last=rows[-1], plots=Markup(plots(rows, run["config"])), beginning=beginning, end=end
+        run=run,
+        last=rows[-1],
+        cautions=cautions(rows, run["config"]),
+        plots=Markup(plots(rows, run["config"])),
+        beginning=beginning,
+        end=end,
     )
     folder.write_report(page)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.utils import logging
 
 from mara_deploy import scores
 from mara_deploy.commands.eval import main
@@ -189,8 +192,6 @@ def test_an_answer_does_not_depend_on_those_before_it(decoder):
 
 def test_a_checkpoint_decodes_as_a_bundle_does_whatever_its_generation_config_wants(checkpoint, tmp_path, bundle):
     """Penalties and sampling of the checkpoint's own generation config are left aside; its list of EOS ids is not."""
-    import shutil
-
     folder = tmp_path / "tuned"
     shutil.copytree(checkpoint("qwen2"), folder)
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -247,8 +248,6 @@ def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
 
 
 def test_settings_of_a_checkpoint_tell_its_weights_and_its_options(checkpoint, tmp_path):
-    import shutil
-
     folder = tmp_path / "qwen2"
     shutil.copytree(checkpoint("qwen2"), folder)
     greedy, sampled = DecodeConfig(align=False), DecodeConfig(align=False, sample=True, seed=3)
@@ -320,6 +319,25 @@ def test_bad_input_is_one_line(bundle, prompt_file, tmp_path, command, arguments
     assert line in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not (out / "result.json").exists()
+
+
+def test_quiet_is_quiet_with_checkpoints_in_several_files_too(bundle, prompt_file, tmp_path, command):
+    """For which transformers draws progress bars."""
+    logging.enable_progress_bar()
+    judge = LlamaForSequenceClassification(LlamaConfig.from_pretrained(MODEL_FOLDER, num_labels=1))
+    for model, name in ((LlamaForCausalLM.from_pretrained(MODEL_FOLDER), "other"), (judge, "judge")):
+        model.save_pretrained(tmp_path / name, max_shard_size="500KB")
+        assert (tmp_path / name / "model.safetensors.index.json").is_file()
+        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            shutil.copy(MODEL_FOLDER / file, tmp_path / name)
+    where = ("--prompts", prompt_file, "--limit", "1", "--out", tmp_path / "out", *LIMITS, "--quiet")
+    for options in (
+        ("--score", tmp_path / "judge"),
+        (*SCORE, "--baseline", tmp_path / "other", "--out", tmp_path / "2"),
+    ):
+        logging.enable_progress_bar()
+        outcome = command("eval", bundle("demo"), *where, *options)
+        assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
 
 
 def test_a_folder_of_something_else_is_left_alone(bundle, prompt_file, tmp_path, command):

@@ -195,6 +195,9 @@ def no_cuda() -> None:
     [
         ("no-such-folder", None, "there is no score 'no-such-folder': --score takes module:function"),
         ("someone/nothing", None, "the score someone/nothing cannot be loaded"),
+        ("./nofolder", None, "the score ./nofolder cannot be loaded: there is no folder ./nofolder"),
+        ("../no/folder", None, "there is no folder ../no/folder"),
+        ("~/nofolder", None, "there is no folder ~/nofolder"),
         ("LLAMA", "{answer}", r"--score-template has the fields \['answer'\]"),
         ("LLAMA", "{prompt} {answer", "--score-template is not a template"),
         ("LLAMA", "{prompt} {} {answer}", "--score-template has the fields"),

@@ -89,7 +89,7 @@ def test_what_a_checkpoint_counts_on_is_not_written_over(tmp_path) -> None:
     before = replay.sample(np.random.default_rng(1), 64, 4)
     assert replay.room == 2
     replay.add(chain(2, 16), score=0.0)
-    with pytest.raises(MaraError, match="raise --replay-transitions, or lower --prompts-at-once"):
+    with pytest.raises(MaraError, match="1 transitions are more than the 0 that"):
         replay.add(chain(1, 18), score=0.0)
 
     again = Replay(tmp_path, 16, D, added=16)

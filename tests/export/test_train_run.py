@@ -17,11 +17,13 @@ import torch
 from safetensors import safe_open
 from tensorboardX.event_file_writer import EventsWriter
 from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers.utils import logging
 
 from mara_deploy import agent as agents
 from mara_deploy import reward_model
 from mara_deploy.files import held
 from mara_deploy.train import folder, loop, report, task
+from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.report import write_report
@@ -81,7 +83,8 @@ def run(command, checkpoint, scores, tmp_path, monkeypatch):
 
     def train(out: str, model: Any = None, **settings: Any):
         named = {name.replace("_", "-"): value for name, value in settings.items()}
-        options = [part for name, value in {**SMALL, **named}.items() for part in (f"--{name}", value)]
+        given = {**SMALL, **named}
+        options = [part for name, value in given.items() for part in (f"--{name}", value) if part is not None]
         where = ["--model", model or checkpoint("qwen2"), "--prompts", "prompts.txt"]
         widths = ["--widths", 16, 8]
         return command("train", *where, "--score", "train_test_scores:length", "--out", out, *options, *widths)
@@ -101,11 +104,11 @@ def whole(run, tmp_path) -> dict[str, Any]:
     return _WHOLE
 
 
-def everything(out: Path) -> dict[str, Any]:
+def everything(out: Path, capacity: int = SMALL["replay-transitions"]) -> dict[str, Any]:
     """All that a run leaves, but for times."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    replay = Replay(out / "replay", SMALL["replay-transitions"], hidden_size(out), state["added"])
+    replay = Replay(out / "replay", capacity, hidden_size(out), state["added"])
     return {
         "agent": dict(agents.load(out / "agent.safetensors").state_dict()),
         "state": state,
@@ -373,7 +376,7 @@ def test_markup_in_answers_stays_text(tmp_path) -> None:
         "example": {"prompt": "<b>", "answer": "<script>alert(1)</script>", "score": 0.5},
     }
     run = {"model": {"name": "m"}, "prompts": {"count": 1}, "score": "s", "versions": {}}
-    config = {"episodes": 4, "target_entropy": 0.6}
+    config = {"episodes": 4, "target_entropy": 0.6, "start_transitions": 40}
     folder = RunFolder.new(tmp_path / "run", {**run, "config": config}, [])
     folder.log(row)
     write_report(folder)
@@ -398,7 +401,7 @@ def test_a_score_that_is_not_a_number_ends_the_run_and_names_the_prompt(run, sco
     ("settings", "said"),
     [
         ({"model": "no-such-model"}, "there is no model 'no-such-model'"),
-        ({"max_new_tokens": 100_000}, "lower --max-new-tokens, or remove the prompt"),
+        ({"max_new_tokens": 100_000, "replay_transitions": 1_600_000}, "lower --max-new-tokens, or remove the prompt"),
         ({"replay_transitions": 41}, "raise --replay-transitions, or lower --prompts-at-once"),
         ({"template": "tokenize=false"}, "the chat template's variable 'tokenize' is set by the code itself"),
     ],
@@ -409,12 +412,68 @@ def test_what_cannot_be_is_one_line(run, settings, said) -> None:
     assert said in done.err.splitlines()[-1]
 
 
-def test_a_round_that_the_replay_memory_cannot_take_ends_the_first_one(run, tmp_path) -> None:
+def test_a_round_that_the_replay_memory_cannot_take_ends_the_first_one(run, tmp_path, monkeypatch) -> None:
     """Not the one at which the files are full, hours later; the memory may be large for everything else."""
+    monkeypatch.setattr(TrainConfig, "check_replay", lambda config: None)  # which knows answers' lengths alone
     done = run("out", replay_transitions=80)
     assert done.code == 2
-    assert "begin a new run, and raise --replay-transitions" in done.err.splitlines()[-1]
+    said = done.err.splitlines()[-1]
+    found = re.search(r"a round has (\d+) transitions, more than the 10 .*: begin a new run with (\S+) (\d+) or", said)
+    assert found is not None, said
+    assert (found[2], int(found[3])) == ("--replay-transitions", 8 * int(found[1]) - 7)
     assert not (tmp_path / "out" / "log.jsonl").read_text()
+
+
+def test_a_later_round_that_the_replay_memory_cannot_take_leaves_what_came_before(
+    run, command, tmp_path, monkeypatch
+) -> None:
+    """To the last bit as a run of so many episodes would; and that it is resumed changes nothing."""
+    monkeypatch.setattr(TrainConfig, "check_replay", lambda config: None)
+    assert run("longer", seed=5, episodes=24).code == 0
+    rounds = np.diff([row["transitions"] for row in everything(tmp_path / "longer")["log"]], prepend=0).tolist()
+    at = next(i for i in range(len(rounds) - 1, 3, -1) if rounds[i] > max(rounds[:i]))
+    memory = {"replay_transitions": 8 * (rounds[at] - 1), "checkpoint_minutes": 600, "seed": 5}
+    done = run("out", episodes=24, **memory)
+    assert done.code == 2
+    said = done.err.splitlines()[-1]
+    assert f"a round has {rounds[at]} transitions, more than the {rounds[at] - 1} that" in said
+    assert said.endswith(f"; agent and checkpoint are as of the {2 * at} episodes before")
+    assert run("short", episodes=2 * at, **memory).code == 0
+    left = {name: everything(tmp_path / name, memory["replay_transitions"]) for name in ("out", "short")}
+    assert left["out"]["state"]["progress"]["updates"] > 0
+    assert same(left["out"], left["short"])
+    assert command("train", "--resume", "--out", "out").err.splitlines()[-1] == said
+    assert same(everything(tmp_path / "out", memory["replay_transitions"]), left["out"])
+
+
+def test_quiet_is_quiet_with_a_model_in_several_files_too(run, checkpoint, reference, tmp_path) -> None:
+    """For which transformers draws a progress bar."""
+    logging.enable_progress_bar()  # another test may have turned it off
+    reference("qwen2").save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
+    for file in checkpoint("qwen2").glob("tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    done = run("out", model=tmp_path / "model", quiet=None, episodes=8)
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_an_agent_that_learned_nothing_is_no_success(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "write_report", write_report)
+    done = run("out", episodes=4, start_transitions=200)
+    said = "the agent was never updated: "
+    assert done.code == 0
+    collected = everything(tmp_path / "out")["state"]["added"]
+    assert (
+        f"mara-train: warning: {said}{collected} of the 200 transitions of --start-transitions were collected"
+        in done.err
+    )
+    assert "mara-export --model" not in done.err
+    assert said in (tmp_path / "out" / "report.html").read_text()
+    with safe_open(tmp_path / "out" / "agent.safetensors", framework="pt") as file:
+        assert file.metadata()["updates"] == "0"
+    done = run("sure", episodes=4, top_p=1e-6, quiet=None)
+    assert (done.code, done.err.count("\n")) == (0, 1)
+    assert "no decision was ever met" in done.err
 
 
 def test_a_folder_that_another_run_is_using_is_left_alone(run, command, tmp_path) -> None:
@@ -432,7 +491,7 @@ def test_a_folder_that_another_run_is_using_is_left_alone(run, command, tmp_path
 
 
 def test_nothing_is_written_for_a_run_that_cannot_begin(run, tmp_path) -> None:
-    assert run("out", max_new_tokens=100_000).code == 2
+    assert run("out", max_new_tokens=100_000, replay_transitions=1_600_000).code == 2
     assert not (tmp_path / "out").exists()
 
 

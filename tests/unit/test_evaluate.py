@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -467,6 +469,39 @@ def test_answers_that_are_cut_off_or_shorter_are_a_caution(tmp_path):
     for share, caution in ((0.1, True), (0.09, False)):
         found.baselines["other"] = replace(side, text=replace(side.text, cut_off=share))
         assert ("10% of the answers of other are cut off: raise --max-new-tokens." in told(found)) == caution
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counters", "said"),
+    [
+        ((9, 9), {}, "raise --max-new-tokens."),
+        ((9, 8), {}, "1 by --max-new-tokens, 1 by the bundle's context, which is full: export it with a larger "),
+        ((8, 3), {}, "by the bundle's context, which is full: export it with a larger --max-context, or ask shorter"),
+        ((8, 3), None, "by its context, which is full: ask shorter prompts."),
+    ],
+)
+def test_the_caution_says_what_cut_answers_off(tmp_path, tokens, counters, said):
+    found = compared(tmp_path)
+    side = found.baselines["other"]
+    cut = [replace(answer, tokens=n, finish_reason="length") for answer, n in zip(side.answers, tokens, strict=False)]
+    answers = [*cut, *(replace(answer, tokens=2) for answer in side.answers[2:])]
+    found.baselines["other"] = replace(side, answers=answers, counters=counters, text=replace(side.text, cut_off=2 / 7))
+    facts = {**FACTS, "decoding": {"aligned": {"max_new_tokens": 9}, "other": {"max_new_tokens": 9}}}
+    (caution,) = (c for c in result(found, facts, Bootstrap())["cautions"] if "cut off" in c)
+    assert caution.startswith(f"29% of the answers of other are cut off: {said}")
+
+
+def test_a_refused_store_of_scores_leaves_no_other_open(tmp_path):
+    _, stores = remember([JUDGES[0], replace(JUDGES[1], settings={"code": "old"})], tmp_path)
+    for store in stores:
+        with store:
+            pass
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(MaraError, match="was made with code"):
+            remember([JUDGES[0], replace(JUDGES[1], settings={"code": "new"})], tmp_path)
+        gc.collect()
+    assert [str(one.message) for one in told] == []
 
 
 def test_an_example_says_whether_it_was_seen_and_cut_off(tmp_path):

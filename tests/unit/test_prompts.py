@@ -108,7 +108,11 @@ def test_what_two_sets_share(tmp_path):
             [{"chosen": "x", "rejected": "y"}],
             "entry 1 has none of 'instruction', 'prompt', 'question'; it has",
         ),
-        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt" "b"}', "line 3 is not valid JSON"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n\n{"prompt" "b"}',
+            "line 3 is not valid JSON: Expecting ':' delimiter at column 11",
+        ),
         ("a.jsonl", '{"prompt": "a", "group": 1}\n{"prompt": "b"}', "line 2 names no 'group', unlike the entries"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "group": 1}', "line 2 names a 'group', unlike the entries"),
         ("a.txt", b"\xff\xfe\x00", "it is not UTF-8 text"),
@@ -121,6 +125,35 @@ def test_bad_files_are_one_line(tmp_path, name, content, line):
         read_prompts(path)
     assert line in str(caught.value)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prompts", "a.txt", "a.TXT", "a.md", "a.rst", "a.lst", ".prompts"])
+def test_names_of_text_hold_a_prompt_per_line(tmp_path, name):
+    assert read_prompts(written(tmp_path / name, "One?\nTwo?\n")).prompts == (Prompt("One?"), Prompt("Two?"))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (
+            "a.csv",
+            "is a table (.csv), which is not read: write its prompts to a .txt file, one per line, or to a .jsonl",
+        ),
+        ("a.TSV", "is a table (.tsv)"),
+        ("a.parquet", "is a table (.parquet)"),
+        ("a.xlsx", "is a table (.xlsx)"),
+        ("a.jsonl.gz", "is packed (.gz): unpack it first"),
+        ("a.zip", "is packed (.zip): unpack it first"),
+        ("a.json5", "has the suffix '.json5', which says nothing about its form: rename it to .txt if"),
+        ("prompts.v2", "has the suffix '.v2', which says nothing about its form: rename it to .txt if"),
+    ],
+)
+def test_a_file_of_another_form_is_refused_and_told_what_to_do(tmp_path, name, line):
+    path = written(tmp_path / name, "prompt,source\nOne?,us\n")
+    with pytest.raises(PromptError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"the prompt file {path} {line}")
     assert "\n" not in str(caught.value)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mara_deploy.scores import Combined, FunctionScore, ScoreError, load_score
+from mara_deploy.scores import Combined, FunctionScore, ScoreError, checked_values, load_score
 from mara_runtime.bundle import sha256
 
 PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]
@@ -96,8 +96,9 @@ def test_a_score_knows_itself_whatever_is_imported_later(modules) -> None:
     [
         ("nowhere_to_be_found:f", "", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
         ("mine:other", "def f(): pass", "mine has no function 'other'"),
-        ("mine:f", "f = 3", "mine has no function 'f'"),
-        ("mine:f", "1 / 0", "ZeroDivisionError"),
+        ("mine:f", "f = 3.5", "'f' of mine is of type float, which is not callable: name a function"),
+        ("mine:f", "\n1 / 0", r"ZeroDivisionError: division by zero \(mine\.py:2\)"),
+        ("mine:f", "import nowhere_to_be_found", r"No module named 'nowhere_to_be_found' \(mine\.py:1\)"),
     ],
 )
 def test_a_function_that_cannot_be_had_is_said_in_one_line(modules, spec, text, said) -> None:
@@ -109,6 +110,39 @@ def test_a_function_that_cannot_be_had_is_said_in_one_line(modules, spec, text, 
 def test_what_a_function_raises_becomes_one_line() -> None:
     with pytest.raises(ScoreError, match="the score bad failed with KeyError: 'x'"):
         FunctionScore("bad", lambda *_: {}["x"])(PROMPTS, ANSWERS)
+
+
+def test_the_line_of_the_users_code_that_failed_is_named(modules) -> None:
+    (modules / "failing_score.py").write_text(
+        "import json\n\ndef f(prompts, answers):\n    return [\n        json.loads(a) for a in answers\n    ]\n\n"
+        "def g(prompts, answers):\n    yield 1.0\n    raise OSError('gone')\n"
+    )
+    with pytest.raises(
+        ScoreError, match=r"the score failing_score:f failed with JSONDecodeError: .* \(failing_score.py:5\)"
+    ):
+        load_score("failing_score:f")(PROMPTS, ANSWERS)
+    with pytest.raises(ScoreError, match=r"failed with OSError: gone \(failing_score.py:10\)"):
+        load_score("failing_score:g")(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["good", "bad"], "the score odd gave 'good', of type str, where an answer's number should be"),
+        ([1.0, None], "the score odd gave None, of type NoneType, where an answer's number should be"),
+        ([[0.5], [0.5]], r"the score odd gave \[0.5\], of type list, where an answer's number should be"),
+        ([10**400, 1], "the score odd gave 1000.*…, of type int, where an answer's number should be"),
+        (0.5, "the score odd gave 0.5; it must give a list with one number per answer"),
+        (None, "the score odd gave None; it must give a list with one number per answer"),
+    ],
+)
+def test_what_is_no_number_is_named_and_did_not_fail(given, said) -> None:
+    with pytest.raises(ScoreError, match=said) as caught:
+        FunctionScore("odd", lambda *_: given)(PROMPTS, ANSWERS)
+    assert "failed" not in str(caught.value)
+    if isinstance(given, list):
+        with pytest.raises(ScoreError, match=said):  # a score of another kind
+            checked_values("odd", lambda *_: given, PROMPTS, ANSWERS)
 
 
 def test_a_function_is_given_lists() -> None:

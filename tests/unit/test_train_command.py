@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.commands import train
+from mara_deploy.train.cautions import cautions
 from mara_deploy.train.config import RECIPES, TrainConfig
 from mara_runtime.errors import OptionError
 
@@ -89,6 +90,44 @@ def test_settings_out_of_range_name_the_flag(name, value, said) -> None:
 
 def test_a_setting_out_of_range_is_one_line(capsys) -> None:
     assert refused(capsys, *NEW, "--top-k", "1") == "--top-k is 1; it must be a whole number of at least 2"
+
+
+def test_a_replay_memory_that_cannot_take_a_round_is_refused_at_once(capsys) -> None:
+    round_of = ("--prompts-at-once", "16", "--max-new-tokens", "512")  # 8192 transitions at one candidate a token
+    said = refused(capsys, *NEW, *round_of, "--replay-transitions", "65528")
+    assert said == (
+        "--replay-transitions is 65528, which takes 8191 transitions between checkpoints, but 16 --prompts-at-once of "
+        "512 --max-new-tokens may have 8192 at one candidate a token: raise --replay-transitions, or lower "
+        "--prompts-at-once or --max-new-tokens; 65529 is the least that may do"
+    )
+    args = train.parser().parse_args([*NEW, *round_of, "--replay-transitions", "65529"])
+    assert train._config(args).replay_transitions == 65529
+    few = train.parser().parse_args([*NEW, *round_of, "--replay-transitions", "8192", "--episodes", "2"])
+    assert train._config(few).episodes == 2  # a round is no larger than the run
+
+
+ROW = {"episodes": 48, "updates": 0, "transitions": 1234, "decision_share": 0.5}
+NEVER = "the agent was never updated: "
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], None),
+        ([ROW, {**ROW, "updates": 1}], None),
+        ([ROW], f"{NEVER}1234 of the 65536 transitions of --start-transitions were collected in 48 episodes; go on"),
+        (
+            [{**ROW, "transitions": 70_000}],
+            f"{NEVER}with --updates-per-episode 10.0 none was due in 48 episodes; go on",
+        ),
+        ([{**ROW, "decision_share": 0.0, "transitions": 0}] * 2, f"{NEVER}no decision was ever met, as each position"),
+        ([ROW, {**ROW, "decision_share": 0.0}], f"{NEVER}1234 of the 65536"),
+    ],
+)
+def test_an_agent_that_was_never_updated_is_said_to_be_so(rows, said) -> None:
+    found = cautions(rows, TrainConfig().to_json())
+    assert len(found) == (said is not None)
+    assert all(line.startswith(said) for line in found)
 
 
 @pytest.mark.parametrize("missing", ["--model", "--prompts", "--score"])
