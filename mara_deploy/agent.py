@@ -6,6 +6,7 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from mara_runtime.errors import MaraError, first_line
 
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
+_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+"""What torch says of a pickle that is more than tensors."""
 UNKNOWN_FALLBACK = "first"
 """Fallback of an agent file that records none: that of the paper's evaluation."""
 
@@ -98,9 +101,7 @@ def load(path: Path) -> Agent:
     except (OSError, ValueError):  # no file can have such a name
         found = False
     if not found:
-        raise AgentError(
-            f"there is no agent file at {path}: --agent takes a .pth or .safetensors file, hub-id:file, or `demo`"
-        )
+        raise AgentError(f"there is no agent file at {path}{_instead(path)}")
     state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if any(name.startswith("linear11.") for name in state):
         raise AgentError(f"{path} holds the twin critics of a training run, not an agent: give the actor's file")
@@ -118,11 +119,29 @@ def load(path: Path) -> Agent:
     return agent.eval()
 
 
+def _instead(path: Path) -> str:
+    """What to give for a path that is no file."""
+    try:
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth"))
+    except (OSError, ValueError):
+        inside = []
+    if inside:
+        found = "agent.safetensors" if "agent.safetensors" in inside else inside[0]
+        return f", which is a folder that holds {found}: give --agent {path / found}"
+    return ": --agent takes a .pth or .safetensors file, hub-id:file, or `demo`"
+
+
 def _sizes(path: Path, state: dict[str, Tensor]) -> tuple[int, tuple[int, int]]:
     names = [
         f"{layer}.{part}" for layer in ("ln", "linear1", "linear2", "output_linear") for part in ("weight", "bias")
     ]
     missing = [name for name in names if name not in state]
+    prefix = next((name.removesuffix("ln.weight") for name in state if name.endswith(".ln.weight")), "")
+    if missing and prefix and all(f"{prefix}{name}" in state for name in names):
+        hint = ", as DataParallel writes them: save its .module's state_dict()" if prefix == "module." else ""
+        raise AgentError(
+            f"{path} is not a MARA agent: its names begin with {prefix!r}{hint or ': save them without it'}"
+        )
     if missing:
         raise AgentError(f"{path} is not a MARA agent: it lacks {', '.join(missing)}")
     if any(state[f"{layer}.weight"].dim() != 2 for layer in ("linear1", "linear2")):
@@ -145,7 +164,17 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             warnings.simplefilter("ignore")  # torch's remarks on the age of a file
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in every way there is
-        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {first_line(error)}") from None
+        if refused := _REFUSED_GLOBAL.search(str(error)):
+            raise AgentError(
+                f"{path} cannot be read as a PyTorch state dict: it is a pickled module or other object "
+                f"({refused[1]}), whose code is not run: save its state_dict(), as torch.save(agent.state_dict(), file)"
+            ) from None
+        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {_plain(error)}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AgentError(f"{path} is not a plain state dict of tensors, as released agents are")
     return state, {}
+
+
+def _plain(error: Exception) -> str:
+    """What torch says, without the colours of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))

@@ -75,6 +75,12 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     return context
 
 
+def longest_context(config: Any) -> int | None:
+    """Tokens of prompt and answer that a model can be exported for at most; None if its configuration does not say."""
+    known = (getattr(config, "max_position_embeddings", None), _sliding_window(config))
+    return min((int(tokens) for tokens in known if tokens is not None), default=None)
+
+
 def _sliding_window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
     if window is None:

@@ -33,6 +33,8 @@ are still packed."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
+RTX_OLDEST = 8.0
+"""Compute capability below which TensorRT for RTX knows GPUs, but has no kernels for the graph: no Gemm in float32."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None
         flag = "--version-compatible" if options.version_compatible else "--hardware"
         raise OptionError(f"{flag} is for tensorrt; an engine of TensorRT for RTX is compiled on the GPU that runs it")
     known = {_number(name) for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    known = {number for number in known if float(number) >= RTX_OLDEST}
     for wanted in options.compute_capabilities:
         if wanted not in known:
             raise OptionError(

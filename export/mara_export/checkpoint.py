@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from mara_export.architectures import SUPPORTED
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
 from mara_runtime.errors import first_line
+
+_GENERATION = "generation_config.json"
+_MOST_LETTERS = 300
+"""Of what others say in an error: some of it lists all models that there are."""
 
 
 def silence_transformers() -> None:
@@ -28,7 +36,31 @@ def from_pretrained(kind: Any, source: ModelSource, *, part: str = "", **options
         return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         what = f"the {part} of {source.name}" if part else source.name
-        raise ModelError(f"{what} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(f"{what} cannot be loaded: {_why(error, source)}") from error
+
+
+def _why(error: Exception, source: ModelSource) -> str:
+    """One line: the file where one is damaged, else what the error says, cut to a length that can be read."""
+    shards = sorted(source.folder.glob("*.safetensors")) if isinstance(error, SafetensorError) else []
+    for path in shards:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as damage:
+            return f"{path.name} is damaged ({first_line(damage)}): fetch or copy it again"
+    text = first_line(error)
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration. Raises ModelError."""
+    found = _json(source.folder / "config.json")
+    if isinstance(found, dict) and not found.get("model_type"):  # transformers would go by the folder's name
+        raise ModelError(
+            f"{source.name}: its config.json has no model_type, which says of what architecture it is; supported are "
+            + ", ".join(SUPPORTED)
+        )
+    return from_pretrained(AutoConfig, source)
 
 
 def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
@@ -37,6 +69,7 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     A checkpoint that lacks weights is refused, as transformers fills the gaps at random; so is one with weights that
     the architecture has no place for, as they would be left out. Raises ModelError.
     """
+    _check_generation_config(source)
     options: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention,
@@ -54,6 +87,23 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
             + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         )
     return model.eval()
+
+
+def _check_generation_config(source: ModelSource) -> None:
+    """Transformers takes a file that it cannot read for none, and answers would not end where they should."""
+    if (source.folder / _GENERATION).is_file() and not isinstance(_json(source.folder / _GENERATION), dict):
+        raise ModelError(
+            f"{source.name}: its {_GENERATION}, which names the tokens that end an answer, is no JSON object: correct "
+            "it, or remove it to take those of config.json"
+        )
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

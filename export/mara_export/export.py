@@ -13,11 +13,10 @@ from typing import Any, Protocol, cast
 import onnx
 import onnxruntime
 import torch
-from transformers import AutoConfig
 
 from mara_export import parity
 from mara_export.architectures import check_supported, model_shape
-from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
+from mara_export.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.errors import ModelError, ParityError
 from mara_export.folder import file_entries, whole_or_absent, write_manifest
 from mara_export.grouped import Tables
@@ -25,11 +24,11 @@ from mara_export.lower import lower
 from mara_export.narrow import narrow
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
-from mara_export.qdq import quantise_qdq
+from mara_export.qdq import check_blocks, quantise_qdq
 from mara_export.quantise import halve, quantise
 from mara_export.sources import ModelSource
 from mara_export.step import join
-from mara_export.tokenizer import load_tokenizer, write_tokenizer
+from mara_export.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
 from mara_export.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.weights import Weights, load, return_large_blocks, tie_head
 from mara_runtime import tensors
@@ -74,6 +73,8 @@ def export(
 
     with whole_or_absent(out) as folder:
         tokenizer = load_tokenizer(source)
+        if tokenizer is not None:
+            check_chat_template(tokenizer, source.name)
         with progress.stage(f"load {source.name}"):
             model = load_model(source)
         eos = eos_token_ids(model, tokenizer)
@@ -122,7 +123,7 @@ def vet(
 
     max_context: as in ExportOptions. Raises ModelError.
     """
-    config = from_pretrained(AutoConfig, source)
+    config = load_config(source)
     context = check_supported(config, source.name, max_context)
     if agent.hidden_size != config.hidden_size:
         raise ModelError(
@@ -174,6 +175,8 @@ def _rewrite(
     with progress.stage(f"lower to {options.lowering!r}"):
         lower(graph, weights, shape, options.lowering, rotary)
     if options.quantisation is not None:
+        if options.lowering != "ort":
+            check_blocks(graph, weights, options)
         with progress.stage(f"quantise to {options.precision}"):
             by_blocks = quantise if options.lowering == "ort" else quantise_qdq
             by_blocks(graph, weights, options.quantisation, progress.parts)

@@ -206,7 +206,10 @@ class Report:
     noise: dict[str, float]
     """of each of NAMES, NOISE_FACTOR and NOISE_FLOOR applied"""
     outcomes: dict[str, dict[str, int]]
-    """of the best token, of the RANKS best, and of decisions: compared, within the noise, differing"""
+    """of the best token, of the RANKS best, and of decisions: compared, not compared (`within_noise`), differing among
+    those compared, and changed: differing among all"""
+    beyond: dict[str, float]
+    """of the same, nats: what is compared has a gap of more than this: the noise, or the gate's lead if it is more"""
     perplexity: dict[str, float] | None
     """of the texts among the prompts: reference, exported; None when there are none"""
     failures: list[str]
@@ -222,6 +225,7 @@ class Report:
             **self.numbers,
             "noise": self.noise,
             **self.outcomes,
+            "beyond": self.beyond,
             "perplexity": self.perplexity,
             "largest_activation": self.largest_activation,
         }
@@ -270,16 +274,22 @@ def compare(
         noise[name] = float(np.maximum(moved, floor))
         if not np.isfinite(noise[name]):
             failures.append(f"{name}: not finite by one of two routes")
+    beyond = {
+        "first": max(noise["logits"], gate.lead),
+        "ranks": noise["logits"],
+        "decisions": noise["margins"],
+    }
     outcomes = {
-        "first": _total(
-            compare_ranks(a.rows.logits, b.rows.logits, max(noise["logits"], gate.lead), 1) for a, b in pairs
-        ),
-        "ranks": _total(compare_ranks(a.rows.logits, b.rows.logits, noise["logits"]) for a, b in pairs),
-        "decisions": _total(compare_decisions(a.rows.margins, b.rows.margins, noise["margins"]) for a, b in pairs),
+        "first": _total(compare_ranks(a.rows.logits, b.rows.logits, beyond["first"], 1) for a, b in pairs),
+        "ranks": _total(compare_ranks(a.rows.logits, b.rows.logits, beyond["ranks"]) for a, b in pairs),
+        "decisions": _total(compare_decisions(a.rows.margins, b.rows.margins, beyond["decisions"]) for a, b in pairs),
     }
     for name, counts in outcomes.items():
         if (name != "ranks" or gate.all_ranks) and counts["differing"] > gate.differing * counts["compared"]:
-            failures.append(f"{name}: {counts['differing']} of {counts['compared']} differ beyond the noise")
+            failures.append(
+                f"{name}: {counts['differing']} of {counts['compared']} that are clear by more than {beyond[name]:.2g} "
+                "nats differ"
+            )
     texts = [i for i, case in enumerate(cases) if case.is_text and len(case.tokens) > 1]
     perplexity = {
         "reference": _perplexity([(cases[i].tokens, pairs[i][0].rows.logits) for i in texts]),
@@ -287,7 +297,7 @@ def compare(
     }
     rows = sum(len(a.rows.margins) for a, _ in pairs)
     return Report(
-        len(cases), rows, numbers, noise, outcomes, perplexity if texts else None, failures, largest_activation
+        len(cases), rows, numbers, noise, outcomes, beyond, perplexity if texts else None, failures, largest_activation
     )
 
 
@@ -329,6 +339,7 @@ def _counts(clear: NDArray[np.bool_], differing: NDArray[np.bool_]) -> Counts:
         "compared": int(clear.sum()),
         "within_noise": int((~clear).sum()),
         "differing": int((clear & differing).sum()),
+        "changed": int(differing.sum()),
     }
 
 

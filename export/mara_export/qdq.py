@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from mara_export.nodes import set_nodes
-from mara_export.options import COLUMN, Quantisation
+from mara_export.options import BLOCK_SIZES_OF, COLUMN, ExportOptions, Quantisation
 from mara_export.weights import Weights
 from mara_runtime.errors import OptionError
 
@@ -58,6 +58,34 @@ def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, pa
     if not column:
         (standard,) = (opset for opset in model.opset_import if opset.domain == "")
         standard.version = max(standard.version, _BLOCK_OPSET)
+
+
+def check_blocks(model: onnx.ModelProto, weights: Weights, options: ExportOptions) -> None:
+    """Refuse blocks of which a matrix is no whole number, naming what would do. Raises OptionError."""
+    size, how = options.block_size, options.quantisation
+    if size is None or size == COLUMN or how is None:
+        return
+    inputs = {
+        node.name: weights.shape(node.input[1])[0]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] in weights
+        if not any(fnmatchcase(node.name, pattern) for pattern in how.keep)
+    }
+    odd = next((name for name, rows in inputs.items() if rows % size), None)
+    if odd is None:
+        return
+    sizes = sorted(BLOCK_SIZES_OF[options.target][options.precision])
+    fit = [str(size) for size in sizes if not any(rows % size for rows in inputs.values())]
+    by_column = options.precision != "int8" and BLOCK_SIZES_OF[options.target]["int8"] == (COLUMN,)
+    way_out = (
+        f"take {' or '.join(fit)}"
+        if fit
+        else f"none that --target {options.target} has ({', '.join(map(str, sizes))}) divides the sizes of this model: "
+        f"take --precision {'int8 or fp16' if by_column else 'fp16'}"
+    )
+    raise OptionError(
+        f"--block-size is {size}, and {odd} has {inputs[odd]} inputs, which is no multiple of it: {way_out}"
+    )
 
 
 def quantised(matrix: NDArray[np.float32], name: str, how: Quantisation) -> tuple[NDArray[Any], NDArray[np.float32]]:

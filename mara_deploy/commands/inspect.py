@@ -18,6 +18,13 @@ examples:
   mara-inspect --memory BUNDLE --context 1024
 """
 
+OUTCOMES = {
+    "first": ("best token", "that lead by"),
+    "ranks": ("40 best tokens", "apart from their neighbours by"),
+    "decisions": ("decisions", "decided by"),
+}
+"""Of the parity report: what they are, and what makes them clear enough to be held against the export."""
+
 
 def parser() -> Parser:
     """The command's options."""
@@ -37,7 +44,11 @@ def parser() -> Parser:
     options.add_argument("--memory", action="store_true", help="print engine, KV cache, workspace and host memory")
     group = options.add_argument_group("memory")
     group.add_argument(
-        "--context", type=int, action="append", metavar="N", help="tokens (may be repeated; default 2048 and 8192)"
+        "--context",
+        type=int,
+        action="append",
+        metavar="N",
+        help="tokens (may be repeated; default 2048 and 8192, or what the model was made for if that is less)",
     )
     group.add_argument("--target", metavar="NAME", help="as of mara-export (default tensorrt, or the bundle's first)")
     group.add_argument("--precision", metavar="NAME", help="of a model (default: all that the target has)")
@@ -118,13 +129,18 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
             cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
             difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
             lines.append(f"          {name}: {difference}{cosine}")
-    for name, what in (("first", "best token"), ("ranks", "40 best tokens"), ("decisions", "decisions")):
+    beyond = report.get("beyond")
+    for name, (what, gap) in OUTCOMES.items():
         counts = report.get(name)
         if isinstance(counts, dict):
-            lines.append(
-                f"          {what}: {counts['differing']} of {counts['compared']} differ, "
-                f"{counts['within_noise']} more lie within the noise"
-            )
+            told = f"{counts['differing']} of {counts['compared']}"
+            if isinstance(beyond, dict) and "changed" in counts:
+                every = counts["compared"] + counts["within_noise"]
+                nats = f"{beyond[name]:.2g} nat{'' if beyond[name] == 1 else 's'}"
+                told += f" {gap} more than {nats} differ; {counts['changed']} of all {every} changed"
+            else:  # a bundle of an earlier version
+                told += f" differ, {counts['within_noise']} more were not compared"
+            lines.append(f"          {what}: {told}")
     largest = report.get("largest_activation")
     if isinstance(largest, float):
         lines.append(f"          largest activation: {largest:,.0f}; float16 holds 65,504")

@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mara_deploy import memory
 from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
+from mara_export.architectures import longest_context
 from mara_export.errors import ModelError
 from mara_export.options import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
 from mara_export.sources import ALIASES, local_path, resolve_file
@@ -27,6 +29,21 @@ OF_A_MODEL = {
     "--block-size": "block_size",
 }
 """Options that a bundle has answered, and their attributes."""
+
+CONTEXT_OF = {
+    "Qwen/Qwen2-0.5B-Instruct": 32768,
+    "Qwen/Qwen2-1.5B-Instruct": 32768,
+    "Qwen/Qwen2.5-0.5B-Instruct": 32768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 32768,
+    "Qwen/Qwen3-0.6B": 40960,
+    "Qwen/Qwen3-1.7B": 40960,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8192,
+    "meta-llama/Llama-3.1-8B-Instruct": 131072,
+    "meta-llama/Llama-3.2-1B-Instruct": 131072,
+    "meta-llama/Llama-3.2-3B-Instruct": 131072,
+    "mistralai/Mistral-7B-Instruct-v0.3": 32768,
+}
+"""Tokens that the models with an alias were made for: max_position_embeddings of their config.json."""
 
 
 def show(args: argparse.Namespace) -> None:
@@ -50,12 +67,16 @@ def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
         raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
     if args.block_size is not None and args.precision is None:
         raise OptionError(f"--block-size is {args.block_size}; say of which --precision, int8 or int4")
-    hub_id, model = find(name)
+    hub_id, model, most = find(name)
+    contexts = args.context or sorted({min(context, most or context) for context in CONTEXTS})
+    for context in contexts:
+        if most is not None and context > most:
+            raise OptionError(f"--context is {context}; {hub_id} was made for at most {most} tokens")
     precisions = PRECISIONS_OF[target] if args.precision is None else (args.precision,)
     rows = [
         (setting, memory.estimate(model, setting))
         for precision in precisions
-        for context in args.context or CONTEXTS
+        for context in contexts
         for setting in [_setting(args, target, precision, context)]
     ]
     return f"{hub_id} ({model.parameters / 1e9:.2f} · 10⁹ parameters) on {target}", rows
@@ -91,8 +112,11 @@ def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]
     return f"{bundle.folder}: {manifest.model.source} on {target}", rows
 
 
-def find(name: str) -> tuple[str, Decoder]:
-    """The model of that name, by its configuration alone, and what others call it. Raises ModelError."""
+def find(name: str) -> tuple[str, Decoder, int | None]:
+    """What others call the model of that name, its sizes by its configuration alone, and the tokens it was made for.
+
+    The last is None where the configuration does not say. Raises ModelError.
+    """
     folder = local_path(name)
     if name == "demo":
         from mara_deploy.demo import MODEL_FOLDER
@@ -100,7 +124,7 @@ def find(name: str) -> tuple[str, Decoder]:
         folder = Path(MODEL_FOLDER)
     hub_id = ALIASES.get(name, name)
     if folder is None and hub_id in DECODERS:
-        return hub_id, DECODERS[hub_id]
+        return hub_id, DECODERS[hub_id], CONTEXT_OF[hub_id]
     if folder is None:
         if hub_id.count("/") != 1:
             raise ModelError(
@@ -118,7 +142,14 @@ def find(name: str) -> tuple[str, Decoder]:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a Hugging Face configuration")
-    return hub_id, from_config(config, hub_id)
+    decoder = from_config(config, hub_id)
+    try:  # a configuration without the switch has it off, in the architectures that have one
+        most = longest_context(SimpleNamespace(**{"use_sliding_window": False, **config}))
+    except (TypeError, ValueError):
+        most = 0
+    if most is not None and most < 2:
+        raise ModelError(f"{hub_id}: its config.json has a max_position_embeddings or sliding_window that is no size")
+    return hub_id, decoder, most
 
 
 def table(rows: list[Row]) -> Iterator[str]:

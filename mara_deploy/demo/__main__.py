@@ -54,10 +54,15 @@ def _demo(args: argparse.Namespace) -> None:
     if not 1 <= args.prompts <= most:
         raise MaraError(f"--prompts is {args.prompts}; it must lie between 1 and {most}")
     out = Path(args.out)
+    try:
+        import mara_export.export  # noqa: F401 - before a bundle of earlier is removed
+        from mara_export.checkpoint import silence_transformers
+    except ImportError as error:
+        raise MaraError(
+            f"the demo needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
+        ) from None
     _remove_previous(out)
     print(f"Exporting the demo to {out}", file=sys.stderr, flush=True)
-    from mara_export.checkpoint import silence_transformers
-
     silence_transformers()
     bundle = export_demo(out)
 

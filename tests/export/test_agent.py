@@ -163,6 +163,40 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path) -> None:
             agents.load(path)
 
 
+@pytest.mark.parametrize("inside", ["agent.safetensors", "actor.pth"])
+def test_a_folder_that_holds_an_agent_is_refused_with_its_file(tmp_path, inside) -> None:
+    saved(tmp_path / inside, state_dict())
+    with pytest.raises(AgentError, match=f"which is a folder that holds {inside}: give --agent .*{inside}$"):
+        agents.load(tmp_path)
+
+
+def test_a_pickled_module_is_refused_with_what_to_save(tmp_path) -> None:
+    path = saved(tmp_path / "agent.pth", agents.Agent(D, WIDTHS))
+    with pytest.raises(
+        AgentError, match=r"it is a pickled module .*mara_deploy\.agent\.Agent.*save its state_dict\(\)"
+    ) as e:
+        agents.load(path)
+    assert "\x1b" not in str(e.value)
+
+
+def test_no_colours_of_torch_are_passed_on(tmp_path) -> None:
+    path = tmp_path / "agent.pth"
+    path.write_bytes(pickle.dumps(_Touch(tmp_path / "proof"), protocol=2)[:-3])
+    with pytest.raises(AgentError, match="cannot be read as a PyTorch state dict") as e:
+        agents.load(path)
+    assert "\x1b" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "hint"),
+    [("module.", "as DataParallel writes them: save its .module's state_dict"), ("actor.", "without")],
+)
+def test_the_prefix_of_all_names_is_named(tmp_path, suffix, prefix, hint) -> None:
+    state = {f"{prefix}{name}": tensor for name, tensor in state_dict().items()}
+    with pytest.raises(AgentError, match=f"its names begin with '{prefix}'.*{hint}"):
+        agents.load(saved(tmp_path / f"agent{suffix}", state))
+
+
 def test_a_damaged_old_style_pickle_is_refused_or_read(tmp_path) -> None:
     path = tmp_path / "agent.pth"
     torch.save(state_dict(), path, _use_new_zipfile_serialization=False)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from mara_export import export as export_module
 from mara_export import folder as folder_module
 from mara_export import parity
+from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
 from mara_export.export import export
 from mara_export.options import ExportOptions
@@ -66,7 +67,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 STAGES = [
     "load_tokenizer",
-    "from_pretrained",
+    "load_config",
     "load_model",
     "eos_token_ids",
     "_gate_prompts",
@@ -223,7 +224,7 @@ def test_a_dangling_link_is_not_followed_nor_lost(make, tmp_path) -> None:
     ],
 )
 def test_options_are_checked_first(make, tmp_path, monkeypatch, options, message) -> None:
-    monkeypatch.setattr(export_module, "from_pretrained", None)
+    monkeypatch.setattr(export_module, "load_config", None)
     with pytest.raises(OptionError, match=message):
         make(tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -469,7 +470,80 @@ def test_damaged_weights_are_refused(make, checkpoint, tmp_path, what) -> None:
     weights = folder / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes({"truncated": data[:-100], "header": b"\xff" * 8 + data[8:], "empty": b""}[what])
-    refused(make, tmp_path, folder, match="qwen2 cannot be loaded")
+    message = refused(make, tmp_path, folder, match="qwen2 cannot be loaded")
+    assert "model.safetensors is damaged (" in message
+
+
+def test_of_several_shards_the_damaged_one_is_named(make, checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(state))}
+    for shard in set(names.values()):
+        save_file({n: state[n] for n in state if names[n] == shard}, folder / shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    make(tmp_path / "whole", model=folder)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = refused(make, tmp_path, folder, match=r"model-00002-of-00002\.safetensors is damaged")
+    assert "fetch or copy it again" in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"eos_token_id": [1', "\xff"])
+def test_a_generation_config_that_cannot_be_read_is_refused(make, checkpoint, tmp_path, text) -> None:
+    """Transformers would go without it, and its list of ids that end an answer be lost."""
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    (folder / "generation_config.json").write_bytes(text.encode("latin-1"))
+    refused(make, tmp_path, folder, match=r"^qwen2: its generation_config\.json, .* is no JSON object: correct it")
+
+
+def test_a_model_without_a_generation_config_ends_as_its_config_says(make, checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    (folder / "generation_config.json").unlink()
+    assert make(tmp_path / "out", model=folder).manifest.model.eos_token_ids == (checkpoints.EOS_ID,)
+
+
+def test_a_config_without_an_architecture_is_refused_in_a_line_that_can_be_read(make, checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")  # transformers would read the name
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps(values))
+    message = refused(make, tmp_path, folder, match=r"^qwen2: its config\.json has no model_type")
+    assert len(message) < 300
+
+
+def test_a_long_reason_of_others_is_cut(checkpoint, tmp_path) -> None:
+    class Kind:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            raise ValueError("first, " + "second, " * 1000)
+
+    source = resolve_model(str(checkpoint("qwen2")))
+    with pytest.raises(ModelError, match=r"^qwen2 cannot be loaded: first, .* …$") as caught:
+        from_pretrained(Kind, source)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_chat_template_that_the_runtime_does_not_render_is_refused(make, checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"additional_special_tokens": ["<pad>", "<|end|>"]}
+    config |= {"chat_template": "{{ additional_special_tokens[1] }}{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    refused(make, tmp_path, folder, match="chat template of qwen2 fails where the bundle runs")
+
+
+def test_the_demo_without_the_packages_of_an_export_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    from mara_deploy.demo import __main__ as demo
+
+    out = demo.export_demo(tmp_path / "demo", quiet=True, max_context=64).folder
+    before = contents(out)
+    monkeypatch.setitem(sys.modules, "mara_export.export", None)
+    assert demo.main(["--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: the demo needs packages that are not installed" in line
+    assert "pip install 'mara-deploy[cpu,export]'" in line
+    assert contents(out) == before
 
 
 def test_a_missing_shard_is_refused(make, checkpoint, tmp_path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from mara_deploy.commands import inspect
 from mara_export import export as export_module
 from mara_export import parity
 from mara_export.errors import ParityError
@@ -289,6 +290,25 @@ def test_a_wrong_agent_is_stopped(attempt, tmp_path, monkeypatch, change) -> Non
         assert "decisions: " in message
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("doubled", "margins: greatest difference"), ("nudged", "decisions: "), ("negated", "decisions: ")],
+)
+def test_a_wrong_agent_is_stopped_by_the_wider_gates_too(
+    attempt, tmp_path, monkeypatch, precision, change, said
+) -> None:
+    real = export_module.trace_agent
+    monkeypatch.setattr(export_module, "trace_agent", lambda agent, *rest: real(Wrapped(agent, AGENTS[change]), *rest))
+    assert said in assert_stopped(attempt, tmp_path, precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_wrong_state_is_stopped_by_the_wider_gates_too(attempt, tmp_path, damaged, precision) -> None:
+    damaged(DAMAGES["before the norm"])
+    assert "hidden: least cosine" in assert_stopped(attempt, tmp_path, precision=precision)
+
+
 def test_a_wrong_order_of_cache_slots_is_stopped(attempt, tmp_path, monkeypatch) -> None:
     class Shifted(OrtEngine):
         def evaluate(self, tokens: Any, positions: Any, slot: int) -> Any:
@@ -317,6 +337,7 @@ def test_a_good_export_passes_and_its_report_is_in_the_manifest(attempt) -> None
         assert report[name]["compared"] + report[name]["within_noise"] == count
         assert report[name]["compared"] > 0.9 * count
         assert report[name]["differing"] == 0
+        assert report[name]["changed"] <= report[name]["within_noise"]
     assert report["perplexity"]["exported"] == pytest.approx(report["perplexity"]["reference"], rel=1e-3)
 
 
@@ -397,9 +418,9 @@ def hand_made() -> tuple[list[parity.Case], list[parity.Side]]:
 def test_equal_sides_pass() -> None:
     report = parity.compare(*hand_made(), GATE)
     assert report.failures == []
-    assert report.to_json()["first"] == {"compared": 5, "within_noise": 0, "differing": 0}
-    assert report.to_json()["ranks"] == {"compared": 5 * 40, "within_noise": 0, "differing": 0}
-    assert report.to_json()["decisions"] == {"compared": 5, "within_noise": 0, "differing": 0}
+    assert report.to_json()["first"] == {"compared": 5, "within_noise": 0, "differing": 0, "changed": 0}
+    assert report.to_json()["ranks"] == {"compared": 5 * 40, "within_noise": 0, "differing": 0, "changed": 0}
+    assert report.to_json()["decisions"] == {"compared": 5, "within_noise": 0, "differing": 0, "changed": 0}
     rows = hand_made()[0][0].reference.rows
     floor = {name: parity.NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
     assert report.to_json()["noise"] == floor  # the two routes agree to the last bit
@@ -468,6 +489,105 @@ def test_the_noise_is_of_each_side_alone() -> None:
     assert parity.compare(cases, found, GATE).noise["logits"] == parity.compare(*hand_made(), GATE).noise["logits"]
 
 
+LIMITS = {
+    "fp32": (0.99999, 1e-4, 0, 0.0),
+    "fp16": (0.9999, 0.02, 2, 0.05),
+    "bf16": (0.999, 0.1, 5, 0.2),
+    "int8": (0.99, 0.2, 5, 0.25),
+    "int4": (0.7, 1.0, 20, 1.0),
+}
+"""As docs/bundle.md has them: least cosine, greatest difference, of 100 rows those that may differ, lead in nats."""
+
+
+def failures_of(name: str, precision: str, change: Callable[[parity.Rows], None]) -> list[str]:
+    """What the gate says of one of the things it looks at, where 100 rows are right but for a change."""
+    rng = np.random.default_rng(0)
+    logits = np.tile(10 * np.arange(60.0), (100, 1))
+    values = rng.standard_normal((100, 64)), logits, np.where(np.arange(100) % 2, 3.0, -3.0)
+    found = side(*values)
+    change(found.rows)
+    tail = found.rows.tail(1)  # the other route agrees
+    found = parity.Side(found.rows, parity.Rows(tail.hidden.copy(), tail.logits.copy(), tail.margins.copy()))
+    report = parity.compare([parity.Case([1, 2], [5], side(*values))], [found], parity.GATES[precision])
+    return [failure for failure in report.failures if failure.startswith(name)]
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize(("share", "stopped"), [(0.8, False), (1.2, True)])
+def test_each_gate_has_the_limits_of_the_numbers_that_are_documented(precision, share, stopped) -> None:
+    least_cosine, greatest_difference, _, _ = LIMITS[precision]
+
+    def turn(rows: parity.Rows) -> None:
+        row, cosine = rows.hidden[7].astype(np.float64), 1 - share * (1 - least_cosine)
+        beside = np.random.default_rng(1).standard_normal(64)
+        beside -= beside @ row / (row @ row) * row
+        beside *= np.linalg.norm(row) / np.linalg.norm(beside)
+        rows.hidden[7] = cosine * row + np.sqrt(1 - cosine**2) * beside
+
+    def move(rows: parity.Rows) -> None:
+        rows.margins[7] += 3.0 * share * greatest_difference
+
+    assert bool(failures_of("hidden: least cosine", precision, turn)) is stopped
+    assert bool(failures_of("margins: greatest difference", precision, move)) is stopped
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("more", [0, 1])
+def test_each_gate_has_the_limits_of_the_outcomes_that_are_documented(precision, more) -> None:
+    _, _, differing, _ = LIMITS[precision]
+
+    def decide(rows: parity.Rows) -> None:
+        rows.margins[: differing + more] *= -1
+
+    def swap(rows: parity.Rows) -> None:
+        rows.logits[: differing + more, [-1, -2]] = rows.logits[: differing + more, [-2, -1]]
+
+    assert bool(failures_of("decisions: ", precision, decide)) is bool(more)
+    assert bool(failures_of("first: ", precision, swap)) is bool(more)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize(("share", "compared"), [(0.9, 0), (1.1, 4)])
+def test_a_best_token_that_does_not_lead_enough_is_counted_all_the_same(precision, share, compared) -> None:
+    lead = LIMITS[precision][-1] or 2 * parity.NOISE_FLOOR
+    reference = np.zeros((4, 60))
+    reference[:, 0], reference[:, 1] = 1.0 + share * lead, 1.0
+    if precision == "fp32":
+        reference[:, 0] = 1.0 + share * parity.NOISE_FLOOR
+    other = reference.copy()
+    other[:2, [0, 1]] = other[:2, [1, 0]]
+    rest = np.eye(4), np.array([1.0, -1.0, 1.0, -1.0])
+    cases = [parity.Case([1, 2], [5], side(rest[0], reference, rest[1]))]
+    report = parity.compare(cases, [side(rest[0], other, rest[1])], parity.GATES[precision])
+    differing = 2 if compared else 0
+    expected = {"compared": compared, "within_noise": 4 - compared, "differing": differing, "changed": 2}
+    assert report.to_json()["first"] == expected
+    assert report.to_json()["beyond"]["first"] == pytest.approx(LIMITS[precision][-1] or parity.NOISE_FLOOR, rel=1e-3)
+    assert any(failure.startswith("first: ") for failure in report.failures) is bool(compared)
+
+
+def test_the_report_on_the_screen_says_how_much_changed_and_does_not_call_it_noise() -> None:
+    counts = {"compared": 128, "within_noise": 72, "differing": 1, "changed": 20}
+    beyond = {"first": 1.0, "ranks": 0.01, "decisions": 0.0123}
+    report = {"passed": True, "prompts": 4, "rows": 200, "first": counts, "decisions": counts, "beyond": beyond}
+    text = "\n".join(inspect._parity_lines(report))
+    assert "best token: 1 of 128 that lead by more than 1 nat differ; 20 of all 200 changed" in text
+    assert "decisions: 1 of 128 decided by more than 0.012 nats differ; 20 of all 200 changed" in text
+    assert "noise" not in text
+
+
+def test_the_report_of_an_earlier_version_is_shown_too() -> None:
+    counts = {"compared": 128, "within_noise": 72, "differing": 1}
+    report = {"passed": True, "prompts": 4, "rows": 200, "first": counts}
+    text = "\n".join(inspect._parity_lines(report))
+    assert "best token: 1 of 128 differ, 72 more were not compared" in text
+
+
+def test_perplexity_is_of_each_token_after_those_before_it() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1.0, 1.0, 1.0]], np.float32))
+    assert parity._perplexity([([2, 1, 2], logits)]) == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-6)
+
+
 def f32(*rows: list[float]) -> Any:
     return np.array(rows, np.float32)
 
@@ -477,20 +597,30 @@ def test_ranks_by_hand() -> None:
     swapped = f32([5.0, 3.9, 4.0, 1.0])
     other_best = f32([4.0, 5.0, 3.9, 1.0])
     compare = parity.compare_ranks
-    assert compare(reference, reference, 0.0) == {"compared": 3, "within_noise": 0, "differing": 0}
-    assert compare(reference, swapped, 0.0) == {"compared": 3, "within_noise": 0, "differing": 2}
-    assert compare(reference, swapped, 0.2) == {"compared": 1, "within_noise": 2, "differing": 0}
-    assert compare(reference, other_best, 0.2) == {"compared": 1, "within_noise": 2, "differing": 1}
-    assert compare(reference, other_best, 1.5) == {"compared": 0, "within_noise": 3, "differing": 0}
+    assert compare(reference, reference, 0.0) == {"compared": 3, "within_noise": 0, "differing": 0, "changed": 0}
+    assert compare(reference, swapped, 0.0) == {"compared": 3, "within_noise": 0, "differing": 2, "changed": 2}
+    assert compare(reference, swapped, 0.2) == {"compared": 1, "within_noise": 2, "differing": 0, "changed": 2}
+    assert compare(reference, other_best, 0.2) == {"compared": 1, "within_noise": 2, "differing": 1, "changed": 2}
+    assert compare(reference, other_best, 1.5) == {"compared": 0, "within_noise": 3, "differing": 0, "changed": 2}
     two = np.concatenate([reference, reference])
-    assert compare(two, np.concatenate([reference, swapped]), 0.0) == {"compared": 6, "within_noise": 0, "differing": 2}
+    assert compare(two, np.concatenate([reference, swapped]), 0.0) == {
+        "compared": 6,
+        "within_noise": 0,
+        "differing": 2,
+        "changed": 2,
+    }
 
 
 def test_only_the_best_forty_ranks_count() -> None:
     reference = -np.arange(100, dtype=np.float32)[None]
     found = reference.copy()
     found[0, [40, 41]] = found[0, [41, 40]]
-    assert parity.compare_ranks(reference, found, 0.5) == {"compared": 40, "within_noise": 0, "differing": 0}
+    assert parity.compare_ranks(reference, found, 0.5) == {
+        "compared": 40,
+        "within_noise": 0,
+        "differing": 0,
+        "changed": 0,
+    }
     found[0, [39, 41]] = found[0, [41, 39]]
     assert parity.compare_ranks(reference, found, 0.5)["differing"] == 1
 
@@ -500,15 +630,16 @@ def test_equal_logits_are_within_any_noise() -> None:
         "compared": 0,
         "within_noise": 2,
         "differing": 0,
+        "changed": 0,
     }
 
 
 def test_decisions_by_hand() -> None:
     reference = np.array([1.0, -1.0, 0.1, -0.1, 0.0], np.float32)
     compare = parity.compare_decisions
-    assert compare(reference, reference, 0.0) == {"compared": 4, "within_noise": 1, "differing": 0}
-    assert compare(reference, -reference, 0.0) == {"compared": 4, "within_noise": 1, "differing": 4}
-    assert compare(reference, -reference, 0.5) == {"compared": 2, "within_noise": 3, "differing": 2}
+    assert compare(reference, reference, 0.0) == {"compared": 4, "within_noise": 1, "differing": 0, "changed": 0}
+    assert compare(reference, -reference, 0.0) == {"compared": 4, "within_noise": 1, "differing": 4, "changed": 4}
+    assert compare(reference, -reference, 0.5) == {"compared": 2, "within_noise": 3, "differing": 2, "changed": 4}
     # A margin of exactly 0 rejects.
     assert compare(np.array([1.0], np.float32), np.array([0.0], np.float32), 0.5)["differing"] == 1
     assert compare(np.array([-1.0], np.float32), np.array([0.0], np.float32), 0.5)["differing"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -164,3 +165,25 @@ def test_mara_export_says_what_builds_the_engine_where_it_cannot(
     assert Bundle.open(out).manifest.engines == ()
     assert said in done.out
     assert f"mara-build {out} --target {options[1]}" in done.out
+
+
+# --- blocks that do not divide a model -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "block_size", "way_out"),
+    [
+        ("tensorrt-rtx", 64, "no multiple of it: take 32"),
+        (
+            "tensorrt",
+            None,
+            "none that --target tensorrt has (64, 128) divides the sizes of this model: take --precision int8 or fp16",
+        ),
+        ("cpu", 64, "take 16 or 32"),
+    ],
+)
+def test_blocks_that_do_not_divide_a_model_are_refused_with_those_that_do(make, target, block_size, way_out) -> None:
+    with pytest.raises(OptionError, match=re.escape(way_out)) as caught:
+        make(target=target, lowering="portable", precision="int4", block_size=block_size, gate=False)  # of 64 and 96
+    assert f"--block-size is {block_size or 64}, and " in str(caught.value)
+    assert "has 96 inputs" in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource, resolve_model
-from mara_export.tokenizer import load_tokenizer, write_tokenizer
+from mara_export.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import PromptError
 from mara_runtime.text import TextSide
@@ -217,6 +218,86 @@ def test_code_of_a_tokenizers_folder_is_not_run_nor_asked_about(folder, tmp_path
     with pytest.raises(ModelError):
         load_tokenizer(source_of(folder))
     assert not proof.exists()
+
+
+# --- the chat template, before it is shipped -------------------------------------------------------------------------
+
+BOS_AND_TEXT = "{{ bos_token }}{{ messages[0].content }}"
+
+
+def checked(folder: Path, template: str | list[dict[str, str]], **config: Any) -> str:
+    """Why an export of it is refused; empty if it is not."""
+    change(folder, chat_template=template, **config)
+    try:
+        check_chat_template(load_tokenizer(source_of(folder)), "my/model")
+    except ModelError as error:
+        refusal = str(error)
+    else:
+        return ""
+    assert refusal.startswith("the chat template of my/model ")
+    assert "mend or remove it" in refusal
+    assert "\n" not in refusal
+    assert len(refusal) < 500
+    return refusal
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        BOS_AND_TEXT,
+        "",
+        "{{ strftime_now('%d %b %Y') }}{{ messages | tojson }}{% if add_generation_prompt %}!{% endif %}",
+        "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ messages[0].content }}",
+        [{"name": "default", "template": BOS_AND_TEXT}, {"name": "tool_use", "template": "{{ broken"}],
+    ],
+)
+def test_a_template_that_renders_as_in_transformers_passes(folder, template) -> None:
+    assert checked(folder, template) == ""
+
+
+def test_a_model_without_a_template_passes(folder) -> None:
+    change(folder, chat_template=None)
+    check_chat_template(load_tokenizer(source_of(folder)), "my/model")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "cannot render one message of a user: .*endfor"),
+        ("{{ raise_exception('a system\nmessage, please') }}", "cannot render .*: a system message, please"),
+        ("{{ messages[0].nothing.at_all }}", "cannot render"),
+        ("{{ additional_special_tokens[1] }}", "fails where the bundle runs, though not in transformers: .*undefined"),
+        (
+            BOS_AND_TEXT + "{{ additional_special_tokens }}",
+            r"gives another text where the bundle runs than in transformers, from letter 22 on: '', not \"\['<",
+        ),
+    ],
+)
+def test_a_template_that_does_not_is_refused_with_the_reason(folder, template, why) -> None:
+    assert re.search(why, checked(folder, template, additional_special_tokens=["<pad>", "<|end|>"]))
+
+
+def test_a_template_that_only_transformers_refuses_is_refused(folder, monkeypatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", lambda *_, **__: 1 / 0)
+    assert "fails in transformers: division by zero" in checked(folder, BOS_AND_TEXT)
+
+
+def test_a_template_that_prints_the_second_is_not_refused_when_it_changes(folder, monkeypatch) -> None:
+    real, seconds = PreTrainedTokenizerFast.apply_chat_template, iter(["the second before", None])
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast, "apply_chat_template", lambda *args, **more: next(seconds) or real(*args, **more)
+    )
+    assert checked(folder, BOS_AND_TEXT) == ""
+
+
+def test_a_tokenizer_that_needs_its_json_is_refused_by_that_name(folder) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    change(folder, tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(
+        ModelError, match=r"model cannot be loaded: tokenizer\.json is missing.*\(tokenizer_config\.json"
+    ):
+        load_tokenizer(source_of(folder))
 
 
 def test_the_fixture_is_a_fast_tokenizer(folder) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from mara_deploy import memory
 from mara_deploy.commands import inspect
+from mara_deploy.commands.memory import CONTEXT_OF, find
 from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import Setting, estimate
 from mara_export.errors import ModelError
@@ -211,6 +212,43 @@ def test_what_is_wrong_is_one_line(capsys, arguments, message):
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_the_tokens_that_a_model_was_made_for_are_the_most(capsys, tmp_path):
+    config = {**LLAMA_1B, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    code, out, err = run(capsys, "--memory", tmp_path, "--context", 100000)
+    assert (code, out) == (2, "")
+    assert f"--context is 100000; {tmp_path.name} was made for at most 512 tokens" in err
+    _, out, _ = run(capsys, "--memory", tmp_path, "--json")
+    assert {setting["context"] for setting in json.loads(out)["settings"]} == {512}
+    assert run(capsys, "--memory", tmp_path, "--context", 512)[0] == 0
+    assert "at most 8192 tokens" in run(capsys, "--memory", "llama3", "--context", 8193)[2]
+    assert run(capsys, "--memory", "demo", "--context", 100000)[0] == 2
+    assert set(CONTEXT_OF) == set(DECODERS)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 4096}, 32768),
+        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": True}, 4096),
+    ],
+)
+def test_a_sliding_window_is_the_most_too(tmp_path, config, most):
+    text = json.dumps({**LLAMA_1B, "max_position_embeddings": 32768, **config})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert find(str(tmp_path))[2] == most
+
+
+@pytest.mark.parametrize("size", [0, "many", [1], {}])
+def test_a_number_of_tokens_that_is_none_is_one_line(capsys, tmp_path, size):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_1B, "max_position_embeddings": size}), encoding="utf-8")
+    code, _, err = run(capsys, "--memory", tmp_path)
+    assert code == 2
+    assert "max_position_embeddings or sliding_window that is no size" in err
 
 
 def test_damaged_configurations_are_one_line(capsys, tmp_path):
