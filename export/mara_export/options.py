@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mara_runtime.errors import OptionError
@@ -72,6 +73,16 @@ class Quantisation:
     quantiser: str = QUANTISERS[0]
     keep: tuple[str, ...] = ()
     """names of nodes, with * for anything, whose weights stay float32, as in */lm_head/*"""
+
+    def keeps(self, name: str) -> bool:
+        """Do the weights of the node of that name stay float32?"""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
+
+    def check_keep(self, names: Sequence[str]) -> None:
+        """Raise OptionError for a pattern that matches none of the `names`."""
+        for pattern in self.keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {names[0]}")
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""

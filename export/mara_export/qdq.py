@@ -7,7 +7,6 @@ The embedding's table stays as it is: an engine would widen all of it to look on
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 import ml_dtypes
@@ -34,10 +33,8 @@ def quantise_qdq(model: onnx.ModelProto, weights: Weights, how: Quantisation, pa
     """
     graph = model.graph
     matrices = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    for pattern in how.keep:
-        if not any(fnmatchcase(node.name, pattern) for node in matrices):
-            raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {matrices[0].name}")
-    kept = [node for node in matrices if any(fnmatchcase(node.name, pattern) for pattern in how.keep)]
+    how.check_keep([node.name for node in matrices])
+    kept = [node for node in matrices if how.keeps(node.name)]
     column = how.block_size == COLUMN
     where: dict[str, Any] = {"axis": 1} if column else {"axis": 0, "block_size": how.block_size}
     made: dict[str, list[NodeProto]] = {}
@@ -65,12 +62,9 @@ def check_blocks(model: onnx.ModelProto, weights: Weights, options: ExportOption
     size, how = options.block_size, options.quantisation
     if size is None or size == COLUMN or how is None:
         return
-    inputs = {
-        node.name: weights.shape(node.input[1])[0]
-        for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in weights
-        if not any(fnmatchcase(node.name, pattern) for pattern in how.keep)
-    }
+    matrices = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    how.check_keep([node.name for node in matrices])
+    inputs = {node.name: weights.shape(node.input[1])[0] for node in matrices if not how.keeps(node.name)}
     odd = next((name for name, rows in inputs.items() if rows % size), None)
     if odd is None:
         return

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import warnings
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mara_export.nodes import MICROSOFT, set_nodes
 from mara_export.options import Quantisation
 from mara_export.weights import INLINE_BYTES, Weights
-from mara_runtime.errors import OptionError
 
 SLICE_COLUMNS = 16384
 """Columns of a matrix that are quantised at a time."""
@@ -41,11 +39,9 @@ def quantise(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts:
     for_tables = replace(how, quantiser="rtn") if how.quantiser == "hqq" else how
     vocabulary = {weights.shape(node.input[0])[0] for node in tables}
     matrices = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    for pattern in how.keep:
-        if not any(fnmatchcase(node.name, pattern) for node in (*matrices, *tables)):
-            raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {matrices[0].name}")
+    how.check_keep([node.name for node in (*matrices, *tables)])
     for node in parts(matrices):
-        if not any(fnmatchcase(node.name, pattern) for pattern in how.keep):
+        if not how.keeps(node.name):
             is_head = weights.shape(node.input[1])[1] in vocabulary
             matrix = weights.read(node.input[1])
             quantised, tensors = _blocks(node, matrix, for_tables if is_head else how)
@@ -55,7 +51,7 @@ def quantise(model: onnx.ModelProto, weights: Weights, how: Quantisation, parts:
     for node in tables:
         columns = weights.shape(node.input[0])[1]
         # rows of the table must be whole blocks: the lookup reads what the multiplication would pad
-        if columns % how.block_size == 0 and not any(fnmatchcase(node.name, pattern) for pattern in how.keep):
+        if columns % how.block_size == 0 and not how.keeps(node.name):
             _quantise_table(node, weights, for_tables)
     if not any(opset.domain == MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
