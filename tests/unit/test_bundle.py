@@ -122,7 +122,7 @@ def test_a_folder_in_the_place_of_the_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"", "is not JSON"),
+        (b"", "is not valid manifest JSON"),
         (b"\x80\x02}q", "cannot be read"),
         (b'{"schema_version": 3, "model": "\xe9"}', "cannot be read"),
         (b"\xff\xfe{\x00}\x00", "cannot be read"),
