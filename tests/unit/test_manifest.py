@@ -325,7 +325,7 @@ def test_a_file_in_a_folder_of_the_bundle_is_fine() -> None:
     "text", ["", "{", "not json", '{"a": 1,}', '{"schema_version": 1', "\x00", "{'a': 1}", "\ufeff{}"]
 )
 def test_not_json(text: str) -> None:
-    assert "is not JSON" in refused(text)
+    assert "is not valid manifest JSON" in refused(text)
 
 
 @pytest.mark.parametrize("text", ["[]", "[1, 2]", "3", "null", '"text"', "true", "{}", '{"version": 1}'])
