@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
+from mara_runtime.folder_lock import locked
 
 
 @contextlib.contextmanager
@@ -22,27 +23,15 @@ def in_one_line(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Reserve a folder, made if it is missing, for this run. Raises MaraError where another run has it.
-
-    The lock is on the folder itself: it leaves no file behind, and ends with the process, even a killed one.
-    """
+    """Reserve a folder, made if it is missing, for this run. Raises MaraError where another run has it."""
     with in_one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise MaraError(f"another run is using {folder}: wait until it ends, or choose another --out") from None
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MaraError(f"another run is using {folder}: wait until it ends, or choose another --out") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

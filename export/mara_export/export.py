@@ -6,7 +6,6 @@ import gc
 import platform
 import tempfile
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -35,6 +34,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts, TokenizerFacts
 from mara_runtime.ort_engine import OrtEngine
+from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
 
@@ -236,5 +236,4 @@ def _manifest(
 
 def _versions() -> dict[str, str]:
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
-    versions = {name: version(name) for name in packages}
-    return {"python": platform.python_version(), **versions, "onnxruntime": onnxruntime.__version__}
+    return {"python": platform.python_version(), **installed(*packages), "onnxruntime": onnxruntime.__version__}

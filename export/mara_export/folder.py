@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
+from mara_runtime.folder_lock import locked
 from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest
 
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -131,7 +132,7 @@ def extend(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bund
     root, names = bundle.folder, [engine.file for engine in engines]
     with _in_one_line(root):
         entries = {name: _entry(staged / name) for name in names}
-    with _in_one_line(root), _alone(root):
+    with _in_one_line(root), locked(root, wait=True):
         before = Bundle.open(root, verify=False).manifest
         if _exported(before) != _exported(bundle.manifest):
             raise MaraError(f"{root} was exported anew while its engine was built: build it again")
@@ -204,23 +205,6 @@ def _put_back(root: Path, staged: Path, replaced: Path, names: Sequence[str], no
     )
     if manifest != now:
         write_manifest(root, manifest)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process extends the bundle. A lock on the folder itself leaves no file, even when killed."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:

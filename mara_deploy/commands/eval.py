@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +24,7 @@ from mara_deploy.commands.shared import (
     template_variables,
 )
 from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.answers import Asking, Contestant
@@ -169,7 +169,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "training_file": training.name if training else None,
             },
             "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
         summary = result(found, facts, bootstrap)
         write_text(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -284,16 +284,6 @@ def _out(out: Path) -> Path:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "answers").is_dir())):
         raise MaraError(f"{out} exists already and is not an evaluation: choose another --out")
     return out
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from mara_deploy.commands.scoring import ScoreOption, add_score_options, judges,
 from mara_deploy.commands.shared import Parser, add_template_option, guarded, template_variables
 from mara_deploy.train.config import RECIPES, TrainConfig, flag
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
     from mara_deploy.evaluate.judge import Judge
@@ -214,7 +214,7 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
     from mara_deploy.train.report import write_report
     from mara_deploy.train.watch import Watch, first_interrupt_waits
 
-    by = f"mara-deploy {version('mara-deploy')}"
+    by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
     told = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     with (
         first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
@@ -290,7 +290,7 @@ def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> di
         "device": "auto" if args.device is None else args.device,
         "dtype": "auto" if args.dtype is None else args.dtype,
         "config": config.to_json(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **installed(*packages)},
         "threads": torch.get_num_threads() if args.threads is None else args.threads,
     }
 

@@ -54,6 +54,9 @@ class DecodeConfig:
     """texts that end the answer; they are not part of its text"""
 
     def __post_init__(self) -> None:
+        for name in ("align", "sample"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         _choice("--strategy", self.strategy, STRATEGIES)
         _choice("--order", self.order, ORDERS)
         _choice("--schedule", self.schedule, SCHEDULES)
@@ -78,11 +81,20 @@ class DecodeConfig:
             raise OptionError(f"--stop is {self.stop!r}; it must be a tuple of texts")
         if "" in self.stop:
             raise OptionError("--stop is an empty text; it must have at least one character")
+        for name, kind in _NUMBERS.items():  # those of NumPy and others as plain ones
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, in the order of the fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**values, "stop": list(self.stop)}
+
+
+_NUMBERS: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("top_k", "max_new_tokens", "seed", "draft"), int),
+    **dict.fromkeys(("top_p", "threshold", "temperature"), float),
+}
 
 
 def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -302,9 +302,9 @@ class _Loop:
 
     def _decide(self, decision: _Decision) -> Step:
         """Emit the chosen one of the examined candidates."""
-        config, examined = self._config, decision.examined
-        self._session.schedule.learn(decision.probabilities, decision.margins, config.threshold)
-        choice = choose(config.strategy, decision.margins, config.threshold, self._rng)
+        config, examined, margins = self._config, decision.examined, decision.margins
+        self._session.schedule.learn(decision.probabilities, margins, config.threshold)
+        choice = choose(config.strategy, margins, config.threshold, self._rng)
         if choice is None:
             chosen = next(e for e in examined if e.rank == decision.fallback)
         else:

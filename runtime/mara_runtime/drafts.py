@@ -33,7 +33,7 @@ class DraftSource(Protocol):
         """The text goes on with `token`; first_choice: only such a token could have been confirmed."""
 
     def draft(self, following: int, most: int) -> Draft:
-        """Guess up to `most` tokens after the text so far and `following`."""
+        """Guess up to `most` tokens, ids of the vocabulary, after the text so far and `following`."""
 
 
 LONGEST, SHORTEST = 6, 2

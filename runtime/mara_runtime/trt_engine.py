@@ -164,6 +164,8 @@ class TrtEngine:
         self._refeed = Refeed(self.slots)
         self._views: dict[Sizes, tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = {}
         self._index = self._side = 0
+        self._left_running = False
+        """a pass was interrupted, and may still read its inputs"""
         self._open = _Open()
         self._finalizer = weakref.finalize(self, self._open.close)
         try:
@@ -303,11 +305,15 @@ class TrtEngine:
 
     def _pass(self, work: Pass) -> dict[str, NDArray[Any]]:
         """Run one pass; returns its outputs, those for padding included."""
+        if self._left_running:
+            self._open.cuda.wait()
         self._widen(work.slot + len(work.tokens))
         sizes = Sizes(len(work.tokens), max(len(work.head_rows), 1), max(len(work.agent_rows), 1))
         inputs, outputs = self._view(sizes)
         fill(inputs, work)
+        self._left_running = True
         self._open.plan.run(sizes, self._side)
+        self._left_running = False
         if not self._engines[self._index].in_place:
             self._side = 1 - self._side
         return outputs

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
@@ -105,6 +107,19 @@ def test_a_value_of_another_kind_is_refused_like_one_out_of_range(options: dict[
 def test_values_inside_their_range_are_kept(options: dict[str, Any]) -> None:
     config = DecodeConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    given = {"top_k": np.int64(9), "top_p": np.float32(0.5), "threshold": Fraction(1, 4), "draft": np.int32(3)}
+    config = DecodeConfig(**given)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(config.to_json()))["threshold"] == 0.25
+    assert [type(getattr(config, name)) for name in given] == [int, float, float, int]
+
+
+@pytest.mark.parametrize("name", ["align", "sample"])
+def test_a_switch_is_true_or_false(name: str) -> None:
+    with pytest.raises(OptionError, match=f"^{name} is 'no'; it must be True or False$"):
+        DecodeConfig(**{name: "no"})  # type: ignore[arg-type]
 
 
 def test_is_frozen() -> None:
