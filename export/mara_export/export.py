@@ -110,7 +110,7 @@ def export(
         if options.gate:
             with progress.stage("parity gate"):
                 report = _compare(Bundle(folder, manifest), cases, largest, options, progress)
-            manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise())
+            manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise)
         manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
     return Bundle(out, manifest)
@@ -194,7 +194,8 @@ def _compare(
 ) -> parity.Report:
     """Run the bundle's graph over what the reference was run over. Raises ParityError where they differ."""
     engine = OrtEngine(bundle)
-    sides = [parity.engine_side(engine, case) for case in progress.parts(cases)]
+    disturb = None if options.quantisation is None else parity.disturber(engine)
+    sides = [parity.engine_side(engine, case, disturb) for case in progress.parts(cases)]
     in_float16 = options.cache == "float16"
     report = parity.compare(cases, sides, parity.GATES[options.precision], largest if in_float16 else None)
     if report.failures:

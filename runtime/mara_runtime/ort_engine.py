@@ -163,6 +163,14 @@ class OrtEngine:
         """Size of the KV cache now."""
         return int(self._slab.shape[3])
 
+    @property
+    def entries(self) -> NDArray[Any]:
+        """(2L, 1, KV heads, slots, head dim) of the KV cache, keys and values of each layer in turn: the memory itself.
+
+        On a CPU alone; on a device NumPy cannot reach them.
+        """
+        return self._slab
+
     def _allocate(self, slots: int, held: Iterable[NDArray[Any]] = ()) -> None:
         """Make a cache of that size; `held`: the entries that it begins with, by layer and part."""
         import onnxruntime as ort

@@ -424,7 +424,7 @@ def test_equal_sides_pass() -> None:
     rows = hand_made()[0][0].reference.rows
     floor = {name: parity.NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
     assert report.to_json()["noise"] == floor  # the two routes agree to the last bit
-    assert report.engine_noise() == {name: floor[name] for name in ("margins", "logits")}
+    assert report.engine_noise == {name: floor[name] for name in ("margins", "logits")}
 
 
 @pytest.mark.parametrize("where", ["found", "reference"])
@@ -487,6 +487,54 @@ def test_the_noise_is_of_each_side_alone() -> None:
     found[0].rows.logits[:] += 0.25
     found[0].again.logits[:] += 0.25
     assert parity.compare(cases, found, GATE).noise["logits"] == parity.compare(*hand_made(), GATE).noise["logits"]
+
+
+def disturbed(by: float) -> list[parity.Side]:
+    """Of the hand-made engine: its margins and logits by the third route."""
+    (found,) = hand_made()[1]
+    rows = found.rows
+    return [replace(found, disturbed=parity.Rows(rows.hidden, rows.logits + by, rows.margins + np.float32(2 * by)))]
+
+
+def test_levels_that_tip_are_noise_to_decoding_and_excuse_nothing() -> None:
+    cases, found = hand_made()
+    plain, report = parity.compare(cases, found, GATE), parity.compare(cases, disturbed(0.25), GATE)
+    assert report.engine_noise == {"logits": parity.NOISE_FACTOR * 0.25, "margins": parity.NOISE_FACTOR * 0.5}
+    assert report.to_json() == plain.to_json()
+    assert parity.compare(cases, disturbed(1e-9), GATE).engine_noise == plain.engine_noise  # the floor is the same
+
+
+@pytest.mark.parametrize("name", ["logits", "margins"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_by_the_third_route_fails(name) -> None:
+    found = disturbed(0.25)
+    getattr(found[0].disturbed, name)[2] = np.nan
+    assert parity.compare(hand_made()[0], found, GATE).failures == [f"{name}: not finite by the third route"]
+
+
+@pytest.mark.parametrize("lowering", ["ort", "portable"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_move_by_less_than_the_recorded_noise_where_levels_tip(attempt, monkeypatch, precision, lowering) -> None:
+    """Of a text longer than the gate's, one row at a time; last bits of the cache move as on other processors."""
+    monkeypatch.setitem(parity.GATES, precision, parity.Gate(-1.0, np.inf, differing=1.0))
+    bundle = attempt(precision=precision, lowering=lowering)
+    engine, generator = OrtEngine(bundle, threads=1), np.random.default_rng(1)
+    moved = dict.fromkeys(("margins", "logits"), 0.0)
+    for tokens in checkpoints.random_prompts(4, seed=5, length=150):
+        engine.clear()
+        straight = engine.evaluate(tokens, range(len(tokens)), 0)
+        expected = {name: getattr(straight, name).copy() for name in moved}
+        for slot, token in enumerate(tokens):
+            row = engine.evaluate([token], [slot], slot)
+            for name in moved:
+                moved[name] = max(moved[name], float(np.abs(getattr(row, name)[0] - expected[name][slot]).max()))
+            entries = engine.entries[:, :, :, slot]
+            entries[...] = entries * (1 + 2e-7 * generator.standard_normal(entries.shape))
+    recorded = bundle.manifest.noise
+    assert recorded is not None
+    print(f"\n{precision}, {lowering}: moved {moved}, recorded {recorded}")
+    assert 0.1 < moved["logits"] < recorded["logits"]  # last bits alone move them by less than 0.001
+    assert 0.001 < moved["margins"] < recorded["margins"]
 
 
 LIMITS = {
