@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.engine import Engine
+from mara_runtime.manifest import Noise
 
 if TYPE_CHECKING:  # only the reference needs it, and two engines are compared on devices that have none
     import torch
@@ -246,8 +247,8 @@ class Report:
     """of each of NAMES: greatest difference relative to the largest value; of hidden states and logits least cosine"""
     noise: dict[str, float]
     """of each of NAMES, NOISE_FACTOR and NOISE_FLOOR applied"""
-    engine_noise: dict[str, float]
-    """of margins and logits, for the manifest: gaps that another width of pass may close; with levels that tip"""
+    engine_noise: Noise
+    """for the manifest: that, and more where levels tip"""
     outcomes: dict[str, dict[str, int]]
     """of the best token, of the RANKS best, and of decisions: compared, not compared (`within_noise`), differing among
     those compared, and changed: differing among all"""
@@ -313,11 +314,10 @@ def compare(
         noise[name] = float(np.maximum(moved, floor))
         if not np.isfinite(noise[name]):
             failures.append(f"{name}: not finite by one of two routes")
-    engine_noise = {}
+    tipped = {}
     for name in ("margins", "logits"):
-        tipped = NOISE_FACTOR * float(np.max([side.tipped(name) for _, side in pairs]))
-        engine_noise[name] = float(np.maximum(noise[name], tipped))
-        if not np.isfinite(tipped):
+        tipped[name] = NOISE_FACTOR * float(np.max([side.tipped(name) for _, side in pairs]))
+        if not np.isfinite(tipped[name]):
             failures.append(f"{name}: not finite by the third route")
     beyond = {
         "first": max(noise["logits"], gate.lead),
@@ -345,7 +345,7 @@ def compare(
         rows=sum(len(a.rows.margins) for a, _ in pairs),
         numbers=numbers,
         noise=noise,
-        engine_noise=engine_noise,
+        engine_noise=Noise(**{name: max(noise[name], tipped[name]) for name in tipped}),
         outcomes=outcomes,
         beyond=beyond,
         perplexity=perplexity if texts else None,

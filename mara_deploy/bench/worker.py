@@ -17,7 +17,7 @@ from mara_deploy.bench.workload import Instrument, Profile, Script
 from mara_runtime.bundle import Bundle
 from mara_runtime.calibrate import measure
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Noise, Session, Step, decode
+from mara_runtime.decode import Session, Step, decode
 from mara_runtime.drafts import NGrams
 from mara_runtime.engine import open_engine
 from mara_runtime.errors import MaraError
@@ -90,7 +90,7 @@ class Subject:
                 instrument,
                 _schedule(config, cost, acceptance),
                 None if config.draft == 0 else drafts,
-                Noise.of(manifest.noise),
+                manifest.noise,
                 self._held,
             )
             stats = Stats()

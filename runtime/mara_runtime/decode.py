@@ -12,7 +12,7 @@ accepted. So every pass settles what the sequential procedure would have settled
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ from mara_runtime.config import DecodeConfig
 from mara_runtime.drafts import NO_DRAFT, Draft, DraftSource
 from mara_runtime.engine import Engine, Outcome, Pass, check_row, is_finite
 from mara_runtime.errors import NumericsError
+from mara_runtime.manifest import Noise
 from mara_runtime.schedule import Schedule, View
 from mara_runtime.stats import Stats
 from mara_runtime.strategies import choose, examination_order
@@ -81,19 +82,6 @@ class _Decision:
     @property
     def complete(self) -> bool:
         return len(self.examined) == len(self.candidates)
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far the numbers of one bundle move with the width of a pass, as the parity gate measured it."""
-
-    margins: float
-    logits: float
-
-    @staticmethod
-    def of(measured: Mapping[str, float] | None) -> Noise | None:
-        """As the manifest has it."""
-        return None if measured is None else Noise(measured["margins"], measured["logits"])
 
 
 @dataclass

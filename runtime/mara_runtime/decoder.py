@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mara_runtime.bundle import Bundle
 from mara_runtime.calibrate import measured_cost
 from mara_runtime.chat import Message
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Noise, Session, Step, decode
+from mara_runtime.decode import Session, Step, decode
 from mara_runtime.drafts import NGrams
 from mara_runtime.engine import Engine, open_engine
 from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
@@ -30,7 +33,7 @@ from mara_runtime.stats import Stats
 from mara_runtime.tensors import spare_slots
 from mara_runtime.text import TextSide, TextStream
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ class AlignedDecoder:
         variables without a template.
         """
         manifest = self.bundle.manifest
+        if not isinstance(prompt, (Sequence, np.ndarray)) or isinstance(prompt, bytes):
+            raise PromptError(
+                f"the prompt is of type {type(prompt).__name__}; it must be a text, a list of messages, or a list or "
+                "NumPy array of token ids"
+            )
         if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
@@ -221,7 +229,7 @@ class AlignedDecoder:
             self.engine,
             self._schedule(config),
             drafts,
-            Noise.of(self.bundle.manifest.noise),
+            self.bundle.manifest.noise,
             self._cache.held,
         )
 

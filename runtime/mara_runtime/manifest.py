@@ -103,6 +103,15 @@ class TokenizerFacts:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """Gaps that another width of pass may close, as the parity gate measured them for this bundle; ≥ 0."""
+
+    margins: float
+    logits: float
+    """nats"""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a bundle says of itself."""
 
@@ -122,8 +131,8 @@ class Manifest:
     """{package: version}"""
     parity: dict[str, Any] | None
     """report of the parity gate; None when it was switched off"""
-    noise: dict[str, float] | None
-    """gaps in `margins` and `logits` that another width of pass may close; None when not measured"""
+    noise: Noise | None
+    """None when not measured"""
     files: dict[str, FileEntry]
     """every file but the manifest, by its path in the bundle"""
     io: dict[str, Any]
@@ -269,9 +278,10 @@ class _Reader:
             options=self._get(f"{path}.options", dict),
         )
 
-    def _noise(self) -> dict[str, float] | None:
-        noise = self._get("noise", dict, type(None))
-        return None if noise is None else {name: self._number(f"noise.{name}") for name in ("margins", "logits")}
+    def _noise(self) -> Noise | None:
+        if self._get("noise", dict, type(None)) is None:
+            return None
+        return Noise(margins=self._number("noise.margins"), logits=self._number("noise.logits"))
 
     def _number(self, path: str) -> float:
         value: float = self._get(path, int, float)

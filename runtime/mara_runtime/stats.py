@@ -10,7 +10,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from mara_runtime.config import DecodeConfig
-    from mara_runtime.decode import Noise, Step
+    from mara_runtime.decode import Step
+    from mara_runtime.manifest import Noise
 
 
 @dataclass

@@ -58,7 +58,9 @@ class TextSide:
         """
         template = self.template
         if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
-            raise PromptError('a conversation is a list of messages, each {"role": ..., "content": ...}')
+            raise PromptError(
+                'a conversation is a list of messages, each {"role": ..., "content": ...}; token ids are a flat list'
+            )
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty, or blank: give some text")
         return self._encode(template.render(messages, variables), add_special_tokens=False)

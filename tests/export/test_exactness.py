@@ -287,7 +287,7 @@ def test_low_precision_follows_its_own_sequential_path(name, precision, subject,
                     step.candidates.ids.tolist() != expected.candidates.ids.tolist()
                 ):
                     nearest = min((abs(m) for m in expected.margins.values()), default=np.inf)
-                    assert expected.candidates.gap < noise["logits"] or nearest < noise["margins"], expected
+                    assert expected.candidates.gap < noise.logits or nearest < noise.margins, expected
                     tally.excused.append(f"position {step.position}")
                     break  # the two texts part here
     print(f"\n{name}, {precision}: {tally.positions} positions, {tally.decisions} decisions; {near} of the sequential "

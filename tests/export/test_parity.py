@@ -24,6 +24,7 @@ from mara_export.options import ExportOptions
 from mara_export.sources import resolve_model
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
+from mara_runtime.manifest import Noise
 from mara_runtime.ort_engine import OrtEngine
 from tests import checkpoints
 
@@ -330,7 +331,7 @@ def test_a_good_export_passes_and_its_report_is_in_the_manifest(attempt) -> None
         assert 0 < report[name]["greatest_difference"] <= GATE.greatest_difference
     assert 0 < report["noise"]["logits"] < 0.1
     assert 0 < report["noise"]["margins"] < 0.1
-    assert bundle.manifest.noise == {name: report["noise"][name] for name in ("margins", "logits")}
+    assert bundle.manifest.noise == Noise(report["noise"]["margins"], report["noise"]["logits"])
     rows = report["rows"]
     assert rows > parity.PROMPTS * parity.SIBLINGS
     for name, count in (("first", rows), ("ranks", rows * parity.RANKS), ("decisions", rows)):
@@ -424,7 +425,7 @@ def test_equal_sides_pass() -> None:
     rows = hand_made()[0][0].reference.rows
     floor = {name: parity.NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
     assert report.to_json()["noise"] == floor  # the two routes agree to the last bit
-    assert report.engine_noise == {name: floor[name] for name in ("margins", "logits")}
+    assert report.engine_noise == Noise(floor["margins"], floor["logits"])
 
 
 @pytest.mark.parametrize("where", ["found", "reference"])
@@ -499,7 +500,7 @@ def disturbed(by: float) -> list[parity.Side]:
 def test_levels_that_tip_are_noise_to_decoding_and_excuse_nothing() -> None:
     cases, found = hand_made()
     plain, report = parity.compare(cases, found, GATE), parity.compare(cases, disturbed(0.25), GATE)
-    assert report.engine_noise == {"logits": parity.NOISE_FACTOR * 0.25, "margins": parity.NOISE_FACTOR * 0.5}
+    assert report.engine_noise == Noise(margins=parity.NOISE_FACTOR * 0.5, logits=parity.NOISE_FACTOR * 0.25)
     assert report.to_json() == plain.to_json()
     assert parity.compare(cases, disturbed(1e-9), GATE).engine_noise == plain.engine_noise  # the floor is the same
 
@@ -533,8 +534,8 @@ def test_rows_move_by_less_than_the_recorded_noise_where_levels_tip(attempt, mon
     recorded = bundle.manifest.noise
     assert recorded is not None
     print(f"\n{precision}, {lowering}: moved {moved}, recorded {recorded}")
-    assert 0.1 < moved["logits"] < recorded["logits"]  # last bits alone move them by less than 0.001
-    assert 0.001 < moved["margins"] < recorded["margins"]
+    assert 0.1 < moved["logits"] < recorded.logits  # last bits alone move them by less than 0.001
+    assert 0.001 < moved["margins"] < recorded.margins
 
 
 LIMITS = {

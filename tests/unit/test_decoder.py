@@ -141,6 +141,18 @@ def test_a_prompt_of_no_known_kind_is_refused(tmp_path: Path, prompt: Any) -> No
         decoder.encode(prompt)
 
 
+@pytest.mark.parametrize("prompt", [None, b"text", {1, 2}, iter([1, 2])], ids=repr)
+def test_a_prompt_of_another_type_is_told_what_it_can_be(tmp_path: Path, prompt: Any) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(PromptError, match=f"^the prompt is of type {type(prompt).__name__}; it must be a text, "):
+        decoder.encode(prompt)
+
+
+def test_token_ids_may_be_a_range_or_a_numpy_array(tmp_path: Path) -> None:
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    assert decoder.encode(range(3)) == decoder.encode(np.arange(3)) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("ids", "token", "index"), [([1, VOCAB], VOCAB, 1), ([-1], -1, 0), ([0, 2, 10**30], 10**30, 2)]
 )

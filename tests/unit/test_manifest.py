@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_runtime.errors import BundleError
-from mara_runtime.manifest import EngineFacts, Manifest, parse
+from mara_runtime.manifest import EngineFacts, Manifest, Noise, parse
 from tests.unit import helpers
 
 ENGINE = "engines/tensorrt/step-64.engine"
@@ -103,7 +103,7 @@ def test_reads_every_field() -> None:
     assert manifest.tokenizer.special_tokens == {"bos_token": "<bos>"}
     assert (manifest.step.file, manifest.step.lowering, manifest.step.precision) == ("step.onnx", "ort", "int4")
     assert manifest.step.quantisation == {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []}
-    assert manifest.noise == {"margins": 0.001, "logits": 0.0025}
+    assert manifest.noise == Noise(margins=0.001, logits=0.0025)
     assert manifest.step.cache == "float32"
     (engine,) = manifest.engines
     assert (engine.target, engine.file, engine.slots, engine.in_place) == ("tensorrt", ENGINE, 64, True)
@@ -369,7 +369,7 @@ def test_a_manifest_of_the_first_version_is_refused_by_its_version() -> None:
 
 def test_noise_that_is_a_whole_number_is_read_as_a_number() -> None:
     manifest = parse(json.dumps(changed(("noise",), {"margins": 0, "logits": 1})), "here")
-    assert manifest.noise == {"margins": 0.0, "logits": 1.0}
+    assert manifest.noise == Noise(margins=0.0, logits=1.0)
 
 
 @pytest.mark.parametrize("depth", [500, 900, 950, 980, 990, 1000, 100_000])

@@ -10,7 +10,8 @@ import pytest
 
 from mara_runtime.candidates import Candidates
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Noise, Step
+from mara_runtime.decode import Step
+from mara_runtime.manifest import Noise
 from mara_runtime.stats import Stats
 
 ALIGNED = DecodeConfig()
