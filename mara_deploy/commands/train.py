@@ -6,7 +6,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -216,11 +216,16 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
 
     by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
     told = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
-    with (
-        first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
-        Watch(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as watch,
-    ):
-        train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=told)
+    try:
+        with (
+            first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
+            Watch(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as watch,
+        ):
+            train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=told)
+    except MaraError:
+        with suppress(MaraError):  # the first is the cause
+            write_report(run.folder)
+        raise
     write_report(run.folder)
     return watch.episodes, cautions(run.folder.rows(), run.config.to_json())
 

@@ -438,6 +438,7 @@ def test_a_later_round_that_the_replay_memory_cannot_take_leaves_what_came_befor
     said = done.err.splitlines()[-1]
     assert f"a round has {rounds[at]} transitions, more than the {rounds[at] - 1} that" in said
     assert said.endswith(f"; agent and checkpoint are as of the {2 * at} episodes before")
+    assert (tmp_path / "out" / "report.html").is_file()
     assert run("short", episodes=2 * at, **memory).code == 0
     left = {name: everything(tmp_path / name, memory["replay_transitions"]) for name in ("out", "short")}
     assert left["out"]["state"]["progress"]["updates"] > 0
