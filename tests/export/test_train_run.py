@@ -433,12 +433,14 @@ def test_a_later_round_that_the_replay_memory_cannot_take_leaves_what_came_befor
     rounds = np.diff([row["transitions"] for row in everything(tmp_path / "longer")["log"]], prepend=0).tolist()
     at = next(i for i in range(len(rounds) - 1, 3, -1) if rounds[i] > max(rounds[:i]))
     memory = {"replay_transitions": 8 * (rounds[at] - 1), "checkpoint_minutes": 600, "seed": 5}
+    reported: list[int] = []
+    monkeypatch.setattr(report, "write_report", lambda folder: reported.append(folder.rows()[-1]["episodes"]))
     done = run("out", episodes=24, **memory)
+    assert reported == [2 * at]
     assert done.code == 2
     said = done.err.splitlines()[-1]
     assert f"a round has {rounds[at]} transitions, more than the {rounds[at] - 1} that" in said
     assert said.endswith(f"; agent and checkpoint are as of the {2 * at} episodes before")
-    assert (tmp_path / "out" / "report.html").is_file()
     assert run("short", episodes=2 * at, **memory).code == 0
     left = {name: everything(tmp_path / name, memory["replay_transitions"]) for name in ("out", "short")}
     assert left["out"]["state"]["progress"]["updates"] > 0
