@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +15,7 @@ from mara_deploy.files import fingerprint
 from mara_deploy.scores import ScoreError
 from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
-from mara_export.sources import ModelSource, local_path, resolve_model
+from mara_export.sources import ModelSource, is_hub_id, local_path, resolve_model
 from mara_export.tokenizer import load_tokenizer
 from mara_runtime.errors import OptionError
 
@@ -147,7 +146,7 @@ def _load(
     folder = local_path(where)
     if folder is None and where.startswith((".", "/", "~")):
         raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {where}")
-    if (folder is None or not folder.is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+    if (folder is None or not folder.is_dir()) and not is_hub_id(where):
         raise ScoreError(
             f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"
         )

@@ -26,7 +26,6 @@ ALIASES = {
 }
 """Short names of Hub models."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]
 _ADAPTER = "adapter_config.json"
@@ -60,7 +59,7 @@ def resolve_model(
             raise ModelError(f"{folder} has no .safetensors weights; other formats are not loaded")
         return ModelSource(folder, folder.resolve().name, None)
     hub_id = ALIASES.get(model, model)
-    if not _HUB_ID.fullmatch(hub_id):
+    if not is_hub_id(hub_id):
         raise ModelError(
             f"there is no model {model!r}: give a folder, a Hub id (owner/name), or one of " + ", ".join(ALIASES)
         )
@@ -84,6 +83,11 @@ def _refuse_adapter(folder: Path, name: str) -> None:
             f"{name} holds an adapter ({_ADAPTER}): merge it into its model first (merge_and_unload of PEFT), and name "
             "the folder that this saves"
         )
+
+
+def is_hub_id(name: str) -> bool:
+    """Can that be a model of the Hub, owner/name? A path that begins with a dot cannot."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def local_path(name: str) -> Path | None:

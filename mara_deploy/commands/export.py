@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -198,7 +197,7 @@ def _agent(name: str, model: str) -> tuple[Agent, str]:
     """The agent and its name for others: never a path of this machine."""
     from mara_deploy import agent as agents
     from mara_deploy.demo.__main__ import DEMO_AGENT, demo_agent
-    from mara_export.sources import local_path, resolve_file
+    from mara_export.sources import is_hub_id, local_path, resolve_file
 
     if name == "demo":
         if model != "demo":
@@ -208,7 +207,7 @@ def _agent(name: str, model: str) -> tuple[Agent, str]:
         return demo_agent(), DEMO_AGENT
     path = local_path(name)
     hub_id, colon, file = name.partition(":")
-    if path is None and colon and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if path is None and colon and is_hub_id(hub_id):
         return agents.load(resolve_file(hub_id, file)), name
     path = path or Path(name)
     return agents.load(path), path.name

@@ -78,6 +78,7 @@ def copied(source: Path, folder: Path, **config: Any) -> Path:
 def test_a_missing_model(export_refused, monkeypatch) -> None:
     monkeypatch.setattr(sources, "_snapshot", None)  # a Hub is not even asked
     assert "there is no model '/nowhere/model'" in export_refused(model="/nowhere/model")
+    assert "there is no model './nowhere'" in export_refused(model="./nowhere")
     assert "there is no model 'qwen9'" in export_refused(model="qwen9")
     assert "~nosuchuser/model" in export_refused(model="~nosuchuser/model")
 
