@@ -100,9 +100,12 @@ def _numbers(version: str) -> list[int]:
 
 
 class _Cache:
-    """The KV cache for one number of slots, twice where passes cannot write in place; zero at first."""
+    """The KV cache for the engine of an index, twice where passes cannot write in place; zero at first."""
 
-    def __init__(self, cuda: Cuda, shape: ModelShape, dtype: str, slots: int, sides: int) -> None:
+    def __init__(self, cuda: Cuda, shape: ModelShape, dtype: str, index: int, facts: EngineFacts) -> None:
+        self.index, self.side = index, 0
+        """its engine, and which of its sides the next pass reads"""
+        slots, sides = facts.slots, 1 if facts.in_place else 2
         self._cuda, self._names = cuda, tensors.kv_names(shape.num_layers)
         self._heads = shape.num_kv_heads
         self._row_bytes = slots * shape.head_dim * tensors.CACHE_BYTES[dtype]  # of one head
@@ -126,12 +129,12 @@ class _Cache:
                 found[-1][past], found[-1][present] = source + i * self._layer_bytes, target + i * self._layer_bytes
         return found
 
-    def take_over(self, smaller: _Cache, side: int) -> None:
-        """Begin with what one side of another cache holds."""
+    def take_over(self, other: _Cache) -> None:
+        """Begin with what another cache holds, as far as there are slots for it."""
+        width = min(self._row_bytes, other._row_bytes)
         for i in range(len(self._names)):
-            target, source = self._base + i * self._layer_bytes, smaller._sides[side] + i * smaller._layer_bytes
-            width = smaller._row_bytes
-            self._cuda.copy_rows(target, self._row_bytes, source, smaller._row_bytes, width, self._heads)
+            target, source = self._base + i * self._layer_bytes, other._sides[other.side] + i * other._layer_bytes
+            self._cuda.copy_rows(target, self._row_bytes, source, other._row_bytes, width, self._heads)
         self._cuda.wait()
 
     def clear(self) -> None:
@@ -140,7 +143,10 @@ class _Cache:
         self._cuda.wait()
 
     def close(self) -> None:
-        self._cuda.free(self._base)
+        try:
+            self._cuda.wait()  # an interrupt may have left work in the stream
+        finally:
+            self._cuda.free(self._base)
 
 
 class TrtEngine:
@@ -163,7 +169,6 @@ class TrtEngine:
         self._heads = min(e.head_rows for e in self._engines)
         self._refeed = Refeed(self.slots)
         self._views: dict[Sizes, tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = {}
-        self._index = self._side = 0
         self._left_running = False
         """a pass was interrupted, and may still read its inputs"""
         self._open = _Open()
@@ -185,37 +190,51 @@ class TrtEngine:
         open_.apart = Block(cuda, [t for t in outputs if t.name in _APART], most)
         self._enter(0)
 
+    @property
+    def _index(self) -> int:
+        """Of the engine that the cache is made for, which is open but for `_open.plan`."""
+        cache = self._open.cache
+        return 0 if cache is None else cache.index
+
     def _enter(self, index: int) -> None:
         """Open the engine of that index, with what the cache holds."""
         open_, facts = self._open, self._engines[index]
-        cuda, before = open_.cuda, open_.cache
         self._close_plan()  # first, so that two engines are never in memory at once
-        if before is None or index != self._index:  # else an engine is opened again after another could not be
-            dtype = self._bundle.manifest.step.cache
-            cache = _Cache(cuda, self._shape, dtype, facts.slots, 1 if facts.in_place else 2)
-            if before is not None:
-                try:
-                    cache.take_over(before, self._side)
-                except BaseException:
-                    cache.close()
-                    raise
-                before.close()
-            open_.cache, self._index, self._side = cache, index, 0
+        if open_.cache is None or index != open_.cache.index:  # else it was interrupted, or could not be opened
+            self._remake_cache(index)
         small = {**open_.inputs.addresses(), **open_.outputs.addresses(), **open_.apart.addresses()}
         sides = [{**small, **cache} for cache in open_.cache.addresses()]
         path, blocks = self._bundle.path(facts.file), (open_.inputs, open_.outputs)
         kernels = f"kernels-{self._bundle.manifest.files[facts.file].sha256[:24]}"
-        open_.plan = Plan(self._trt, cuda, path, facts, self._io, blocks, sides, self._graphs, kernels)
+        open_.plan = Plan(self._trt, open_.cuda, path, facts, self._io, blocks, sides, self._graphs, kernels)
+
+    def _remake_cache(self, index: int) -> None:
+        """Make the cache one for the engine of that index, with what it holds."""
+        open_, before = self._open, self._open.cache
+        cache = _Cache(open_.cuda, self._shape, self._bundle.manifest.step.cache, index, self._engines[index])
+        if before is not None:
+            try:
+                cache.take_over(before)
+            except BaseException:
+                cache.close()
+                raise
+        open_.cache = cache  # at once: an interrupt must find a cache and the engine that it is for
+        if before is not None:
+            before.close()
 
     def _close_plan(self) -> None:
-        plan, self._open.plan = self._open.plan, None
-        if plan is not None:
-            plan.close()
+        if self._open.plan is not None:
+            try:
+                self._open.plan.close()
+            finally:
+                self._open.plan = None
 
     def _close_cache(self) -> None:
-        cache, self._open.cache = self._open.cache, None
-        if cache is not None:
-            cache.close()
+        if self._open.cache is not None:
+            try:
+                self._open.cache.close()
+            finally:
+                self._open.cache = None
 
     # ── the KV cache ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -236,9 +255,15 @@ class TrtEngine:
         return max(self._index, next(i for i, e in enumerate(self._engines) if e.slots >= slots))
 
     def _widen(self, slots: int) -> None:
-        index = self._room(slots)
-        if index > self._index or self._open.plan is None:
+        before, index = self._index, self._room(slots)
+        if index == before and self._open.plan is not None:
+            return
+        try:
             self._enter(index)
+        except EngineError:
+            if self._index > before:  # there may be no room for it: what is held fits the smaller one, which goes on
+                self._remake_cache(before)
+            raise
 
     def begin(self, kept: int, slots: int) -> None:
         """See `Engine.begin`; it goes back to a smaller engine in `clear` alone, as opening one takes seconds."""
@@ -254,7 +279,6 @@ class TrtEngine:
         if self._index:
             self._close_plan()
             self._close_cache()
-            self._index = self._side = 0
         self._widen(0)
         self._open.cache.clear()
 
@@ -312,10 +336,11 @@ class TrtEngine:
         inputs, outputs = self._view(sizes)
         fill(inputs, work)
         self._left_running = True
-        self._open.plan.run(sizes, self._side)
+        cache = self._open.cache
+        self._open.plan.run(sizes, cache.side)
         self._left_running = False
-        if not self._engines[self._index].in_place:
-            self._side = 1 - self._side
+        if not self._engines[cache.index].in_place:
+            cache.side = 1 - cache.side
         return outputs
 
     def _view(self, sizes: Sizes) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:

@@ -215,7 +215,12 @@ class Plan:
                 if count <= 2 * self._seen.get(rarest, 0):
                     return None
                 self._drop(rarest)
-            kept = self._kept[key] = _Kept(self._new_context(0, sizes, side, repeated=True))
+            try:
+                context = self._new_context(0, sizes, side, repeated=True)
+            except EngineError as error:
+                self._give_up_graphs(error)
+                return None
+            kept = self._kept[key] = _Kept(context)
         return kept
 
     def _repeat(self, kept: _Kept) -> bool:
@@ -228,12 +233,16 @@ class Plan:
             try:
                 kept.graph = self._capture(kept.context)
             except EngineError as error:
-                self.no_graphs = str(error)
-                for shape in list(self._kept):
-                    self._drop(shape)
+                self._give_up_graphs(error)
                 return False
         self._cuda.launch(kept.graph)
         return True
+
+    def _give_up_graphs(self, error: EngineError) -> None:
+        """Run all passes in the shared contexts from now on."""
+        self.no_graphs = str(error)
+        for shape in list(self._kept):
+            self._drop(shape)
 
     def _capture(self, context: Any) -> Any:
         capturable = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX
@@ -324,10 +333,12 @@ class Plan:
     # ── closing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _drop(self, shape: tuple[Sizes, int]) -> None:
-        self._cuda.wait()  # a pass that was interrupted may still be under way
-        kept = self._kept.pop(shape)
-        if kept.graph is not None:
-            self._cuda.destroy(kept.graph)
+        try:
+            self._cuda.wait()  # a pass that was interrupted may still be under way
+        finally:
+            kept = self._kept.pop(shape)
+            if kept.graph is not None:
+                self._cuda.destroy(kept.graph)
 
     def close(self) -> None:
         """Give everything back, in the order that TensorRT wants: graphs, contexts, engine, runtime."""

@@ -26,7 +26,7 @@ from mara_runtime.schedule import Fixed
 from mara_runtime.stats import Stats
 from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
-from tests.double.trt import IExecutionContext
+from tests.double.trt import ICudaEngine, IExecutionContext
 from tests.gpu.test_conformance import promised, suite
 from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SHAPE, SIZES, SLOTS, add_engines, table, write_bundle
 
@@ -305,8 +305,44 @@ def test_a_growth_that_fails_leaves_an_engine_that_goes_on(tmp_path: Path, machi
     for _ in range(2):
         with pytest.raises(EngineError, match="cannot open"):
             engine.run(row(SIZES[0]))
+        assert engine.allocated_slots == SIZES[0]
+        assert right(engine.run(row(SIZES[0] - 1)), SIZES[0] - 1)  # what fits the smaller one goes on
     larger.write_bytes(content)
     assert right(engine.run(row(SIZES[0])), SIZES[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_interrupt_while_the_smaller_cache_is_freed_leaves_the_larger_one(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    engine = TrtEngine(bundle(tmp_path, in_place, slots=SIZES), "tensorrt")
+    for position in range(SIZES[0]):
+        engine.run(row(position))
+    real = trt_engine._Cache.close
+
+    def close(cache: Any) -> None:
+        real(cache)
+        raise KeyboardInterrupt  # a signal is heard when the call returns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trt_engine._Cache, "close", close)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(row(SIZES[0]))
+    assert engine.allocated_slots == SIZES[1]
+    assert right(engine.run(row(SIZES[0])), SIZES[0])
+    engine.close()
+
+
+def test_where_no_second_context_can_be_made_passes_share_the_first(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    assert right(engine.run(row(0)), 0)
+    monkeypatch.setattr(ICudaEngine, "create_execution_context", lambda *_: None)
+    assert all(right(engine.run(row(position)), position) for position in range(1, 8))
+    assert machine.cuda.launched == 0
+    assert "no execution context" in engine.describe()["cuda_graphs"]
     engine.close()
 
 
