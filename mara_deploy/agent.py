@@ -102,7 +102,10 @@ def load(path: Path) -> Agent:
         found = False
     if not found:
         raise AgentError(f"there is no agent file at {path}{_instead(path)}")
-    state, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            raise AgentError(f"{path} is not a MARA agent: {name} holds no plain floating-point numbers")
     if any(name.startswith("linear11.") for name in state):
         raise AgentError(f"{path} holds the twin critics of a training run, not an agent: give the actor's file")
     agent = Agent(*_sizes(path, state))
@@ -147,6 +150,8 @@ def _sizes(path: Path, state: dict[str, Tensor]) -> tuple[int, tuple[int, int]]:
     if any(state[f"{layer}.weight"].dim() != 2 for layer in ("linear1", "linear2")):
         raise AgentError(f"{path} is not a MARA agent: its linear weights are not matrices")
     (first, hidden_size), (second, _) = state["linear1.weight"].shape, state["linear2.weight"].shape
+    if not (first and second and hidden_size):
+        raise AgentError(f"{path} is not a MARA agent: it has layers without a unit")
     return hidden_size, (first, second)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from mara_deploy.files import fingerprint
 from mara_deploy.scores import ScoreError
-from mara_export.checkpoint import from_pretrained
+from mara_export.checkpoint import from_pretrained, read_config
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource, is_hub_id, local_path, resolve_model
 from mara_export.tokenizer import load_tokenizer
@@ -151,7 +151,7 @@ def _load(
             f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"
         )
     source = resolve_model(where)
-    config = from_pretrained(AutoConfig, source)
+    config = read_config(source)
     model = _classifier(source, config, device)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
@@ -186,9 +186,10 @@ def _classifier(source: ModelSource, config: Any, device: str) -> Any:
     """The model, refused where weights are missing, as transformers would fill them in at random."""
     options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}
     if any(name.endswith("ForScore") for name in config.architectures or []):
-        options |= {"key_mapping": _SAFE_RLHF_HEAD, "num_labels": getattr(config, "score_dim", 1)}
+        options |= {"key_mapping": _SAFE_RLHF_HEAD}
+        config.num_labels = getattr(config, "score_dim", 1)
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    model, loading = from_pretrained(AutoModelForSequenceClassification, source, dtype=dtype, **options)
+    model, loading = from_pretrained(AutoModelForSequenceClassification, source, config=config, dtype=dtype, **options)
     if missing := sorted(loading["missing_keys"]):
         raise ScoreError(
             f"{source.name} is not a sequence-classification model: it lacks {', '.join(missing[:3])}"

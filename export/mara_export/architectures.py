@@ -46,7 +46,7 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
         value = getattr(config, size, None)
         if type(value) is not int or value < 1:
             raise ModelError(f"{name}: its config.json has {size} = {value!r}, which is no size")
-    if getattr(config, "quantization_config", None):
+    if getattr(config, "quantization_config", None) or getattr(config, "quantization", None):  # the second is MLX's
         raise ModelError(f"{name} is quantised already; export its original checkpoint")
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
@@ -54,7 +54,15 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     turned = getattr(config, "partial_rotary_factor", 1)
     if turned != 1:
         raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {turned!r})")
+    kv_heads, heads = (
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        config.num_attention_heads,
+    )
+    if heads % kv_heads:
+        raise ModelError(f"{name}: its config.json has {heads} heads for {kv_heads} of keys, which do not divide them")
     rope = getattr(config, "rope_scaling", None) or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{name}: its config.json has rope_scaling = {rope!r}, which is no JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _FIXED_ROPE:
         raise ModelError(
@@ -63,6 +71,8 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
         )
 
     own = int(config.max_position_embeddings)
+    if own < 2:
+        raise ModelError(f"{name} holds {own} token, which leaves no room for an answer")
     context = min(4096, own) if max_context is None else max_context
     if context > own:
         raise ModelError(f"--max-context is {context}; {name} was made for at most {own} tokens")
@@ -85,6 +95,8 @@ def _sliding_window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
     if window is None:
         return None
+    if type(window) is not int or window < 1:
+        raise ModelError(f"the model's config.json has sliding_window = {window!r}, which is no number of tokens")
     if config.model_type != "mistral":  # whose attention looks at the number alone
         layers = getattr(config, "layer_types", None)
         switched_off = getattr(config, "use_sliding_window", True) is False

@@ -48,19 +48,41 @@ def _why(error: Exception, source: ModelSource) -> str:
                 pass
         except (SafetensorError, OSError) as damage:
             return f"{path.name} is damaged ({first_line(damage)}): fetch or copy it again"
-    text = first_line(error)
+    text, *more = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [first_line(error)]
+    if text.endswith(":") and more:  # a heading
+        text = f"{text} {more[0]}"
     return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
 
 
 def load_config(source: ModelSource) -> Any:
     """The model's configuration. Raises ModelError."""
-    found = _json(source.folder / "config.json")
+    found = read_json(source.folder / "config.json")
     if isinstance(found, dict) and not found.get("model_type"):  # transformers would go by the folder's name
         raise ModelError(
             f"{source.name}: its config.json has no model_type, which says of what architecture it is; supported are "
             + ", ".join(SUPPORTED)
         )
-    return from_pretrained(AutoConfig, source)
+    return read_config(source)
+
+
+def read_config(source: ModelSource) -> Any:
+    """The configuration of a model of any architecture, also one that transformers 5 wrote. Raises ModelError."""
+    config, found = from_pretrained(AutoConfig, source), read_json(source.folder / "config.json")
+    rope = getattr(config, "rope_parameters", None)
+    if rope is not None:  # base and scaling, which transformers 4 keeps apart; it would take its defaults in silence
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ModelError(
+                f"{source.name}: its config.json has rope_parameters that are not those of one rotary embedding for "
+                "all layers; this is not supported"
+            )
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                setattr(config, name, rope[name])
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+    if (source.folder / _GENERATION).is_file() and isinstance(found, dict) and "eos_token_id" not in found:
+        config.eos_token_id = None  # else the default of its class, which the model does not name
+    return config
 
 
 def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
@@ -71,13 +93,15 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     """
     _check_generation_config(source)
     options: dict[str, Any] = {
+        "config": read_config(source),
         "dtype": dtype,
         "attn_implementation": attention,
         "output_loading_info": True,
         "use_safetensors": True,  # else it takes a pickle where it does not find them
     }
     model, loading = from_pretrained(AutoModelForCausalLM, source, **options)
-    if missing := sorted(loading["missing_keys"]):
+    unread = [name for name, weight in model.named_parameters() if weight.is_meta]  # tied to one that the file lacks
+    if missing := sorted({*loading["missing_keys"], *unread}):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
     unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
@@ -91,14 +115,14 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
 
 def _check_generation_config(source: ModelSource) -> None:
     """Transformers takes a file that it cannot read for none, and answers would not end where they should."""
-    if (source.folder / _GENERATION).is_file() and not isinstance(_json(source.folder / _GENERATION), dict):
+    if (source.folder / _GENERATION).is_file() and not isinstance(read_json(source.folder / _GENERATION), dict):
         raise ModelError(
             f"{source.name}: its {_GENERATION}, which names the tokens that end an answer, is no JSON object: correct "
             "it, or remove it to take those of config.json"
         )
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """What a file holds; None if it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

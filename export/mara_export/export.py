@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -32,6 +33,7 @@ from mara_export.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.weights import Weights, load, return_large_blocks, tie_head
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
+from mara_runtime.errors import first_line
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts, TokenizerFacts
 from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.versions import installed
@@ -81,7 +83,7 @@ def export(
         if options.gate:
             with progress.stage("run the reference (Hugging Face eager)"):
                 prompts = _gate_prompts(source, tokenizer, shape.vocab_size, context)
-                cases, largest = _reference(model, agent, prompts, options.max_candidates, progress)
+                cases, largest = _reference(model, source.name, agent, prompts, options.max_candidates, progress)
 
         with tempfile.TemporaryDirectory(prefix="trace.", dir=folder) as name:
             scratch = Path(name)
@@ -152,15 +154,26 @@ def _gate_prompts(source: ModelSource, tokenizer: Any, vocab_size: int, context:
 
 
 def _reference(
-    model: Any, agent: ExportableAgent, prompts: _Prompts, max_candidates: int, progress: Progress
+    model: Any, name: str, agent: ExportableAgent, prompts: _Prompts, max_candidates: int, progress: Progress
 ) -> tuple[list[parity.Case], float]:
-    """What Hugging Face makes of the prompts, and the largest number that a module of the model met."""
+    """What Hugging Face makes of the prompts, and the largest number that a module of the model met.
+
+    Raises ModelError where it makes nothing of them.
+    """
     with parity.watched(model) as largest:
-        cases = [
-            parity.reference_case(model, agent, ids, max_candidates, is_text)
-            for ids, is_text in progress.parts(prompts)
-        ]
-        return cases, largest()
+        try:
+            cases = [
+                parity.reference_case(model, agent, ids, max_candidates, is_text)
+                for ids, is_text in progress.parts(prompts)
+            ]
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of a model that loads
+            raise ModelError(f"{name} cannot be run by transformers: {first_line(error)}") from error
+    rows = [case.reference.rows for case in cases]
+    if not all(np.isfinite(r.hidden).all() and np.isfinite(r.logits).all() for r in rows):
+        raise ModelError(f"{name} gives numbers that are not finite, in transformers, too: its weights are damaged")
+    if not all(np.isfinite(r.margins).all() for r in rows):
+        raise ModelError(f"the agent gives margins that are not finite on {name}: its weights are damaged")
+    return cases, largest()
 
 
 def _rewrite(

@@ -15,7 +15,7 @@ from pathlib import Path
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
 from mara_runtime.folder_lock import locked
-from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest
+from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
 
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 """What goes wrong in the middle of a file; the system then names no file."""
@@ -218,11 +218,16 @@ def _entry(path: Path) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write or replace `manifest.json`: a reader sees the old one or the new one, also after a loss of power."""
+    """Write or replace `manifest.json`: a reader sees the old one or the new one, also after a loss of power.
+
+    Raises BundleError, and writes nothing, for one that could not be read back.
+    """
+    text = manifest.to_json()
+    parse(text, str(folder / MANIFEST_FILE))
     part = folder / f".{MANIFEST_FILE}.{os.getpid()}.partial"
     try:
         with part.open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         part.replace(folder / MANIFEST_FILE)

@@ -255,7 +255,7 @@ class Report:
     beyond: dict[str, float]
     """of the same, nats: what is compared has a gap of more than this: the noise, or the gate's lead if it is more"""
     perplexity: dict[str, float] | None
-    """of the texts among the prompts: reference, exported; None when there are none"""
+    """of the texts among the prompts: reference, exported; None when there are none, or no number holds it"""
     failures: list[str]
     largest_activation: float | None = None
     """that the reference met; None where the engine has float32's range"""
@@ -348,7 +348,7 @@ def compare(
         engine_noise=Noise(**{name: max(noise[name], tipped[name]) for name in tipped}),
         outcomes=outcomes,
         beyond=beyond,
-        perplexity=perplexity if texts else None,
+        perplexity=perplexity if texts and all(map(np.isfinite, perplexity.values())) else None,
         failures=failures,
         largest_activation=largest_activation,
     )
@@ -362,7 +362,8 @@ def _perplexity(texts: Sequence[tuple[Sequence[int], F32]]) -> float:
         greatest = x.max(axis=1)
         total = np.log(np.exp(x - greatest[:, None]).sum(axis=1)) + greatest
         losses += (total - x[np.arange(len(x)), list(tokens[1:])]).tolist()
-    return float(np.exp(np.mean(losses))) if losses else 1.0
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.mean(losses))) if losses else 1.0
 
 
 Counts = dict[str, int]
@@ -410,4 +411,6 @@ def _difference(a: F32, b: F32) -> float:
 
 def _least_cosine(a: F32, b: F32) -> float:
     x, y = a.astype(np.float64), b.astype(np.float64)
-    return float(((x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))).min())
+    both = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosine = np.divide((x * y).sum(1), both, out=np.zeros_like(both), where=both != 0)
+    return float(np.where((x == y).all(axis=1), 1.0, cosine).min())  # rows of zeros have no direction

@@ -23,6 +23,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from mara_export.nodes import MICROSOFT, set_nodes
 from mara_export.options import Quantisation
 from mara_export.weights import INLINE_BYTES, Weights
+from mara_runtime.errors import OptionError, first_line
 
 SLICE_COLUMNS = 16384
 """Columns of a matrix that are quantised at a time."""
@@ -175,7 +176,13 @@ def _quantised_slice(node: NodeProto, matrix: Any, how: Quantisation) -> tuple[N
     try:
         with contextlib.redirect_stdout(None), warnings.catch_warnings():  # it draws a bar of its own for each matrix
             warnings.simplefilter("ignore")
-            quantizer.process()
+            try:
+                quantizer.process()
+            except ValueError as error:  # k-quant at 4 bits takes an even number of blocks only
+                raise OptionError(
+                    f"--quantiser {how.quantiser} cannot take {node.name}, a matrix of {matrix.shape[0]} rows: ONNX "
+                    f"Runtime says {first_line(error)}; take --quantiser rtn, or --keep it"
+                ) from error
     finally:
         logging.disable(previous)
     graph = quantizer.model.model.graph

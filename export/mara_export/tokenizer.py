@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mara_export.checkpoint import from_pretrained
+from mara_export.checkpoint import from_pretrained, read_json
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
 from mara_runtime.chat import ChatTemplate
@@ -25,10 +25,14 @@ _MOST_LETTERS = 200
 
 def load_tokenizer(source: ModelSource) -> Any | None:
     """The tokenizer of a Hugging Face model, or None when it has none. Raises ModelError."""
+    if (source.folder / "tekken.json").is_file() and not (source.folder / TOKENIZER_FILE).is_file():
+        raise ModelError(
+            f"the tokenizer of {source.name} is in tekken.json, which is not read: add its {TOKENIZER_FILE}"
+        )
     if not any((source.folder / name).is_file() for name in _SOURCES):
         return None
     try:
-        tokenizer = from_pretrained(AutoTokenizer, source, part="tokenizer")
+        tokenizer = _load(source)
     except ModelError:
         if (source.folder / TOKENIZER_FILE).is_file():
             raise
@@ -39,7 +43,22 @@ def load_tokenizer(source: ModelSource) -> Any | None:
         ) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{source.name} has no fast tokenizer, which the runtime needs: add its tokenizer.json")
+    if tokenizer.split_special_tokens:  # the runtime's tokenizer never does
+        raise ModelError(f"the tokenizer of {source.name} has split_special_tokens, which is not supported: remove it")
     return tokenizer
+
+
+def _load(source: ModelSource) -> Any:
+    """The tokenizer, also one that transformers 5 wrote."""
+    config = read_json(source.folder / "tokenizer_config.json")
+    config = config if isinstance(config, dict) else {}
+    kind: Any = AutoTokenizer
+    if config.get("tokenizer_class") == "TokenizersBackend":  # its name for what tokenizer.json holds
+        kind = PreTrainedTokenizerFast
+    options: dict[str, Any] = {}
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        options = {"extra_special_tokens": {}, "additional_special_tokens": extra}
+    return from_pretrained(kind, source, part="tokenizer", **options)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:

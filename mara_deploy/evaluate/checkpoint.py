@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -18,7 +17,7 @@ from transformers import (
 from mara_deploy.evaluate.answers import Answer, Asking, seed_of
 from mara_deploy.files import fingerprint
 from mara_deploy.prompts import encode
-from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
+from mara_export.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.errors import ModelError
 from mara_export.sources import resolve_model
 from mara_export.tokenizer import load_tokenizer
@@ -42,7 +41,7 @@ class CheckpointAnswers:
         self.name = self._source.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None
-        self._model_config = from_pretrained(AutoConfig, self._source)
+        self._model_config = read_config(self._source)
         self._room = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
         self._tokenizer: Any = load_tokenizer(self._source)
         if self._tokenizer is None:

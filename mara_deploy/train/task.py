@@ -17,7 +17,7 @@ from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Environment, Episode, Policy
 from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_export.architectures import check_supported
-from mara_export.checkpoint import eos_token_ids, from_pretrained, load_model
+from mara_export.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.errors import ModelError
 from mara_export.sources import ModelSource
 from mara_export.tokenizer import load_tokenizer
@@ -98,10 +98,8 @@ def open_task(
     template: variables for the chat template. Without a chat template prompts are plain text.
     Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
     """
-    from transformers import AutoConfig
-
     on = _device(device)
-    context = check_supported(from_pretrained(AutoConfig, source), source.name, None)
+    context = check_supported(read_config(source), source.name, None)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training needs: add its tokenizer.json")

@@ -39,7 +39,7 @@ FORM = 2
 def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] = lambda _: None) -> Cost:
     """The cost of width on this machine, from the cache, or measured now: then the engine's KV cache is cleared.
 
-    report: told, in words, when something is measured.
+    report: told, in words, before something is measured.
     """
     name = f"cost-{_fingerprint(bundle, engine)}.json"
     with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):

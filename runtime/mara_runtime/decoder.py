@@ -96,7 +96,8 @@ class AlignedDecoder:
     A prompt that begins with what the cache still holds, as the next turn of a conversation does, keeps that part.
 
     engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle,
-    in turns; threads: of a CPU engine, default one a physical core;
+    in turns, which know what its cache holds: call `forget` after using it otherwise; threads: of a CPU engine that is
+    opened here, default one a physical core;
     verify: compare the bundle's files with their checksums first; cost: what width costs here, default measured at
     the first adaptive answer, once for bundle and machine; report: told when something takes its time.
     """
@@ -117,6 +118,8 @@ class AlignedDecoder:
         if isinstance(engine, str):
             self.engine, self.declined = open_engine(self.bundle, engine, threads)
         else:
+            if threads is not None:
+                raise OptionError(f"threads is {threads}, and the engine is open already: give it when that is opened")
             self.engine, self.declined = engine, {}
         manifest = self.bundle.manifest
         needed = manifest.max_context + spare_slots(manifest.max_candidates)
@@ -147,12 +150,16 @@ class AlignedDecoder:
         variables without a template.
         """
         manifest = self.bundle.manifest
-        if not isinstance(prompt, (Sequence, np.ndarray)) or isinstance(prompt, bytes):
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise PromptError(
                 f"the prompt is of type {type(prompt).__name__}; it must be a text, a list of messages, or a list or "
                 "NumPy array of token ids"
             )
         if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+            if template:
+                raise OptionError("variables of the chat template are given, which token ids leave out")
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
@@ -236,10 +243,13 @@ class AlignedDecoder:
     def _schedule(self, config: DecodeConfig) -> Schedule:
         if config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample)):
             if self._cost is None:
-                self._cache.held.clear()  # first: the measurement writes over it, and may be interrupted
-                self._cost = measured_cost(self.bundle, self.engine, self._report)
+                self._cost = measured_cost(self.bundle, self.engine, self._will_measure)
             return Adaptive(self._cost, self._acceptance)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
+
+    def _will_measure(self, why: str) -> None:
+        self._cache.held.clear()  # first: the measurement writes over it, and may be interrupted
+        self._report(why)
 
     def _pieces(self, ids: list[int], config: DecodeConfig, turn: int) -> Iterator[Piece]:
         manifest = self.bundle.manifest

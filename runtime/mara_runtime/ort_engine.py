@@ -35,7 +35,7 @@ MAX_THREADS = 1024
 FIRST_SLOTS = 32
 """The cache begins with so many slots, and has a multiple of them until it is largest."""
 _KEPT_ROWS = 64
-"""Bindings of passes wider than this, parts of prompts, are not kept."""
+"""Bindings of passes wider than this, parts of prompts and the widest decisions, are not kept."""
 
 
 def why_not(bundle: Bundle, name: str) -> str | None:

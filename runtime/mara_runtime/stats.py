@@ -46,11 +46,11 @@ class Stats:
     forwards: int = 0
     """forward passes of the LLM after the prompt"""
     rows: int = 0
-    """token rows computed in them"""
+    """token rows asked for in them"""
     drafted: int = 0
     """rows of drafted continuations among them"""
     confirmed: int = 0
-    """drafted tokens that were emitted"""
+    """drafted tokens that were chosen as guessed"""
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
     """after the prompt, without the time the caller spends between tokens"""

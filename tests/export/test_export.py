@@ -11,6 +11,7 @@ import pickletools
 import stat
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from mara_export.progress import Progress
 from mara_export.sources import resolve_model
 from mara_export.weights import Weights
 from mara_runtime.bundle import Bundle
-from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.errors import BundleError, MaraError, OptionError
+from mara_runtime.ort_engine import OrtEngine
 from tests import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -522,6 +524,99 @@ def test_a_long_reason_of_others_is_cut(checkpoint, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"^qwen2 cannot be loaded: first, .* …$") as caught:
         from_pretrained(Kind, source)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_configuration_of_transformers_5_has_its_rotary_base(make, checkpoint, tmp_path, architecture) -> None:
+    """It writes base and scaling together, which transformers 4 passes over: the reference would be wrong alike."""
+    expected = copy_of(checkpoint(architecture), tmp_path / "four", rope_theta=500.0)
+    found = copy_of(checkpoint(architecture), tmp_path / "five")
+    values = json.loads((found / "config.json").read_text())
+    values["rope_parameters"] = {**(values.pop("rope_scaling") or {"rope_type": "default"}), "rope_theta": 500.0}
+    del values["rope_theta"]
+    (found / "config.json").write_text(json.dumps(values))
+    ids = checkpoints.random_prompts(1, seed=1, length=40)[0]
+    four, five = (
+        OrtEngine(make(tmp_path / f"{folder.name}-out", architecture, folder), threads=1)
+        .evaluate(ids, range(40), 0)
+        .logits
+        for folder in (expected, found)
+    )
+    assert np.array_equal(four, five)
+
+
+@pytest.mark.parametrize(
+    ("rope", "match"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "has rope scaling 'dynamic'"),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial rotary embeddings are not supported"),
+        ({"full_attention": {"rope_theta": 1e4}}, "not those of one rotary embedding for all layers"),
+    ],
+)
+def test_what_transformers_5_writes_of_rotary_embeddings_is_looked_at(make, checkpoint, tmp_path, rope, match) -> None:
+    refused(make, tmp_path, copy_of(checkpoint("qwen2"), tmp_path / "qwen2", rope_parameters=rope), match=match)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "match"),
+    [
+        ("qwen2", {"num_key_value_heads": 3}, "4 heads for 3 of keys, which do not divide them"),
+        ("mistral", {"rope_scaling": 2.0}, "rope_scaling = 2.0, which is no JSON object"),
+        ("mistral", {"sliding_window": "all"}, "sliding_window = 'all', which is no number of tokens"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0, which is no number of tokens"),
+        ("qwen2", {"max_position_embeddings": 1}, "holds 1 token, which leaves no room for an answer"),
+        ("qwen2", {"quantization": {"bits": 4}}, "is quantised already"),
+        ("qwen2", {"vocab_size": 330}, r"cannot be loaded: Error\(s\) in loading .*: size mismatch for .*320.*330"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_named(make, checkpoint, tmp_path, architecture, config, match) -> None:
+    by_default = partial(make, max_context=None)
+    refused(by_default, tmp_path, copy_of(checkpoint(architecture), tmp_path / architecture, **config), match=match)
+
+
+def test_of_two_tied_weights_the_embedding_must_be_there(make, checkpoint, tmp_path) -> None:
+    """safetensors' save_model keeps one name of a shared tensor, and transformers reads the other alone."""
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(make, tmp_path, folder, match=r"is not a whole causal LM: it lacks model\.embed_tokens\.weight$")
+
+
+def test_weights_that_are_not_finite_are_the_model_s_own(make, checkpoint, tmp_path) -> None:
+    folder = copy_of(checkpoint("qwen2"), tmp_path / "qwen2")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(make, tmp_path, folder, match="^qwen2 gives numbers that are not finite, in transformers, too")
+
+
+def test_a_model_that_transformers_loads_and_cannot_run_is_one_line(make, checkpoint, tmp_path, monkeypatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied\nsecond line")
+
+    monkeypatch.setattr(parity, "reference_case", fail)
+    match = "^qwen2 cannot be run by transformers: shapes cannot be multiplied$"
+    refused(make, tmp_path, checkpoint("qwen2"), match=match)
+
+
+def test_the_end_of_an_answer_is_no_default_of_a_class(make, checkpoint, tmp_path) -> None:
+    """LlamaConfig's is 2. The model names none, and its tokenizer does."""
+    folder = copy_of(checkpoint("llama"), tmp_path / "llama")
+    values = json.loads((folder / "config.json").read_text())
+    del values["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256}))
+    assert make(tmp_path / "out", "llama", folder).manifest.model.eos_token_ids == (checkpoints.EOS_ID,)
+
+
+def test_a_manifest_that_nobody_could_read_is_not_written(make, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parity.Report, "to_json", lambda report: {"perplexity": np.inf})
+    with pytest.raises(BundleError, match=r"is not valid manifest JSON \(Infinity is not a JSON number\)"):
+        make(tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_chat_template_that_the_runtime_does_not_render_is_refused(make, checkpoint, tmp_path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
@@ -302,3 +304,49 @@ def test_a_tokenizer_that_needs_its_json_is_refused_by_that_name(folder) -> None
 
 def test_the_fixture_is_a_fast_tokenizer(folder) -> None:
     assert isinstance(load_tokenizer(source_of(folder)), PreTrainedTokenizerFast)
+
+
+# --- what is found on the Hub ----------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder, tmp_path) -> None:
+    """As it does for a Llama tokenizer that sets add_prefix_space, whatever tokenizer.json holds."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("How do I cook rice, and keep bread fresh for a week?\nThe quick brown fox.\n" * 20)
+    model = folder / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(model), vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    change(folder, tokenizer_class="LlamaTokenizer", add_prefix_space=True, legacy=False, unk_token="<unk>")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    written(folder, tmp_path / "out")
+    ours = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in ("How do I cook rice?", "bread", "naïve 日本"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+    assert theirs.decode(theirs("How do I", add_special_tokens=False)["input_ids"]) == "How do I"
+
+
+@pytest.mark.parametrize("change_to", [{"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<|end|>"]}])
+def test_a_tokenizer_of_transformers_5(folder, tmp_path, change_to) -> None:
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS[7])["input_ids"]
+    change(folder, **change_to)
+    found = load_tokenizer(source_of(folder))
+    assert found(TEXTS[7])["input_ids"] == expected
+    facts = written(folder, tmp_path / "out")["facts"]
+    assert facts.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_refused(folder) -> None:
+    change(folder, split_special_tokens=True)
+    with pytest.raises(ModelError, match="has split_special_tokens, which is not supported"):
+        load_tokenizer(source_of(folder))
+
+
+def test_a_tokenizer_in_another_form_is_refused_not_left_out(folder) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert load_tokenizer(source_of(folder)) is None
+    (folder / "tekken.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is in tekken\.json, which is not read: add its tokenizer\.json$"):
+        load_tokenizer(source_of(folder))

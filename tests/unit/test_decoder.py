@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_a_prompt_of_another_type_is_told_what_it_can_be(tmp_path: Path, prompt:
 def test_token_ids_may_be_a_range_or_a_numpy_array(tmp_path: Path) -> None:
     decoder, _ = make_decoder(tmp_path, saying("hello"))
     assert decoder.encode(range(3)) == decoder.encode(np.arange(3)) == [0, 1, 2]
+    with pytest.raises(PromptError, match=r"^the prompt is of type int; "):
+        decoder.encode(np.array(5))
+    with pytest.raises(PromptError, match=r"token ids are a flat list$"):
+        decoder.encode(np.zeros((1, 3), np.int64))
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: Path) -> None:
+    decoder, engine = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(OptionError, match=r"which token ids leave out$"):
+        decoder.encode([1, 2], template={"enable_thinking": False})
+    with pytest.raises(OptionError, match=r"^threads is 2, and the engine is open already"):
+        AlignedDecoder(decoder.bundle, engine=engine, threads=2)
 
 
 @pytest.mark.parametrize(
@@ -608,8 +621,9 @@ def test_the_first_adaptive_answer_measures_and_says_so(tmp_path: Path, empty_ca
     assert before.token_ids == first.token_ids == again.token_ids
     assert len(list(empty_cache.iterdir())) == 1
 
-    _, _, told = other = unmeasured(tmp_path / "bundle", reciting())  # another start
-    assert other[0].generate([5, 6], ADAPTIVE).token_ids == first.token_ids
+    other, _, told = unmeasured(tmp_path / "bundle", reciting())  # another start
+    assert other.generate([5, 6], replace(ADAPTIVE, schedule="together")).token_ids == first.token_ids
+    assert other.generate([5, 6], ADAPTIVE).stats.reused_tokens == 1  # what was measured is read, and nothing run
     assert told == []
 
 
