@@ -12,7 +12,7 @@ import math
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,8 @@ class FunctionScore:
         """Call it; what it raises, or gives instead of numbers, becomes a ScoreError of one line."""
         given = self._guarded(lambda: self._function(list(prompts), list(answers)))
         try:
+            if isinstance(given, (str, bytes, Mapping, Set)):
+                raise TypeError
             iterator = iter(given)
         except TypeError:
             raise ScoreError(
@@ -117,6 +119,9 @@ class Combined:
             sum(weight * value for weight, value in zip(self.weights, row, strict=True))
             for row in zip(*each.values(), strict=True)
         ]
+        for prompt, value in zip(prompts, combined, strict=True):
+            if not math.isfinite(value):
+                raise ScoreError(f"the scores add up to {value} for the answer to the prompt {_short(prompt)!r}")
         return Scored(combined, each)
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -207,6 +212,8 @@ def _function(spec: str) -> FunctionScore:
 def _number(name: str, value: Any) -> float:
     """What a score gave for an answer, as a number. Raises ScoreError."""
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ScoreError(

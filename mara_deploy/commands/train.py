@@ -189,6 +189,7 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     """Load what the run needs, and complete its facts."""
     import torch
 
+    from mara_deploy.files import fingerprint
     from mara_deploy.scores import Combined
     from mara_deploy.train.task import open_task
 
@@ -197,7 +198,10 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     source = _source(model["asked"], model["revision"])
     if model["name"] is not None and source.revision != model["revision"]:
         raise MaraError(f"{source.name} is at revision {source.revision}, but the run began with {model['revision']}")
-    model |= {"name": source.name, "revision": source.revision}
+    files = None if source.revision else fingerprint(source.folder)
+    if model.get("files") not in (None, files):
+        raise MaraError(f"the files of {source.name} have changed since the run began: begin a new one")
+    model |= {"name": source.name, "revision": source.revision, "files": files}
     score = Combined([(judge.weight, judge.score) for judge in _judges(facts)])
     facts["score"], facts["config"] = score.name, config.to_json()
     where = {name: facts[name] for name in ("device", "dtype", "template")}
@@ -276,7 +280,10 @@ def _resumed(args: argparse.Namespace, run: dict[str, Any], done: int) -> TrainC
     if "score_device" not in run:
         raise MaraError(f"{args.out} was begun by an earlier mara-train, which recorded too little: begin a new run")
     config = TrainConfig.from_json(run["config"])
-    return config if args.episodes is None else replace(config, episodes=args.episodes)
+    if args.episodes is not None:
+        config = replace(config, episodes=args.episodes)
+        config.check_replay()
+    return config
 
 
 def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> dict[str, Any]:

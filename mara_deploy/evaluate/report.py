@@ -90,7 +90,7 @@ def cautions(evaluation: Evaluation, units: int, grouped: bool, decoding: Mappin
                 "see the rates by length, as scores often favour long or short answers."
             )
         comparison = evaluation.comparisons[name].combined
-        if comparison.interval and comparison.interval[0] == comparison.interval[1]:
+        if [comparison.wins, comparison.ties, comparison.losses].count(0) == 2:
             found.append(
                 f"Against {name} every prompt ended alike: a bootstrap shows no spread then, which does not mean "
                 "that there is none."

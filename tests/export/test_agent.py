@@ -142,6 +142,19 @@ def test_a_wrong_shape_is_refused(tmp_path, suffix, key, shape) -> None:
         agents.load(saved(tmp_path / f"agent{suffix}", {**state_dict(), key: torch.zeros(shape)}))
 
 
+def test_layers_without_a_unit_are_refused(tmp_path, suffix) -> None:
+    empty = {"linear1.weight": torch.ones(0, D), "linear1.bias": torch.ones(0), "linear2.weight": torch.ones(16, 0)}
+    with pytest.raises(AgentError, match=r"is not a MARA agent: it has layers without a unit$"):
+        agents.load(saved(tmp_path / f"agent{suffix}", {**state_dict(), **empty}))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, torch.Tensor.long, lambda t: t.to("meta")])
+def test_what_holds_no_plain_numbers_is_refused(tmp_path, change) -> None:
+    state = state_dict() | {"ln.weight": change(torch.ones(D))}
+    with pytest.raises(AgentError, match=r"ln\.weight holds no plain floating-point numbers$"):
+        agents.load(saved(tmp_path / "agent.pth", state))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, suffix, value) -> None:
     state = state_dict()

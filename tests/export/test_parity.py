@@ -637,6 +637,19 @@ def test_perplexity_is_of_each_token_after_those_before_it() -> None:
     assert parity._perplexity([([2, 1, 2], logits)]) == pytest.approx((0.25 * 0.8) ** -0.5, rel=1e-6)
 
 
+def test_a_perplexity_that_no_number_holds_is_left_out() -> None:
+    cases, found = hand_made()
+    steep = [[0.0, *[-1e3] * 59]] * 5
+    for side_ in (cases[0].reference, found[0]):
+        side_.rows.logits[:], side_.again.logits[:] = steep, steep[0]
+    assert parity.compare(cases, found, GATE).perplexity is None
+
+
+def test_rows_of_zeros_have_no_direction() -> None:
+    zero, one = f32([0.0, 0.0]), f32([1.0, 0.0])
+    assert (parity._least_cosine(zero, zero), parity._least_cosine(zero, one)) == (1.0, 0.0)
+
+
 def f32(*rows: list[float]) -> Any:
     return np.array(rows, np.float32)
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.options import BITS, ExportOptions, Quantisation
-from mara_export.quantise import SLICE_COLUMNS, _blocks
+from mara_export.quantise import SLICE_COLUMNS, _blocks, _quantised_slice
 from mara_runtime.errors import OptionError
 from tests import checkpoints
 
@@ -157,3 +157,11 @@ def test_what_cannot_be_is_said_in_one_line(command, tmp_path, options, said) ->
 def test_options_are_checked_where_they_are_made(wrong) -> None:
     with pytest.raises(OptionError, match="must be one of"):
         ExportOptions(**wrong)
+
+
+def test_a_matrix_that_the_quantiser_cannot_take_is_named() -> None:
+    """k-quant at 4 bits wants an even number of blocks."""
+    matrix = np.ones((96, 8), np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "/mlp/down_proj/MatMul")
+    with pytest.raises(OptionError, match=r"^--quantiser k-quant cannot take /mlp/down_proj/MatMul, .* of 96 rows: "):
+        _quantised_slice(node, matrix, Quantisation(4, 32, "k-quant"))

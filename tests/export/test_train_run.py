@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +220,23 @@ def test_a_model_that_has_moved_on_the_hub_is_the_one_that_it_was(run, command, 
     cached("somebody/model", checkpoint("llama"), revision="b" * 40)
     assert command("train", "--resume", "--out", "out", "--episodes", 8).code == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["model"]["revision"] == "a" * 40
+
+
+def test_a_model_that_has_changed_is_refused(run, command, checkpoint, tmp_path) -> None:
+    shutil.copytree(checkpoint("qwen2"), tmp_path / "model")
+    assert run("out", model="model", episodes=4).code == 0
+    shutil.copy(checkpoint("llama") / "generation_config.json", tmp_path / "model" / "new.json")
+    done = command("train", "--resume", "--out", "out", "--episodes", 8)
+    assert done.code == 2
+    assert "the files of model have changed since the run began: begin a new one" in done.err.splitlines()[-1]
+
+
+def test_more_episodes_must_fit_the_replay_memory_like_those_of_a_new_run(run, command) -> None:
+    """With few episodes, fewer answers are sampled at once."""
+    assert run("out", episodes=2, prompts_at_once=8).code == 0
+    done = command("train", "--resume", "--out", "out", "--episodes", 8)
+    assert done.code == 2
+    assert "8 --prompts-at-once of 20 --max-new-tokens may have 160 at one candidate" in done.err.splitlines()[-1]
 
 
 def test_a_score_that_has_changed_is_refused(run, command, tmp_path) -> None:

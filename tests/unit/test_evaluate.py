@@ -457,6 +457,7 @@ def test_a_reader_is_warned(tmp_path):
     assert "of the answers of other contain no word" in warned("empty", theirs=("?",) * 7)
     assert "Aligned answers have 9 words on average, those of other 1" in warned("long", ours=("a " * 9,) * 7)
     assert "every prompt ended alike" in warned("alike", ours=("9",) * 7, theirs=("1",) * 7)
+    assert "every prompt ended alike" not in warned("not alike", ours=("9",) * 7, theirs=("1",) * 6 + ("99",))
     ours, theirs = scripted("aligned", *OURS), scripted("best-of-3", *THEIRS)
     found = evaluate(PROMPTS, ours, [theirs], JUDGES, tmp_path / "best", quiet=True)
     assert "best-of-3 picks its answer by the very score" in " ".join(told(found))

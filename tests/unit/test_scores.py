@@ -129,6 +129,10 @@ def test_the_line_of_the_users_code_that_failed_is_named(modules) -> None:
     ("given", "said"),
     [
         (["good", "bad"], "the score odd gave 'good', of type str, where an answer's number should be"),
+        (["0.5", 1.0], "the score odd gave '0.5', of type str, where an answer's number should be"),
+        ("12", "the score odd gave '12'; it must give a list with one number per answer"),
+        ({0: 1.0, 1: 2.0}, "the score odd gave .*; it must give a list with one number per answer"),
+        ({0.5, 1.0}, "the score odd gave .*; it must give a list with one number per answer"),
         ([1.0, None], "the score odd gave None, of type NoneType, where an answer's number should be"),
         ([[0.5], [0.5]], r"the score odd gave \[0.5\], of type list, where an answer's number should be"),
         ([10**400, 1], "the score odd gave 1000.*…, of type int, where an answer's number should be"),
