@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,11 @@ def _build(args: argparse.Namespace) -> None:
 def summary(bundle: Bundle, target: str) -> list[str]:
     """The engines that a bundle has for a target, and the line that uses them."""
     lines = [line for engine in bundle.manifest.engines if engine.target == target for line in _facts(bundle, engine)]
-    return [*lines, "", f"mara-run {bundle.folder} --engine {target} {prompt_options(bundle.manifest)}"]
+    return [
+        *lines,
+        "",
+        f"mara-run {shlex.quote(str(bundle.folder))} --engine {target} {prompt_options(bundle.manifest)}",
+    ]
 
 
 def _facts(bundle: Bundle, engine: EngineFacts) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,8 +146,8 @@ def _export(args: argparse.Namespace) -> None:
     print("\n".join(summary(Bundle.open(out, verify=False))))
     if to_build is not None:
         print(f"engine not built: {to_build}. Build it on the device that will run it:")
-        print(f"mara-build {out} --target {args.target}")
-    print(f"\nmara-run {out} {prompt_options(bundle.manifest)}")
+        print(f"mara-build {shlex.quote(str(out))} --target {args.target}")
+    print(f"\nmara-run {shlex.quote(str(out))} {prompt_options(bundle.manifest)}")
 
 
 def _refuse_what_says_nothing(args: argparse.Namespace) -> None:

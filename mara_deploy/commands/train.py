@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -129,7 +130,8 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{args.out}/agent.safetensors   report: {args.out}/report.html", file=sys.stderr)
     if not args.quiet and not told:
         model = run.facts["model"]["asked"]
-        print(f"mara-export --model {model} --agent {args.out}/agent.safetensors", file=sys.stderr)
+        agent = shlex.quote(f"{args.out}/agent.safetensors")
+        print(f"mara-export --model {shlex.quote(model)} --agent {agent}", file=sys.stderr)
 
 
 def _load_packages() -> None:

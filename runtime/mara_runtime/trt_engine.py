@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import shlex
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +43,7 @@ _APART = (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
 def why_not(bundle: Bundle, name: str) -> str | None:
     """Why engine `name`, "tensorrt" or "tensorrt-rtx", cannot run the bundle here, or None when it can."""
     engines = _engines(bundle, name)
-    command = f"mara-build {bundle.folder} --target {name}"
+    command = f"mara-build {shlex.quote(str(bundle.folder))} --target {name}"
     if name not in bundle.manifest.targets and not engines:
         return f"the bundle was not exported for it (targets: {', '.join(bundle.manifest.targets)})"
     if not engines:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -360,7 +361,8 @@ class Plan:
 
 def rebuild(path: Path) -> str:
     """The command that builds a bundle's engine again; `path` is BUNDLE/engines/TARGET/FILE."""
-    return f"build it again on this machine with mara-build {path.parents[2]} --target {path.parent.name}"
+    bundle = shlex.quote(str(path.parents[2]))
+    return f"build it again on this machine with mara-build {bundle} --target {path.parent.name}"
 
 
 @cache
