@@ -54,12 +54,9 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     turned = getattr(config, "partial_rotary_factor", 1)
     if turned != 1:
         raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {turned!r})")
-    kv_heads, heads = (
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        config.num_attention_heads,
-    )
-    if heads % kv_heads:
-        raise ModelError(f"{name}: its config.json has {heads} heads for {kv_heads} of keys, which do not divide them")
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if kv_heads is not None and (type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads):
+        raise ModelError(f"{name}: its config.json has num_key_value_heads = {kv_heads!r}, which do not divide {heads}")
     rope = getattr(config, "rope_scaling", None) or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{name}: its config.json has rope_scaling = {rope!r}, which is no JSON object")

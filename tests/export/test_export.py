@@ -560,7 +560,8 @@ def test_what_transformers_5_writes_of_rotary_embeddings_is_looked_at(make, chec
 @pytest.mark.parametrize(
     ("architecture", "config", "match"),
     [
-        ("qwen2", {"num_key_value_heads": 3}, "4 heads for 3 of keys, which do not divide them"),
+        ("qwen2", {"num_key_value_heads": 3}, "num_key_value_heads = 3, which do not divide 4"),
+        ("mistral", {"num_key_value_heads": -1}, "num_key_value_heads = -1, which do not divide"),
         ("mistral", {"rope_scaling": 2.0}, "rope_scaling = 2.0, which is no JSON object"),
         ("mistral", {"sliding_window": "all"}, "sliding_window = 'all', which is no number of tokens"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0, which is no number of tokens"),
