@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     write: called with the file to write. One command alone may write `path`: see `held`.
     """
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    beside = partial(path)
     with in_one_line(path):
         try:
             write(beside)
@@ -49,6 +49,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+def partial(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 def write_text(path: Path, text: str) -> None:

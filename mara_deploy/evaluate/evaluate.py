@@ -23,7 +23,7 @@ from mara_deploy.evaluate.answers import Answer, Contestant, total_stats
 from mara_deploy.evaluate.compare import Bootstrap, Preference, number_units, preference
 from mara_deploy.evaluate.judge import Judge, remember, slug
 from mara_deploy.evaluate.store import Store
-from mara_deploy.evaluate.text_stats import TextStats, text_stats
+from mara_deploy.evaluate.text_stats import TextStats, text_stats, words
 from mara_deploy.prompts import Prompt
 from mara_deploy.scores import Combined
 from mara_runtime.errors import MaraError
@@ -127,7 +127,7 @@ def _collect(contestant: Contestant, prompts: Sequence[Prompt], store: Store, qu
     with tqdm(missing, unit="answer", leave=False, disable=True if quiet else None, ncols=88) as bar:
         for text in bar:
             answers = contestant(text)
-            store.add(text, [answer.to_json() for answer in answers])
+            store.keep({text: [answer.to_json() for answer in answers]})
             tokens += sum(answer.tokens for answer in answers)
             bar.set_postfix_str(f"{tokens} tokens")
     contestant.close()
@@ -209,7 +209,7 @@ def _compare(
 
     known = set(seen)
     pairs = list(zip(ours.answers, theirs.answers, strict=True))
-    longer = np.sign([len(a.text.split()) - len(b.text.split()) for a, b in pairs])
+    longer = np.sign([len(words(a.text)) - len(words(b.text)) for a, b in pairs])
     by_length = {
         name: on(np.flatnonzero(longer == sign).tolist())
         for name, sign in (("longer", 1), ("equal", 0), ("shorter", -1))

@@ -43,8 +43,7 @@ class Remembered:
         if unknown:
             asked_prompts, asked_answers = zip(*unknown.values(), strict=True)
             values = checked_values(self.name, self._score, asked_prompts, asked_answers)
-            for key, value in zip(unknown, values, strict=True):
-                self._store.add(key, value)
+            self._store.keep(dict(zip(unknown, values, strict=True)))
         return [float(self._store[key]) for key in keys]
 
 

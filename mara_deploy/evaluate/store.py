@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from mara_runtime.errors import MaraError
 
 
 class Store:
-    """Records by key, appended one by one to `path`.
+    """Records by key, appended to `path`.
 
     settings: plain JSON values. A file made under other settings is refused, naming the first that differs. A line that
     an interruption cut short is dropped.
@@ -35,7 +35,7 @@ class Store:
             self._file = path.open("ab")
             self._file.truncate(len(whole))
             if not whole:
-                self._write({"settings": wanted})
+                self._write([{"settings": wanted}])
 
     def _read(self, number: int, line: bytes, settings: dict[str, Any]) -> None:
         try:
@@ -63,7 +63,7 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # of what is written already; `add` has said it
+        with contextlib.suppress(OSError):  # of what is written already; `keep` has said it
             self._file.close()
 
     def __contains__(self, key: str) -> bool:
@@ -72,14 +72,14 @@ class Store:
     def __getitem__(self, key: str) -> Any:
         return self._records[key]
 
-    def add(self, key: str, record: Any) -> None:
-        """Keep a record, at once."""
+    def keep(self, records: Mapping[str, Any]) -> None:
+        """Keep records by key, all of them at once: what was computed together is there or made again together."""
         with in_one_line(self.path):
-            self._write({"key": key, "record": record})
-        self._records[key] = record
+            self._write([{"key": key, "record": record} for key, record in records.items()])
+        self._records.update(records)
 
-    def _write(self, value: dict[str, Any]) -> None:
-        self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+    def _write(self, values: Sequence[Mapping[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
         self._file.flush()
 
 

@@ -41,19 +41,24 @@ class TextStats:
         return asdict(self)
 
 
+def words(text: str) -> list[str]:
+    """Runs of letters, digits and underscores, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
 def text_stats(texts: Sequence[str], tokens: Sequence[int], finish_reasons: Sequence[str]) -> TextStats:
     """Figures of N ≥ 1 answers."""
-    words = [re.findall(r"\w+", text.lower()) for text in texts]
-    repeated = [1 - len(set(grams)) / len(grams) for grams in (_ngrams(w, 4) for w in words) if grams]
+    each = [words(text) for text in texts]
+    repeated = [1 - len(set(grams)) / len(grams) for grams in (_ngrams(w, 4) for w in each) if grams]
     times = Counter(texts)
-    bigrams = [gram for w in words for gram in _ngrams(w, 2)]
+    bigrams = [gram for w in each for gram in _ngrams(w, 2)]
     return TextStats(
         tokens_mean=fmean(tokens),
         tokens_median=float(median(tokens)),
         tokens_max=max(tokens),
-        words_mean=fmean(map(len, words)),
+        words_mean=fmean(map(len, each)),
         cut_off=fmean(reason == "length" for reason in finish_reasons),
-        empty=fmean(not w for w in words),
+        empty=fmean(not w for w in each),
         repeated_4grams=fmean(repeated) if repeated else None,
         distinct_2=len(set(bigrams)) / len(bigrams) if bigrams else None,
         same_as_another=fmean(times[text] > 1 for text in texts),

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mara_deploy import agent as agents
-from mara_deploy.files import in_one_line, write_text, write_whole
+from mara_deploy.files import in_one_line, partial, write_text, write_whole
 from mara_runtime.errors import MaraError, first_line
 
 _RUN, _PROMPTS, _LOG, _CHECKPOINT = "run.json", "prompts.json", "log.jsonl", "checkpoint.pt"
@@ -49,9 +49,10 @@ class RunFolder:
 
     @staticmethod
     def refuse_used(path: Path) -> None:
-        """Raise MaraError where `path` is not new or empty."""
+        """Raise MaraError where `path` is not new or empty, or what a run that was killed in its first moment left."""
+        begun = {name for file in (_PROMPTS, _RUN) for name in (file, partial(Path(file)).name)} - {_RUN}
         with in_one_line(path):
-            used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            used = path.exists() and (not path.is_dir() or any(inside.name not in begun for inside in path.iterdir()))
         if used:
             again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
             raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")

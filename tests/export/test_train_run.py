@@ -516,6 +516,16 @@ def test_nothing_is_written_for_a_run_that_cannot_begin(run, tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_run_left_that_was_killed_in_its_first_moment_is_in_nobody_s_way(run, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("prompts.json", ".prompts.partial.json", ".run.partial.json"):
+        (tmp_path / "out" / name).write_text("cut o")
+    assert run("out", episodes=4).code == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.json").touch()
+    assert run("other", episodes=4).code == 2
+
+
 def test_a_folder_in_use_is_left_alone(run, command, tmp_path) -> None:
     assert run("out", episodes=4).code == 0
     again = run("out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +17,8 @@ SETTINGS = {"seed": 0, "stop": ["a"], "bundle": "0123", "limit": None}
 
 def filled(path: Path) -> bytes:
     with Store(path, SETTINGS) as store:
-        store.add("one", {"text": "ä\n\u2028"})
-        store.add("two", 0.1 + 0.2)
+        store.keep({"one": {"text": "ä\n\u2028"}})
+        store.keep({"two": 0.1 + 0.2})
     return path.read_bytes()
 
 
@@ -32,6 +33,16 @@ def test_what_was_kept_is_there_again(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_what_is_kept_together_is_written_at_once(tmp_path):
+    """Scores of one batch: a part of them would be made again in another batch, and differ in their last bits."""
+    written = []
+    with Store(tmp_path / "a.jsonl", SETTINGS) as store:
+        real = store._file
+        store._file = SimpleNamespace(write=lambda data: written.append(data), flush=lambda: None, close=real.close)
+        store.keep({"one": 1.0, "two": 2.0})
+    assert [data.count(b"\n") for data in written] == [2]
+
+
 def test_whatever_an_interruption_leaves_is_a_store(tmp_path):
     path = tmp_path / "a.jsonl"
     whole = filled(path)
@@ -40,9 +51,9 @@ def test_whatever_an_interruption_leaves_is_a_store(tmp_path):
         path.write_bytes(whole[:length])
         with Store(path, SETTINGS) as store:
             assert [key in store for key in ("one", "two")] == [length >= ends[1], length >= ends[2]]
-            store.add("two", 0.1 + 0.2)
+            store.keep({"two": 0.1 + 0.2})
             if length < ends[1]:
-                store.add("one", {"text": "ä\n\u2028"})
+                store.keep({"one": {"text": "ä\n\u2028"}})
         with Store(path, SETTINGS) as store:
             assert (store["one"], store["two"]) == ({"text": "ä\n\u2028"}, 0.1 + 0.2)
 
@@ -96,7 +107,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     store._file.close()
     store._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the store closes it
     with store, pytest.raises(MaraError, match=r"cannot write .*: No space left on device"):
-        store.add("one", "text")
+        store.keep({"one": "text"})
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
