@@ -48,9 +48,7 @@ def _why(error: Exception, source: ModelSource) -> str:
                 pass
         except (SafetensorError, OSError) as damage:
             return f"{path.name} is damaged ({first_line(damage)}): fetch or copy it again"
-    text, *more = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [first_line(error)]
-    if text.endswith(":") and more:  # a heading
-        text = f"{text} {more[0]}"
+    text = first_line(error)
     return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]} …"
 
 

@@ -176,13 +176,12 @@ def _quantised_slice(node: NodeProto, matrix: Any, how: Quantisation) -> tuple[N
     try:
         with contextlib.redirect_stdout(None), warnings.catch_warnings():  # it draws a bar of its own for each matrix
             warnings.simplefilter("ignore")
-            try:
-                quantizer.process()
-            except ValueError as error:  # k-quant at 4 bits takes an even number of blocks only
-                raise OptionError(
-                    f"--quantiser {how.quantiser} cannot take {node.name}, a matrix of {matrix.shape[0]} rows: ONNX "
-                    f"Runtime says {first_line(error)}; take --quantiser rtn, or --keep it"
-                ) from error
+            quantizer.process()
+    except ValueError as error:  # k-quant at 4 bits takes an even number of blocks only
+        raise OptionError(
+            f"--quantiser {how.quantiser} cannot take {node.name}, a matrix of {matrix.shape[0]} rows: ONNX Runtime "
+            f"says {first_line(error)}; take --quantiser rtn, or --keep it"
+        ) from error
     finally:
         logging.disable(previous)
     graph = quantizer.model.model.graph

@@ -200,14 +200,15 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     source = _source(model["asked"], model["revision"])
     if model["name"] is not None and source.revision != model["revision"]:
         raise MaraError(f"{source.name} is at revision {source.revision}, but the run began with {model['revision']}")
-    files = None if source.revision else fingerprint(source.folder)
-    if model.get("files") not in (None, files):
-        raise MaraError(f"the files of {source.name} have changed since the run began: begin a new one")
-    model |= {"name": source.name, "revision": source.revision, "files": files}
+    model |= {"name": source.name, "revision": source.revision}
     score = Combined([(judge.weight, judge.score) for judge in _judges(facts)])
     facts["score"], facts["config"] = score.name, config.to_json()
     where = {name: facts[name] for name in ("device", "dtype", "template")}
     task = open_task(source, prompts, score, config, **where)
+    files = None if source.revision else fingerprint(source.folder)  # it reads the weights through
+    if model.get("files") not in (None, files):
+        raise MaraError(f"the files of {source.name} have changed since the run began: begin a new one")
+    model["files"] = files
     lm = task.environment.lm
     facts["device"], facts["dtype"] = str(lm.device), str(lm.dtype).removeprefix("torch.")
     return task

@@ -50,7 +50,7 @@ class RunFolder:
     @staticmethod
     def refuse_used(path: Path) -> None:
         """Raise MaraError where `path` is not new or empty, or what a run that was killed in its first moment left."""
-        begun = {name for file in (_PROMPTS, _RUN) for name in (file, partial(Path(file)).name)} - {_RUN}
+        begun = {_PROMPTS, *(partial(Path(file)).name for file in (_PROMPTS, _RUN))}
         with in_one_line(path):
             used = path.exists() and (not path.is_dir() or any(inside.name not in begun for inside in path.iterdir()))
         if used:

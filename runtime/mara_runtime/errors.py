@@ -32,5 +32,6 @@ class NumericsError(MaraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of others says; its type, if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of what an error of others says, with the next if it is a heading; its type, if it says nothing."""
+    first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
