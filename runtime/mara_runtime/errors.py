@@ -32,6 +32,6 @@ class NumericsError(MaraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of others says, with the next if it is a heading; its type, if it says nothing."""
+    """The first line of what an error of others says, with the next if it is a heading; else its type."""
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {others[0]}" if first.endswith(":") and others else first
