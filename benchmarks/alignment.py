@@ -27,13 +27,13 @@ import torch
 from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.demo.prompts import SETS, demo_prompts
-from mara_deploy.scores import Combined, load_score
+from mara_deploy.scores.base import Combined, load_score
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.environment import Environment, Episode, Policy, reference_policy
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.loop import agent_policy, train
 from mara_deploy.train.task import Task, open_task
-from mara_export.sources import ModelSource
+from mara_export.hf.sources import ModelSource
 
 BOOTSTRAPS = 2000
 

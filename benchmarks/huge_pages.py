@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mara_runtime import huge_pages
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Pass
+from mara_runtime.engines import huge_pages
+from mara_runtime.engines.base import Pass
+from mara_runtime.engines.ort import OrtEngine, why_not
 from mara_runtime.errors import MaraError
-from mara_runtime.ort_engine import OrtEngine, why_not
 
 ROWS = (1, 2, 4, 8)
 TURNS, PASSES = 4, 12

@@ -27,13 +27,13 @@ import transformers
 from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import demo_prompts
-from mara_deploy.scores import Combined, load_score
+from mara_deploy.scores.base import Combined, load_score
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.loop import agent_policy
 from mara_deploy.train.replay import Replay
 from mara_deploy.train.task import open_task
-from mara_export.checkpoint import load_model
-from mara_export.sources import ModelSource, resolve_model
+from mara_export.hf.checkpoint import load_model
+from mara_export.hf.sources import ModelSource, resolve_model
 from mara_runtime.candidates import select
 
 

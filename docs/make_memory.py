@@ -16,8 +16,8 @@ def page() -> str:
     """The text of memory.md."""
     from mara_deploy.decoders import DECODERS
     from mara_deploy.memory import CONTEXTS, JETSONS_GB, Setting, estimate
-    from mara_export.options import PRECISIONS_OF
-    from mara_export.sources import ALIASES
+    from mara_export.hf.sources import ALIASES
+    from mara_export.targets import PRECISIONS_OF
 
     aliases: dict[str, list[str]] = {}
     for alias, hub_id in ALIASES.items():

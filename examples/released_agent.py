@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, for_eval: list[str]) -> None:
 
 def require_same(bundle: Path, args: argparse.Namespace) -> None:
     """Refuse the bundle of an earlier run with other options."""
-    from mara_export.sources import ALIASES, local_path
+    from mara_export.hf.sources import ALIASES, local_path
     from mara_runtime import Bundle
 
     model, agent = local_path(args.model), local_path(args.agent)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mara_export.architectures import SUPPORTED
 from mara_export.errors import ModelError
+from mara_export.hf.families import SUPPORTED
 
 
 @dataclass(frozen=True)

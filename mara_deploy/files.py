@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
-from mara_runtime.folder_lock import locked
+from mara_runtime.files import locked
 
 
 @contextlib.contextmanager

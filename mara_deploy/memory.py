@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mara_deploy.decoders import Decoder
-from mara_export.options import (
+from mara_export.targets import (
     BITS,
     BLOCK_SIZES_OF,
     COLUMN,
@@ -21,8 +21,8 @@ from mara_export.options import (
     engine_slots,
 )
 from mara_runtime.decode import PREFILL_ROWS
+from mara_runtime.engines.ort import FIRST_SLOTS, grown
 from mara_runtime.errors import OptionError
-from mara_runtime.ort_engine import FIRST_SLOTS, grown
 from mara_runtime.tensors import spare_slots
 
 CONTEXTS = (2048, 8192)

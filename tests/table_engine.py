@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engine import Everything, Outcome, Pass
+from mara_runtime.engines.base import FullOutput, Pass, StepOutput
 from mara_runtime.tensors import top_tokens
 
 Prefix = tuple[int, ...]
@@ -43,7 +43,7 @@ class TableEngine:
         """Size of the KV cache."""
         return len(self._entries)
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`; an entry that does not belong to the prefix it stands in is an IndexError."""
         hidden, logits = self._rows(work.tokens, work.positions, work.slot)
         asked = list(work.agent_rows)
@@ -64,14 +64,14 @@ class TableEngine:
         with np.errstate(invalid="ignore"):
             greatest = chosen.max(axis=1, keepdims=True, initial=-np.inf)
             normaliser = np.log(np.exp(chosen - greatest).sum(axis=1)) + greatest[:, 0]
-        return Outcome(
+        return StepOutput(
             margins, np.array(rows, np.int64), ids.astype(np.int64), np.take_along_axis(chosen, ids, 1), normaliser
         )
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
         """See `Engine.evaluate`."""
         hidden, logits = self._rows(tokens, positions, slot)
-        return Everything(hidden, logits, self._margins(hidden))
+        return FullOutput(hidden, logits, self._margins(hidden))
 
     def begin(self, kept: int, slots: int) -> None:
         """See `Engine.begin`; the others are gone, so that who needs one of them all the same is found out."""

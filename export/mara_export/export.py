@@ -15,27 +15,27 @@ import onnxruntime
 import torch
 
 from mara_export import parity
-from mara_export.architectures import check_supported, model_shape
-from mara_export.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.errors import ModelError, ParityError
 from mara_export.folder import file_entries, whole_or_absent, write_manifest
-from mara_export.grouped import Tables
-from mara_export.lower import lower
-from mara_export.narrow import narrow
-from mara_export.options import ExportOptions
+from mara_export.graph.grouped import Tables
+from mara_export.graph.lower import lower
+from mara_export.graph.narrow import narrow
+from mara_export.graph.qdq import check_blocks, quantise_qdq
+from mara_export.graph.quantise import halve, quantise
+from mara_export.graph.step import join
+from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
+from mara_export.graph.weights import Weights, load, return_large_blocks, tie_head
+from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
+from mara_export.hf.families import check_supported, model_shape
+from mara_export.hf.sources import ModelSource
+from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
 from mara_export.progress import Progress
-from mara_export.qdq import check_blocks, quantise_qdq
-from mara_export.quantise import halve, quantise
-from mara_export.sources import ModelSource
-from mara_export.step import join
-from mara_export.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
-from mara_export.trace import rotary_tables, trace_agent, trace_llm
-from mara_export.weights import Weights, load, return_large_blocks, tie_head
+from mara_export.targets import ExportOptions
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
+from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.errors import first_line
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts, TokenizerFacts
-from mara_runtime.ort_engine import OrtEngine
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
-from mara_runtime.folder_lock import locked
+from mara_runtime.files import locked
 from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
 
 OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engine import Engine
+from mara_runtime.engines.base import Engine
 from mara_runtime.manifest import Noise
 
 if TYPE_CHECKING:  # only the reference needs it, and two engines are compared on devices that have none
     import torch
 
-    from mara_runtime.ort_engine import OrtEngine
+    from mara_runtime.engines.ort import OrtEngine
 
 F32 = NDArray[np.float32]
 NAMES = ("hidden", "logits", "margins")
@@ -239,7 +239,7 @@ def engine_side(engine: Engine, case: Case, disturb: Callable[[int], None] | Non
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of the gate, as it goes into the manifest and onto the screen."""
+    """StepOutput of the gate, as it goes into the manifest and onto the screen."""
 
     prompts: int
     rows: int

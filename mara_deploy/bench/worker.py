@@ -15,13 +15,16 @@ from typing import Any
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
 from mara_deploy.bench.workload import Instrument, Profile, Script
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import measure
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, Step, decode
-from mara_runtime.drafts import NGrams
-from mara_runtime.engine import open_engine
+from mara_runtime.engines import open_engine
 from mara_runtime.errors import MaraError
-from mara_runtime.schedule import Acceptance, Adaptive, Cost, Fixed, Schedule
+from mara_runtime.schedule.acceptance import Acceptance
+from mara_runtime.schedule.adaptive import Adaptive
+from mara_runtime.schedule.base import Fixed, Schedule
+from mara_runtime.schedule.calibrate import measure
+from mara_runtime.schedule.cost import Cost
+from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
 from mara_runtime.tensors import top_tokens
 

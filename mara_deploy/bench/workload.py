@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engine import Engine, Everything, Outcome, Pass
-from mara_runtime.schedule import Cost
+from mara_runtime.engines.base import Engine, FullOutput, Pass, StepOutput
+from mara_runtime.schedule.cost import Cost
 from mara_runtime.tensors import TOP_SPARE
 
 MOST_CANDIDATES = 40
@@ -135,7 +135,7 @@ class Instrument:
         """Size of the KV cache."""
         return self._engine.slots
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`: the election is steered by priorities, so that the graph does all its work."""
         script, positions = self._script, work.positions
         verdicts = [script.accepts(positions[row], work.tokens[row]) for row in work.agent_rows]
@@ -144,14 +144,14 @@ class Instrument:
         self.passes.append((len(work.tokens), len(out.rows)))
         margins = np.array([1.0 if ok else -1.0 for ok in verdicts], np.float32)
         ids, logits = script.best([positions[row] + 1 for row in out.rows.tolist()])
-        return Outcome(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
+        return StepOutput(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
 
     def expected_ms(self, cost: Cost, context: int, forwards: int) -> float:
         """What the last so many passes, those after the prompt, should have cost by the measured curve."""
         rows, heads = cost.rows_ms(context), cost.heads_ms()
         return float(sum(rows[r] + heads[h] for r, h in self.passes[len(self.passes) - forwards :]))
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
         """See `Engine.evaluate`."""
         return self._engine.evaluate(tokens, positions, slot)
 

@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
-    from mara_export.build import BuildOptions, build
     from mara_export.progress import Progress
+    from mara_export.tensorrt.build import BuildOptions, build
 
     options = BuildOptions(
         capacities=tuple(args.capacity),

@@ -264,7 +264,7 @@ def _best_of(baseline: str) -> int | None:
 def _checkpoint(name: str, ways: _Ways) -> Contestant:
     try:
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
-        from mara_export.checkpoint import silence_transformers
+        from mara_export.hf.checkpoint import silence_transformers
     except ImportError as error:
         raise MaraError(
             f"a checkpoint as baseline needs packages that are not installed ({error}): pip install "

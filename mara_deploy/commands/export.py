@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy.commands.shared import Parser, guarded, prompt_options
-from mara_export.options import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS, ExportOptions
+from mara_export.targets import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS, ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
 
 if TYPE_CHECKING:
     from mara_deploy.agent import Agent
-    from mara_export.sources import ModelSource
+    from mara_export.hf.sources import ModelSource
 
 EPILOG = """\
 examples:
@@ -113,9 +113,9 @@ def _export(args: argparse.Namespace) -> None:
     if not args.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
     try:
-        from mara_export.checkpoint import silence_transformers
         from mara_export.export import export, vet
         from mara_export.folder import require_free
+        from mara_export.hf.checkpoint import silence_transformers
         from mara_export.progress import Progress
     except ImportError as error:
         raise MaraError(
@@ -175,8 +175,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
 
 def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
     """Build an engine here, if that can be. Returns why it was not built."""
-    from mara_export.build import build, why_cannot_build
     from mara_export.progress import Progress
+    from mara_export.tensorrt.build import build, why_cannot_build
 
     reason = "--no-build was given" if args.no_build else why_cannot_build(args.target)
     if reason is None:
@@ -189,7 +189,7 @@ def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
 
 def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:
     from mara_deploy.demo import MODEL_FOLDER
-    from mara_export.sources import ModelSource, resolve_model
+    from mara_export.hf.sources import ModelSource, resolve_model
 
     return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, vet)
 
@@ -198,7 +198,7 @@ def _agent(name: str, model: str) -> tuple[Agent, str]:
     """The agent and its name for others: never a path of this machine."""
     from mara_deploy import agent as agents
     from mara_deploy.demo.__main__ import DEMO_AGENT, demo_agent
-    from mara_export.sources import is_hub_id, local_path, resolve_file
+    from mara_export.hf.sources import is_hub_id, local_path, resolve_file
 
     if name == "demo":
         if model != "demo":

@@ -13,10 +13,10 @@ from typing import Any
 from mara_deploy import memory
 from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
-from mara_export.architectures import longest_context
 from mara_export.errors import ModelError
-from mara_export.options import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
-from mara_export.sources import ALIASES, local_path, resolve_file
+from mara_export.hf.families import longest_context
+from mara_export.hf.sources import ALIASES, local_path, resolve_file
+from mara_export.targets import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import MANIFEST_FILE

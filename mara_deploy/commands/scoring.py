@@ -80,7 +80,7 @@ class _Score(argparse.Action):
 def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[Judge]:
     """Load the scores. device, batch: as `of_models` takes them. Raises ScoreError, OptionError."""
     from mara_deploy.evaluate.judge import Judge
-    from mara_deploy.scores import is_function, load_score
+    from mara_deploy.scores.base import is_function, load_score
 
     device, batch = of_models(options, device, batch)
     if device is not None:
@@ -98,9 +98,9 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
 
 
 def _silence_transformers() -> None:
-    """As `mara_export.checkpoint` does; where it is not installed, loading the model says so."""
+    """As `mara_export.hf.checkpoint` does; where it is not installed, loading the model says so."""
     try:
-        from mara_export.checkpoint import silence_transformers
+        from mara_export.hf.checkpoint import silence_transformers
     except ImportError:
         return
     silence_transformers()
@@ -114,7 +114,7 @@ def of_models(
     device, batch: as they were given, None for the default. Raises OptionError, for a weight ScoreError, for
     what is missing, out of range, or would be ignored.
     """
-    from mara_deploy.scores import check_weight, is_function
+    from mara_deploy.scores.base import check_weight, is_function
 
     if not options:
         raise OptionError("there is no --score: name what says how good an answer is, module:function or a model")

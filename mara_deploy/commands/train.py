@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mara_deploy.evaluate.judge import Judge
     from mara_deploy.train.folder import RunFolder
     from mara_deploy.train.task import Task
-    from mara_export.sources import ModelSource
+    from mara_export.hf.sources import ModelSource
 
 EPILOG = """\
 --weight and --score-template apply to the --score before them. A run that was interrupted, or ended, goes on with
@@ -142,7 +142,7 @@ def _load_packages() -> None:
         raise MaraError(
             f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"
         ) from None
-    from mara_export.checkpoint import silence_transformers
+    from mara_export.hf.checkpoint import silence_transformers
 
     silence_transformers()
 
@@ -192,7 +192,7 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     import torch
 
     from mara_deploy.files import fingerprint
-    from mara_deploy.scores import Combined
+    from mara_deploy.scores.base import Combined
     from mara_deploy.train.task import open_task
 
     torch.set_num_threads(facts["threads"])
@@ -312,7 +312,7 @@ def _describe(args: argparse.Namespace, config: TrainConfig, prompts: int) -> di
 
 def _source(name: str, revision: str | None) -> ModelSource:
     from mara_deploy.demo import MODEL_FOLDER
-    from mara_export.sources import ModelSource, resolve_model
+    from mara_export.hf.sources import ModelSource, resolve_model
 
     return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, revision=revision)
 

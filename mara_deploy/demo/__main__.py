@@ -56,7 +56,7 @@ def _demo(args: argparse.Namespace) -> None:
     out = Path(args.out)
     try:
         import mara_export.export  # noqa: F401 - before a bundle of earlier is removed
-        from mara_export.checkpoint import silence_transformers
+        from mara_export.hf.checkpoint import silence_transformers
     except ImportError as error:
         raise MaraError(
             f"the demo needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
@@ -92,11 +92,11 @@ def demo_agent() -> Agent:
 
 
 def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
-    """Export the demo's model and agent to `out`; options: of mara_export.options.ExportOptions."""
+    """Export the demo's model and agent to `out`; options: of mara_export.targets.ExportOptions."""
     from mara_export.export import export
-    from mara_export.options import ExportOptions
+    from mara_export.hf.sources import ModelSource
     from mara_export.progress import Progress
-    from mara_export.sources import ModelSource
+    from mara_export.targets import ExportOptions
 
     source = ModelSource(MODEL_FOLDER, DEMO_MODEL, None)
     return export(source, demo_agent(), DEMO_AGENT, out, ExportOptions(**options), Progress(quiet))

@@ -17,10 +17,10 @@ from transformers import (
 from mara_deploy.evaluate.answers import Answer, Asking, seed_of
 from mara_deploy.files import fingerprint
 from mara_deploy.prompts import encode
-from mara_export.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.errors import ModelError
-from mara_export.sources import resolve_model
-from mara_export.tokenizer import load_tokenizer
+from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.sources import resolve_model
+from mara_export.hf.tokenizer import load_tokenizer
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import PromptError
 

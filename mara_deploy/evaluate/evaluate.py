@@ -25,7 +25,7 @@ from mara_deploy.evaluate.judge import Judge, remember, slug
 from mara_deploy.evaluate.store import Store
 from mara_deploy.evaluate.text_stats import TextStats, text_stats, words
 from mara_deploy.prompts import Prompt
-from mara_deploy.scores import Combined
+from mara_deploy.scores.base import Combined
 from mara_runtime.errors import MaraError
 
 _AT_A_TIME = 16

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mara_deploy.evaluate.store import Store
-from mara_deploy.scores import Combined, Score, checked_values, numbered
+from mara_deploy.scores.base import Combined, Score, checked_values, numbered
 
 
 @dataclass(frozen=True)

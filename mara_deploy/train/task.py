@@ -11,16 +11,16 @@ import torch
 from numpy.typing import NDArray
 
 from mara_deploy.prompts import encode
-from mara_deploy.reward_model import usable_device
-from mara_deploy.scores import Combined, Scored
+from mara_deploy.scores.base import Combined, Scored
+from mara_deploy.scores.reward_model import usable_device
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Environment, Episode, Policy
 from mara_deploy.train.packed import ATTENTION, PackedLM
-from mara_export.architectures import check_supported
-from mara_export.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.errors import ModelError
-from mara_export.sources import ModelSource
-from mara_export.tokenizer import load_tokenizer
+from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.families import check_supported
+from mara_export.hf.sources import ModelSource
+from mara_export.hf.tokenizer import load_tokenizer
 from mara_runtime.errors import PromptError
 
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates, sample, select
 from mara_runtime.config import DecodeConfig
-from mara_runtime.drafts import NO_DRAFT, Draft, DraftSource
-from mara_runtime.engine import Engine, Outcome, Pass, check_row, is_finite
+from mara_runtime.engines.base import Engine, Pass, StepOutput, check_row, is_finite
 from mara_runtime.errors import NumericsError
 from mara_runtime.manifest import Noise
-from mara_runtime.schedule import Schedule, View
+from mara_runtime.schedule.base import PassContext, Schedule
+from mara_runtime.schedule.drafts import NO_DRAFT, Draft, DraftSource
 from mara_runtime.stats import Stats
 from mara_runtime.strategies import choose, examination_order
 from mara_runtime.tensors import DRAFT_ROWS
@@ -194,7 +194,7 @@ class _Loop:
         """Run the settled token, a draft behind it."""
         token, length = settled.token, len(self._session.held)
         draft = self._draft(token, room)
-        count = self._session.schedule.plan(View(length, np.empty(0), draft=draft)).drafted
+        count = self._session.schedule.plan(PassContext(length, np.empty(0), draft=draft)).drafted
         chain = [token, *draft.tokens[:count]]
         rows = range(len(chain))
         asked = rows[1:] if self._config.align else []
@@ -213,7 +213,7 @@ class _Loop:
         start = len(decision.examined)
         draft = self._draft(int(self._now.ids[0]), room - 1) if start == 0 else NO_DRAFT
         plan = self._session.schedule.plan(
-            View(
+            PassContext(
                 len(self._session.held),
                 decision.probabilities,
                 tuple(decision.margins),
@@ -364,7 +364,7 @@ class _Loop:
                 return Draft(draft.tokens[: index + 1], draft.chances[: index + 1])
         return draft
 
-    def _following(self, out: Outcome) -> dict[int, Candidates]:
+    def _following(self, out: StepOutput) -> dict[int, Candidates]:
         """{row: candidates of the position after it} of the rows that went through the head."""
         greedy = not (self._config.align or self._config.sample)
         top_k = 1 if greedy else self._config.top_k
@@ -374,7 +374,7 @@ class _Loop:
             for i, row in enumerate(out.rows.tolist())
         }
 
-    def _run(self, work: Pass) -> Outcome:
+    def _run(self, work: Pass) -> StepOutput:
         started = time.perf_counter()
         out = self._session.engine.run(work)
         self._stats.engine_ms += (time.perf_counter() - started) * 1e3

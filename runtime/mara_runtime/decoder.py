@@ -21,14 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import measured_cost
 from mara_runtime.chat import Message
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, Step, decode
-from mara_runtime.drafts import NGrams
-from mara_runtime.engine import Engine, open_engine
+from mara_runtime.engines import open_engine
+from mara_runtime.engines.base import Engine
 from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
-from mara_runtime.schedule import Acceptance, Adaptive, Cost, Fixed, Schedule
+from mara_runtime.schedule.acceptance import Acceptance
+from mara_runtime.schedule.adaptive import Adaptive
+from mara_runtime.schedule.base import Fixed, Schedule
+from mara_runtime.schedule.calibrate import measured_cost
+from mara_runtime.schedule.cost import Cost
+from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
 from mara_runtime.tensors import spare_slots
 from mara_runtime.text import TextSide, TextStream

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mara_runtime import cuda as cuda_calls
-from mara_runtime import trt_plan
+from mara_runtime.engines import cuda as cuda_calls
+from mara_runtime.engines import trt_plan
 from tests.double import Broken
 from tests.double.cuda import CudaDouble
 from tests.double.trt import TrtDouble

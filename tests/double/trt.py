@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mara_runtime.cuda import ALIGNMENT
+from mara_runtime.engines.cuda import ALIGNMENT
 from tests.double import Broken
 from tests.double.cuda import POISON, CudaDouble, Work
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from mara_deploy import agent as agents
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
-from mara_export.options import ExportOptions
-from mara_export.sources import resolve_model
+from mara_export.hf.sources import resolve_model
+from mara_export.targets import ExportOptions
 from tests import checkpoints, hub
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
@@ -115,7 +115,7 @@ def bundle(
 
 
 @dataclass
-class Outcome:
+class CommandResult:
     """What a command returned and printed."""
 
     code: int
@@ -124,10 +124,10 @@ class Outcome:
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """("run", argument, …, stdin="") → Outcome; the command runs in this process, its standard input is no terminal."""
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
+    """("run", argument, …, stdin="") → CommandResult; runs in this process, its standard input not a terminal."""
 
-    def run(name: str, *argv: object, stdin: str = "") -> Outcome:
+    def run(name: str, *argv: object, stdin: str = "") -> CommandResult:
         main = importlib.import_module(f"mara_deploy.commands.{name}").main
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
@@ -135,7 +135,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             code = main([str(argument) for argument in argv])
         except SystemExit as left:
             code = left.code
-        return Outcome(code, *capfd.readouterr())
+        return CommandResult(code, *capfd.readouterr())
 
     return run
 

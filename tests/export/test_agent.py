@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
 from mara_deploy.agent import AgentError
-from mara_export.trace import trace_agent
+from mara_export.graph.trace import trace_agent
 from tests import checkpoints
 
 D = 24

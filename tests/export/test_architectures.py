@@ -17,8 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from mara_export.architectures import SUPPORTED, check_supported, model_shape
 from mara_export.errors import ModelError
+from mara_export.hf.families import SUPPORTED, check_supported, model_shape
 from mara_runtime.tensors import ModelShape
 
 SIZES: dict[str, Any] = {

@@ -22,21 +22,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mara_deploy import agent as agents
-from mara_export import sources
-from mara_export.trace import trace_agent
+from mara_export.graph.trace import trace_agent
+from mara_export.hf import sources
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.errors import NumericsError
 from tests import checkpoints
-from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, Outcome
+from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, CommandResult
 
-Command = Callable[..., Outcome]
+Command = Callable[..., CommandResult]
 IDS = "72,101,108,108,111"
 
 EXPORT_PROGRESS = re.compile(r"mara-export: loading PyTorch and Optimum …|  \S.* +\d+\.\d s")
 RUN_PROGRESS = re.compile(r"engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)")
 
 
-def refusal(outcome: Outcome, prog: str) -> str:
+def refusal(outcome: CommandResult, prog: str) -> str:
     """The one line; everything else about a refusal is checked here."""
     assert outcome.code == 2, outcome
     assert outcome.out == ""
@@ -249,7 +249,7 @@ def test_an_interrupted_export_leaves_nothing(agent_file, tmp_path) -> None:
         assert [path.name for path in (new / "deeper").iterdir()]  # it is at work
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    outcome = Outcome(process.returncode, out, "\n".join([*lines, err]))
+    outcome = CommandResult(process.returncode, out, "\n".join([*lines, err]))
     assert refusal(outcome, "mara-export") == "interrupted"
     assert not new.exists()
 
@@ -463,7 +463,9 @@ def test_standard_input_that_is_not_utf8(bundle) -> None:
         timeout=60,
         check=False,
     )
-    assert "UTF-8" in refusal(Outcome(outcome.returncode, outcome.stdout.decode(), outcome.stderr.decode()), "mara-run")
+    assert "UTF-8" in refusal(
+        CommandResult(outcome.returncode, outcome.stdout.decode(), outcome.stderr.decode()), "mara-run"
+    )
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -545,14 +547,14 @@ def test_an_absurd_number_of_threads(bundle) -> None:
     finally:
         process.kill()
         process.communicate()
-    assert "--threads is 1000000" in refusal(Outcome(process.returncode, out, err), "mara-run")
+    assert "--threads is 1000000" in refusal(CommandResult(process.returncode, out, err), "mara-run")
 
 
 def test_text_options_without_a_tokenizer(command, agent_file, tmp_path) -> None:
     model = checkpoints.make("qwen2", tmp_path / "qwen2")
     bundle = tmp_path / "out"
     options = ["--model", model, "--agent", agent_file("qwen2"), "--out", bundle, "--max-context", 64, "--quiet"]
-    assert command("export", *options) == Outcome(0, "", "")
+    assert command("export", *options) == CommandResult(0, "", "")
     assert "holds no tokenizer: give the prompt as --input-ids" in run_refused(command, bundle, "--prompt", "Hello")
     message = run_refused(command, bundle, "--input-ids", IDS, "--stop", "x")
     assert "--stop needs text, and this bundle holds no tokenizer" in message

@@ -27,9 +27,9 @@ import torch
 from mara_runtime.bundle import Bundle
 from mara_runtime.text import TextSide
 from tests import checkpoints
-from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, Outcome
+from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, CommandResult
 
-Command = Callable[..., Outcome]
+Command = Callable[..., CommandResult]
 IDS = [72, 101, 108, 108, 111, 44, 220, 70]
 HELLO = "Hello there"
 RESULT_KEYS = ["token_ids", "text", "finish_reason", "stats", "config"]
@@ -60,7 +60,7 @@ STATS_KEYS = {
 def run(command: Command, bundle: Callable[..., Path]) -> Command:
     """mara-run on the tiny Qwen2, which must succeed."""
 
-    def call(*argv: object, folder: Path | None = None, stdin: str = "") -> Outcome:
+    def call(*argv: object, folder: Path | None = None, stdin: str = "") -> CommandResult:
         outcome = command("run", folder or bundle("qwen2"), "--threads", 1, *argv, stdin=stdin)
         assert outcome.code == 0, outcome.err
         return outcome
@@ -435,7 +435,7 @@ def test_export_prints_progress_apart_from_its_summary(command, checkpoint, agen
     assert again.code == 2
     assert f"{folder} exists already" in again.err
     quiet = command("export", *options, "--quiet", "--out", "quiet", "--lowering", "portable")
-    assert quiet == Outcome(0, "", "")
+    assert quiet == CommandResult(0, "", "")
     assert Bundle.open("quiet").manifest.step.lowering == "portable"
 
 

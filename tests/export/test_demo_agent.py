@@ -79,9 +79,9 @@ def prompts(count: int | None) -> list[corpus.Prompt]:
 @pytest.mark.parametrize("count", [60, pytest.param(None, marks=pytest.mark.long)])
 def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo_agent) -> None:
     from mara_deploy.demo import MODEL_FOLDER
-    from mara_deploy.scores import Combined, load_score
+    from mara_deploy.scores.base import Combined, load_score
     from mara_deploy.train.task import open_task
-    from mara_export.sources import ModelSource
+    from mara_export.hf.sources import ModelSource
 
     asked = prompts(count)
     score = Combined([(1.0, load_score("demo"))])

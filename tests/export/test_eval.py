@@ -17,14 +17,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import logging
 
-from mara_deploy import scores
 from mara_deploy.commands.eval import main
 from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import held
-from mara_deploy.scores import FunctionScore
+from mara_deploy.scores import base as scores
+from mara_deploy.scores.base import FunctionScore
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.errors import MaraError

@@ -18,14 +18,15 @@ from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.demo.__main__ import demo_agent, export_demo
 from mara_export import parity
 from mara_export.export import export
-from mara_export.options import ExportOptions
-from mara_export.sources import resolve_model
-from mara_runtime import AlignedDecoder, DecodeConfig, ort_engine
+from mara_export.hf.sources import resolve_model
+from mara_export.targets import ExportOptions
+from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from mara_runtime.decode import Step
-from mara_runtime.ort_engine import OrtEngine
-from mara_runtime.schedule import Plan, View
+from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.schedule.base import PassContext, PassPlan
 from tests import checkpoints, oracle
 
 MODELS = (*checkpoints.ARCHITECTURES, "demo")
@@ -225,10 +226,10 @@ class Erratic:
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
-    def plan(self, view: View) -> Plan:
+    def plan(self, view: PassContext) -> PassPlan:
         left = len(view.probabilities) - len(view.margins)
         candidates = int(self._rng.integers(1, left + 1)) if left else 0
-        return Plan(candidates, int(self._rng.integers(0, len(view.draft.tokens) + 1)))
+        return PassPlan(candidates, int(self._rng.integers(0, len(view.draft.tokens) + 1)))
 
     def learn(self, probabilities, margins, threshold) -> None:
         pass

@@ -26,16 +26,16 @@ from transformers import AutoModelForCausalLM
 from mara_export import export as export_module
 from mara_export import folder as folder_module
 from mara_export import parity
-from mara_export.checkpoint import from_pretrained
 from mara_export.errors import ModelError
 from mara_export.export import export
-from mara_export.options import ExportOptions
+from mara_export.graph.weights import Weights
+from mara_export.hf.checkpoint import from_pretrained
+from mara_export.hf.sources import resolve_model
 from mara_export.progress import Progress
-from mara_export.sources import resolve_model
-from mara_export.weights import Weights
+from mara_export.targets import ExportOptions
 from mara_runtime.bundle import Bundle
+from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.errors import BundleError, MaraError, OptionError
-from mara_runtime.ort_engine import OrtEngine
 from tests import checkpoints
 
 ROOT = Path(__file__).parents[2]

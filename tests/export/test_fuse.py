@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mara_export.fuse import join_projections
-from mara_export.grouped import with_still_row
-from mara_export.weights import Weights
+from mara_export.graph.fuse import join_projections
+from mara_export.graph.grouped import with_still_row
+from mara_export.graph.weights import Weights
 from mara_runtime.tensors import ModelShape
 
 WIDTH = 6

@@ -15,13 +15,13 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from mara_deploy.demo.__main__ import export_demo
-from mara_export.architectures import model_shape
 from mara_export.export import export
-from mara_export.narrow import island, narrow
-from mara_export.options import COLUMN, ExportOptions, Quantisation
-from mara_export.qdq import quantised
-from mara_export.sources import resolve_model
-from mara_export.weights import Weights
+from mara_export.graph.narrow import island, narrow
+from mara_export.graph.qdq import quantised
+from mara_export.graph.weights import Weights
+from mara_export.hf.families import model_shape
+from mara_export.hf.sources import resolve_model
+from mara_export.targets import COLUMN, ExportOptions, Quantisation
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError

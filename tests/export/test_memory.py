@@ -23,8 +23,8 @@ from mara_deploy import memory
 from mara_deploy.commands.memory import find, of_bundle
 from mara_deploy.memory import Setting, estimate
 from mara_export.export import export
-from mara_export.options import ExportOptions
-from mara_export.sources import ModelSource
+from mara_export.hf.sources import ModelSource
+from mara_export.targets import ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.tensors import spare_slots
 
@@ -119,8 +119,8 @@ def test_the_weights_of_a_bundle_are_as_large_as_computed(made, shape, target, p
 
 
 def test_the_cache_is_what_an_engine_allocates(made):
-    from mara_runtime.engine import Pass
-    from mara_runtime.ort_engine import OrtEngine
+    from mara_runtime.engines.base import Pass
+    from mara_runtime.engines.ort import OrtEngine
 
     bundle, setting = made("wide", "cpu", "fp32", "ort")
     engine = OrtEngine(bundle, threads=1)
@@ -132,7 +132,7 @@ def test_the_cache_is_what_an_engine_allocates(made):
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What TensorRT for RTX says while it builds."""
-    from mara_runtime import trt_plan
+    from mara_runtime.engines import trt_plan
 
     try:
         module = trt_plan.load("tensorrt-rtx")
@@ -160,7 +160,7 @@ def largest(log: list[str], what: str) -> int:
 )
 def test_an_engine_takes_what_was_computed(made, log, shape, precision, lowering, context):
     """To a few hundredths; activations without fused attention are less than computed."""
-    from mara_export.build import build
+    from mara_export.tensorrt.build import build
 
     bundle, setting = made(shape, "tensorrt-rtx", precision, lowering, context)
     model = decoder_of(bundle)
@@ -200,7 +200,8 @@ import numpy as np
 from pathlib import Path
 from mara_runtime.bundle import Bundle
 from mara_runtime.decode import PREFILL_ROWS
-from mara_runtime.engine import Pass, open_engine
+from mara_runtime.engines import open_engine
+from mara_runtime.engines.base import Pass
 engine, _ = open_engine(Bundle.open(sys.argv[1], verify=False), "cpu", 1)
 engine.begin(0, 4096)
 for start in range(0, 4096, PREFILL_ROWS):

@@ -20,12 +20,12 @@ from mara_export import export as export_module
 from mara_export import parity
 from mara_export.errors import ParityError
 from mara_export.export import export
-from mara_export.options import ExportOptions
-from mara_export.sources import resolve_model
+from mara_export.hf.sources import resolve_model
+from mara_export.targets import ExportOptions
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
+from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.manifest import Noise
-from mara_runtime.ort_engine import OrtEngine
 from tests import checkpoints
 
 GATE = parity.GATES["fp32"]

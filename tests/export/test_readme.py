@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_export.sources import ALIASES
+from mara_export.hf.sources import ALIASES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mara_deploy.files import fingerprint
-from mara_deploy.scores import Combined, ScoreError, load_score
+from mara_deploy.scores.base import Combined, ScoreError, load_score
 from mara_runtime.errors import OptionError
 
 TEXT = "[PAD] [UNK] [CLS] [SEP] <s> </s> user assistant : how do i cook rice wash it gently and wait go away"

@@ -15,7 +15,7 @@ import pytest
 
 from mara_deploy.commands import export as command
 from mara_export.errors import ModelError
-from mara_export.sources import ALIASES, ModelSource, resolve_file, resolve_model
+from mara_export.hf.sources import ALIASES, ModelSource, resolve_file, resolve_model
 from mara_runtime.bundle import Bundle
 from tests.hub import NOWHERE, REVISION
 
@@ -275,7 +275,7 @@ def test_a_bundle_in_the_way_is_seen_before_the_weights_are_fetched(
 def test_a_second_copy_of_the_weights_is_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from mara_export import sources
+    from mara_export.hf import sources
 
     files = ["config.json", "tokenizer.json", "consolidated.safetensors", "model-00001-of-00002.safetensors"]
     files += ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "original/consolidated.00.pth"]
@@ -286,8 +286,8 @@ def test_a_second_copy_of_the_weights_is_not_fetched() -> None:
 def test_the_files_of_a_tokenizer_without_its_json_are_fetched(checkpoint, tmp_path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from mara_export import sources
-    from mara_export.tokenizer import load_tokenizer
+    from mara_export.hf import sources
+    from mara_export.hf.tokenizer import load_tokenizer
 
     whole, fetched = tmp_path / "whole", tmp_path / "fetched"
     whole.mkdir(), fetched.mkdir()

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
-from mara_export.sources import ModelSource, resolve_model
-from mara_export.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
+from mara_export.hf.sources import ModelSource, resolve_model
+from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import PromptError
 from mara_runtime.text import TextSide

@@ -17,15 +17,16 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from mara_export.architectures import model_shape
 from mara_export.export import export
-from mara_export.options import LOWERINGS, ExportOptions
-from mara_export.sources import resolve_model
-from mara_runtime import ort_engine, tensors
+from mara_export.hf.families import model_shape
+from mara_export.hf.sources import resolve_model
+from mara_export.targets import LOWERINGS, ExportOptions
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Everything, Outcome, Pass, check_row
+from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines.base import FullOutput, Pass, StepOutput, check_row
+from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.errors import EngineError, NumericsError
-from mara_runtime.ort_engine import OrtEngine
 from tests import checkpoints
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
 from tests.table_engine import TableEngine
@@ -189,7 +190,7 @@ class Pair:
     agent: Any
     prompt: list[int]
 
-    def prefill(self, pieces: Sequence[int] = (LENGTH,)) -> list[Everything]:
+    def prefill(self, pieces: Sequence[int] = (LENGTH,)) -> list[FullOutput]:
         """The prompt in passes of the given sizes."""
         assert sum(pieces) == LENGTH
         out, start = [], 0
@@ -198,36 +199,36 @@ class Pair:
             start += size
         return out
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
         out = self.engine.evaluate(tokens, positions, slot)
-        return Everything(*(getattr(out, name).copy() for name in NAMES))
+        return FullOutput(*(getattr(out, name).copy() for name in NAMES))
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         out = self.engine.run(work)
-        return Outcome(*(getattr(out, name).copy() for name in Outcome.__dataclass_fields__))
+        return StepOutput(*(getattr(out, name).copy() for name in StepOutput.__dataclass_fields__))
 
-    def expected(self, tokens: Sequence[int]) -> Everything:
+    def expected(self, tokens: Sequence[int]) -> FullOutput:
         """All rows of a sequence, in one pass without a cache."""
         with torch.no_grad():
             out = self.model(input_ids=torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False)
             hidden = out.hidden_states[-1][0]
-            return Everything(hidden.numpy(), out.logits[0].numpy(), self.agent.margin(hidden).numpy())
+            return FullOutput(hidden.numpy(), out.logits[0].numpy(), self.agent.margin(hidden).numpy())
 
-    def after_prompt(self, *continuations: Sequence[int]) -> Everything:
+    def after_prompt(self, *continuations: Sequence[int]) -> FullOutput:
         """The last row of the prompt followed by each continuation."""
         rows = [self.expected([*self.prompt, *continuation]) for continuation in continuations]
-        return Everything(*(np.stack([getattr(row, name)[-1] for row in rows]) for name in NAMES))
+        return FullOutput(*(np.stack([getattr(row, name)[-1] for row in rows]) for name in NAMES))
 
 
-def row(everything: Everything, index: int) -> Everything:
-    return Everything(*(getattr(everything, name)[[index]] for name in NAMES))
+def row(everything: FullOutput, index: int) -> FullOutput:
+    return FullOutput(*(getattr(everything, name)[[index]] for name in NAMES))
 
 
-def joined(parts: Sequence[Everything]) -> Everything:
-    return Everything(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+def joined(parts: Sequence[FullOutput]) -> FullOutput:
+    return FullOutput(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
 
 
-def assert_close(found: Everything, expected: Everything, relative: float = RELATIVE) -> None:
+def assert_close(found: FullOutput, expected: FullOutput, relative: float = RELATIVE) -> None:
     for name in NAMES:
         a, b = getattr(found, name), getattr(expected, name)
         assert a.shape == b.shape
@@ -334,7 +335,7 @@ def test_a_whole_capacity_of_prompt(pair: Pair) -> None:
 # --- the head --------------------------------------------------------------------------------------------------------
 
 
-def assert_best_tokens(out: Outcome, logits: NDArray[np.float32], relative: float = RELATIVE) -> None:
+def assert_best_tokens(out: StepOutput, logits: NDArray[np.float32], relative: float = RELATIVE) -> None:
     """The best tokens of `logits` (R, V) and the normalisers, within what float32 leaves open."""
     wanted = logits.astype(np.float64)
     slack = relative * max(np.abs(wanted).max(initial=0.0), 1.0)
@@ -397,7 +398,7 @@ def choice(work: Pass, margins: NDArray[np.float32]) -> list[int]:
 
 
 @pytest.fixture
-def prefilled(pair: Pair) -> tuple[Pair, NDArray[np.float32], Everything]:
+def prefilled(pair: Pair) -> tuple[Pair, NDArray[np.float32], FullOutput]:
     """The pair with its prompt in the cache, the siblings' margins, and Hugging Face's rows of them."""
     pair.prefill()
     margins = pair.run(siblings()).margins
@@ -613,7 +614,7 @@ def test_the_cache_grows_with_the_conversation_and_keeps_what_is_in_it(
     for turn in range(2):
         assert engine.allocated_slots == 16
         assert_close(
-            pair.evaluate(pair.prompt[:9], range(9), 0), Everything(*(getattr(expected, n)[:9] for n in NAMES))
+            pair.evaluate(pair.prompt[:9], range(9), 0), FullOutput(*(getattr(expected, n)[:9] for n in NAMES))
         )
         assert engine.allocated_slots == 16
         for index in range(9, LENGTH):  # the sixteenth row fits, the seventeenth makes room
@@ -751,7 +752,9 @@ def test_layers_that_are_equal(
     checkpoint, agent, tmp_path, monkeypatch, architecture: str, lowering: str, precision: str
 ) -> None:
     """As in a model that was made deeper by repeating layers; the biases of its queries are all zero, too."""
-    monkeypatch.setattr("mara_export.weights.INLINE_BYTES", 160)  # nearly all lie in the data file, as real ones do
+    monkeypatch.setattr(
+        "mara_export.graph.weights.INLINE_BYTES", 160
+    )  # nearly all lie in the data file, as real ones do
     model = checkpoints.load(checkpoint(architecture))
     first, second, *_ = model.model.layers
     second.load_state_dict(first.state_dict())

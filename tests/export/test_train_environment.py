@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mara_deploy.scores import Combined, load_score
+from mara_deploy.scores.base import Combined, load_score
 from mara_deploy.train.environment import Environment, reference_policy
 from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_deploy.train.task import Task
-from mara_export.checkpoint import load_model
-from mara_export.sources import resolve_model
+from mara_export.hf.checkpoint import load_model
+from mara_export.hf.sources import resolve_model
 from mara_runtime.errors import NumericsError
 from tests import checkpoints, oracle
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mara_deploy.scores import Scored
+from mara_deploy.scores.base import Scored
 from mara_deploy.train import loop
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Chain, Episode

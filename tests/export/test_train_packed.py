@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mara_deploy.train.packed import ATTENTION, PackedLM
-from mara_export.checkpoint import load_model
-from mara_export.sources import resolve_model
+from mara_export.hf.checkpoint import load_model
+from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 
 TOLERANCE = 2e-5

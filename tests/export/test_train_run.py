@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.utils import logging
 
 from mara_deploy import agent as agents
-from mara_deploy import reward_model
 from mara_deploy.files import held
+from mara_deploy.scores import reward_model
 from mara_deploy.train import folder, loop, report, task
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.folder import RunFolder
@@ -78,7 +78,7 @@ def scores(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(command, checkpoint, scores, tmp_path, monkeypatch):
-    """(folder, setting=value, …) → Outcome of a new run in it, without a report: plots take longer than these runs."""
+    """(folder, setting=value, …) → CommandResult of a new run in it, without a report, as plots are slow."""
     monkeypatch.setattr(report, "write_report", lambda folder: None)
     (tmp_path / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(7)))
 

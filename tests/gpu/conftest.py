@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.board import NoBoard, find
-from mara_runtime import cuda
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Engine, open_engine
-from mara_runtime.ort_engine import PROVIDERS
+from mara_runtime.engines import cuda, open_engine
+from mara_runtime.engines.base import Engine
+from mara_runtime.engines.ort import PROVIDERS
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("tensorrt", "tensorrt-rtx", "cuda")
@@ -29,7 +29,7 @@ def why_not(target: str) -> str | None:
     except NoBoard as error:
         return f"no NVIDIA GPU here: {error}"
     if target != "cuda":
-        from mara_export.build import why_cannot_build
+        from mara_export.tensorrt.build import why_cannot_build
 
         return why_cannot_build(target) or cuda.why_not()
     try:

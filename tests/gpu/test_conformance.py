@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mara_runtime import ort_engine, tensors
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import STRATEGIES
-from mara_runtime.engine import Engine, Outcome, Pass, open_engine
+from mara_runtime.engines import open_engine
+from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines.base import Engine, Pass, StepOutput
 from tests.gpu.conftest import close
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -47,7 +49,7 @@ def promised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(suite, "STRATEGIES", tuple(s for s in STRATEGIES if s != "max_prob"))  # margins are its scores
 
 
-def same_but_for_order(found: Outcome, expected: Outcome) -> None:
+def same_but_for_order(found: StepOutput, expected: StepOutput) -> None:
     """expected: with all tokens."""
     np.testing.assert_array_equal(found.margins, expected.margins)
     np.testing.assert_array_equal(found.rows, expected.rows)
@@ -91,7 +93,7 @@ def written(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = written_bundle(target, tmp_path_factory.mktemp("written"))
     if target == "cuda":
         return bundle
-    from mara_export.build import BuildOptions, build
+    from mara_export.tensorrt.build import BuildOptions, build
 
     return build(bundle, target, BuildOptions(capacities=CAPACITIES))
 

@@ -15,15 +15,16 @@ from benchmarks import board, soak
 from mara_deploy.bench.worker import Subject
 from mara_export import parity
 from mara_runtime.bundle import Bundle
-from mara_runtime.engine import Engine, Pass, open_engine
-from mara_runtime.ort_engine import OrtEngine
+from mara_runtime.engines import open_engine
+from mara_runtime.engines.base import Engine, Pass
+from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.tensors import spare_slots
 from tests.gpu.conftest import close
 
 PROMPT_TOKENS = (1, 48, 200)
 """The last goes through the engine's profile for prompts."""
 LONG_TOKENS = 1300
-"""Of a context long enough for what a fused attention loses when it sums in float16 (mara_export/narrow.py)."""
+"""Of a context long enough for what a fused attention loses when it sums in float16 (mara_export/graph/narrow.py)."""
 PIECE = 32
 """Rows of a pass while a cache is filled until it grows."""
 

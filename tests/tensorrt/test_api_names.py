@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mara_runtime import trt_plan
+from mara_runtime.engines import trt_plan
 from tests.double import cuda as cuda_double
 from tests.double import trt as trt_double
 from tests.tensorrt import names
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = Path(sys.prefix)
 RECEIVERS: dict[str, dict[str, str]] = {
-    "runtime/mara_runtime/trt_engine.py": {},
-    "runtime/mara_runtime/trt_plan.py": {
+    "runtime/mara_runtime/engines/tensorrt.py": {},
+    "runtime/mara_runtime/engines/trt_plan.py": {
         "_runtime": "Runtime",
         "_engine": "ICudaEngine",
         "engine": "ICudaEngine",
@@ -39,7 +39,7 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "kernels": "IRuntimeCache",
         "_kernels": "IRuntimeCache",
     },
-    "export/mara_export/trt.py": {
+    "export/mara_export/tensorrt/network.py": {
         "_builder": "Builder",
         "network": "INetworkDefinition",
         "_parser": "OnnxParser",
@@ -50,11 +50,11 @@ RECEIVERS: dict[str, dict[str, str]] = {
         "tensor": "ITensor",
         "error": "ParserError",
     },
-    "export/mara_export/build.py": {"config": "IBuilderConfig"},
-    "export/mara_export/timings.py": {"config": "IBuilderConfig", "cache": "ITimingCache"},
+    "export/mara_export/tensorrt/build.py": {"config": "IBuilderConfig"},
+    "export/mara_export/tensorrt/timings.py": {"config": "IBuilderConfig", "cache": "ITimingCache"},
 }
 """Of each file that uses TensorRT: the class of what methods are called on, by its name in the code."""
-CUDA_FILES = ("runtime/mara_runtime/cuda.py", "export/mara_export/build.py")
+CUDA_FILES = ("runtime/mara_runtime/engines/cuda.py", "export/mara_export/tensorrt/build.py")
 RELEASES = {"10.3": "10", "10.13": "10", "10.16": "10", "11.4": "11"}
 """Of JetPack 6, 7.1 and 7.2, and the newest; and the number behind their libraries' names."""
 NEWEST_PYTHON = {"10.3": (3, 12), "10.13": (3, 13), "10.16": (3, 13)}
@@ -247,7 +247,7 @@ def test_a_name_that_is_not_there_is_found(tmp_path: Path, tensorrt: Released) -
         "context.set_device_memory(1, size=2)\n",
         encoding="utf-8",
     )
-    uses = names.tensorrt_uses(path, RECEIVERS["runtime/mara_runtime/trt_plan.py"])
+    uses = names.tensorrt_uses(path, RECEIVERS["runtime/mara_runtime/engines/trt_plan.py"])
     lost = missing([use for use in uses if not use.optional], tensorrt).splitlines()
     assert sorted(line.rpartition(" ")[2] for line in lost) == [
         "BuilderFlag.DIRECT_I",

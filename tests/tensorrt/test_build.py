@@ -23,12 +23,13 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from mara_export import trt as parts
-from mara_export.build import BuildOptions, build, why_cannot_build
-from mara_export.options import LOWERINGS
 from mara_export.progress import Progress
-from mara_runtime import cuda, tensors
+from mara_export.targets import LOWERINGS
+from mara_export.tensorrt import network as parts
+from mara_export.tensorrt.build import BuildOptions, build, why_cannot_build
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
+from mara_runtime.engines import cuda
 from mara_runtime.errors import EngineError, MaraError, OptionError
 from tests import checkpoints
 from tests.tensorrt.conftest import MAX_CANDIDATES, MAX_CONTEXT
@@ -235,7 +236,7 @@ def test_weights_that_were_widened_are_told_of(
     progress = Noted()
     build(copied("qwen2", precision), RTX, None, progress)
     assert progress.notes == []  # too small a model to tell
-    monkeypatch.setattr("mara_export.build.KERNEL_BYTES", 0)
+    monkeypatch.setattr("mara_export.tensorrt.build.KERNEL_BYTES", 0)
     build(copied("llama", precision), RTX, None, progress)
     assert len(progress.notes) == told
     assert all("seems to have widened those of int8" in note for note in progress.notes)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mara_runtime import trt_plan
+from mara_runtime.engines import trt_plan
+from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import EngineError
-from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
 from tests.unit.written_model import SLOTS, add_engines, write_bundle
 

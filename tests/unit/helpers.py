@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mara_runtime.engine import Everything, Outcome, Pass
+from mara_runtime.engines.base import FullOutput, Pass, StepOutput
 from mara_runtime.manifest import MANIFEST_FILE
-from mara_runtime.schedule import Cost
+from mara_runtime.schedule.cost import Cost
 from tests.table_engine import TableEngine
 
 Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -240,7 +240,7 @@ class CountingEngine(TableEngine):
         """Rows shown to the agent, by pass; passes that show it none are left out."""
         return [len(call.agent_rows) for call in self.calls if call.agent_rows]
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         self.calls.append(
             replace(
                 work,
@@ -265,7 +265,7 @@ class CountingEngine(TableEngine):
         self._given = [out.margins, out.rows, out.top_ids, out.top_logits, out.log_normaliser]
         return out
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Everything:
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
         self.evaluated.append((list(tokens), list(positions), slot))
         return super().evaluate(tokens, positions, slot)
 

@@ -18,8 +18,9 @@ from mara_deploy.bench.workload import HIGH, Instrument, Profile, Script
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, decode
-from mara_runtime.drafts import NGrams
-from mara_runtime.schedule import Cost, Fixed
+from mara_runtime.schedule.base import Fixed
+from mara_runtime.schedule.cost import Cost
+from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
 from mara_runtime.tensors import top_tokens
 from tests.unit import helpers

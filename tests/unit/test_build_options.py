@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mara_deploy.commands.build import main
-from mara_export.build import BuildOptions, why_cannot_build
 from mara_export.progress import Progress
-from mara_export.trt import Network
+from mara_export.tensorrt.build import BuildOptions, why_cannot_build
+from mara_export.tensorrt.network import Network
 from mara_runtime.bundle import Bundle
-from mara_runtime.cuda import FOR_CUDA_12
+from mara_runtime.engines.cuda import FOR_CUDA_12
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.tensors import spare_slots
 from tests.unit import helpers
@@ -105,7 +105,7 @@ def test_options_that_may_be_repeated_add_up(folder: Path, monkeypatch: pytest.M
         asked.append(options)
         return bundle
 
-    monkeypatch.setattr("mara_export.build.build", build)
+    monkeypatch.setattr("mara_export.tensorrt.build.build", build)
     lists = ["--capacity", "64,32", "--compute-capability", "8.9", "--capacity", "48", "--compute-capability", "12.0"]
     assert main([str(folder), "--target", "tensorrt-rtx", "--quiet", *lists]) == 0
     assert main([str(folder), "--target", "tensorrt-rtx", "--quiet"]) == 0
@@ -135,8 +135,10 @@ def test_without_the_packages_it_says_which(
     missing: tuple[str, ...],
     mends: str,
 ) -> None:
-    monkeypatch.delattr("mara_export.trt", raising=False)  # if it was imported before, it holds what it needs
-    monkeypatch.delitem(sys.modules, "mara_export.trt", raising=False)
+    monkeypatch.delattr(
+        "mara_export.tensorrt.network", raising=False
+    )  # if it was imported before, it holds what it needs
+    monkeypatch.delitem(sys.modules, "mara_export.tensorrt.network", raising=False)
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     assert mends in (why_cannot_build(target) or "")

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mara_runtime import calibrate, user_cache
+from mara_runtime import files
 from mara_runtime.bundle import Bundle
-from mara_runtime.calibrate import BUDGET_S, CONTEXTS, HEADS, RAREST, ROUNDS, WIDTHS, measure, measured_cost
-from mara_runtime.engine import Outcome, Pass
-from mara_runtime.schedule import Cost
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.schedule import calibrate
+from mara_runtime.schedule.calibrate import BUDGET_S, CONTEXTS, HEADS, RAREST, ROUNDS, WIDTHS, measure, measured_cost
+from mara_runtime.schedule.cost import Cost
 from tests.unit import helpers
 
 BEAT_MS = 1000 / 1024
@@ -41,7 +42,7 @@ class Machine(helpers.CountingEngine):
     def slots(self) -> int:
         return self._size
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         assert len(set(work.positions)) == 1  # siblings
         assert len(work.agent_rows) == len(work.priorities) == len(work.tokens)
         assert set(work.priorities) == {-np.inf}
@@ -51,7 +52,7 @@ class Machine(helpers.CountingEngine):
         self.log.append("run")
         self.now += self.takes(work) / 1024
         empty = np.zeros(0, np.float32)
-        return Outcome(empty, np.zeros(0, np.int64), np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32), empty)
+        return StepOutput(empty, np.zeros(0, np.int64), np.zeros((0, 1), np.int64), np.zeros((0, 1), np.float32), empty)
 
     def clear(self) -> None:
         self.log.append("clear")
@@ -189,7 +190,7 @@ def test_the_budget_ends_a_measurement(clock: Clock) -> None:
 def test_an_engine_that_grows_is_measured_at_every_size(clock: Clock) -> None:
     # A pass takes as long as the cache is large, and that is never smaller again before it is cleared.
     class Growing(Machine):
-        def run(self, work: Pass) -> Outcome:
+        def run(self, work: Pass) -> StepOutput:
             self.takes = lambda _: max(self.reached, work.slot + len(work.tokens))
             return super().run(work)
 
@@ -359,12 +360,12 @@ def test_a_user_without_a_home_is_no_error(bundle: Bundle, monkeypatch: pytest.M
 
 def test_where_measurements_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert user_cache.folder() == tmp_path / "mara-deploy"
+    assert files.cache_folder() == tmp_path / "mara-deploy"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert user_cache.folder() == tmp_path / "home" / ".cache" / "mara-deploy"
+    assert files.cache_folder() == tmp_path / "home" / ".cache" / "mara-deploy"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert user_cache.folder() == tmp_path / "home" / ".cache" / "mara-deploy"
+    assert files.cache_folder() == tmp_path / "home" / ".cache" / "mara-deploy"
 
 
 # ── what a measurement is for ────────────────────────────────────────────────────────────────────────────────────────
@@ -465,7 +466,7 @@ def test_what_was_measured_in_another_way_is_measured_anew(
 
 
 def test_the_tests_have_a_cache_folder_of_their_own(cache_folder: Path) -> None:
-    assert user_cache.folder() == cache_folder / "mara-deploy"
+    assert files.cache_folder() == cache_folder / "mara-deploy"
     assert not str(cache_folder).startswith(str(Path.home() / ".cache"))
 
 
@@ -476,5 +477,5 @@ def test_a_file_of_the_cache_is_replaced_whole_or_not_at_all(tmp_path: Path, mon
     (path := tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError):  # noqa: PT011 - the one above
-        user_cache.write_whole(path, b"new")
+        files.write_whole(path, b"new")
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])

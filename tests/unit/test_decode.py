@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from mara_runtime import decode as decode_module
 from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
 from mara_runtime.decode import PREFILL_ROWS, Session, Step, decode
-from mara_runtime.drafts import NO_DRAFT, Draft, DraftSource, NGrams
-from mara_runtime.engine import Outcome, Pass
+from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.errors import NumericsError
-from mara_runtime.schedule import Adaptive, Cost, Fixed, Plan, Schedule, View
+from mara_runtime.schedule.adaptive import Adaptive
+from mara_runtime.schedule.base import Fixed, PassContext, PassPlan, Schedule
+from mara_runtime.schedule.cost import Cost
+from mara_runtime.schedule.drafts import NO_DRAFT, Draft, DraftSource, NGrams
 from mara_runtime.stats import Stats
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
 from tests.table_engine import TableEngine
@@ -72,11 +74,11 @@ class Wilful:
         self._plans = plans
         self._turn = 0
 
-    def plan(self, view: View) -> Plan:
+    def plan(self, view: PassContext) -> PassPlan:
         candidates, drafted = self._plans[self._turn % len(self._plans)]
         self._turn += 1
         left = len(view.probabilities) - len(view.margins)
-        return Plan(min(candidates, left), min(drafted, len(view.draft.tokens)))
+        return PassPlan(min(candidates, left), min(drafted, len(view.draft.tokens)))
 
     def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """Nothing."""
@@ -101,7 +103,7 @@ class Watched:
         self.drafted, self.examined = 0, (-1, 0)
         self.learned = []
 
-    def plan(self, view: View) -> Plan:
+    def plan(self, view: PassContext) -> PassPlan:
         count, seen, config = len(view.probabilities), len(view.margins), self.config
         assert view.length == len(self.session.held)
         assert count != 1
@@ -908,7 +910,7 @@ def test_what_is_held_is_true_after_an_error_in_between() -> None:
     class Failing(helpers.CountingEngine):
         fails = -1
 
-        def run(self, work: Pass) -> Outcome:
+        def run(self, work: Pass) -> StepOutput:
             out = super().run(work)
             self.fails -= 1
             if self.fails == 0:
@@ -1231,7 +1233,7 @@ def test_a_fault_in_a_later_pass_of_a_decision(bad: str) -> None:
 
 def test_a_fault_that_does_not_come_again_is_a_fault_all_the_same() -> None:
     class Flaky(helpers.CountingEngine):
-        def run(self, work: Pass) -> Outcome:
+        def run(self, work: Pass) -> StepOutput:
             out = super().run(work)
             return replace(out, margins=out.margins * np.float32(np.nan)) if len(self.calls) == passes + 2 else out
 
@@ -1425,13 +1427,13 @@ def test_time_is_that_of_decoding_without_the_caller(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(decode_module.time, "perf_counter", lambda: now)
 
     class Slow(TableEngine):
-        def run(self, work: Pass) -> Outcome:
+        def run(self, work: Pass) -> StepOutput:
             nonlocal now
             now += 1.0
             return super().run(work)
 
     class Thoughtful(Wilful):
-        def plan(self, view: View) -> Plan:
+        def plan(self, view: PassContext) -> PassPlan:
             nonlocal now
             now += 0.125
             return super().plan(view)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mara_runtime import AlignedDecoder, Bundle, DecodeConfig, Generation
 from mara_runtime.config import SCHEDULES
-from mara_runtime.engine import Outcome, Pass
+from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.errors import BundleError, EngineError, MaraError, NumericsError, OptionError, PromptError
-from mara_runtime.schedule import Acceptance
+from mara_runtime.schedule.acceptance import Acceptance
 from mara_runtime.tensors import spare_slots
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -417,7 +417,7 @@ def test_threads_that_ask_at_the_same_time_wait_for_each_other(tmp_path: Path, m
     expected = [decoder.generate(prompt, config).token_ids for prompt in prompts]
     run, inside = engine.run, threading.Lock()
 
-    def alone(work: Pass) -> Outcome:
+    def alone(work: Pass) -> StepOutput:
         assert inside.acquire(blocking=False), "two threads are in the engine"
         try:
             time.sleep(1e-4)  # another thread's turn
@@ -438,7 +438,7 @@ def test_streams_in_threads_are_right_or_end_with_an_error(tmp_path: Path, monke
     expected = [decoder.generate(prompt, config).token_ids for prompt in prompts]
     run = engine.run
 
-    def slow(work: Pass) -> Outcome:
+    def slow(work: Pass) -> StepOutput:
         time.sleep(1e-4)
         return run(work)
 
@@ -656,7 +656,7 @@ def test_after_a_measurement_that_was_interrupted_nothing_is_held(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mara_runtime.calibrate.measure", stop)
+        patch.setattr("mara_runtime.schedule.calibrate.measure", stop)
         with pytest.raises(KeyboardInterrupt):
             decoder.generate([5, 6], ADAPTIVE)
     again = decoder.generate([5, 6], by_pairs)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara_runtime import drafts as drafts_module
-from mara_runtime.drafts import LONGEST, NO_DRAFT, SHORTEST, NGrams
+from mara_runtime.schedule import drafts as drafts_module
+from mara_runtime.schedule.drafts import LONGEST, NO_DRAFT, SHORTEST, NGrams
 
 
 def knowing(*texts: Sequence[int], then: Sequence[int] = ()) -> NGrams:

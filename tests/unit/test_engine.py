@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mara_runtime import ort_engine, trt_engine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
-from mara_runtime.engine import Outcome, Pass, check_row, float32_below, is_finite, open_engine
+from mara_runtime.engines import open_engine
+from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines import tensorrt as trt_engine
+from mara_runtime.engines.base import Pass, StepOutput, check_row, float32_below, is_finite
 from mara_runtime.errors import EngineError, NumericsError, OptionError
 from mara_runtime.tensors import DRAFT_ROWS, TOP_SPARE, spare_slots, top_tokens
 from tests.table_engine import TableEngine
@@ -258,7 +260,7 @@ def test_the_spare_slots_hold_a_decision_a_draft_and_a_fallback_fed_again() -> N
 # ── what a pass returns ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pass_of(margins: Sequence[float], **options: Any) -> Outcome:
+def pass_of(margins: Sequence[float], **options: Any) -> StepOutput:
     """Siblings with these margins after a prompt of one token."""
     table = helpers.scripted({}, {(0, i + 1): margin for i, margin in enumerate(margins)}, vocab_size=20)
     engine = TableEngine(table, helpers.sum_agent, 40)
@@ -387,7 +389,7 @@ def test_a_state_that_is_not_finite_has_no_margin() -> None:
 # ── what is not finite ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-FINE = Outcome(
+FINE = StepOutput(
     np.zeros(2, np.float32), np.arange(2), np.zeros((2, 3), int), np.zeros((2, 3), np.float32), np.ones(2, np.float32)
 )
 NOT_FINITE = [math.nan, math.inf, MINUS]

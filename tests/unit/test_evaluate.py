@@ -19,7 +19,7 @@ from mara_deploy.evaluate.evaluate import evaluate
 from mara_deploy.evaluate.judge import Judge, remember
 from mara_deploy.evaluate.report import _curve, _whisker, examples, html, lines, number, result
 from mara_deploy.prompts import Prompt
-from mara_deploy.scores import FunctionScore, ScoreError
+from mara_deploy.scores.base import FunctionScore, ScoreError
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import Generation
 from mara_runtime.errors import MaraError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mara_export.options import COLUMN, PRECISIONS_OF, ExportOptions, Quantisation
+from mara_export.targets import COLUMN, PRECISIONS_OF, ExportOptions, Quantisation
 from mara_runtime.errors import OptionError
 
 

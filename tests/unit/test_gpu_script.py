@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import gather, soak
 from benchmarks.board import Jetson, NoBoard, find
-from mara_export.build import BuildOptions
+from mara_export.tensorrt.build import BuildOptions
 from mara_runtime.bundle import Bundle
 from tests.unit import helpers
 
@@ -227,7 +227,8 @@ def test_a_device_needs_no_pytorch():
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors', 'hypothesis')))\n"
-        "import benchmarks.soak, benchmarks.gather, mara_deploy.commands.bench, mara_export.build, mara_export.parity\n"
+        "import benchmarks.soak, benchmarks.gather, mara_deploy.commands.bench\n"
+        "import mara_export.tensorrt.build, mara_export.parity\n"
         "import tests.gpu.test_conformance, tests.gpu.test_real_model\n"
         "print('imported')"
     )

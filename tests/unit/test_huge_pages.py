@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mara_runtime import huge_pages
-from mara_runtime.huge_pages import added
+from mara_runtime.engines import huge_pages
+from mara_runtime.engines.huge_pages import added
 
 MB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")

@@ -97,7 +97,7 @@ def test_the_memory_model_needs_nothing_of_the_export_extra() -> None:
 
 @pytest.mark.parametrize("command", ["run", "inspect", "export", "build", "eval"])
 def test_help_answers_without_any_heavy_package_and_without_numpy(command: str) -> None:
-    # numpy too would be felt: --help answers at once. What an export has to choose from is told by mara_export.options
+    # numpy too would be felt: --help answers at once. What an export has to choose from is told by mara_export.targets
     blocked = OF_OTHERS if command == "export" else HEAVY
     code = (
         f"{block(blocked)}\nimport atexit\nfrom mara_deploy.commands.{command} import main\n"
@@ -166,6 +166,6 @@ def test_the_export_does_not_import_the_front_door(path: Path) -> None:
 
 
 def test_the_runtime_opens_onnx_runtime_only_when_an_engine_is_opened() -> None:
-    code = "import sys, mara_runtime.ort_engine, mara_runtime.decoder\nprint('onnxruntime' in sys.modules)"
+    code = "import sys, mara_runtime.engines.ort, mara_runtime.decoder\nprint('onnxruntime' in sys.modules)"
     out = python(code)
     assert (out.returncode, out.stdout) == (0, "False\n"), out.stderr

@@ -19,8 +19,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from mara_deploy.commands import inspect
-from mara_runtime import cuda, trt_engine
 from mara_runtime.config import ENGINES
+from mara_runtime.engines import cuda
+from mara_runtime.engines import tensorrt as trt_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runtime" / "jetson"

@@ -13,8 +13,8 @@ from mara_deploy.commands.memory import CONTEXT_OF, find
 from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import Setting, estimate
 from mara_export.errors import ModelError
-from mara_export.options import PRECISIONS_OF
-from mara_export.sources import ALIASES
+from mara_export.hf.sources import ALIASES
+from mara_export.targets import PRECISIONS_OF
 from mara_runtime.errors import OptionError
 from tests.unit import helpers
 

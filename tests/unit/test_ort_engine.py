@@ -16,17 +16,19 @@ import onnx
 import onnxruntime
 import pytest
 
-from mara_runtime import ort_engine, tensors
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES, DecodeConfig
 from mara_runtime.decode import Session, decode
-from mara_runtime.drafts import NGrams
-from mara_runtime.engine import Engine, Outcome, Pass, is_finite
+from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines.base import Engine, Pass, StepOutput, is_finite
+from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import EngineError, NumericsError, OptionError
-from mara_runtime.ort_engine import OrtEngine
-from mara_runtime.schedule import Adaptive, Fixed, Schedule
+from mara_runtime.schedule.adaptive import Adaptive
+from mara_runtime.schedule.base import Fixed, Schedule
+from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
-from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -160,7 +162,7 @@ def twin() -> TableEngine:
     return TableEngine(table, judge, SLOTS, CANDIDATES)
 
 
-def same(found: Outcome, expected: Outcome) -> None:
+def same(found: StepOutput, expected: StepOutput) -> None:
     np.testing.assert_array_equal(found.margins, expected.margins)
     np.testing.assert_array_equal(found.rows, expected.rows)
     np.testing.assert_array_equal(found.top_logits, expected.top_logits)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mara_runtime.engine import Outcome, Pass
-from mara_runtime.refeed import Prepared, Refeed
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.recompute import Prepared, Recompute
 from tests.table_engine import TableEngine
 from tests.unit import helpers
 
@@ -19,10 +19,10 @@ class Refeeding(TableEngine):
 
     def __init__(self) -> None:
         super().__init__(helpers.hash_table(1, 12, 5, 2.0), helpers.sum_agent, 64)
-        self.refeed = Refeed(64)
+        self.refeed = Recompute(64)
         self.widths: list[int] = []
 
-    def run(self, work: Pass) -> Outcome:
+    def run(self, work: Pass) -> StepOutput:
         *before, last = self.refeed.prepare(work, together=len(work.tokens) < MOST)
         for prepared in before:
             super().run(prepared.work)
@@ -39,7 +39,7 @@ class Refeeding(TableEngine):
         self.refeed.forget()
 
 
-def passes(refeed: Refeed, work: Pass, *, together: bool = True) -> list[tuple[int, list[int], int]]:
+def passes(refeed: Recompute, work: Pass, *, together: bool = True) -> list[tuple[int, list[int], int]]:
     """(slot, tokens, rows in front) of each pass that does `work`."""
     prepared = refeed.prepare(work, together=together)
     refeed.done()
@@ -47,15 +47,15 @@ def passes(refeed: Refeed, work: Pass, *, together: bool = True) -> list[tuple[i
 
 
 @pytest.fixture
-def refeed() -> Refeed:
+def refeed() -> Recompute:
     """A prompt in slots 0 to 2, and three siblings after it."""
-    refeed = Refeed(32)
+    refeed = Recompute(32)
     refeed.prepare(Pass([1, 2, 3], [0, 1, 2], 0))
     refeed.prepare(Pass([7, 8, 9], [3, 3, 3], 3))
     return refeed
 
 
-def test_the_row_stands_in_front_of_the_pass_that_follows_it(refeed: Refeed) -> None:
+def test_the_row_stands_in_front_of_the_pass_that_follows_it(refeed: Recompute) -> None:
     refeed.owe(5, 3)
     work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1)
     joined = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2)
@@ -65,30 +65,30 @@ def test_the_row_stands_in_front_of_the_pass_that_follows_it(refeed: Refeed) -> 
     assert refeed.prepare(work) == [Prepared(work)]  # it is owed once
 
 
-def test_no_fallback_stays_none(refeed: Refeed) -> None:
+def test_no_fallback_stays_none(refeed: Recompute) -> None:
     refeed.owe(5, 3)
     assert refeed.prepare(Pass([4], [4], 4))[0].work.fallback_row is None
 
 
-def test_a_pass_that_shall_be_no_wider_comes_after_it(refeed: Refeed) -> None:
+def test_a_pass_that_shall_be_no_wider_comes_after_it(refeed: Recompute) -> None:
     refeed.owe(5, 3)
     assert passes(refeed, Pass([4, 5], [4, 5], 4), together=False) == [(3, [9], 1), (4, [4, 5], 0)]
 
 
-def test_a_row_that_is_written_over_is_not_owed(refeed: Refeed) -> None:
+def test_a_row_that_is_written_over_is_not_owed(refeed: Recompute) -> None:
     for work in (Pass([4], [3], 3), Pass([4, 5, 6], [1, 2, 3], 1)):
         refeed.owe(5, 3)
         assert refeed.prepare(work) == [Prepared(work)]
         refeed.done()
 
 
-def test_elsewhere_the_row_runs_alone_and_first(refeed: Refeed) -> None:
+def test_elsewhere_the_row_runs_alone_and_first(refeed: Recompute) -> None:
     for slot in (1, 7):
         refeed.owe(5, 3)
         assert passes(refeed, Pass([4], [slot], slot)) == [(3, [9], 1), (slot, [4], 0)]
 
 
-def test_several_rows_come_in_their_order(refeed: Refeed) -> None:
+def test_several_rows_come_in_their_order(refeed: Recompute) -> None:
     refeed.owe(5, 3)
     refeed.owe(4, 6)
     assert passes(refeed, Pass([4], [7], 7)) == [(3, [9], 1), (6, [8, 4], 1)]
@@ -100,13 +100,13 @@ def test_several_rows_come_in_their_order(refeed: Refeed) -> None:
     assert passes(refeed, Pass([4, 4], [4, 4], 4)) == [(4, [9], 1), (9, [9], 1), (4, [4, 4], 0)]
 
 
-def test_to_its_own_place_nothing_is_owed(refeed: Refeed) -> None:
+def test_to_its_own_place_nothing_is_owed(refeed: Recompute) -> None:
     refeed.owe(3, 3)
     work = Pass([4], [4], 4)
     assert refeed.prepare(work) == [Prepared(work)]
 
 
-def test_what_was_never_written_cannot_be_moved(refeed: Refeed) -> None:
+def test_what_was_never_written_cannot_be_moved(refeed: Recompute) -> None:
     with pytest.raises(IndexError, match="slot 6 holds no entry"):
         refeed.owe(6, 3)
     refeed.owe(5, 3)

@@ -11,18 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mara_runtime.drafts import NO_DRAFT, Draft
-from mara_runtime.schedule import WIDEST, Acceptance, Adaptive, Cost, Fixed, Plan, View, _solution
+from mara_runtime.schedule.acceptance import Acceptance, _solution
+from mara_runtime.schedule.adaptive import Adaptive
+from mara_runtime.schedule.base import Fixed, PassContext, PassPlan
+from mara_runtime.schedule.cost import WIDEST, Cost
+from mara_runtime.schedule.drafts import NO_DRAFT, Draft
 
 Floats = NDArray[np.float64]
 
 
-def candidates(count: int, margins: Sequence[float] = (), *, length: int = 0, **options: Any) -> View:
+def candidates(count: int, margins: Sequence[float] = (), *, length: int = 0, **options: Any) -> PassContext:
     """A view of a position with so many equal candidates, some of them examined."""
-    return View(length, np.full(count, 1 / count) if count else np.empty(0), tuple(margins), **options)
+    return PassContext(length, np.full(count, 1 / count) if count else np.empty(0), tuple(margins), **options)
 
 
-def drafted(view: View, *chances: float) -> View:
+def drafted(view: PassContext, *chances: float) -> PassContext:
     return replace(view, draft=Draft(tuple(range(len(chances))), tuple(chances)))
 
 
@@ -32,22 +35,22 @@ def drafted(view: View, *chances: float) -> View:
 @pytest.mark.parametrize(
     ("schedule", "view", "plan"),
     [
-        (Fixed(1), candidates(5), Plan(1, 0)),
-        (Fixed(1), candidates(5, [-1.0] * 4), Plan(1, 0)),
-        (Fixed(3), candidates(5), Plan(3, 0)),
-        (Fixed(3), candidates(5, [-1.0] * 3), Plan(2, 0)),
-        (Fixed(None), candidates(5), Plan(5, 0)),
-        (Fixed(None), candidates(5, [-1.0]), Plan(4, 0)),
-        (Fixed(None), candidates(0), Plan(0, 0)),
-        (Fixed(1), candidates(0), Plan(0, 0)),
-        (Fixed(1), drafted(candidates(5), 0.5, 0.5), Plan(1, 0)),
-        (Fixed(1, 4), drafted(candidates(5), 0.5, 0.5), Plan(1, 2)),
-        (Fixed(None, 1), drafted(candidates(5), 0.5, 0.5), Plan(5, 1)),
-        (Fixed(2, 9), drafted(candidates(0), 0.5, 0.5), Plan(0, 2)),
+        (Fixed(1), candidates(5), PassPlan(1, 0)),
+        (Fixed(1), candidates(5, [-1.0] * 4), PassPlan(1, 0)),
+        (Fixed(3), candidates(5), PassPlan(3, 0)),
+        (Fixed(3), candidates(5, [-1.0] * 3), PassPlan(2, 0)),
+        (Fixed(None), candidates(5), PassPlan(5, 0)),
+        (Fixed(None), candidates(5, [-1.0]), PassPlan(4, 0)),
+        (Fixed(None), candidates(0), PassPlan(0, 0)),
+        (Fixed(1), candidates(0), PassPlan(0, 0)),
+        (Fixed(1), drafted(candidates(5), 0.5, 0.5), PassPlan(1, 0)),
+        (Fixed(1, 4), drafted(candidates(5), 0.5, 0.5), PassPlan(1, 2)),
+        (Fixed(None, 1), drafted(candidates(5), 0.5, 0.5), PassPlan(5, 1)),
+        (Fixed(2, 9), drafted(candidates(0), 0.5, 0.5), PassPlan(0, 2)),
     ],
     ids=str,
 )
-def test_fixed_takes_its_width_or_what_is_left(schedule: Fixed, view: View, plan: Plan) -> None:
+def test_fixed_takes_its_width_or_what_is_left(schedule: Fixed, view: PassContext, plan: PassPlan) -> None:
     assert schedule.plan(view) == plan
 
 
@@ -211,10 +214,10 @@ def test_the_plan_is_the_least_of_all_there_are(
     ends = [0.0] * count if exhaustive else chances  # where all are examined, no acceptance ends it
     body, head = cost.rows_ms(0), cost.heads_ms()
     lengths = [m for m in schedule._DRAFTS if m <= len(guess) and (not m or not start)]  # no guess under a later one
-    costs: dict[Plan, float] = {}
+    costs: dict[PassPlan, float] = {}
     for chunks in compositions(count - start, schedule._CHUNKS):
         for m in lengths:
-            here = Plan(chunks[0], m)
+            here = PassPlan(chunks[0], m)
             found = cost_of_passes(chunks, start, ends, body, head, refeed, guess[:m])
             costs[here] = min(found, costs.get(here, math.inf))
     assert plan in costs
@@ -256,7 +259,7 @@ def test_where_width_is_free_all_candidates_share_a_pass(chance: float, count: i
 @pytest.mark.parametrize("count", [2, 3, 7, 13, 40, 100])
 def test_where_every_row_costs_the_same_a_likely_candidate_goes_alone(count: int) -> None:
     plan = Adaptive(priced(5.0, 5.0, head=1.0), Told([0.95] * count)).plan(candidates(count))
-    assert plan == Plan(1, 0)
+    assert plan == PassPlan(1, 0)
 
 
 def test_the_less_likely_the_first_the_more_go_with_it() -> None:
@@ -271,26 +274,26 @@ def test_the_less_likely_the_first_the_more_go_with_it() -> None:
 def test_a_first_pass_ends_where_acceptance_becomes_likely() -> None:
     # The first three are hopeless, the fourth is certain: three more rows are cheaper than a pass more.
     plan = Adaptive(priced(5.0, 1.0), Told([0.02, 0.02, 0.02, 0.98, 0.02, 0.02])).plan(candidates(6))
-    assert plan == Plan(4, 0)
+    assert plan == PassPlan(4, 0)
 
 
 def test_after_rejections_the_next_pass_is_planned_for_what_is_left() -> None:
     schedule = Adaptive(priced(5.0, 0.5), Told([0.98, 0.02, 0.02, 0.02]))
-    assert schedule.plan(candidates(4)) == Plan(1, 0)
-    assert schedule.plan(candidates(4, [-1.0])) == Plan(3, 0)
+    assert schedule.plan(candidates(4)) == PassPlan(1, 0)
+    assert schedule.plan(candidates(4, [-1.0])) == PassPlan(3, 0)
 
 
 def test_who_examines_all_anyway_takes_them_together() -> None:
     cost = priced(5.0, 1.0, head=1.0)
-    assert Adaptive(cost, Told([0.98] * 5)).plan(candidates(5)) == Plan(1, 0)
-    assert Adaptive(cost, Told([0.98] * 5)).plan(candidates(5, exhaustive=True)) == Plan(5, 0)
+    assert Adaptive(cost, Told([0.98] * 5)).plan(candidates(5)) == PassPlan(1, 0)
+    assert Adaptive(cost, Told([0.98] * 5)).plan(candidates(5, exhaustive=True)) == PassPlan(5, 0)
 
 
 def test_a_fallback_that_must_run_again_speaks_for_one_pass() -> None:
     # Two passes: 1 + 0.55 × 1; with the fallback once more 1 + 0.55 × 2. One pass: 2 × 0.9.
     cost, told = Cost((1,), (1, 2), ((1.0, 1.8),), (1, 2), (0.0, 0.0)), Told([0.45, 0.45])
-    assert Adaptive(cost, told).plan(candidates(2)) == Plan(1, 0)
-    assert Adaptive(cost, told).plan(candidates(2, refeed=True)) == Plan(2, 0)
+    assert Adaptive(cost, told).plan(candidates(2)) == PassPlan(1, 0)
+    assert Adaptive(cost, told).plan(candidates(2, refeed=True)) == PassPlan(2, 0)
 
 
 # ── whether to draft ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -299,7 +302,7 @@ def test_a_fallback_that_must_run_again_speaks_for_one_pass() -> None:
 def test_a_draft_that_is_sure_and_free_is_taken_whole() -> None:
     schedule = Adaptive(priced(5.0, 0.0), Told([0.98] * 4))
     assert schedule.plan(drafted(candidates(4), *[1.0] * 16)).drafted == 16
-    assert schedule.plan(drafted(candidates(0), *[1.0] * 16)) == Plan(0, 16)
+    assert schedule.plan(drafted(candidates(0), *[1.0] * 16)) == PassPlan(0, 16)
 
 
 @pytest.mark.parametrize("count", [0, 4])
@@ -345,16 +348,16 @@ def test_nothing_is_drafted_beside_a_later_candidate() -> None:
 
 def test_with_nothing_to_guess_nothing_is_drafted() -> None:
     schedule = Adaptive(priced(5.0, 0.0))
-    assert schedule.plan(View(3, np.empty(0), draft=NO_DRAFT)) == Plan(0, 0)
+    assert schedule.plan(PassContext(3, np.empty(0), draft=NO_DRAFT)) == PassPlan(0, 0)
 
 
 def test_the_cost_is_that_of_the_context() -> None:
     # Near the start a row more is dear, far from it free.
     cost = Cost((0, 1000), (1, 2), ((5.0, 10.0), (50.0, 50.0)), (1, 2), (0.0, 0.0))
     schedule = Adaptive(cost, Told([0.6] * 8))
-    assert schedule.plan(candidates(8, length=0)) == Plan(1, 0)
-    assert schedule.plan(candidates(8, length=2000)) == Plan(8, 0)
-    assert schedule.plan(candidates(8, length=0)) == Plan(1, 0)
+    assert schedule.plan(candidates(8, length=0)) == PassPlan(1, 0)
+    assert schedule.plan(candidates(8, length=2000)) == PassPlan(8, 0)
+    assert schedule.plan(candidates(8, length=0)) == PassPlan(1, 0)
 
 
 @given(st.integers(2, 200), st.integers(0, 199), st.integers(0, 16), st.booleans(), st.booleans())

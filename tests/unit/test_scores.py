@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mara_deploy.scores import Combined, FunctionScore, ScoreError, checked_values, load_score
+from mara_deploy.scores.base import Combined, FunctionScore, ScoreError, checked_values, load_score
 from mara_runtime.bundle import sha256
 
 PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]

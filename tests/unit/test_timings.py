@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mara_export import timings
-from mara_runtime import user_cache
+from mara_export.tensorrt import timings
+from mara_runtime import files
 from mara_runtime.errors import OptionError
 
 OWN = "tensorrt-10.16.timings"
@@ -58,7 +58,7 @@ def built(chosen: Path | None, at_the_end: Callable[[], object] = lambda: None) 
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file in the user's cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return user_cache.folder() / OWN
+    return files.cache_folder() / OWN
 
 
 @pytest.fixture(params=["chosen", "own"])

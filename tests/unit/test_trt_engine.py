@@ -15,16 +15,19 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mara_runtime import calibrate, tensors, trt_engine, trt_plan
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
-from mara_runtime.cuda import Cuda
 from mara_runtime.decode import Session, decode
-from mara_runtime.engine import Pass, open_engine
+from mara_runtime.engines import open_engine, trt_plan
+from mara_runtime.engines import tensorrt as trt_engine
+from mara_runtime.engines.base import Pass
+from mara_runtime.engines.cuda import Cuda
+from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import EngineError
-from mara_runtime.schedule import Fixed
+from mara_runtime.schedule import calibrate
+from mara_runtime.schedule.base import Fixed
 from mara_runtime.stats import Stats
-from mara_runtime.trt_engine import TrtEngine
 from tests.double.machine import Machine
 from tests.double.trt import ICudaEngine, IExecutionContext
 from tests.gpu.test_conformance import promised, suite

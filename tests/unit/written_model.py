@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mara_export import step
-from mara_export.lower import value_info
+from mara_export.graph import step
+from mara_export.graph.lower import value_info
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.tensors import DRAFT_ROWS, ModelShape, spare_slots

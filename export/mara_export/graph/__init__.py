@@ -1,0 +1,1 @@
+"""From a traced decoder to the step graph."""

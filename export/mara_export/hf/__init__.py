@@ -1,0 +1,1 @@
+"""Models, tokenizers and configurations as Hugging Face lays them out."""

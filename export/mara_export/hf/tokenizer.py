@@ -1,0 +1,125 @@
+"""The text side of a bundle: one `tokenizer.json`, a chat template, and the special tokens that templates name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mara_export.errors import ModelError
+from mara_export.hf.checkpoint import from_pretrained, read_json
+from mara_export.hf.sources import ModelSource
+from mara_runtime.chat import ChatTemplate
+from mara_runtime.errors import PromptError
+from mara_runtime.manifest import TokenizerFacts
+
+TOKENIZER_FILE = "tokenizer.json"
+TEMPLATE_FILE = "chat_template.jinja"
+_SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_MESSAGES = [{"role": "user", "content": "How do I cook rice?"}]
+_MOST_LETTERS = 200
+"""Of a template's reason to fail."""
+
+
+def load_tokenizer(source: ModelSource) -> Any | None:
+    """The tokenizer of a Hugging Face model, or None when it has none. Raises ModelError."""
+    if (source.folder / "tekken.json").is_file() and not (source.folder / TOKENIZER_FILE).is_file():
+        raise ModelError(
+            f"the tokenizer of {source.name} is in tekken.json, which is not read: add its {TOKENIZER_FILE}"
+        )
+    if not any((source.folder / name).is_file() for name in _SOURCES):
+        return None
+    try:
+        tokenizer = _load(source)
+    except ModelError:
+        if (source.folder / TOKENIZER_FILE).is_file():
+            raise
+        found = ", ".join(name for name in _SOURCES if (source.folder / name).is_file())
+        raise ModelError(
+            f"the tokenizer of {source.name} cannot be loaded: {TOKENIZER_FILE} is missing, and what is there does not "
+            f"make one ({found}): add it"
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{source.name} has no fast tokenizer, which the runtime needs: add its tokenizer.json")
+    if tokenizer.split_special_tokens:  # the runtime's tokenizer never does
+        raise ModelError(f"the tokenizer of {source.name} has split_special_tokens, which is not supported: remove it")
+    return tokenizer
+
+
+def _load(source: ModelSource) -> Any:
+    """The tokenizer, also one that transformers 5 wrote."""
+    config = read_json(source.folder / "tokenizer_config.json")
+    config = config if isinstance(config, dict) else {}
+    kind: Any = AutoTokenizer
+    if config.get("tokenizer_class") == "TokenizersBackend":  # its name for what tokenizer.json holds
+        kind = PreTrainedTokenizerFast
+    options: dict[str, Any] = {}
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        options = {"extra_special_tokens": {}, "additional_special_tokens": extra}
+    return from_pretrained(kind, source, part="tokenizer", **options)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
+    """Write the files into the bundle's folder."""
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
+    template = _chat_template(tokenizer)
+    if template:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    return TokenizerFacts(TOKENIZER_FILE, TEMPLATE_FILE if template else None, _special_tokens(tokenizer))
+
+
+def check_chat_template(tokenizer: Any, name: str) -> None:
+    """Refuse a chat template that the runtime does not render as transformers does.
+
+    name: of the model, for messages. Raises ModelError.
+    """
+    template = _chat_template(tokenizer)
+    if not template:
+        return
+    for _ in range(2):  # a template may print the time, and the second change in between
+        theirs, why_not_theirs = _rendered(
+            lambda: str(tokenizer.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=True))
+        )
+        ours, why_not_ours = _rendered(lambda: ChatTemplate(template, _special_tokens(tokenizer)).render(_MESSAGES))
+        if ours is not None and ours == theirs:
+            return
+    if ours is None and theirs is None:
+        wrong = f"cannot render one message of a user: {why_not_theirs}"
+    elif ours is None:
+        wrong = f"fails where the bundle runs, though not in transformers: {why_not_ours}"
+    elif theirs is None:
+        wrong = f"fails in transformers: {why_not_theirs}"
+    else:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        wrong = (
+            f"gives another text where the bundle runs than in transformers, from letter {at} on: "
+            f"{ours[at : at + 20]!r}, not {theirs[at : at + 20]!r}"
+        )
+    raise ModelError(f"the chat template of {name} {wrong}; mend or remove it ({TEMPLATE_FILE}, tokenizer_config.json)")
+
+
+def _rendered(render: Callable[[], str]) -> tuple[str | None, str]:
+    """The text, else None and why there is none."""
+    try:
+        return render(), ""
+    except Exception as error:  # a template is a program: it may fail in any way a program can
+        cause = error.__context__ if isinstance(error, PromptError) and error.__context__ else error
+        why = " ".join(str(cause).split()) or type(cause).__name__
+        return None, why if len(why) <= _MOST_LETTERS else f"{why[:_MOST_LETTERS]} …"
+
+
+def _chat_template(tokenizer: Any) -> str | None:
+    """The one that goes into a bundle."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    return template or None
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    """By role; lists of more, such as additional_special_tokens, are not among them."""
+    return {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}

@@ -1,0 +1,260 @@
+"""A step graph through NVIDIA's parser and builder: TensorRT ≥ 10.3 or 11, or TensorRT for RTX.
+
+Only names that all of them have are used; where they differ it says so. Nothing is printed: errors are collected and
+become one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from mara_runtime import tensors
+from mara_runtime.engines.trt_plan import logger
+from mara_runtime.errors import EngineError
+
+OLDEST = (10, 3)
+"""TensorRT of JetPack 6."""
+IN_PLACE_SINCE = (10, 15)
+"""TensorRT that has the layers of a `portable` graph, the KV cache's update among them."""
+Shapes = tuple[int, int, int]
+"""(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
+_NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
+"""What a builder's error speaks of when an attention has no fused kernel."""
+_WIDER = {onnx.TensorProto.INT8: 2, onnx.TensorProto.INT4: 4}
+"""How many times their size integers take as float16."""
+
+
+def name(trt: Any) -> str:
+    """What a TensorRT module is, for messages."""
+    return f"TensorRT{' for RTX' if 'rtx' in trt.__name__ else ''} {trt.__version__}"
+
+
+def version(trt: Any) -> tuple[int, ...]:
+    """Of a TensorRT module, as numbers."""
+    return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
+
+
+class Network:
+    """A parsed step graph that can be built."""
+
+    def __init__(self, trt: Any, path: Path, slots: int) -> None:
+        """Parse the graph in `path` for a KV cache of `slots` slots. Raises EngineError, naming the node."""
+        self.trt = trt
+        try:
+            self._builder = trt.Builder(logger(trt))
+        except TypeError as error:  # the bindings' way to say that the library returned none
+            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or error}") from None
+        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other
+        self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
+        self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: it must live until the build is over
+        try:
+            model = onnx.load(str(path), load_external_data=False)
+        except (OSError, DecodeError) as error:  # of a bundle that was not verified
+            raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it anew") from None
+        self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
+        _fix(model, "C", slots)
+        if not self._parser.parse(model.SerializeToString(), str(path)):
+            raise EngineError(f"{name(trt)} cannot read {path.name}: {self._parser_error()}")
+
+    def kinds(self) -> dict[str, int]:
+        """How many layers of each kind the network has."""
+        names = (self.network.get_layer(i).type.name for i in range(self.network.num_layers))
+        return dict(sorted(Counter(names).items()))
+
+    def check_in_place(self, num_layers: int) -> None:
+        """Refuse a network of a `portable` graph in which a layer was replaced by other means than its own.
+
+        An update of the cache that is none would not be in place, and an attention that is none not fused.
+        """
+        kinds = self.kinds()
+        for kind, a_layer in (("ATTENTION_INPUT", 1), ("KV_CACHE_UPDATE", 2), ("ROTARY_EMBEDDING", 2)):
+            count = a_layer * num_layers
+            if kinds.get(kind, 0) != count:
+                raise EngineError(
+                    f"{name(self.trt)} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
+                    f"should have {count}: export the bundle again, with --lowering decomposed if that does not help"
+                )
+        updates = {layer.get_input(0).name: layer.get_output(0).name for layer in self._of_kind("KV_CACHE_UPDATE")}
+        for past, present in tensors.kv_names(num_layers):
+            if updates.get(past) != present:
+                raise EngineError(f"the graph's {present} is not an update of {past} in place: export the bundle again")
+
+    def _of_kind(self, kind: str) -> Iterator[Any]:
+        for i in range(self.network.num_layers):
+            layer = self.network.get_layer(i)
+            if layer.type.name == kind:
+                yield layer
+
+    def attentions(self) -> dict[str, Any]:
+        """The fused attentions by name."""
+        found: dict[str, Any] = {}
+        for layer in self._of_kind("ATTENTION_INPUT"):
+            layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
+            found[layer.attention.name] = layer.attention
+        return found
+
+    def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
+        """A builder configuration with an optimisation profile for each (least, best, most) of S, H0 and N."""
+        config = self._builder.create_builder_config()
+        config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default; it rounds float32 to 11 bits
+        symbols = {t.name: t.shape for t in tensors.step_inputs(_NO_SHAPE)}
+        for triple in profiles:
+            profile = self._builder.create_optimization_profile()
+            for i in range(self.network.num_inputs):
+                tensor = self.network.get_input(i)
+                if -1 in tuple(tensor.shape):
+                    shapes = [_sized(symbols[tensor.name], *size) for size in triple]
+                    profile.set_shape(tensor.name, *shapes)
+            config.add_optimization_profile(profile)
+        return config
+
+    def build(self, config: Any, tell: Callable[[str, int, int], None], note: Callable[[str], None]) -> tuple[Any, Any]:
+        """The engine as a buffer, and the names of the attentions that are not fused: a list, or "all".
+
+        Every attention is first asked to be one fused kernel. Where there is none, `note` is told, and it may become
+        several; some TensorRT builds no attention with a mask then either. Raises EngineError; KeyboardInterrupt, when
+        it comes, stops the builder first.
+        """
+        attentions = self.attentions()
+        apart: list[str] = []
+        plan, errors = self._run(config, tell)
+        while plan is None and len(apart) < len(attentions) and _NO_FUSED_KERNEL.search(errors):
+            named = [layer for layer in attentions if layer in errors]
+            apart = list(attentions) if apart or not named else named  # a name at a time would take a build each
+            which = "any layer" if len(apart) == len(attentions) else ", ".join(apart)
+            note(f"no fused attention kernel for {which} here: built of several, which is slower and takes more memory")
+            for layer in apart:
+                attentions[layer].decomposable = True
+            plan, errors = self._run(config, tell)
+        if plan is None:
+            way_out = ": export the bundle again with --lowering decomposed" if apart else ""
+            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}{way_out}")
+        return plan, "all" if apart and len(apart) == len(attentions) else apart
+
+    def _run(self, config: Any, tell: Callable[[str, int, int], None]) -> tuple[Any, str]:
+        """The engine, or None and what went wrong."""
+        stop, errors = Event(), _recorder(self.trt)
+        config.progress_monitor = _monitor(self.trt, tell, stop)
+        self._builder.error_recorder = errors  # not before: an owner that has parsed crashes when it is freed (RTX 1.7)
+        try:
+            # In a thread of its own: this one has to be there for Ctrl-C, which Python handles in no other.
+            with ThreadPoolExecutor(1) as pool:
+                future = pool.submit(self._builder.build_serialized_network, self.network, config)
+                try:
+                    while not wait([future], timeout=0.2).done:
+                        pass
+                except BaseException:
+                    stop.set()
+                    raise
+            return future.result(), errors.text()
+        finally:
+            self._builder.error_recorder = None
+
+    def _parser_error(self) -> str:
+        error = self._parser.get_error(0)
+        return f"node {error.node_name()} ({error.node_operator()}): {one_line(error.desc())}"
+
+
+_NO_SHAPE = tensors.ModelShape(0, 0, 0, 0, 0, 0)
+"""The inputs beside the cache do not depend on the model."""
+
+
+def _sized(shape: tuple[int | str, ...], rows: int, head_rows: int, agent_rows: int) -> tuple[int, ...]:
+    sizes = {"S": rows, "H0": head_rows, "N": agent_rows}
+    return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+
+
+def _weight_bytes(model: onnx.ModelProto) -> tuple[int, int]:
+    """Of the graph's matrices, as they are and with the quantised ones as float16; shared bytes count once."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for weight in model.graph.initializer:
+        where = {entry.key: entry.value for entry in weight.external_data}
+        if where:
+            size = int(where["length"])
+            sizes[where["offset"]] = size, size * _WIDER.get(weight.data_type, 1)
+    return sum(size for size, _ in sizes.values()), sum(wide for _, wide in sizes.values())
+
+
+def _fix(model: onnx.ModelProto, symbol: str, size: int) -> None:
+    """Give a symbolic size of the graph's inputs and outputs a value."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == symbol:
+                dim.dim_value = size  # of the two, protobuf keeps the one set last
+
+
+def one_line(text: str) -> str:
+    """What an error of TensorRT says, without where in its own source."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    # without a GPU, each error is followed by another about the missing driver
+    telling = (line for line in lines if "Error Code" in line and "Cuda Runtime" not in line)
+    text = next(telling, lines[0] if lines else "it gives no reason")
+    text = re.sub(r"^.*?Error Code \d+: ", "", " ".join(text.split()))
+    text = re.sub(r"\[[\w.]+:\d+: \w+\] |\s*\bIn \w+ at /\S+?(?=\)|$|\s)", "", text)
+    text = re.sub(r"^(?:API Usage Error|Internal Error|Myelin) \((.*)\)$", r"\1", text)
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _recorder(trt: Any) -> Any:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        """The errors of one builder, whoever's logger the process has."""
+
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._found: list[tuple[Any, str]] = []
+
+        def text(self) -> str:
+            """All that went wrong."""
+            return "\n".join(text for _, text in self._found)
+
+        def report_error(self, code: Any, description: str) -> bool:
+            self._found.append((code, description))
+            return False
+
+        def clear(self) -> None:
+            pass
+
+        def num_errors(self) -> int:
+            return len(self._found)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._found[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._found[index][1]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+    return Recorder()
+
+
+def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the builder's phases on, and ends the build when `stop` is set."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+            tell(phase, 0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            tell(phase, step + 1, self._steps.get(phase, step + 1))
+            return not stop.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()

@@ -1,0 +1,71 @@
+"""The small tensors of a pass in one block of memory, so that one copy moves them all between host and device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mara_runtime.engines.cuda import Cuda, aligned
+from mara_runtime.tensors import Tensor
+
+
+class Sizes(NamedTuple):
+    """What the shapes of a pass follow from; all at least 1."""
+
+    rows: int
+    """S"""
+    heads: int
+    """H0"""
+    asked: int
+    """N"""
+
+    def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
+        """A shape with these sizes in it; C does not occur. One row more than asked goes through the head, always."""
+        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "P": self.heads + 1, "R": self.heads + 1}
+        return tuple(values[size] if isinstance(size, str) else size for size in shape)
+
+
+class Block:
+    """Tensors side by side, each at a fixed place that is large enough for the largest pass.
+
+    Fixed, because a CUDA graph remembers addresses; whatever the pass, the whole block is copied: it is some ten
+    kilobytes, and a copy of them costs what a copy of one byte costs.
+    """
+
+    def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: Sizes) -> None:
+        """most: the sizes of the largest pass."""
+        self._cuda = cuda
+        self._types = {t.name: np.dtype(t.dtype) for t in wanted}
+        self._offsets: dict[str, int] = {}
+        self.size_bytes = 0
+        for tensor in wanted:
+            self._offsets[tensor.name] = self.size_bytes
+            count = math.prod(most.of(tensor.shape))
+            self.size_bytes = aligned(self.size_bytes + count * self._types[tensor.name].itemsize)
+        self.device = cuda.allocate(self.size_bytes, "inputs and outputs")
+        try:
+            self.host = cuda.allocate_host(self.size_bytes)
+        except BaseException:
+            cuda.free(self.device)
+            raise
+
+    def addresses(self) -> dict[str, int]:
+        """Where each tensor lies on the device."""
+        return {name: self.device + offset for name, offset in self._offsets.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._offsets
+
+    def view(self, name: str, shape: Sequence[int]) -> NDArray[Any]:
+        """A tensor in host memory."""
+        start, dtype = self._offsets[name], self._types[name]
+        return self.host[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._cuda.free(self.device)
+        self._cuda.free_host(self.host)

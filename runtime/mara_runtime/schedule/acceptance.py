@@ -1,0 +1,107 @@
+"""How likely the agent accepts a candidate, learned while decoding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Features = tuple[float, float, float, float]
+"""Of a candidate: its log-probability, the gap to the one before, ten times its probability, is there one before?
+
+Scaled so that a weight of a few units can tell candidates apart: acceptance may turn within a few hundredths.
+"""
+
+
+class Acceptance:
+    """How likely the agent accepts a candidate: a logistic regression on what is cheap to see, learned on the way.
+
+    Each decision takes one Newton step, with a curvature that slowly forgets: a few dozen decisions are enough, and
+    another kind of text is learned anew.
+    """
+
+    _FEATURES = 6
+    _LEAST, _MOST = 0.01, 0.99
+    _MEMORY = 0.995
+    _PRIOR = 0.1  # curvature that the weights begin with: what was learned weighs more after a few decisions
+
+    def __init__(self) -> None:
+        self._weights = [1.0, *[0.0] * (self._FEATURES - 1)]  # most candidates are accepted, says MARA's own evaluation
+        self._curvature = [[self._PRIOR * (i == j) for j in range(self._FEATURES)] for i in range(self._FEATURES)]
+        self._scale = 1.0  # of margins, fading
+        self._of: NDArray[np.float64] | None = None  # whose features are kept
+        self._kept: list[_Features] = []
+
+    def estimate(
+        self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float = 0.0
+    ) -> list[float]:
+        """(n,) chances of the candidates in the order of examination; margins: of the first of them, seen already."""
+        seen = self._clipped((math.fsum(margins) / len(margins) - threshold) if margins else 0.0)
+        found = (self._chance(features, seen) for features in self._features(probabilities))
+        return [min(max(chance, self._LEAST), self._MOST) for chance in found]
+
+    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+        """See `Schedule.learn`."""
+        values = [margin - threshold for margin in margins]
+        curvature = [[self._MEMORY * entry for entry in row] for row in self._curvature]
+        for i in range(self._FEATURES):
+            curvature[i][i] += self._PRIOR * (1 - self._MEMORY)
+        slope, total = [0.0] * self._FEATURES, 0.0
+        for i, (value, features) in enumerate(zip(values, self._features(probabilities), strict=False)):
+            seen = self._clipped(total / i if i else 0.0)
+            chance = self._chance(features, seen)
+            inputs = (1.0, *features, seen)
+            error, bend = (value > 0) - chance, chance * (1 - chance)
+            for row, x in enumerate(inputs):
+                slope[row] += error * x
+                bent, of_row = bend * x, curvature[row]
+                for column, y in enumerate(inputs):
+                    of_row[column] += bent * y
+            total += value
+        self._curvature = curvature
+        step = _solution(curvature, slope)
+        self._weights = [weight + change for weight, change in zip(self._weights, step, strict=True)]
+        self._scale += 0.05 * (math.fsum(map(abs, values)) / len(values) + 1e-9 - self._scale)
+
+    def _features(self, probabilities: NDArray[np.float64]) -> list[_Features]:
+        """Of each candidate, without the margins just seen. In plain Python, which is quicker for so few numbers."""
+        if probabilities is not self._of:  # the plan's are asked for again by the next plan and the lesson
+            self._kept, before = [], None
+            for probability in probabilities.tolist():
+                log = math.log(max(probability, 1e-9)) / 3
+                first = before is None
+                self._kept.append(
+                    (log, 0.0 if before is None else log - before, 10 * probability, 0.0 if first else 1.0)
+                )
+                before = log
+            self._of = probabilities
+        return self._kept
+
+    def _clipped(self, margin: float) -> float:
+        return min(max(margin / self._scale, -3.0), 3.0)
+
+    def _chance(self, features: _Features, seen: float) -> float:
+        log, gap, probability, later = features
+        always, of_log, of_gap, of_probability, of_later, of_seen = self._weights
+        score = always + of_log * log + of_gap * gap + of_probability * probability + of_later * later + of_seen * seen
+        return 1 / (1 + math.exp(-min(max(score, -30.0), 30.0)))
+
+
+def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """x of matrix · x = right, for a matrix that is symmetric and positive definite; left as they are, both."""
+    size = len(right)
+    rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
+    for i, above in enumerate(rows):
+        for row in rows[i + 1 :]:
+            factor = row[i] / above[i]
+            for j in range(i, size + 1):
+                row[j] -= factor * above[j]
+    found = [0.0] * size
+    for i in reversed(range(size)):
+        row, rest = rows[i], rows[i][size]
+        for j in range(i + 1, size):
+            rest -= row[j] * found[j]
+        found[i] = rest / row[i]
+    return found

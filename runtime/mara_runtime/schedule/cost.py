@@ -1,0 +1,61 @@
+"""What a pass costs on one machine, by its rows and its context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of a pass on one machine, measured."""
+
+    contexts: tuple[int, ...]
+    """tokens in the KV cache, ascending"""
+    widths: tuple[int, ...]
+    """rows, ascending from 1"""
+    body_ms: tuple[tuple[float, ...], ...]
+    """[context][width] without the LM head"""
+    heads: tuple[int, ...]
+    """rows through the LM head, ascending from 1"""
+    head_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        axes = (self.contexts, self.widths, self.heads)
+        sizes = [len(row) == len(self.widths) for row in self.body_ms]
+        times = [*self.head_ms, *(ms for row in self.body_ms for ms in row)]
+        if (
+            not all(axes)
+            or any(a >= b for axis in axes for a, b in pairwise(axis))
+            or len(sizes) != len(self.contexts)
+            or not all(sizes)
+            or len(self.head_ms) != len(self.heads)
+            or not all(0 <= ms < np.inf for ms in times)
+        ):
+            raise ValueError("a cost has a time for each width at each context, and for each number of heads")
+
+    def rows_ms(self, context: int) -> NDArray[np.float64]:
+        """(0 … widest) cost of so many rows at a context, interpolated; beyond the last context, as there."""
+        curves = np.array([_interpolated(self.widths, row) for row in self.body_ms])
+        return np.array([np.interp(context, self.contexts, column) for column in curves.T])
+
+    def heads_ms(self) -> NDArray[np.float64]:
+        """(0 … most) cost of so many rows through the head."""
+        return _interpolated(self.heads, self.head_ms)
+
+
+WIDEST = 128
+"""Rows of a pass that are planned for; beyond the widest that was measured the last slope goes on."""
+
+
+def _interpolated(at: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
+    """values at 0 … WIDEST, 0 at 0, never falling."""
+    x, y = [0, *at], [0.0, *np.maximum.accumulate(values).tolist()]
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(at) > 1 else y[-1]
+    index = np.arange(WIDEST + 1)
+    values_there: NDArray[np.float64] = np.interp(index, x, y) + np.maximum(index - x[-1], 0) * slope
+    return values_there
