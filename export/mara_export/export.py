@@ -29,8 +29,8 @@ from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.hf.families import check_supported, model_shape
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
+from mara_export.options import ExportOptions
 from mara_export.progress import Progress
-from mara_export.targets import ExportOptions
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import OrtEngine

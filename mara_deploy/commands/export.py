@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy.commands.shared import Parser, guarded, prompt_options
-from mara_export.targets import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS, ExportOptions
+from mara_export.options import ExportOptions
+from mara_export.targets import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS

@@ -95,8 +95,8 @@ def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
     """Export the demo's model and agent to `out`; options: of mara_export.targets.ExportOptions."""
     from mara_export.export import export
     from mara_export.hf.sources import ModelSource
+    from mara_export.options import ExportOptions
     from mara_export.progress import Progress
-    from mara_export.targets import ExportOptions
 
     source = ModelSource(MODEL_FOLDER, DEMO_MODEL, None)
     return export(source, demo_agent(), DEMO_AGENT, out, ExportOptions(**options), Progress(quiet))

@@ -21,7 +21,7 @@ from mara_deploy import agent as agents
 from mara_deploy.demo.__main__ import export_demo
 from mara_export.export import export
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import ExportOptions
+from mara_export.options import ExportOptions
 from tests import checkpoints, hub
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.

@@ -19,7 +19,7 @@ from mara_deploy.demo.__main__ import demo_agent, export_demo
 from mara_export import parity
 from mara_export.export import export
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import ExportOptions
+from mara_export.options import ExportOptions
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES

@@ -31,8 +31,8 @@ from mara_export.export import export
 from mara_export.graph.weights import Weights
 from mara_export.hf.checkpoint import from_pretrained
 from mara_export.hf.sources import resolve_model
+from mara_export.options import ExportOptions
 from mara_export.progress import Progress
-from mara_export.targets import ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import OrtEngine
 from mara_runtime.errors import BundleError, MaraError, OptionError

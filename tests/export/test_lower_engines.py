@@ -21,7 +21,8 @@ from mara_export.graph.qdq import quantised
 from mara_export.graph.weights import Weights
 from mara_export.hf.families import model_shape
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import COLUMN, ExportOptions, Quantisation
+from mara_export.options import ExportOptions, Quantisation
+from mara_export.targets import COLUMN
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError

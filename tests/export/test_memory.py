@@ -24,7 +24,7 @@ from mara_deploy.commands.memory import find, of_bundle
 from mara_deploy.memory import Setting, estimate
 from mara_export.export import export
 from mara_export.hf.sources import ModelSource
-from mara_export.targets import ExportOptions
+from mara_export.options import ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.tensors import spare_slots
 

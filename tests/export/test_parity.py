@@ -21,7 +21,7 @@ from mara_export import parity
 from mara_export.errors import ParityError
 from mara_export.export import export
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import ExportOptions
+from mara_export.options import ExportOptions
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import OrtEngine

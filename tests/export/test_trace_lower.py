@@ -20,7 +20,8 @@ from onnx import TensorProto, numpy_helper
 from mara_export.export import export
 from mara_export.hf.families import model_shape
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import LOWERINGS, ExportOptions
+from mara_export.options import ExportOptions
+from mara_export.targets import LOWERINGS
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort as ort_engine

@@ -12,7 +12,7 @@ from mara_deploy.agent import Agent
 from mara_export.export import export
 from mara_export.graph.trace import trace_llm
 from mara_export.hf.sources import resolve_model
-from mara_export.targets import ExportOptions
+from mara_export.options import ExportOptions
 from tests import checkpoints
 from tests.export.conftest import agent, agent_file, cache_folder, checkpoint, command, reference
 

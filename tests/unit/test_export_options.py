@@ -2,7 +2,8 @@
 
 import pytest
 
-from mara_export.targets import COLUMN, PRECISIONS_OF, ExportOptions, Quantisation
+from mara_export.options import ExportOptions, Quantisation
+from mara_export.targets import COLUMN, PRECISIONS_OF
 from mara_runtime.errors import OptionError
 
 

@@ -17,7 +17,8 @@ from onnx import NodeProto, helper, numpy_helper
 
 from mara_export.graph.nodes import set_nodes
 from mara_export.graph.weights import Weights
-from mara_export.targets import BLOCK_SIZES_OF, COLUMN, ExportOptions, Quantisation
+from mara_export.options import ExportOptions, Quantisation
+from mara_export.targets import BLOCK_SIZES_OF, COLUMN
 from mara_runtime.errors import OptionError
 
 _INTEGERS: dict[int, Any] = {4: ml_dtypes.int4, 8: np.int8}

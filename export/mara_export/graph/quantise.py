@@ -22,7 +22,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export.graph.nodes import MICROSOFT, set_nodes
 from mara_export.graph.weights import INLINE_BYTES, Weights
-from mara_export.targets import Quantisation
+from mara_export.options import Quantisation
 from mara_runtime.errors import OptionError, first_line
 
 SLICE_COLUMNS = 16384
