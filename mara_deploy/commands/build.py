@@ -92,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace) -> None:
+    from mara_export.options import BuildOptions
     from mara_export.progress import Progress
-    from mara_export.tensorrt.build import BuildOptions, build
+    from mara_export.tensorrt.build import build
 
     options = BuildOptions(
         capacities=tuple(args.capacity),
@@ -102,7 +103,7 @@ def _build(args: argparse.Namespace) -> None:
         version_compatible=args.version_compatible,
         hardware=args.hardware,
         compute_capabilities=tuple(args.compute_capability),
-        workspace_bytes=None if args.workspace is None else args.workspace << 20,
+        workspace_mib=args.workspace,
         optimisation_level=args.optimisation_level,
     )
     before = Bundle.open(args.bundle, verify=not args.no_verify)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mara_deploy.commands.scoring import ScoreOption, add_score_options, judges, of_models
 from mara_deploy.commands.shared import Parser, add_template_option, guarded, template_variables
-from mara_deploy.train.config import RECIPES, TrainConfig, flag
+from mara_deploy.train.config import RECIPES, TrainConfig
 from mara_runtime.errors import MaraError, OptionError
+from mara_runtime.options import flag
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
