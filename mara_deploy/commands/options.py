@@ -113,6 +113,6 @@ def _shown(value: Any) -> str:
 def _converted(kind: type, text: str) -> Any:
     """The value; text that is none is left as it is, and the dataclass rejects it with the range."""
     try:
-        return kind(text)
+        return kind(text) if text else text
     except ValueError:
         return text

@@ -91,10 +91,10 @@ class Option:
         return tuple(self._check_one(one) for one in value)
 
     def _check_one(self, value: Any) -> Any:
-        plain = self._plain(value)
-        if plain == "" and not self.allow_empty:
-            remedy = "leave it out for the default" if self.default is not NO_DEFAULT and not self.count else "name it"
+        if value == "" and not (self.allow_empty or self.choices):
+            remedy = "leave it out for the default" if self.default is not NO_DEFAULT else "give a value"
             raise OptionError(f"{self.flag} is empty; {remedy}")
+        plain = self._plain(value)
         if plain is None or (self.choices and plain not in self.choices) or not self._in_range(plain):
             raise OptionError(f"{self.flag} is {value!r}; it must be {self.allowed()}")
         return plain
