@@ -52,6 +52,12 @@ def values_of(config: type[Options], name: str, args: argparse.Namespace) -> tup
     return tuple(dict.fromkeys(getattr(args, _dest(config, each), [each.default])))
 
 
+def flags_given(config: type[Options], args: argparse.Namespace, exclude: Sequence[str] = ()) -> list[str]:
+    """The flags that were given, but for those of the fields in `exclude`."""
+    values = given(config, args)
+    return [each.flag for each in options_of(config) if each.name in values and each.name not in exclude]
+
+
 def reject(args: argparse.Namespace, config: type[Options], names: Sequence[str], reason: str) -> None:
     """Raise OptionError where one of the flags was given: `--name is VALUE, but REASON; leave it out`."""
     values = given(config, args)
