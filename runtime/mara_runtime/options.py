@@ -14,7 +14,6 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
@@ -123,7 +122,7 @@ class Option:
 
 def option(default: T, help: str, **details: Any) -> T:
     """A dataclass field that is an option. details: of `Option`."""
-    return typing.cast(T, field(default=default, metadata={_KEY: Option(help, **details)}))
+    return field(default=default, metadata={_KEY: Option(help, **details)})
 
 
 def required(help: str, **details: Any) -> Any:
@@ -131,11 +130,15 @@ def required(help: str, **details: Any) -> Any:
     return field(metadata={_KEY: Option(help, **details)})
 
 
-@cache
 def options_of(config: type) -> tuple[Option, ...]:
     """The options of a dataclass, in the order of its fields."""
-    hints = typing.get_type_hints(config)
-    return tuple(_complete(f.metadata[_KEY], f.name, hints[f.name], f.default) for f in fields(config))
+    if config not in _RESOLVED:
+        hints = typing.get_type_hints(config)
+        _RESOLVED[config] = tuple(_complete(f.metadata[_KEY], f.name, hints[f.name], f.default) for f in fields(config))
+    return _RESOLVED[config]
+
+
+_RESOLVED: dict[type, tuple[Option, ...]] = {}
 
 
 class Options:
