@@ -1,6 +1,7 @@
-"""Files: the user's cache folder, writing a file whole or not at all, and locking a folder.
+"""Files: the user's cache folder, atomic writes, locks on folders.
 
-The cache holds what was measured or compiled on this machine. Nothing depends on it: what cannot be read is made again.
+The cache folder keeps what was measured or compiled on this machine. Nothing depends on it: what cannot be read is made
+again.
 """
 
 from __future__ import annotations
