@@ -2,8 +2,8 @@
 
 A graph contains everything that a pass does on the device: inputs in, the pass, outputs out. It is bound to one shape,
 one set of addresses and one execution context (TensorRT's developer guide: one context per captured graph, the contexts
-sharing their activation memory). So a shape that repeats gets a context of its own, runs in it once, and is captured the
-next time. All others run in one context per optimisation profile.
+sharing their activation memory). So a shape that repeats gets a context of its own, runs in it once, and is captured
+the next time. All others run in one context per optimisation profile.
 
 TensorRT for RTX compiles kernels for the shapes that it encounters. A shape with a graph waits for its specialised
 kernels, as the graph would repeat the generic ones forever; compiled kernels are kept in the user's cache folder. Not
