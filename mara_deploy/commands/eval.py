@@ -130,8 +130,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
-    from mara_deploy.files import held, write_text
-    from mara_deploy.prompts import drawn, find_prompts, shared
+    from mara_deploy.files import run_lock, write_file
+    from mara_deploy.prompts import find_prompts, overlap, subset
 
     asking = Asking(arguments.raw, template_variables(arguments.template))
     prompt_set = find_prompts(arguments.prompts, arguments.group_by)
@@ -145,19 +145,19 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
     contestants = _contestants(arguments.baseline or ("greedy",), decoder, configs, asking)
-    prompts, refused = _answerable(contestants, drawn(prompt_set.prompts, arguments.limit), arguments.skip_refused)
+    prompts, refused = _answerable(contestants, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
     judging = judges(scores, device, batch)
-    with held(out):
+    with run_lock(out):
         evaluation = evaluate(
             prompts,
             contestants[0],
             contestants[1:],
             judging,
             out,
-            seen=shared(prompts, training.prompts) if training else (),
+            seen=overlap(prompts, training.prompts) if training else (),
             bootstrap=bootstrap,
             quiet=arguments.quiet,
         )
@@ -187,8 +187,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
         summary = result(evaluation, facts, bootstrap)
-        write_text(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        write_text(out / "report.html", html(evaluation, summary, arguments.examples))
+        write_file(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_file(out / "report.html", html(evaluation, summary, arguments.examples))
     if not arguments.quiet:
         print("\n".join(lines(summary)))
         print(f"{out / 'report.html'}")

@@ -136,7 +136,7 @@ class _Run(NamedTuple):
 
 def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainConfig, lock: ExitStack) -> _Run:
     """A new run. Nothing is written if it cannot start."""
-    from mara_deploy.files import held
+    from mara_deploy.files import run_lock
     from mara_deploy.prompts import find_prompts
     from mara_deploy.train.folder import RunFolder
 
@@ -144,17 +144,17 @@ def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainCon
     prompts = [prompt.text for prompt in find_prompts(str(arguments.prompts)).prompts]
     facts = _describe(arguments, args, config, len(prompts))
     task = _open(facts, prompts, config)
-    lock.enter_context(held(arguments.out))
+    lock.enter_context(run_lock(arguments.out))
     return _Run(RunFolder.new(arguments.out, facts, prompts), facts, config, task, None)
 
 
 def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
     """The run in `out`, from its last checkpoint."""
-    from mara_deploy.files import held
+    from mara_deploy.files import run_lock
     from mara_deploy.train.folder import RunFolder
 
     folder = RunFolder.existing(out)
-    lock.enter_context(held(folder.path))
+    lock.enter_context(run_lock(folder.path))
     facts, prompts, checkpoint = folder.run, folder.prompts, folder.load()
     config = _resumed(facts, _episodes(checkpoint), **given(TrainConfig, args))
     task = _open(facts, prompts, config)

@@ -1,4 +1,4 @@
-"""`manifest.json` of a bundle as dataclasses. docs/bundle.md specifies the format; this module is its one reader."""
+"""`manifest.json` of a bundle as dataclasses, and its only reader; docs/reference/bundle.md specifies the format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mara_runtime.tensors import CACHE_BYTES, ModelShape
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
-"""Targets whose engines a bundle holds ready-made; the others load its graph."""
+"""Targets with engine files in the bundle; the others load its graph."""
 MAX_DEPTH = 16
-"""Levels of nesting; the format has five."""
+"""Of nesting; the format needs five."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The frozen LLM: where it came from and its sizes."""
+    """The frozen LLM: its source and sizes."""
 
     source: str
     revision: str | None
@@ -47,64 +47,64 @@ class AgentFacts:
     hidden_size: int
     widths: tuple[int, ...]
     fallback: str
-    """emitted when all candidates are rejected: "first" or "last" by LM rank"""
+    """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
-    """where its input is taken"""
+    """which hidden state it takes"""
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """The ONNX graph: its file, what it was lowered for, and what its weights are."""
+    """The ONNX graph: file, lowering, precision."""
 
     file: str
     lowering: str
     precision: str
     quantisation: dict[str, Any] | None
-    """bits, block_size, quantiser, keep; None when nothing was quantised"""
+    """bits, block_size, quantiser, keep; None when not quantised"""
     cache: str
-    """type of the KV cache's entries, and of what the LLM computes: one of CACHE_BYTES"""
+    """type of KV entries and of the LLM's activations: one of CACHE_BYTES"""
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One TensorRT engine of the bundle's graph, for a KV cache of one size."""
+    """One TensorRT engine file of the bundle's graph, for one size of the KV cache."""
 
     target: str
     """tensorrt or tensorrt-rtx"""
     file: str
     slots: int
-    """size of the KV cache, C: fixed in the engine"""
+    """size of the KV cache, C, which is fixed in the file"""
     decode_rows: int
-    """rows of a pass at most, in the engine's first optimisation profile"""
+    """most rows of a pass in the first optimisation profile"""
     prefill_rows: int
-    """rows of a pass at most, in its second"""
+    """most rows of a pass in the second"""
     head_rows: int
-    """rows whose logits may be asked for in one pass, in both"""
+    """most rows through the LM head in one pass, in both"""
     in_place: bool
-    """present is written over past; False: into memory of its own, and the two change places after each pass"""
+    """present is written over past; False: into a second copy, and the two swap roles after each pass"""
     version: str
-    """of the TensorRT that built it: it must be the one that runs it, unless `options` has version_compatible"""
+    """of the TensorRT that built it; the same must run it, unless `options` has version_compatible"""
     compute_capability: str
-    """of the GPU that it was built for, like 8.7; with a + behind it, of that and of later ones"""
+    """of the GPU it was built for, like 8.7; 8.0+ includes later ones"""
     platform: str
     """operating system and processor, like linux-aarch64"""
     options: dict[str, Any]
-    """how it was built, for the reader"""
+    """how it was built, for information"""
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Files and facts of the text side; a bundle without a tokenizer decodes token ids only."""
+    """Tokenizer and chat template; a bundle without a tokenizer decodes token ids only."""
 
     file: str
     chat_template: str | None
     special_tokens: dict[str, str]
-    """by role: bos_token, eos_token, …; chat templates name them so"""
+    """by the names that chat templates use: bos_token, eos_token, …"""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaps that another width of pass may close, as the parity gate measured them for this bundle; ≥ 0."""
+    """Differences between pass widths, as the parity gate measured them for this bundle; ≥ 0."""
 
     margins: float
     logits: float
@@ -113,28 +113,28 @@ class Noise:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself."""
+    """The content of manifest.json."""
 
     model: ModelFacts
     agent: AgentFacts
     max_context: int
     """tokens of prompt and answer together"""
     max_candidates: int
-    """candidates of a position at most"""
+    """most candidates of a position"""
     targets: tuple[str, ...]
-    """engines this bundle was made for"""
+    """engines that the bundle was exported for"""
     step: GraphFacts
     engines: tuple[EngineFacts, ...]
-    """TensorRT engines of that graph; may be empty"""
+    """TensorRT engine files of that graph; may be empty"""
     tokenizer: TokenizerFacts | None
     made_with: dict[str, str]
     """{package: version}"""
     parity: dict[str, Any] | None
-    """report of the parity gate; None when it was switched off"""
+    """report of the parity gate; None when it was skipped"""
     noise: Noise | None
     """None when not measured"""
     files: dict[str, FileEntry]
-    """every file but the manifest, by its path in the bundle"""
+    """every file except the manifest, by its path in the bundle"""
     io: dict[str, Any]
     """inputs and outputs of the graph: name, dtype, shape"""
 
@@ -144,7 +144,7 @@ class Manifest:
 
 
 def parse(text: str, where: str) -> Manifest:
-    """Read the text of a manifest.json. Raises BundleError, naming the field, when it is not one of this version."""
+    """Read the text of a manifest.json. Raises BundleError with the field that is wrong."""
     try:
         root = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
         _check_depth(root)
@@ -162,7 +162,7 @@ def parse(text: str, where: str) -> Manifest:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; readers differ on which of two equal keys they take, so there must not be two."""
+    """A JSON object without repeated keys, of which parsers take different ones."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -193,7 +193,7 @@ def _short(value: Any) -> str:
 
 
 class _Reader:
-    """Checked access to nested JSON, with the path of the field in every error."""
+    """Checked access to nested JSON; every error has the path of the field."""
 
     def __init__(self, where: str, root: dict[str, Any]) -> None:
         self._where = where
@@ -292,7 +292,7 @@ class _Reader:
     def _get(self, path: str, *kinds: type) -> Any:
         value: Any = self._root
         for key in path.split("."):
-            if isinstance(value, list) and key.isdecimal():  # its length is known to whoever asks
+            if isinstance(value, list) and key.isdecimal():  # the caller knows its length
                 value = value[int(key)]
             elif isinstance(value, dict) and key in value:
                 value = value[key]
@@ -333,7 +333,7 @@ class _Reader:
         return values
 
     def _file(self, path: str) -> str:
-        """A file that the manifest itself accounts for."""
+        """The name of a file that `files` lists."""
         name = self._text(path)
         if name not in self._get("files", dict):
             raise self._wrong(path, f"names {_short(name)}, which is not among the bundle's files")

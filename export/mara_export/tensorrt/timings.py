@@ -45,7 +45,7 @@ def kept(config: Any, chosen: Path | None, own: str, note: Callable[[str], None]
         files.write_cached(own, content)
         return
     try:
-        files.write_whole(chosen, content)
+        files.write_atomic(chosen, content)
     except OSError as error:
         note(f"--timing-cache: {chosen} could not be written ({error.strerror}); the next build measures again")
 
