@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from mara_export.targets import (
     BITS,
     BLOCK_SIZES,
-    BLOCK_SIZES_OF,
     COLUMN,
+    CPU_DTYPES,
+    DEFAULT_TARGET,
     LOWERINGS,
-    LOWERINGS_OF,
     MAX_CANDIDATES,
     PRECISIONS,
-    PRECISIONS_OF,
     QUANTISERS,
     TARGETS,
     engine_slots,
@@ -64,10 +63,10 @@ class ExportOptions(Options):
     """How a model is exported. What is left out becomes the target's default."""
 
     target: str = option(
-        TARGETS[0],
+        DEFAULT_TARGET,
         "engine to export for; cuda is ONNX Runtime on a GPU. TensorRT engines are built right away where that is "
         "possible, else by mara-build on the device",
-        choices=TARGETS,
+        choices=tuple(TARGETS),
     )
     precision: str = option(
         "",
@@ -80,7 +79,7 @@ class ExportOptions(Options):
         "",
         "ort: ONNX Runtime's fused attention; portable: standard ONNX operators, TensorRT 10.15 and later; decomposed: "
         "basic operators, for the TensorRT of JetPack 6 to 7.1",
-        choices=LOWERINGS,
+        choices=tuple(LOWERINGS),
         unset="ort on cpu and cuda, portable for TensorRT",
     )
     block_size: int | None = option(
@@ -109,20 +108,20 @@ class ExportOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        target = self.target
-        self._complete("lowering", LOWERINGS_OF[target][0])
-        if self.lowering not in LOWERINGS_OF[target]:
-            supported = " or ".join(LOWERINGS_OF[target])
-            raise OptionError(f"--lowering is {self.lowering!r}; --target {target} supports {supported}")
-        self._complete("precision", PRECISIONS_OF[target][0])
-        if self.precision not in PRECISIONS_OF[target]:
-            supported = ", ".join(PRECISIONS_OF[target])
-            raise OptionError(f"--precision is {self.precision!r}; --target {target} supports {supported}")
+        target = TARGETS[self.target]
+        self._complete("lowering", target.lowerings[0])
+        if self.lowering not in target.lowerings:
+            supported = " or ".join(target.lowerings)
+            raise OptionError(f"--lowering is {self.lowering!r}; --target {target.name} supports {supported}")
+        self._complete("precision", target.precisions[0])
+        if self.precision not in target.precisions:
+            supported = ", ".join(target.precisions)
+            raise OptionError(f"--precision is {self.precision!r}; --target {target.name} supports {supported}")
         if self.precision in BITS:
             self._check_quantisation()
         elif self.block_size is not None or self.quantiser or self.keep:
             raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-        if self.gate and "cpu" not in self.runs_on:
+        if self.gate and self.cache not in CPU_DTYPES:
             raise OptionError(
                 "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
                 "take fp16, or give --no-gate and compare on the device (benchmarks/gpu.sh)"
@@ -130,11 +129,13 @@ class ExportOptions(Options):
 
     def _check_quantisation(self) -> None:
         self._complete("quantiser", QUANTISERS[0])
-        if self.quantiser != "rtn" and self.lowering != "ort":
-            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} supports rtn")
+        quantisers = LOWERINGS[self.lowering].quantisers
+        if self.quantiser not in quantisers:
+            supported = ", ".join(quantisers)
+            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} supports {supported}")
         if self.quantiser == "hqq" and self.precision != "int4":
             raise OptionError(f"--quantiser is 'hqq', which is for --precision int4, not {self.precision}")
-        sizes = BLOCK_SIZES_OF[self.target][self.precision]
+        sizes = TARGETS[self.target].block_sizes[self.precision]
         self._complete("block_size", sizes[0])
         if self.block_size not in sizes:
             supported = f"blocks of {' or '.join(map(str, sorted(sizes)))}"
@@ -160,14 +161,13 @@ class ExportOptions(Options):
     @property
     def cache(self) -> str:
         """Data type of the LLM's activations and KV cache."""
-        if self.target == "cpu":
-            return "float32"
-        return {"fp32": "float32", "bf16": "bfloat16"}.get(self.precision, "float16")
+        return TARGETS[self.target].compute[self.precision]
 
     @property
     def runs_on(self) -> tuple[str, ...]:
         """The target, and cpu unless ONNX Runtime has no kernels there, as for bfloat16."""
-        return (self.target,) if self.target == "cpu" or self.cache == "bfloat16" else (self.target, "cpu")
+        others = (DEFAULT_TARGET,) if self.cache in CPU_DTYPES else ()
+        return tuple(dict.fromkeys((self.target, *others)))
 
 
 HARDWARE = ("none", "ampere-plus", "same-compute-capability")

@@ -36,6 +36,10 @@ class ModelFacts:
     revision: str | None
     architecture: str
     shape: ModelShape
+    intermediate_size: int
+    """width of the MLP"""
+    tied: bool
+    """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]
 
 
@@ -209,6 +213,8 @@ class _Reader:
                 shape=ModelShape(
                     **{name: self._count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
                 ),
+                intermediate_size=self._count("model.intermediate_size"),
+                tied=self._get("model.tied", bool),
                 eos_token_ids=self._counts("model.eos_token_ids", least=0),
             ),
             agent=AgentFacts(

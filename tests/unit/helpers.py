@@ -79,6 +79,8 @@ def manifest_json(
                 "num_kv_heads": 1,
                 "head_dim": 4,
             },
+            "intermediate_size": 128,
+            "tied": True,
             "eos_token_ids": [0],
         },
         "agent": {"source": "agent.pth", "hidden_size": 2, "widths": [8, 4], "fallback": "first", "state": "final"},
