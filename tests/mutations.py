@@ -170,7 +170,7 @@ class Checkout:
             text = output.read()
         if code == 0:
             return None
-        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", text, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", text, re.MULTILINE)
         if code in (1, 2) and failed:
             return failed[1]
         raise ValueError(f"pytest ended with {code}: {' '.join(text.split())[-300:]}")
