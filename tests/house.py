@@ -86,12 +86,13 @@ class House:
 
     def report(self) -> str:
         """The figures, one a line."""
-        by_package = Counter({package: sum(_lines(self.modules[m]) for m in self._in(package)) for package in PACKAGES})
+        sizes = Counter({package: sum(_lines(self.modules[m]) for m in self._in(package)) for package in PACKAGES})
+        parts = ", ".join(f"{package} {lines:,}" for package, lines in sizes.items())
         longest = sorted(self.lines.items(), key=lambda item: -item[1])[:3]
         repeated, circles = self.repeated_classes(), self.circles()
         return "\n".join(
             [
-                f"product          {by_package.total():6,} lines ({', '.join(f'{p} {n:,}' for p, n in by_package.items())})",
+                f"product          {sizes.total():6,} lines ({parts})",
                 f"tests            {self.test_lines:6,} lines",
                 f"files            {len(self.modules):6,}; longest: {', '.join(f'{p} {n}' for p, n in longest)}",
                 *(f"{p:<16} {self.between_files(p):6,} imports between {len(self._in(p))} files" for p in PACKAGES),
