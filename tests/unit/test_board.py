@@ -69,7 +69,8 @@ ORIN_NANO = {
 
 
 @pytest.mark.parametrize(
-    ("run", "named"), [(nothing, "no nvidia-smi"), (failing, "NVIDIA-SMI has failed."), (lambda _: "\n", "lists none")]
+    ("run", "named"),
+    [(nothing, "no nvidia-smi"), (failing, "NVIDIA-SMI has failed."), (lambda _: "\n", "lists no GPU")],
 )
 def test_without_a_board_the_reason_is_given(tmp_path, run, named):
     with pytest.raises(NoBoard, match=named):
