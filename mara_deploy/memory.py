@@ -8,22 +8,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mara_deploy.decoders import Decoder
+from mara_export.hf.families import Decoder
 from mara_export.targets import (
     BITS,
-    BLOCK_SIZES_OF,
     COLUMN,
     HEAD_ROWS,
-    LOWERINGS_OF,
+    LOWERINGS,
     MAX_CANDIDATES,
-    PRECISIONS_OF,
     TARGETS,
+    Lowering,
     engine_slots,
 )
-from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.engines.ort import FIRST_SLOTS, grown
 from mara_runtime.errors import OptionError
-from mara_runtime.tensors import spare_slots
+from mara_runtime.passes import PREFILL_ROWS
+from mara_runtime.tensors import CACHE_BYTES, spare_slots
 
 CONTEXTS = (2048, 8192)
 JETSONS_GB = (8, 16, 32, 64)
@@ -61,38 +60,43 @@ class Setting:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise OptionError(f"--target is {self.target!r}; it must be one of {', '.join(TARGETS)}")
-        if self.precision not in PRECISIONS_OF[self.target]:
-            has = ", ".join(PRECISIONS_OF[self.target])
+        if self.precision not in TARGETS[self.target].precisions:
+            has = ", ".join(TARGETS[self.target].precisions)
             raise OptionError(f"--precision is {self.precision!r}; --target {self.target} has {has}")
         if self.context < 2:
             raise OptionError(f"--context is {self.context}; it must be at least 2")
         if not 1 <= self.max_candidates <= MAX_CANDIDATES:
             raise OptionError(f"--max-candidates is {self.max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
-        if self.lowering not in (None, *LOWERINGS_OF[self.target]):
-            takes = " or ".join(LOWERINGS_OF[self.target])
+        if self.lowering not in (None, *TARGETS[self.target].lowerings):
+            takes = " or ".join(TARGETS[self.target].lowerings)
             raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} takes {takes}")
         if self.block_size is not None and self.block_size != COLUMN and self.block_size < 1:
             raise OptionError(f"--block-size is {self.block_size}; it must be at least 1")
         if self.lowering is None:
-            object.__setattr__(self, "lowering", LOWERINGS_OF[self.target][0])
-        sizes = BLOCK_SIZES_OF[self.target].get(self.precision)
+            object.__setattr__(self, "lowering", TARGETS[self.target].lowerings[0])
+        sizes = TARGETS[self.target].block_sizes.get(self.precision)
         if self.block_size is None and sizes is not None:
             object.__setattr__(self, "block_size", sizes[0])
 
     @property
+    def form(self) -> Lowering:
+        """The lowering's facts."""
+        return LOWERINGS[str(self.lowering)]
+
+    @property
     def on_tensorrt(self) -> bool:
         """Does TensorRT run it, of either kind?"""
-        return self.target.startswith("tensorrt")
+        return TARGETS[self.target].is_tensorrt
 
     @property
     def number_bytes(self) -> int:
         """Of an activation and of an entry of the KV cache."""
-        return 4 if self.target == "cpu" or self.precision == "fp32" else 2
+        return CACHE_BYTES[TARGETS[self.target].compute[self.precision]]
 
     @property
     def fused(self) -> bool:
         """Is the attention one kernel, without its scores in memory? TensorRT has none for float32."""
-        return self.on_tensorrt and self.lowering == "portable" and self.precision != "fp32"
+        return self.on_tensorrt and self.form.fused_attention and self.precision != "fp32"
 
     @property
     def slots(self) -> int:
@@ -175,7 +179,7 @@ def engine_memory_bytes(model: Decoder, setting: Setting) -> int:
 
 def kv_bytes(model: Decoder, setting: Setting) -> int:
     """Of the KV cache: a decomposed graph under TensorRT has two, which change places."""
-    copies = 2 if setting.lowering == "decomposed" and setting.on_tensorrt else 1
+    copies = 2 if setting.on_tensorrt and not setting.form.in_place else 1
     return copies * setting.slots * _slot_bytes(model, setting)
 
 
@@ -190,10 +194,12 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     rows, b, d = PREFILL_ROWS, setting.number_bytes, model.hidden_size
     width = model.num_heads * model.head_dim
     mask = rows * setting.slots
-    inner = 4 if setting.lowering == "ort" else 3  # gate and up come as one there, and are taken apart
+    inner = 4 if setting.form.fused_projections else 3  # gate and up come as one there, and are taken apart
     mlp = rows * (inner * model.intermediate_size + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
-    if setting.lowering == "ort":  # the mask for every query of a group, and the scores, twice: ONNX Runtime plans the
+    if (
+        setting.form.grouped_attention
+    ):  # the mask for every query of a group, and the scores, twice: ONNX Runtime plans the
         # memory of a shape when it has run once, and then keeps what that run took beside the plan's
         attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
     elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
@@ -217,7 +223,7 @@ def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
     head = _matrix_bytes(model.hidden_size, model.vocab_size, setting)
     if setting.precision not in BITS:
         return head if model.tied else 2 * head
-    if setting.lowering == "ort" and model.hidden_size % (setting.block_size or 1) == 0:
+    if setting.form.quantised_table and model.hidden_size % (setting.block_size or 1) == 0:
         return head if model.tied else 2 * head
     return head + model.table * setting.number_bytes  # Q/DQ leaves the table as it is
 

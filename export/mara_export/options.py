@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 from mara_export.targets import (
     BITS,
     BLOCK_SIZES,
-    BLOCK_SIZES_OF,
     COLUMN,
+    CPU_DTYPES,
+    DEFAULT_TARGET,
     LOWERINGS,
-    LOWERINGS_OF,
     MAX_CANDIDATES,
     PRECISIONS,
-    PRECISIONS_OF,
     QUANTISERS,
     TARGETS,
 )
@@ -54,14 +53,14 @@ class Quantisation:
 class ExportOptions:
     """How a model is exported. What is left out is filled in with the target's default. Raises OptionError."""
 
-    target: str = TARGETS[0]
+    target: str = DEFAULT_TARGET
     """one of TARGETS"""
     lowering: str = ""
-    """one of LOWERINGS_OF the target"""
+    """one of the target's lowerings"""
     precision: str = ""
-    """one of PRECISIONS_OF the target"""
+    """one of the target's precisions"""
     block_size: int | None = None
-    """int8, int4: one of BLOCK_SIZES_OF the target; stays None in other precisions"""
+    """int8, int4: one of the target's block_sizes; stays None in other precisions"""
     quantiser: str = ""
     """int8, int4: one of QUANTISERS, rtn if left out; in standard operators rtn alone"""
     keep: tuple[str, ...] = ()
@@ -74,18 +73,18 @@ class ExportOptions:
     """compare with Hugging Face eager before anything is kept"""
 
     def __post_init__(self) -> None:
-        target = self.target
-        _one_of("--target", target, TARGETS)
-        self._complete("lowering", LOWERINGS_OF[target][0])
-        _one_of("--lowering", self.lowering, LOWERINGS)
-        if self.lowering not in LOWERINGS_OF[target]:
-            takes = " or ".join(LOWERINGS_OF[target])
-            raise OptionError(f"--lowering is {self.lowering!r}; for --target {target} take {takes}")
-        self._complete("precision", PRECISIONS_OF[target][0])
+        _one_of("--target", self.target, tuple(TARGETS))
+        target = TARGETS[self.target]
+        self._complete("lowering", target.lowerings[0])
+        _one_of("--lowering", self.lowering, tuple(LOWERINGS))
+        if self.lowering not in target.lowerings:
+            takes = " or ".join(target.lowerings)
+            raise OptionError(f"--lowering is {self.lowering!r}; for --target {target.name} take {takes}")
+        self._complete("precision", target.precisions[0])
         _one_of("--precision", self.precision, PRECISIONS)
-        if self.precision not in PRECISIONS_OF[target]:
-            takes = ", ".join(PRECISIONS_OF[target])
-            raise OptionError(f"--precision is {self.precision!r}; for --target {target} take {takes}")
+        if self.precision not in target.precisions:
+            takes = ", ".join(target.precisions)
+            raise OptionError(f"--precision is {self.precision!r}; for --target {target.name} take {takes}")
         if self.precision in BITS:
             self._check_quantisation()
         elif self.block_size is not None or self.quantiser or self.keep:
@@ -94,7 +93,7 @@ class ExportOptions:
             raise OptionError(f"--max-context is {self.max_context}; it must be at least 2")
         if not 1 <= self.max_candidates <= MAX_CANDIDATES:
             raise OptionError(f"--max-candidates is {self.max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
-        if self.gate and "cpu" not in self.runs_on:
+        if self.gate and self.cache not in CPU_DTYPES:
             raise OptionError(
                 "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
                 "take fp16, or give --no-gate and compare on the device (benchmarks/gpu.sh)"
@@ -103,11 +102,13 @@ class ExportOptions:
     def _check_quantisation(self) -> None:
         self._complete("quantiser", QUANTISERS[0])
         _one_of("--quantiser", self.quantiser, QUANTISERS)
-        if self.quantiser != "rtn" and self.lowering != "ort":
-            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} has rtn")
+        quantisers = LOWERINGS[self.lowering].quantisers
+        if self.quantiser not in quantisers:
+            has = ", ".join(quantisers)
+            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} has {has}")
         if self.quantiser == "hqq" and self.precision != "int4":
             raise OptionError("--quantiser hqq is for --precision int4")
-        sizes = BLOCK_SIZES_OF[self.target][self.precision]
+        sizes = TARGETS[self.target].block_sizes[self.precision]
         self._complete("block_size", sizes[0])
         if sizes == BLOCK_SIZES:
             _one_of("--block-size", self.block_size, sorted(sizes))
@@ -132,16 +133,15 @@ class ExportOptions:
     @property
     def cache(self) -> str:
         """Type that the LLM computes in, and of its KV cache."""
-        if self.target == "cpu":
-            return "float32"
-        return {"fp32": "float32", "bf16": "bfloat16"}.get(self.precision, "float16")
+        return TARGETS[self.target].compute[self.precision]
 
     @property
     def runs_on(self) -> tuple[str, ...]:
         """The target, and a CPU unless ONNX Runtime lacks the kernels there, as it does for bfloat16."""
-        return (self.target,) if self.target == "cpu" or self.cache == "bfloat16" else (self.target, "cpu")
+        others = (DEFAULT_TARGET,) if self.cache in CPU_DTYPES else ()
+        return tuple(dict.fromkeys((self.target, *others)))
 
 
-def _one_of(flag: str, value: object, choices: Sequence[object]) -> None:
+def _one_of(flag: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         raise OptionError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}")

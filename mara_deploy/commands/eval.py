@@ -112,8 +112,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
-    from mara_deploy.files import held, write_text
-    from mara_deploy.prompts import drawn, find_prompts, shared
+    from mara_deploy.files import run_lock, write_file
+    from mara_deploy.prompts import find_prompts, overlap, subset
     from mara_runtime.decoder import AlignedDecoder
 
     prompt_set = find_prompts(args.prompts, args.group_by)
@@ -130,19 +130,19 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             f"{args.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
     contestants = _contestants(args.baseline or ["greedy"], decoder, ways)
-    prompts, refused = _answerable(contestants, drawn(prompt_set.prompts, args.limit), args.skip_refused)
+    prompts, refused = _answerable(contestants, subset(prompt_set.prompts, args.limit), args.skip_refused)
     bundle = decoder.bundle
     out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
     bootstrap = Bootstrap()
     judging = judges(args.score, args.score_device, args.score_batch)
-    with held(out):
+    with run_lock(out):
         found = evaluate(
             prompts,
             contestants[0],
             contestants[1:],
             judging,
             out,
-            seen=shared(prompts, training.prompts) if training else (),
+            seen=overlap(prompts, training.prompts) if training else (),
             bootstrap=bootstrap,
             quiet=args.quiet,
         )
@@ -172,8 +172,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
         summary = result(found, facts, bootstrap)
-        write_text(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        write_text(out / "report.html", html(found, summary, args.examples))
+        write_file(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_file(out / "report.html", html(found, summary, args.examples))
     if not args.quiet:
         print("\n".join(lines(summary)))
         print(f"{out / 'report.html'}")

@@ -129,14 +129,14 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
             cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
             difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
             lines.append(f"          {name}: {difference}{cosine}")
-    beyond = report.get("beyond")
+    min_gap = report.get("min_gap")
     for name, (what, gap) in OUTCOMES.items():
         counts = report.get(name)
         if isinstance(counts, dict):
             told = f"{counts['differing']} of {counts['compared']}"
-            if isinstance(beyond, dict) and "changed" in counts:
+            if isinstance(min_gap, dict) and "changed" in counts:
                 every = counts["compared"] + counts["within_noise"]
-                nats = f"{beyond[name]:.2g} nat{'' if beyond[name] == 1 else 's'}"
+                nats = f"{min_gap[name]:.2g} nat{'' if min_gap[name] == 1 else 's'}"
                 told += f" {gap} more than {nats} differ; {counts['changed']} of all {every} changed"
             else:  # a bundle of an earlier version
                 told += f" differ, {counts['within_noise']} more were not compared"

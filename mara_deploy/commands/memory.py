@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from mara_deploy import memory
-from mara_deploy.decoders import DECODERS, Decoder, from_config
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
 from mara_export.errors import ModelError
-from mara_export.hf.families import longest_context
-from mara_export.hf.sources import ALIASES, local_path, resolve_file
-from mara_export.targets import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
+from mara_export.hf.families import (
+    ALIASES,
+    KNOWN_MODELS,
+    Decoder,
+    decoder_of,
+    decoder_sizes,
+    hub_id_of,
+    longest_context,
+)
+from mara_export.hf.sources import local_path, resolve_file
+from mara_export.targets import COLUMN, TARGETS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import MANIFEST_FILE
@@ -29,21 +35,6 @@ OF_A_MODEL = {
     "--block-size": "block_size",
 }
 """Options that a bundle has answered, and their attributes."""
-
-CONTEXT_OF = {
-    "Qwen/Qwen2-0.5B-Instruct": 32768,
-    "Qwen/Qwen2-1.5B-Instruct": 32768,
-    "Qwen/Qwen2.5-0.5B-Instruct": 32768,
-    "Qwen/Qwen2.5-1.5B-Instruct": 32768,
-    "Qwen/Qwen3-0.6B": 40960,
-    "Qwen/Qwen3-1.7B": 40960,
-    "meta-llama/Meta-Llama-3-8B-Instruct": 8192,
-    "meta-llama/Llama-3.1-8B-Instruct": 131072,
-    "meta-llama/Llama-3.2-1B-Instruct": 131072,
-    "meta-llama/Llama-3.2-3B-Instruct": 131072,
-    "mistralai/Mistral-7B-Instruct-v0.3": 32768,
-}
-"""Tokens that the models with an alias were made for: max_position_embeddings of their config.json."""
 
 
 def show(args: argparse.Namespace) -> None:
@@ -72,7 +63,7 @@ def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
     for context in contexts:
         if most is not None and context > most:
             raise OptionError(f"--context is {context}; {hub_id} was made for at most {most} tokens")
-    precisions = PRECISIONS_OF[target] if args.precision is None else (args.precision,)
+    precisions = TARGETS[target].precisions if args.precision is None else (args.precision,)
     rows = [
         (setting, memory.estimate(model, setting))
         for precision in precisions
@@ -98,7 +89,8 @@ def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]
         return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block)
 
     whole = setting(manifest.max_context)
-    model = _decoder(manifest.model.architecture, asdict(manifest.model.shape), stored, whole)
+    facts = manifest.model
+    model = decoder_of(facts.shape, facts.architecture, facts.intermediate_size, facts.tied)
     beyond = memory.engine_memory_bytes(model, whole) - memory.weight_bytes(model, whole)
     built = {e.slots: manifest.files[e.file].size_bytes for e in manifest.engines if e.target == target}
     contexts = args.context or sorted({*(c for c in CONTEXTS if c < manifest.max_context), manifest.max_context})
@@ -122,9 +114,9 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
         from mara_deploy.demo import MODEL_FOLDER
 
         folder = Path(MODEL_FOLDER)
-    hub_id = ALIASES.get(name, name)
-    if folder is None and hub_id in DECODERS:
-        return hub_id, DECODERS[hub_id], CONTEXT_OF[hub_id]
+    hub_id = hub_id_of(name)
+    if folder is None and hub_id in KNOWN_MODELS:
+        return hub_id, KNOWN_MODELS[hub_id].decoder, KNOWN_MODELS[hub_id].context
     if folder is None:
         if hub_id.count("/") != 1:
             raise ModelError(
@@ -142,7 +134,7 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a Hugging Face configuration")
-    decoder = from_config(config, hub_id)
+    decoder = decoder_sizes(config, hub_id)
     try:  # a configuration without the switch has it off, in the architectures that have one
         most = longest_context(SimpleNamespace(**{"use_sliding_window": False, **config}))
     except (TypeError, ValueError):
@@ -173,34 +165,9 @@ NOTES = (
 def _setting(args: argparse.Namespace, target: str, precision: str, context: int) -> Setting:
     candidates = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
     setting = Setting(target, precision, context, lowering=args.lowering, block_size=args.block_size, **candidates)
-    sizes = BLOCK_SIZES_OF[target].get(precision, ())
+    sizes = TARGETS[target].block_sizes.get(precision, ())
     if args.block_size is not None and args.block_size not in sizes:
         takes = " or ".join(map(str, sizes))
         what = "has no blocks" if not sizes else "has a scale a column" if sizes == (COLUMN,) else f"takes {takes}"
         raise OptionError(f"--block-size is {args.block_size}; {precision} for --target {target} {what}")
     return setting
-
-
-def _decoder(architecture: str, shape: dict[str, Any], stored: int, setting: Setting) -> Decoder:
-    """A bundle's model. The manifest has all sizes but the MLP's: that one is what the weights' bytes leave for it.
-
-    Where head and table are apart, it comes out a little large; it counts in the workspace alone.
-    """
-
-    def with_mlp(size: int) -> Decoder:
-        config = {
-            "model_type": architecture,
-            "hidden_size": shape["hidden_size"],
-            "intermediate_size": size,
-            "num_hidden_layers": shape["num_layers"],
-            "num_attention_heads": shape["num_heads"],
-            "num_key_value_heads": shape["num_kv_heads"],
-            "head_dim": shape["head_dim"],
-            "vocab_size": shape["vocab_size"],
-            "tie_word_embeddings": True,
-        }
-        return from_config(config, "the bundle's model")
-
-    unit = 256  # a whole number of blocks, whatever their size
-    none, one = (memory.weight_bytes(with_mlp(size), setting) for size in (unit, 2 * unit))
-    return with_mlp(max(unit, unit + round(unit * (stored - none) / (one - none))))

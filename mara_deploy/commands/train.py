@@ -160,7 +160,7 @@ class _Run(NamedTuple):
 
 def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack) -> _Run:
     """A new run. Nothing is written if it cannot begin."""
-    from mara_deploy.files import held
+    from mara_deploy.files import run_lock
     from mara_deploy.prompts import find_prompts
     from mara_deploy.train.folder import RunFolder
 
@@ -169,17 +169,17 @@ def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack
     prompts = [prompt.text for prompt in find_prompts(args.prompts).prompts]
     facts = _describe(args, config, len(prompts))
     task = _open(facts, prompts, config)
-    folder_held.enter_context(held(out))
+    folder_held.enter_context(run_lock(out))
     return _Run(RunFolder.new(out, facts, prompts), facts, config, task, None)
 
 
 def _resume(args: argparse.Namespace, folder_held: ExitStack) -> _Run:
     """The run in --out, as of its last checkpoint."""
-    from mara_deploy.files import held
+    from mara_deploy.files import run_lock
     from mara_deploy.train.folder import RunFolder
 
     folder = RunFolder.existing(Path(args.out))
-    folder_held.enter_context(held(folder.path))
+    folder_held.enter_context(run_lock(folder.path))
     facts, prompts, checkpoint = folder.run, folder.prompts, folder.load()
     config = _resumed(args, facts, _episodes(checkpoint))
     task = _open(facts, prompts, config)

@@ -48,7 +48,7 @@ def built(chosen: Path | None, at_the_end: Callable[[], object] = lambda: None) 
     """Build once. Returns what the user is told."""
     notes: list[str] = []
     config = Config()
-    with timings.kept(config, chosen, OWN, notes.append):
+    with timings.timing_cache(config, chosen, OWN, notes.append):
         config.build()
         at_the_end()
     return notes
