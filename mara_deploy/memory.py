@@ -20,9 +20,9 @@ from mara_export.targets import (
     TARGETS,
     engine_slots,
 )
-from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.engines.ort import FIRST_SLOTS, grown
 from mara_runtime.errors import OptionError
+from mara_runtime.passes import PREFILL_ROWS
 from mara_runtime.tensors import spare_slots
 
 CONTEXTS = (2048, 8192)

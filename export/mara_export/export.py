@@ -33,7 +33,7 @@ from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import first_line
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts, TokenizerFacts
 from mara_runtime.versions import installed
@@ -206,7 +206,7 @@ def _compare(
     bundle: Bundle, cases: list[parity.Case], largest: float, options: ExportOptions, progress: Progress
 ) -> parity.Report:
     """Run the bundle's graph over what the reference was run over. Raises ParityError where they differ."""
-    engine = OrtEngine(bundle)
+    engine = CpuEngine(bundle)
     disturb = None if options.quantisation is None else parity.disturber(engine)
     sides = [parity.engine_side(engine, case, disturb) for case in progress.parts(cases)]
     in_float16 = options.cache == "float16"

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engines.base import Engine
+from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.manifest import Noise
 
 if TYPE_CHECKING:  # only the reference needs it, and two engines are compared on devices that have none
     import torch
 
-    from mara_runtime.engines.ort import OrtEngine
+    from mara_runtime.engines.ort import CpuEngine
 
 F32 = NDArray[np.float32]
 NAMES = ("hidden", "logits", "margins")
@@ -200,12 +200,12 @@ def watched(model: torch.nn.Module) -> Iterator[Callable[[], float]]:
             hook.remove()
 
 
-def disturber(engine: OrtEngine) -> Callable[[int], None]:
+def disturber(engine: CpuEngine) -> Callable[[int], None]:
     """Something that disturbs the entries of a slot of the KV cache, by the same random numbers in every export."""
     generator = np.random.default_rng(0)
 
     def disturb(slot: int) -> None:
-        entries = engine.entries[:, :, :, slot]
+        entries = engine.memory.entries[:, :, :, slot]
         entries[...] = entries * (1 + DISTURBANCE * generator.standard_normal(entries.shape, np.float32))
 
     return disturb
@@ -215,7 +215,9 @@ def engine_side(engine: Engine, case: Case, disturb: Callable[[int], None] | Non
     """Run the engine over a case. disturb: disturbs a slot of the cache; None: nothing rounds activations."""
 
     def rows(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
-        out = engine.evaluate(tokens, positions, slot)
+        out = engine.run(Pass.full_outputs(tokens, positions, slot))
+        assert out.hidden is not None
+        assert out.logits is not None
         return Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
 
     def siblings() -> Rows:

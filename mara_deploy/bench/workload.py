@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engines.base import Engine, FullOutput, Pass, StepOutput
+from mara_runtime.engines.base import Engine, Pass, StepOutput
+from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.tensors import TOP_SPARE
 
@@ -131,9 +132,9 @@ class Instrument:
         """rows of each, and how many of them went through the LM head"""
 
     @property
-    def slots(self) -> int:
-        """Size of the KV cache."""
-        return self._engine.slots
+    def cache(self) -> KVCache:
+        """See `Engine`."""
+        return self._engine.cache
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`: the election is steered by priorities, so that the graph does all its work."""
@@ -150,22 +151,6 @@ class Instrument:
         """What the last so many passes, those after the prompt, should have cost by the measured curve."""
         rows, heads = cost.rows_ms(context), cost.heads_ms()
         return float(sum(rows[r] + heads[h] for r, h in self.passes[len(self.passes) - forwards :]))
-
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
-        """See `Engine.evaluate`."""
-        return self._engine.evaluate(tokens, positions, slot)
-
-    def begin(self, kept: int, slots: int) -> None:
-        """See `Engine.begin`."""
-        self._engine.begin(kept, slots)
-
-    def move(self, source: int, target: int) -> None:
-        """See `Engine.move`."""
-        self._engine.move(source, target)
-
-    def clear(self) -> None:
-        """See `Engine.clear`."""
-        self._engine.clear()
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mara_runtime.engines.base import FullOutput, Pass, StepOutput
+from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.manifest import MANIFEST_FILE
 from mara_runtime.schedule.cost import Cost
 from tests.table_engine import TableEngine
@@ -226,13 +226,10 @@ class CountingEngine(TableEngine):
     ) -> None:
         super().__init__(lookup, agent, slots, max_candidates)
         self.calls: list[Pass] = []
-        """every pass, its sequences as lists"""
-        self.evaluated: list[tuple[list[int], list[int], int]] = []
-        """(tokens, positions, slot) of every call of `evaluate`"""
-        self.moves: list[tuple[int, int]] = []
+        """every pass, its sequences as lists; those of a fault search are in `searched`"""
+        self.searched: list[Pass] = []
         self.headed: list[int] = []
         """rows that went through the LM head, by pass"""
-        self.cleared = 0
         self._given: list[NDArray[Any]] = []
 
     @property
@@ -241,7 +238,7 @@ class CountingEngine(TableEngine):
         return [len(call.agent_rows) for call in self.calls if call.agent_rows]
 
     def run(self, work: Pass) -> StepOutput:
-        self.calls.append(
+        (self.searched if work.full else self.calls).append(
             replace(
                 work,
                 tokens=list(work.tokens),
@@ -265,25 +262,18 @@ class CountingEngine(TableEngine):
         self._given = [out.margins, out.rows, out.top_ids, out.top_logits, out.log_normaliser]
         return out
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
-        self.evaluated.append((list(tokens), list(positions), slot))
-        return super().evaluate(tokens, positions, slot)
+    @property
+    def moves(self) -> list[tuple[int, int]]:
+        """(source, target) of every entry that moved."""
+        return self.memory.moves
 
-    def move(self, source: int, target: int) -> None:
-        self.moves.append((source, target))
-        super().move(source, target)
-
-    def clear(self) -> None:
-        self.cleared += 1
-        super().clear()
-
-    def grow(self, slots: int) -> None:
+    def extend_slots(self, slots: int) -> None:
         """Have at least so many slots."""
-        self._entries += [None] * (slots - self.slots)
+        self.memory.entries += [None] * (slots - self.cache.capacity)
 
     def entries(self, count: int) -> list[tuple[int, int] | None]:
         """(token, position) of the first so many slots."""
-        return self._entries[:count]
+        return self.memory.entries[:count]
 
 
 def scripted(

@@ -18,10 +18,10 @@ from mara_export.progress import Progress
 from mara_export.targets import HEAD_ROWS, engine_slots
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
-from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.engines import cuda, trt_plan
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
+from mara_runtime.passes import PREFILL_ROWS
 from mara_runtime.tensors import spare_slots
 
 HARDWARE = ("none", "ampere-plus", "same-compute-capability")

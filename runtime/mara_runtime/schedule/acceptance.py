@@ -42,8 +42,8 @@ class Acceptance:
         found = (self._chance(features, seen) for features in self._features(probabilities))
         return [min(max(chance, self._LEAST), self._MOST) for chance in found]
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
-        """See `Schedule.learn`."""
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+        """See `Schedule.update`."""
         values = [margin - threshold for margin in margins]
         curvature = [[self._MEMORY * entry for entry in row] for row in self._curvature]
         for i in range(self._FEATURES):

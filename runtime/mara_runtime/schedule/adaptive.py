@@ -44,7 +44,7 @@ class Adaptive:
             chances = [0.0] * count  # of ending the decision
         else:
             chances = self._acceptance.estimate(view.probabilities, view.margins, view.threshold)
-        rest = self._rest(chances, start, body, view.refeed)
+        rest = self._rest(chances, start, body, view.rerun_fallback)
         best, plan = math.inf, PassPlan(count - start, 0)
         rejected, examined = 1.0, start
         for size in self._sizes(count - start):
@@ -54,7 +54,7 @@ class Adaptive:
                 rejected *= 1.0 - chances[examined]
                 examined += 1
             last = examined == count
-            width = size + int(last and start > 0 and view.refeed)
+            width = size + int(last and start > 0 and view.rerun_fallback)
             follows = 0.0 if last else rejected * rest[start + size]
             for m in drafts if start == 0 else drafts[:1]:
                 head = self._head[2 + m] if m else self._head[1] * (1.0 if last else 1.0 - rejected)
@@ -63,16 +63,16 @@ class Adaptive:
                     best, plan = cost, PassPlan(size, m)
         return plan
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule`."""
-        self._acceptance.learn(probabilities, margins, threshold)
+        self._acceptance.update(probabilities, margins, threshold)
 
-    def _rest(self, chances: list[float], start: int, body: list[float], refeed: bool) -> list[float]:
+    def _rest(self, chances: list[float], start: int, body: list[float], rerun_fallback: bool) -> list[float]:
         """[i] least expected cost of the passes that settle a decision when its first i candidates were rejected."""
         count, head = len(chances), self._head[1]
         rest = [0.0] * (count + 1)
         for i in range(count - 1, start, -1):
-            least = body[min(count - i + refeed, WIDEST)] + head
+            least = body[min(count - i + rerun_fallback, WIDEST)] + head
             rejected, size = 1.0, 0
             for chunk in self._CHUNKS:
                 if i + chunk >= count or body[chunk] >= least:  # more rows never cost less

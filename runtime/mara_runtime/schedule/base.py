@@ -31,7 +31,7 @@ class PassContext:
     """that a margin must exceed"""
     exhaustive: bool = False
     """every candidate is examined, whatever the agent says"""
-    refeed: bool = False
+    rerun_fallback: bool = False
     """after more than one pass, the last carries the fallback's row once more"""
     draft: Draft = NO_DRAFT
     """a guess of what follows the settled token, or the first candidate"""
@@ -53,7 +53,7 @@ class Schedule(Protocol):
     def plan(self, view: PassContext) -> PassPlan:
         """What to put into the next pass."""
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """A decision is made: the candidates' probabilities in the order of examination, the margins that were seen."""
 
 
@@ -72,5 +72,5 @@ class Fixed:
             left if self.width is None else min(self.width, left), min(self.drafted, len(view.draft.tokens))
         )
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule`."""

@@ -58,7 +58,7 @@ def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> 
     """
     widths = tuple(width for width in WIDTHS if width <= max(2, max_candidates))
     heads = tuple(count for count in HEADS if count in widths)
-    contexts = tuple(c for c in CONTEXTS if c + widths[-1] <= engine.slots) or (1,)
+    contexts = tuple(c for c in CONTEXTS if c + widths[-1] <= engine.cache.capacity) or (1,)
 
     found: dict[_Key, float] = {}
     left_s = budget_s
@@ -72,7 +72,7 @@ def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> 
         started = time.perf_counter()
         found |= _times_ms(engine, works, started + left_s / (len(contexts) - index))
         left_s -= time.perf_counter() - started
-    engine.clear()
+    engine.cache.clear()
     first = contexts[0]
     return Cost(
         contexts,
