@@ -1,7 +1,4 @@
-"""Write docs/commands.md from the commands' own help texts; tests/unit/test_docs.py checks that it is current.
-
-make docs
-"""
+"""Write docs/reference/commands.md from the commands' help texts: `make docs`. A test checks that it is current."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "110"  # argparse wraps to the terminal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples is not installed
-PAGE = Path(__file__).with_name("commands.md")
+PAGE = Path(__file__).parent / "reference" / "commands.md"
 
 
 def page() -> str:
@@ -21,13 +18,12 @@ def page() -> str:
     from mara_deploy.commands import bench, build, eval, export, inspect, memory, run, train
     from mara_deploy.demo import __main__ as demo
 
-    parts = ["# Commands\n\nMade from the commands' help texts by `make docs`.\n"]
+    parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
     for module in (export, build, run, inspect, memory, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(
-        "Every command exits with code 0, or with code 2 and one line on stderr that says what is wrong and how to\n"
-        "fix it.\n"
+        "Every command exits with code 0, or with code 2 and one line on stderr for an error that the user can fix.\n"
     )
     return "\n".join(parts)
 

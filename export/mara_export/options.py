@@ -77,8 +77,7 @@ class ExportOptions(Options):
     )
     lowering: str = option(
         "",
-        "ort: ONNX Runtime's fused attention; portable: standard ONNX operators, TensorRT 10.15 and later; decomposed: "
-        "basic operators, for the TensorRT of JetPack 6 to 7.1",
+        "; ".join(f"{lowering.name}: {lowering.summary}" for lowering in LOWERINGS.values()),
         choices=tuple(LOWERINGS),
         unset="ort on cpu and cuda, portable for TensorRT",
     )
