@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from mara_deploy.commands.eval import main
 from mara_deploy.commands.scoring import ScoreOption, judges
-from mara_deploy.demo import MODEL_FOLDER, corpus
+from mara_deploy.demo import MODEL_FOLDER
+from mara_deploy.demo.prompts import prompts
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import held
@@ -31,7 +32,7 @@ from mara_runtime.errors import MaraError
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = corpus.prompts(6, seed=5, held_out_split=True)
+PROMPTS = prompts(6, seed=5, held_out_split=True)
 LIMITS = ("--max-new-tokens", "24", "--threads", "1")
 SCORE = ("--score", "scores_of_the_test:words")
 
