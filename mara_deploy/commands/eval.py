@@ -27,7 +27,7 @@ from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.answers import Asking, Contestant
+    from mara_deploy.evaluate.answers import AnswerSource, PromptFormat
     from mara_deploy.prompts import Prompt
     from mara_runtime.config import DecodeConfig
     from mara_runtime.decoder import AlignedDecoder
@@ -186,12 +186,12 @@ class _Ways(NamedTuple):
     greedy: DecodeConfig
     sampled: DecodeConfig
     checkpoint: DecodeConfig
-    asking: Asking
+    asking: PromptFormat
 
 
 def _ways(args: argparse.Namespace) -> _Ways:
     """The options of decoding. Raises OptionError."""
-    from mara_deploy.evaluate.answers import Asking
+    from mara_deploy.evaluate.answers import PromptFormat
 
     if args.out == "":
         raise OptionError("--out is empty; leave it out for the default")
@@ -212,10 +212,12 @@ def _ways(args: argparse.Namespace) -> _Ways:
     # what chooses among the agent's verdicts has no part in plain decoding
     greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=1.0 if temperature is None else temperature)
-    return _Ways(aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, Asking(args.raw, variables))
+    return _Ways(
+        aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, PromptFormat(args.raw, variables)
+    )
 
 
-def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that every side takes, and how many one refuses. Raises PromptError at the first unless `skip`."""
     taken = []
     for number, prompt in enumerate(prompts, 1):
@@ -232,12 +234,12 @@ def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], sk
     return taken, len(prompts) - len(taken)
 
 
-def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways) -> list[Contestant]:
+def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways) -> list[AnswerSource]:
     """The aligned side, then the baselines."""
     from mara_deploy.evaluate.answers import BundleAnswers
-    from mara_deploy.evaluate.judge import slug
+    from mara_deploy.evaluate.store import file_name
 
-    found: list[Contestant] = [BundleAnswers("aligned", decoder, ways.aligned, ways.asking)]
+    found: list[AnswerSource] = [BundleAnswers("aligned", decoder, ways.aligned, ways.asking)]
     for name in baselines:
         samples = _best_of(name)
         if samples is not None and samples < 2:
@@ -249,7 +251,7 @@ def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways)
             found.append(BundleAnswers(name, decoder, config, ways.asking))
         else:
             found.append(_checkpoint(name, ways))
-    names = [slug(contestant.name) for contestant in found]
+    names = [file_name(contestant.name) for contestant in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"two --baseline have the name {twice}: give each once, or rename a checkpoint's folder")
     return found
@@ -261,7 +263,7 @@ def _best_of(baseline: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _checkpoint(name: str, ways: _Ways) -> Contestant:
+def _checkpoint(name: str, ways: _Ways) -> AnswerSource:
     try:
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mara_runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.judge import Judge
+    from mara_deploy.scores.base import WeightedScore
 
 DEVICE, BATCH = "cpu", 8
 """Defaults for models: where they run, and how many answers they read at once."""
@@ -77,10 +77,10 @@ class _Score(argparse.Action):
         namespace.score = [*namespace.score, ScoreOption(values)]
 
 
-def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[Judge]:
+def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[WeightedScore]:
     """Load the scores. device, batch: as `of_models` takes them. Raises ScoreError, OptionError."""
-    from mara_deploy.evaluate.judge import Judge
-    from mara_deploy.scores.base import is_function, load_score
+    from mara_deploy.scores.base import WeightedScore
+    from mara_deploy.scores.load import is_function, load_score
 
     device, batch = of_models(options, device, batch)
     if device is not None:
@@ -93,7 +93,7 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
         settings = {"template": option.template, "code or weights": score.fingerprint}
         if device is not None and not is_function(option.spec):
             settings["device"] = device.partition(":")[0]  # its kind, which also says the precision
-        found.append(Judge(score, weight, settings))
+        found.append(WeightedScore(score, weight, settings))
     return found
 
 
@@ -114,7 +114,8 @@ def of_models(
     device, batch: as they were given, None for the default. Raises OptionError, for a weight ScoreError, for
     what is missing, out of range, or would be ignored.
     """
-    from mara_deploy.scores.base import check_weight, is_function
+    from mara_deploy.scores.base import check_weight
+    from mara_deploy.scores.load import is_function
 
     if not options:
         raise OptionError("there is no --score: name what says how good an answer is, module:function or a model")

@@ -19,9 +19,9 @@ from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.judge import Judge
+    from mara_deploy.scores.base import WeightedScore
     from mara_deploy.train.folder import RunFolder
-    from mara_deploy.train.task import Task
+    from mara_deploy.train.task import TrainingTask
     from mara_export.hf.sources import ModelSource
 
 EPILOG = """\
@@ -136,8 +136,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _load_packages() -> None:
     try:
+        import mara_deploy.train.monitor
         import mara_deploy.train.report
-        import mara_deploy.train.watch  # noqa: F401
     except ImportError as error:
         raise MaraError(
             f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"
@@ -154,7 +154,7 @@ class _Run(NamedTuple):
     facts: dict[str, Any]
     """what run.json says"""
     config: TrainConfig
-    task: Task
+    task: TrainingTask
     checkpoint: dict[str, Any] | None
 
 
@@ -165,7 +165,7 @@ def _begin(args: argparse.Namespace, config: TrainConfig, folder_held: ExitStack
     from mara_deploy.train.folder import RunFolder
 
     out = Path(args.out)
-    RunFolder.refuse_used(out)
+    RunFolder.check_unused(out)
     prompts = [prompt.text for prompt in find_prompts(args.prompts).prompts]
     facts = _describe(args, config, len(prompts))
     task = _open(facts, prompts, config)
@@ -187,7 +187,7 @@ def _resume(args: argparse.Namespace, folder_held: ExitStack) -> _Run:
     return _Run(folder, facts, config, task, checkpoint)
 
 
-def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Task:
+def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> TrainingTask:
     """Load what the run needs, and complete its facts."""
     import torch
 
@@ -201,7 +201,7 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     if model["name"] is not None and source.revision != model["revision"]:
         raise MaraError(f"{source.name} is at revision {source.revision}, but the run began with {model['revision']}")
     model |= {"name": source.name, "revision": source.revision}
-    score = Combined([(judge.weight, judge.score) for judge in _judges(facts)])
+    score = Combined(_judges(facts))
     facts["score"], facts["config"] = score.name, config.to_json()
     where = {name: facts[name] for name in ("device", "dtype", "template")}
     task = open_task(source, prompts, score, config, **where)
@@ -218,23 +218,25 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
     """Train, and write the report. Returns the episodes made so far, and what to know of the agent."""
     from mara_deploy.train.cautions import cautions
     from mara_deploy.train.loop import train
+    from mara_deploy.train.monitor import Monitor, deferred_interrupt
     from mara_deploy.train.report import write_report
-    from mara_deploy.train.watch import Watch, first_interrupt_waits
 
     by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
     told = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     try:
         with (
-            first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
-            Watch(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as watch,
+            deferred_interrupt(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
+            Monitor(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as monitor,
         ):
-            train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=told)
+            train(
+                run.task, run.config, run.folder, checkpoint=run.checkpoint, on_round=monitor, stop=stop, metadata=told
+            )
     except MaraError:
         with suppress(MaraError):  # the first is the cause
             write_report(run.folder)
         raise
     write_report(run.folder)
-    return watch.episodes, cautions(run.folder.rows(), run.config.to_json())
+    return monitor.episodes, cautions(run.folder.rows(), run.config.to_json())
 
 
 def _episodes(checkpoint: dict[str, Any] | None) -> int:
@@ -317,7 +319,7 @@ def _source(name: str, revision: str | None) -> ModelSource:
     return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, revision=revision)
 
 
-def _judges(run: dict[str, Any]) -> list[Judge]:
+def _judges(run: dict[str, Any]) -> list[WeightedScore]:
     """The scores of a run, whose fingerprints it keeps. Raises MaraError where one has changed since."""
     options = [ScoreOption(of["spec"], of["weight"], of["template"]) for of in run["scores"]]
     found = judges(options, run["score_device"], run["score_batch"])
