@@ -137,7 +137,7 @@ def _train(args: argparse.Namespace) -> None:
 def _load_packages() -> None:
     try:
         import mara_deploy.train.monitor
-        import mara_deploy.train.report
+        import mara_deploy.train.report  # noqa: F401
     except ImportError as error:
         raise MaraError(
             f"training needs packages that are not installed ({error}): pip install 'mara-deploy[train]'"

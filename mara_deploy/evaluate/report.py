@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from mara_deploy.evaluate.cautions import cautions, counted
@@ -71,17 +70,16 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 def html(evaluation: Evaluation, summary: Mapping[str, Any], count: int) -> str:
     """A self-contained page, without scripts or external files. summary: the `result`; count: examples of each kind."""
-    from jinja2 import Environment, StrictUndefined
+    from mara_deploy.html import render_report
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update({f.__name__: _with_minus_signs(f) for f in (percent, span, number)})
-    source = files("mara_deploy.evaluate").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        summary=summary,
-        examples={name: examples(evaluation, name, count) for name in evaluation.baselines},
-        curves={name: difference_curve(evaluation.aligned, side) for name, side in evaluation.baselines.items()},
-        whisker=whisker,
-    )
+    values = {
+        "summary": summary,
+        "examples": {name: examples(evaluation, name, count) for name in evaluation.baselines},
+        "curves": {name: difference_curve(evaluation.aligned, side) for name, side in evaluation.baselines.items()},
+        "whisker": whisker,
+    }
+    filters = {f.__name__: _with_minus_signs(f) for f in (percent, span, number)}
+    return render_report("mara_deploy.evaluate", values, filters)
 
 
 def examples(evaluation: Evaluation, name: str, count: int) -> list[dict[str, Any]]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from mara_deploy.html import render_report
 from mara_deploy.train.cautions import cautions
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.loop import Row
@@ -42,16 +42,15 @@ def write_report(folder: RunFolder) -> None:
     rows, run = folder.rows(), folder.run
     if not rows:
         return
-    templates = Environment(loader=PackageLoader("mara_deploy.train"), autoescape=True, trim_blocks=True)
     first, last = ([row["example"] for row in part] for part in (rows[:_EXAMPLES], rows[-_EXAMPLES:]))
-    page = templates.get_template("report.html.jinja").render(
-        run=run,
-        last=rows[-1],
-        cautions=cautions(rows, run["config"]),
-        plots=Markup(plots(rows, run["config"])),
-        examples={"First rounds": first, "Last rounds": last},
-    )
-    folder.write_report(page)
+    values = {
+        "run": run,
+        "last": rows[-1],
+        "cautions": cautions(rows, run["config"]),
+        "plots": Markup(plots(rows, run["config"])),
+        "examples": {"First rounds": first, "Last rounds": last},
+    }
+    folder.write_report(render_report("mara_deploy.train", values, {}))
 
 
 def plots(rows: Sequence[Row], config: dict[str, Any]) -> str:
