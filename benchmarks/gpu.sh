@@ -138,7 +138,7 @@ if [[ -z ${PYTHON:-} ]]; then
             --extra-index-url https://download.pytorch.org/whl/cpu 'torch>=2.6'
         extras+=,export
     fi
-    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest
+    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest "onnx-ir>=1.1" # tests/gpu writes its graph with it
     if ((!dry)); then # ONNX Runtime looks for CUDA's libraries there
         libraries=$("$python" -c 'import glob, sysconfig
 print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')

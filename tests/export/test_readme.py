@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_export.hf.sources import ALIASES
+from mara_export.hf.families import ALIASES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def place(tmp_path_factory, checkpoint, agent_file):
     (folder / "my_scores.py").write_text(
         "def politeness(prompts, answers):\n    return [answer.count('please') for answer in answers]\n"
     )
-    repository = folder / "hf" / "hub" / ("models--" + ALIASES["qwen2"].replace("/", "--"))
+    repository = folder / "hf" / "hub" / ("models--" + ALIASES["qwen2"].hub_id.replace("/", "--"))
     revision = "0" * 40
     shutil.copytree(checkpoint("qwen2"), repository / "snapshots" / revision)
     (repository / "refs").mkdir()
