@@ -107,9 +107,7 @@ def traced(
 
 
 @pytest.fixture(scope="session")
-def bundle(
-    tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]
-) -> Callable[..., Path]:
+def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]) -> Callable[..., Path]:
     """(architecture or "demo", lowering="ort", precision="fp32") → folder of a bundle that passed the gate."""
     root = tmp_path_factory.mktemp("bundles")
 
