@@ -66,13 +66,14 @@ def run(args: argparse.Namespace, for_eval: list[str]) -> None:
 
 def require_same(bundle: Path, args: argparse.Namespace) -> None:
     """Refuse the bundle of an earlier run with other options."""
-    from mara_export.hf.sources import ALIASES, local_path
+    from mara_export.hf.families import hub_id_of
+    from mara_export.hf.sources import local_path
     from mara_runtime import Bundle
 
     model, agent = local_path(args.model), local_path(args.agent)
     made = Bundle.open(bundle, verify=False).manifest
     for flag, found, asked in (
-        ("model", made.model.source, model.resolve().name if model else ALIASES.get(args.model, args.model)),
+        ("model", made.model.source, model.resolve().name if model else hub_id_of(args.model)),
         ("agent", made.agent.source, agent.name if agent else args.agent),
         ("precision", made.step.precision, args.precision),
     ):
