@@ -1,7 +1,4 @@
-"""Write docs/commands.md from the commands' own help texts; tests/unit/test_docs.py checks that it is current.
-
-make docs
-"""
+"""Write docs/reference/commands.md from the commands' help texts: `make docs`. A test checks that it is current."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["COLUMNS"] = "110"  # argparse wraps to the terminal
-PAGE = Path(__file__).with_name("commands.md")
+PAGE = Path(__file__).parent / "reference" / "commands.md"
 
 
 def page() -> str:
@@ -19,13 +16,12 @@ def page() -> str:
     from mara_deploy.demo import remake
     from mara_deploy.demo import train as demo_lm
 
-    parts = ["# Commands\n\nMade from the commands' help texts by `make docs`.\n"]
+    parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
     for module in (export, build, run, inspect, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(
-        "Every command ends with exit code 0, or with exit code 2 and one line on stderr when something is wrong that\n"
-        "its user can mend.\n"
+        "Every command exits with code 0, or with code 2 and one line on stderr for an error that the user can fix.\n"
     )
     return "\n".join(parts)
 

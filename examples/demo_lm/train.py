@@ -1,14 +1,14 @@
-"""Remake the embedded demo LM from a seed: `python -m mara_deploy.demo.train [--out DIR] [--seed N] ...`.
+"""Train the demo's LM from a seed: `python -m examples.demo_lm.train [--out DIR] [--seed N] ...`.
 
-A Qwen2-architecture LM with its own byte-level BPE tokenizer and chat template, trained from scratch on the
-text that `mara_deploy.demo.corpus` generates. About six minutes on one CPU core; the defaults of `Recipe` made the
-model in `mara_deploy/demo/model`.
+An LM of the Qwen2 architecture with its own byte-level BPE tokenizer and chat template, trained from scratch on the
+text that corpus.py generates. Takes about six minutes on one CPU core; the defaults of `Recipe` produced the model in
+mara_deploy/demo/model.
 
 Reproducibility: the same seed, steps, threads and package versions give the same bytes on the same machine
-(tests/export/test_demo_lm.py). The corpus and the tokenizer depend on nothing else and are the same everywhere. The
-weights may differ in the last bits, and after many steps visibly, where torch takes other kernels: on another
-processor type, with another number of threads, with another torch version. The figures in recipe.json then move
-a little; the recipe is meant to give an equally good model there, not the same one.
+(tests/export/test_demo_lm.py). Corpus and tokenizer are the same everywhere. The weights can differ in the last bits,
+and visibly after many steps, where PyTorch selects other kernels: on another type of processor, with another number of
+threads, with another version. The figures in recipe.json then change slightly; the recipe gives an equally good model
+there, not an identical one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.demo_lm.recipe import Recipe
+from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded
-from mara_deploy.demo.recipe import Recipe
 from mara_export.folder import whole_or_absent
-from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option
 
 
 def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
@@ -39,8 +40,8 @@ def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     import torch
     import transformers
 
-    from mara_deploy.demo.lm import torch_threads, train
-    from mara_deploy.demo.measure import measure
+    from examples.demo_lm.lm import torch_threads, train
+    from examples.demo_lm.measure import measure
 
     with whole_or_absent(out) as folder:
         began = time.perf_counter()
@@ -50,7 +51,7 @@ def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
             figures = measure(model, tokenizer)
         options = f"--seed {recipe.seed} --steps {recipe.steps} --threads {recipe.threads}"
         record = {
-            "command": f"python -m mara_deploy.demo.train {options}",
+            "command": f"python -m examples.demo_lm.train {options}",
             "recipe": asdict(recipe),
             "parameters": model.num_parameters(),
             "held_out": figures,
@@ -67,21 +68,23 @@ def write(out: Path, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     return record
 
 
+@dataclass(frozen=True)
+class DemoLMArguments(Options):
+    """Where to write the LM, and what of the recipe can be changed."""
+
+    out: Path = option(Path("demo-lm"), "folder to write; must be new or empty", metavar="DIR")
+    seed: int = option(Recipe.seed, "random seed of the text, the tokenizer and the weights", least=0)
+    steps: int = option(Recipe.steps, "optimiser steps", least=1)
+    threads: int = option(Recipe.threads, "CPU threads of PyTorch", least=1)
+
+
 def parser() -> Parser:
     """The command's options."""
-    default = Recipe()
     options = Parser(
-        "python -m mara_deploy.demo.train",
+        "python -m examples.demo_lm.train",
         "Train the demo LM from scratch on generated text (about six minutes on one CPU core).",
     )
-    options.add_argument("--out", default="demo-lm", metavar="DIR", help="folder to write; must be new or empty")
-
-    def add(name: str, value: int, text: str) -> None:
-        options.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default {value})")
-
-    add("seed", default.seed, "of the text, the tokenizer and the weights")
-    add("steps", default.steps, "optimizer steps")
-    add("threads", default.threads, "torch CPU threads")
+    add_options(options, DemoLMArguments)
     return options
 
 
@@ -91,12 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    for flag, least in (("seed", 0), ("steps", 1), ("threads", 1)):
-        if getattr(args, flag) < least:
-            raise OptionError(f"--{flag} is {getattr(args, flag)}; it must be at least {least}")
-    record = write(Path(args.out), Recipe(seed=args.seed, steps=args.steps, threads=args.threads))
+    options = from_args(DemoLMArguments, args)
+    record = write(options.out, Recipe(seed=options.seed, steps=options.steps, threads=options.threads))
     figures = ", ".join(f"{name} {value}" for name, value in record["held_out"].items())
-    print(f"{args.out}: {record['parameters']:,} parameters, {record['seconds']} s; {figures}")
+    print(f"{options.out}: {record['parameters']:,} parameters, {record['seconds']} s; {figures}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from mara_deploy.demo import corpus
-from mara_deploy.demo.lm import answer_loss, dialogues, encode, end_ids
+from examples.demo_lm import corpus
+from examples.demo_lm.lm import answer_loss, dialogues, encode, end_ids
+from mara_deploy.demo.prompts import DemoPrompt, prompts
+from mara_deploy.demo.score import sentences
 from mara_runtime.candidates import select
 
 MAX_NEW_TOKENS = 112
@@ -61,7 +63,7 @@ class Greedy:
 def greedy(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[corpus.Prompt],
+    prompts: Sequence[DemoPrompt],
     top_k: int = 40,
     top_p: float = 0.95,
 ) -> Greedy:
@@ -94,18 +96,16 @@ def greedy(
 def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Return the figures of recipe.json, all on groups that training never saw; greedy on 200 prompts."""
     loss = validation_loss(model, tokenizer)
-    prompts = corpus.prompts(200, seed=0, held_out_split=True)
-    result = greedy(model, tokenizer, prompts)
-    spoken = [
-        corpus.known(s, p.task) for p, a in zip(prompts, result.answers, strict=True) for s in corpus.sentences(a)
-    ]
+    asked = prompts(200, seed=0, held_out_split=True)
+    result = greedy(model, tokenizer, asked)
+    spoken = [corpus.known(s, p.task) for p, a in zip(asked, result.answers, strict=True) for s in sentences(a)]
     figures = {
         "validation_loss_nats": loss,
         "perplexity": math.exp(loss),
         "decision_share": result.decision_share,
         "candidates_per_decision": result.candidates_per_decision,
-        "mean_answer_tokens": sum(result.lengths) / len(prompts),
-        "finished_share": sum(result.finished) / len(prompts),
+        "mean_answer_tokens": sum(result.lengths) / len(asked),
+        "finished_share": sum(result.finished) / len(asked),
         "grammatical_share": sum(spoken) / max(1, len(spoken)),
     }
     return {name: round(value, 4) for name, value in figures.items()}

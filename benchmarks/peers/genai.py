@@ -1,14 +1,15 @@
-"""ONNX Runtime GenAI as a contestant, see protocol.py.
+"""ONNX Runtime GenAI as a contestant of mara-bench.
 
-    python peer_genai.py MODEL_FOLDER [--threads N]
+    mara-bench BUNDLE --peer genai="GENAI_ENV/bin/python benchmarks/peers/genai.py MODEL_FOLDER"
 
-Runs by the interpreter of an environment that has onnxruntime-genai, so it imports nothing else of this project.
+Runs in an environment that has onnxruntime-genai and need not have mara-deploy.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library loads
 
-import onnxruntime_genai as og  # type: ignore[import-not-found]
-from protocol import command_line, random_tokens, serve  # type: ignore[import-not-found]
+import onnxruntime_genai as og
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, which need not be installed here
+from mara_deploy.bench.protocol import command_line, random_tokens, serve
 
 
 class GenAI:
-    """A model of GenAI and the generator whose cache the last decoding left."""
+    """A model, and the generator with the KV cache of the last request."""
 
     def __init__(self, folder: Path, threads: int | None):
         config = og.Config(str(folder))
@@ -38,15 +41,14 @@ class GenAI:
         self._max_length = 0
 
     def describe(self) -> dict[str, Any]:
-        """What is measured."""
+        """Name and versions."""
         versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "numpy")}
         return {"name": "onnxruntime-genai", "versions": versions}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """A step computes the logits of the newest token and chooses the next.
+        """A step computes the logits of the newest token and chooses the next one.
 
-        In the first, the newest is a random one: the choice that ends the prompt is not made, so that all steps do
-        the same work.
+        In the first step the newest token is random, rather than chosen after the prompt: all steps do the same work.
         """
         prompt = self._prompt(context + 1)
         length = context + 1 + tokens
@@ -74,7 +76,7 @@ class GenAI:
         return {"ms": times}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """By a new generator, once that is constructed."""
+        """With a new generator; its construction is not counted."""
         self._generator = None
         prompt = self._prompt(tokens)
         generator = self._new_generator(tokens + 2)
@@ -87,7 +89,7 @@ class GenAI:
         return np.array(random_tokens(length, self._vocab_size), np.int32)
 
     def _new_generator(self, max_length: int) -> Any:
-        """A greedy generator that end-of-sequence does not stop. It allocates its cache for `max_length` tokens."""
+        """A greedy generator that ignores end-of-sequence. It allocates its KV cache for `max_length` tokens."""
         params = og.GeneratorParams(self._model)
         params.set_search_options(
             do_sample=False,

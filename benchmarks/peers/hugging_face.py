@@ -1,26 +1,30 @@
-"""Hugging Face eager as a contestant, see protocol.py: the released code's way, one candidate a forward pass.
+"""Hugging Face eager in float32 as a contestant of mara-bench.
 
-Beside the others' requests:
+    mara-bench BUNDLE --peer hugging-face="python benchmarks/peers/hugging_face.py CHECKPOINT_FOLDER"
 
-    {"do": "serial", "profile": {...}, "context": C, "tokens": N}   {"ms": of aligned decoding on the instrument}
+It also decodes with alignment as MARA's released code does, one forward pass per candidate (`serial`), with the
+decisions of synthetic acceptance.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
-from mara_deploy.bench.workload import Profile, Script
+from mara_deploy.bench.synthetic import Profile, Script
 from mara_runtime.candidates import select
 from mara_runtime.versions import installed
 
 
 class HuggingFace:
-    """A model in float32 with eager attention."""
+    """A model and the KV cache of one sequence."""
 
     def __init__(self, folder: str, threads: int | None) -> None:
         if threads:
@@ -28,12 +32,12 @@ class HuggingFace:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
-        self._model.eval()  # type: ignore[no-untyped-call]
+        self._model.eval()
         self._context, self._cache = -1, DynamicCache()
 
     def describe(self) -> dict[str, Any]:
-        """What is measured."""
-        return {"name": "hugging-face-eager", "versions": installed("torch", "transformers")}
+        """Name and versions; serial: see protocol.py."""
+        return {"name": "hugging-face-eager", "serial": True, "versions": installed("torch", "transformers")}
 
     @torch.no_grad()
     def _fill(self, context: int) -> None:
@@ -52,7 +56,7 @@ class HuggingFace:
         return logits
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """Each step runs the best token of the one before, the first the token 0."""
+        """Each step runs the most likely token of the one before; the first runs token 0."""
         self._fill(context)
         token, times = 0, []
         for _ in range(tokens):
@@ -62,14 +66,14 @@ class HuggingFace:
         return {"ms": times}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """With an empty cache."""
+        """With an empty KV cache."""
         self._context = -1
         started = time.perf_counter()
         self._fill(tokens)
         return {"ms": (time.perf_counter() - started) * 1e3}
 
     def serial(self, profile: dict[str, Any], context: int, tokens: int) -> dict[str, Any]:
-        """Aligned decoding as the released code does it: a forward for every examined candidate, one after another."""
+        """Aligned decoding with one forward pass for each examined candidate."""
         vocab_size = self._model.config.vocab_size
         script = Script(Profile(**profile), context + tokens + 1, vocab_size, 48)
         self._fill(context)

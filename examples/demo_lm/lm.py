@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from mara_deploy.demo import corpus
-from mara_deploy.demo.recipe import Recipe
+from examples.demo_lm import corpus
+from examples.demo_lm.recipe import Recipe
+from mara_deploy.demo.prompts import DemoPrompt
 
 PAD, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 
@@ -58,7 +59,7 @@ def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 def dialogues(
     rng: random.Random, n: int | None = None, held_out_split: bool = False
-) -> Iterator[tuple[corpus.Prompt, str]]:
+) -> Iterator[tuple[DemoPrompt, str]]:
     """Yield `n` generated dialogues of one side of the split, endlessly if n is None."""
     while n is None or n > 0:
         prompt = corpus.draw_prompt(rng, held_out_split)
@@ -66,7 +67,7 @@ def dialogues(
         n = None if n is None else n - 1
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: Iterable[tuple[corpus.Prompt, str]]) -> Iterator[Example]:
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: Iterable[tuple[DemoPrompt, str]]) -> Iterator[Example]:
     """Turn dialogues into token ids through the chat template."""
     for prompt, answer in pairs:
         head = tokenizer.backend_tokenizer.encode(corpus.chat(prompt.text), add_special_tokens=False).ids

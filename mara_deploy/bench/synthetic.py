@@ -1,9 +1,9 @@
-"""An instrument: real passes of a real engine, with candidates and decisions that follow a set profile.
+"""Synthetic acceptance: real passes of a real engine, with candidates and agent decisions drawn from a set profile.
 
 How fast aligned decoding is depends on how often there is a decision and how often the agent rejects, which differ by
-model, agent and text. To state a speed, both are set: every pass is run in full, agent, election and LM head included;
-only what it says, which tokens compete and whether the agent accepts them, is replaced by the profile's. Plain and
-aligned decoding run on the same instrument.
+model, agent and text. To state a speed, both are set: every pass runs in full, agent, choice and LM head included; only
+its results, which tokens compete and whether the agent accepts them, are replaced by those of the profile. Plain and
+aligned decoding are measured in the same way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mara_runtime.tensors import TOP_SPARE
 
 MOST_CANDIDATES = 40
 HIGH = 0.3
-"""`foreseen`: a candidate is rejected when its probability exceeds this."""
+"""`foreseen`: candidates whose probability exceeds this are rejected."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Profile:
     accept: float = 0.9
     """probability that a candidate is accepted, independently of the others"""
     foreseen: bool = False
-    """acceptance follows the candidate's probability: as many are rejected, but one can see which"""
+    """acceptance depends on the candidate's probability: as many are rejected, but predictably"""
     repeated: float = 0.0
-    """share of the tokens that continue a phrase that was there before; below 0.9"""
+    """share of tokens that continue an earlier phrase; below 0.9"""
     seed: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.decisions:.0%} decisions", f"accepted {self.accept:.0%}"]
-        parts += ["foreseeable"] * self.foreseen
+        parts += ["predictable"] * self.foreseen
         parts += [f"{self.repeated:.0%} repeated"] * bool(self.repeated)
         return ", ".join(parts)
 
 
 class Script:
-    """The profile spelled out: candidates and verdicts of every position."""
+    """A profile as candidates and verdicts for every position."""
 
     def __init__(self, profile: Profile, positions: int, vocab_size: int, top: int) -> None:
         rng = np.random.default_rng(profile.seed)
@@ -62,29 +62,29 @@ class Script:
             self._accepted.append(frozenset(self._ids[position][accepted].tolist()))
 
     def prompt(self, length: int) -> list[int]:
-        """The text up to a position."""
+        """The first `length` tokens of the text."""
         tokens: list[int] = self._text[:length].tolist()
         return tokens
 
     def candidates(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The best tokens of a position, and their logits."""
+        """The best tokens of a position, and their logits, (K,) each."""
         return self._ids[position], self._logits[position]
 
     def best(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(R, K) of several positions."""
+        """The same for several positions, (R, K) each."""
         return self._ids[positions], self._logits[positions]
 
     def accepts(self, position: int, token: int) -> bool:
-        """The agent's verdict on a candidate of a position; a token that is none is rejected."""
+        """The agent's verdict on a token at a position; tokens that are not candidates are rejected."""
         return token in self._accepted[position]
 
 
 PHRASE = 24
-"""Tokens of a phrase; from its third on, a repeated one can be told from what came before."""
+"""Tokens of a phrase. A repeated one can be recognised from its third token on."""
 
 
 def _text(profile: Profile, length: int, vocab_size: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Phrases, new ones and ones that were there before."""
+    """A text of phrases, new and repeated ones."""
     phrases = [rng.integers(0, vocab_size, PHRASE)]
     text = phrases[0].tolist()
     while len(text) < length:
@@ -103,7 +103,7 @@ def _others(first: int, top: int, vocab_size: int, rng: np.random.Generator) -> 
 
 
 def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Logits that top-k 40 and top-p 0.95 turn into one candidate or about eight, and the verdicts on them."""
+    """Logits that top-k 40 and top-p 0.95 reduce to one candidate or about eight, and the verdicts on them."""
     most = min(MOST_CANDIDATES, top - TOP_SPARE)
     probabilities = 1e-9 * np.linspace(1.0, 0.9, top)
     accepted = rng.random(top) < profile.accept
@@ -123,13 +123,13 @@ def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDA
     return np.log(probabilities).astype(np.float32), accepted
 
 
-class Instrument:
-    """An engine that runs every pass of `engine` in full and reports what the script says. See `Engine`."""
+class SyntheticEngine:
+    """Runs every pass of `engine` in full and returns the candidates and decisions of the script. See `Engine`."""
 
     def __init__(self, engine: Engine, script: Script) -> None:
         self._engine, self._script = engine, script
         self.passes: list[tuple[int, int]] = []
-        """rows of each, and how many of them went through the LM head"""
+        """(rows, rows through the LM head) of each pass"""
 
     @property
     def cache(self) -> KVCache:
@@ -137,7 +137,7 @@ class Instrument:
         return self._engine.cache
 
     def run(self, work: Pass) -> StepOutput:
-        """See `Engine.run`: the election is steered by priorities, so that the graph does all its work."""
+        """See `Engine.run`. Priorities force the choice, so that the graph does all its work."""
         script, positions = self._script, work.positions
         verdicts = [script.accepts(positions[row], work.tokens[row]) for row in work.agent_rows]
         priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
@@ -148,7 +148,7 @@ class Instrument:
         return StepOutput(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
 
     def expected_ms(self, cost: Cost, context: int, forwards: int) -> float:
-        """What the last so many passes, those after the prompt, should have cost by the measured curve."""
+        """What the last `forwards` passes, those after the prompt, should cost according to the measured curve."""
         rows, heads = cost.rows_ms(context), cost.heads_ms()
         return float(sum(rows[r] + heads[h] for r, h in self.passes[len(self.passes) - forwards :]))
 
