@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Answers and scores are saved to --out as they are computed: repeating the command continues an interrupted evaluation,
-and an added baseline or score computes only what is new. docs/evaluation.md explains the measures.
+and an added baseline or score computes only what is new. docs/guide/evaluate.md explains the measures.
 
 examples:
   mara-eval BUNDLE --prompts prompts.txt --score my_scores:politeness

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 --weight and --score-template apply to the preceding --score. --resume continues a run that was interrupted or has
-ended, with more --episodes if given. docs/training.md explains the method, the files and the settings.
+ended, with more --episodes if given. docs/guide/train.md explains the method, the files and the settings.
 
 examples:
   mara-train --model demo --prompts demo --score demo --out demo-agent

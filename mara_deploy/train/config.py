@@ -14,7 +14,7 @@ ALPHA_FORMS = ("log", "direct")
 @dataclass(frozen=True)
 class TrainConfig(Options):
     """Discrete soft actor-critic. Defaults: MARA's settings for LLMs of 7 to 8 billion parameters (arXiv 2505.19743),
-    except for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
+    except for `n_step`, which is 1 there: docs/guide/train.md says why. Small models have their own (`RECIPES`).
     """
 
     # rollouts
