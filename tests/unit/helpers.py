@@ -59,7 +59,7 @@ def make_bundle(
 def manifest_json(
     files: dict[str, bytes], *, has_tokenizer: bool = False, special_tokens: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A valid manifest of these files, as the JSON value that docs/bundle.md specifies."""
+    """A valid manifest of these files, as the JSON value that docs/reference/bundle.md specifies."""
     tokenizer = {
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,

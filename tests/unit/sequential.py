@@ -1,4 +1,4 @@
-"""The sequential procedure of docs/method.md, one candidate at a time, and what fixed schedules should cost.
+"""The sequential procedure of docs/internals/method.md, one candidate at a time, and what fixed schedules should cost.
 
 Written from the specification, without the product's decode loop: what the loop's answers are compared with.
 """

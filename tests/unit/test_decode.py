@@ -1244,7 +1244,7 @@ def test_a_fault_that_does_not_come_again_is_a_fault_all_the_same() -> None:
 
 
 def test_a_sibling_that_the_sequential_procedure_would_not_have_run_counts_too() -> None:
-    # As docs/method.md says: every row that is run is looked at.
+    # As docs/internals/method.md says: every row that is run is looked at.
     table = spoiled((1, 4), hidden=math.nan)
     steps, _ = run(helpers.CountingEngine(table), PROMPT, DecodeConfig(**WIDE), limit=3)
     assert [step.token for step in steps] == [2, 5, 7]
