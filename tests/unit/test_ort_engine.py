@@ -76,9 +76,7 @@ class Maker:
 
 
 @pytest.fixture
-def make(
-    bundle: Bundle, trt_bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Maker]:
+def make(bundle: Bundle, trt_bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> Iterator[Maker]:
     maker = Maker(bundle, trt_bundles, monkeypatch)
     yield maker
     maker.close()
@@ -188,7 +186,9 @@ def test_the_session_has_the_threads_that_are_asked_for(
     opened = []
     session = onnxruntime.InferenceSession
     monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, **how: opened.append(options) or session(path, options, **how)
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, **how: opened.append(options) or session(path, options, **how),
     )
     facts = CpuEngine(bundle, threads).describe()
     assert [options.intra_op_num_threads for options in opened] == [expected]  # 0: ONNX Runtime's own choice
