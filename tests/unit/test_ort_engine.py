@@ -221,7 +221,7 @@ def test_the_session_is_opened_within_huge_pages(bundle: Bundle, monkeypatch: py
 def test_a_provider_that_onnx_runtime_silently_replaces_is_refused(bundle: Bundle) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
-    with pytest.raises(EngineError, match="CUDAExecutionProvider.*pip install"):
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider.*pip install"):
         CudaEngine(bundle)
 
 
