@@ -29,12 +29,14 @@ from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import SETS, DemoPrompt, demo_prompts
 from mara_deploy.demo.score import sentences
-from mara_deploy.scores.base import Combined, load_score
+from mara_deploy.scores.base import Combined, WeightedScore
+from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
-from mara_deploy.train.environment import Environment, Episode, Policy, reference_policy
+from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.folder import RunFolder
-from mara_deploy.train.loop import agent_policy, train
-from mara_deploy.train.task import Task, open_task
+from mara_deploy.train.loop import train
+from mara_deploy.train.policy import Policy, agent_policy, reference_policy
+from mara_deploy.train.task import TrainingTask, open_task
 from mara_export.hf.sources import ModelSource
 
 BOOTSTRAPS = 2000
@@ -96,7 +98,7 @@ class Contest:
             for prompt, text in zip(self.prompts, found.texts, strict=True)
             for sentence in sentences(text)
         ]
-        return {"scores": found.scored.combined, "grammar": float(np.mean(said)), "episodes": found.episodes}
+        return {"scores": found.scores.combined, "grammar": float(np.mean(said)), "episodes": found.episodes}
 
     def measure(self, name: str, agent: agents.Agent) -> dict[str, Any]:
         """Preference rates in per cent with their 95 % intervals, and counters."""
@@ -142,8 +144,8 @@ def trained(seed: int) -> agents.Agent:
         return train(demo_task(prompts), config, folder).actor
 
 
-def demo_task(prompts: list[str]) -> Task:
-    score = Combined([(1.0, load_score("demo"))])
+def demo_task(prompts: list[str]) -> TrainingTask:
+    score = Combined([WeightedScore(load_score("demo"))])
     return open_task(ModelSource(MODEL_FOLDER, "demo", None), prompts, score, RECIPES["demo"], device="cpu")
 
 

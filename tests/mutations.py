@@ -51,7 +51,7 @@ class Mutation:
     old: str
     new: str
     tests: tuple[str, ...]
-    """under tests/, most likely first"""
+    """files or pytest node ids under tests/, most likely first"""
 
     def applied(self, text: str) -> str:
         """The mutated source. Raises ValueError when the anchor is not unique, or the result is not Python."""
@@ -103,7 +103,7 @@ def problems(mutations: Sequence[Mutation], root: Path) -> list[str]:
         except ValueError as error:
             elsewhere = [name for name, text in sources.items() if mutation.old in text and name != mutation.file]
             found.append(f"{error}" + f"; it is in {', '.join(elsewhere)}" * bool(elsewhere))
-        missing = [name for name in mutation.tests if not (root / "tests" / name).exists()]
+        missing = [name for name in mutation.tests if not (root / "tests" / name.partition("::")[0]).exists()]
         if missing:
             found.append(f"{mutation.id}: tests/{', tests/'.join(missing)} is missing")
     return found

@@ -29,13 +29,13 @@ from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.answers import Asking, Contestant
+    from mara_deploy.evaluate.answers import AnswerSource, PromptFormat
     from mara_deploy.prompts import Prompt
     from mara_runtime.decoder import AlignedDecoder
 
 EPILOG = """\
 Answers and scores are saved to --out as they are computed: repeating the command continues an interrupted evaluation,
-and an added baseline or score computes only what is new. docs/evaluation.md explains the measures.
+and an added baseline or score computes only what is new. docs/guide/evaluate.md explains the measures.
 
 examples:
   mara-eval BUNDLE --prompts prompts.txt --score my_scores:politeness
@@ -126,14 +126,14 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     scores, device, batch = score_options(args)
     configs, variables = _configs(arguments, decode_config(args)), template_variables(arguments.template)
 
-    from mara_deploy.evaluate.answers import Asking
+    from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
 
-    asking = Asking(arguments.raw, variables)
+    asking = PromptFormat(arguments.raw, variables)
     prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
     decoder = engine.open(
@@ -210,7 +210,7 @@ def _configs(arguments: EvalArguments, aligned: DecodeConfig) -> _Configs:
     return _Configs(aligned, greedy, sampled, sampled if arguments.sample_checkpoint else greedy)
 
 
-def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that every side accepts, and the number of the others. Raises PromptError for those unless `skip`."""
     accepted = []
     for number, prompt in enumerate(prompts, 1):
@@ -228,13 +228,13 @@ def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], sk
 
 
 def _contestants(
-    baselines: Sequence[str], decoder: AlignedDecoder, configs: _Configs, asking: Asking
-) -> list[Contestant]:
+    baselines: Sequence[str], decoder: AlignedDecoder, configs: _Configs, asking: PromptFormat
+) -> list[AnswerSource]:
     """The aligned side, then the baselines."""
     from mara_deploy.evaluate.answers import BundleAnswers
-    from mara_deploy.evaluate.judge import slug
+    from mara_deploy.evaluate.store import file_name
 
-    contestants: list[Contestant] = [BundleAnswers("aligned", decoder, configs.aligned, asking)]
+    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, configs.aligned, asking)]
     for name in baselines:
         samples = _best_of(name)
         if samples is not None:
@@ -244,7 +244,7 @@ def _contestants(
             contestants.append(BundleAnswers(name, decoder, config, asking))
         else:
             contestants.append(_checkpoint(name, configs.checkpoint, asking))
-    names = [slug(contestant.name) for contestant in contestants]
+    names = [file_name(contestant.name) for contestant in contestants]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
     return contestants
@@ -256,7 +256,7 @@ def _best_of(baseline: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _checkpoint(name: str, config: DecodeConfig, asking: Asking) -> Contestant:
+def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> AnswerSource:
     with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers

@@ -12,7 +12,7 @@ from mara_runtime.errors import OptionError
 from mara_runtime.options import Options, option
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.judge import Judge
+    from mara_deploy.scores.base import WeightedScore
 
 DEVICE, BATCH = "cpu", 8
 """Defaults of `ScoreModelOptions`."""
@@ -92,10 +92,10 @@ def score_options(args: argparse.Namespace) -> tuple[list[ScoreOption], str | No
     return scores, *on_models(scores, options.score_device, options.score_batch)
 
 
-def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[Judge]:
+def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None) -> list[WeightedScore]:
     """Load the scores. device, batch: as `on_models` takes them. Raises ScoreError, OptionError."""
-    from mara_deploy.evaluate.judge import Judge
-    from mara_deploy.scores.base import is_function, load_score
+    from mara_deploy.scores.base import WeightedScore
+    from mara_deploy.scores.load import is_function, load_score
 
     device, batch = on_models(options, device, batch)
     if device is not None:
@@ -108,7 +108,7 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
         settings = {"template": given.template, "code or weights": score.fingerprint}
         if device is not None and not is_function(given.spec):
             settings["device"] = device.partition(":")[0]  # its type, which also determines the precision
-        loaded.append(Judge(score, weight, settings))
+        loaded.append(WeightedScore(score, weight, settings))
     return loaded
 
 
@@ -129,7 +129,8 @@ def on_models(
     device, batch: as given, None for the default. Raises OptionError, and ScoreError for a weight, where something is
     missing, out of range, or without effect.
     """
-    from mara_deploy.scores.base import check_weight, is_function
+    from mara_deploy.scores.base import check_weight
+    from mara_deploy.scores.load import is_function
 
     if not options:
         raise OptionError("--score is missing: give a module:function or a model that scores answers")

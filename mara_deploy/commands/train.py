@@ -24,13 +24,13 @@ from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.judge import Judge
+    from mara_deploy.scores.base import WeightedScore
     from mara_deploy.train.folder import RunFolder
-    from mara_deploy.train.task import Task
+    from mara_deploy.train.task import TrainingTask
 
 EPILOG = """\
 --weight and --score-template apply to the preceding --score. --resume continues a run that was interrupted or has
-ended, with more --episodes if given. docs/training.md explains the method, the files and the settings.
+ended, with more --episodes if given. docs/guide/train.md explains the method, the files and the settings.
 
 examples:
   mara-train --model demo --prompts demo --score demo --out demo-agent
@@ -117,8 +117,6 @@ def _train(args: argparse.Namespace) -> None:
 
 def _load_packages() -> None:
     with needs_extra("train", "training"):
-        import mara_deploy.train.report
-        import mara_deploy.train.watch  # noqa: F401
         from mara_export.hf.checkpoint import silence_transformers
     silence_transformers()
 
@@ -130,7 +128,7 @@ class _Run(NamedTuple):
     facts: dict[str, Any]
     """contents of run.json"""
     config: TrainConfig
-    task: Task
+    task: TrainingTask
     checkpoint: dict[str, Any] | None
 
 
@@ -140,7 +138,7 @@ def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainCon
     from mara_deploy.prompts import find_prompts
     from mara_deploy.train.folder import RunFolder
 
-    RunFolder.refuse_used(arguments.out)
+    RunFolder.check_unused(arguments.out)
     prompts = [prompt.text for prompt in find_prompts(str(arguments.prompts)).prompts]
     facts = _describe(arguments, args, config, len(prompts))
     task = _open(facts, prompts, config)
@@ -162,7 +160,7 @@ def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
     return _Run(folder, facts, config, task, checkpoint)
 
 
-def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Task:
+def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> TrainingTask:
     """Load what the run needs, and complete `facts`."""
     import torch
 
@@ -176,7 +174,7 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tas
     if model["name"] is not None and source.revision != model["revision"]:
         raise MaraError(f"{source.name} is at revision {source.revision}, but the run started with {model['revision']}")
     model |= {"name": source.name, "revision": source.revision}
-    score = Combined([(judge.weight, judge.score) for judge in _judges(facts)])
+    score = Combined(_judges(facts))
     facts["score"], facts["config"] = score.name, config.to_json()
     where = {name: facts[name] for name in ("device", "dtype", "template")}
     task = open_task(source, prompts, score, config, **where)
@@ -193,23 +191,31 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
     """Train, and write the report. Returns the number of episodes so far, and warnings about the agent."""
     from mara_deploy.train.cautions import cautions
     from mara_deploy.train.loop import train
+    from mara_deploy.train.monitor import Monitor, deferred_interrupt
     from mara_deploy.train.report import write_report
-    from mara_deploy.train.watch import Watch, first_interrupt_waits
 
     by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
     metadata = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     try:
         with (
-            first_interrupt_waits(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
-            Watch(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as watch,
+            deferred_interrupt(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
+            Monitor(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as monitor,
         ):
-            train(run.task, run.config, run.folder, checkpoint=run.checkpoint, tell=watch, stop=stop, facts=metadata)
+            train(
+                run.task,
+                run.config,
+                run.folder,
+                checkpoint=run.checkpoint,
+                on_round=monitor,
+                stop=stop,
+                metadata=metadata,
+            )
     except MaraError:
         with suppress(MaraError):  # the first error is the cause
             write_report(run.folder)
         raise
     write_report(run.folder)
-    return watch.episodes, cautions(run.folder.rows(), run.config.to_json())
+    return monitor.episodes, cautions(run.folder.rows(), run.config.to_json())
 
 
 def _episodes(checkpoint: dict[str, Any] | None) -> int:
@@ -272,7 +278,7 @@ def _describe(arguments: TrainArguments, args: argparse.Namespace, config: Train
     }
 
 
-def _judges(run: dict[str, Any]) -> list[Judge]:
+def _judges(run: dict[str, Any]) -> list[WeightedScore]:
     """The scores of a run, with their fingerprints recorded. Raises MaraError where one has changed since."""
     options = [ScoreOption(score["spec"], score["weight"], score["template"]) for score in run["scores"]]
     loaded = judges(options, run["score_device"], run["score_batch"])

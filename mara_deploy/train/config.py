@@ -1,4 +1,4 @@
-"""Every number that a training run depends on."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALPHA_FORMS = ("log", "direct")
 @dataclass(frozen=True)
 class TrainConfig(Options):
     """Discrete soft actor-critic. Defaults: MARA's settings for LLMs of 7 to 8 billion parameters (arXiv 2505.19743),
-    except for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
+    except for `n_step`, which is 1 there: docs/guide/train.md says why. Small models have their own (`RECIPES`).
     """
 
     # rollouts
@@ -73,30 +73,29 @@ class TrainConfig(Options):
             )
 
     def check_replay(self) -> None:
-        """Raise OptionError where the replay memory could not take a round of answers as long as they may be."""
+        """Raise OptionError if a round of answers of full length could exceed the replay buffer's reserve."""
         at_once = min(self.prompts_at_once, self.episodes)
-        least, room = at_once * self.max_new_tokens, reserve(self.replay_transitions)
-        if least > room:
+        needed, room = at_once * self.max_new_tokens, reserve(self.replay_transitions)
+        if needed > room:
             raise OptionError(
                 f"--replay-transitions is {self.replay_transitions}, which takes {room} transitions between "
-                f"checkpoints, but {at_once} --prompts-at-once of {self.max_new_tokens} --max-new-tokens may have "
-                f"{least} at one candidate a token: raise --replay-transitions, or lower --prompts-at-once or "
-                f"--max-new-tokens; {capacity_for(least)} is the least that may do"
+                f"checkpoints, but {at_once} --prompts-at-once of {self.max_new_tokens} --max-new-tokens can have "
+                f"{needed} at one candidate per token: raise --replay-transitions to {capacity_for(needed)} or more, "
+                "or lower --prompts-at-once or --max-new-tokens"
             )
 
 
-_SPARE = 8
-"""The files of the replay memory hold 1 + 1/8 of its capacity."""
+_RESERVE_DIVISOR = 8
 
 
 def reserve(capacity: int) -> int:
-    """Transitions that a replay memory takes between two checkpoints, besides its capacity."""
-    return -(-capacity // _SPARE)
+    """Transitions that a replay buffer takes between two checkpoints: 1/8 of its capacity, in addition to it."""
+    return -(-capacity // _RESERVE_DIVISOR)
 
 
 def capacity_for(transitions: int) -> int:
-    """Least capacity whose reserve takes a round of so many transitions, ≥ 1."""
-    return (transitions - 1) * _SPARE + 1
+    """The least capacity whose reserve takes a round of so many transitions, ≥ 1."""
+    return (transitions - 1) * _RESERVE_DIVISOR + 1
 
 
 RECIPES = {

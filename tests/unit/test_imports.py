@@ -67,8 +67,8 @@ found["package alone"] = sorted(loaded() - before - set(sys.stdlib_module_names)
 for name in {modules}:
     importlib.import_module(name)
 found["public"] = [getattr(mara_runtime, name).__name__ for name in mara_runtime.__all__]
-for name in ("run", "inspect", "build"):
-    command = importlib.import_module("mara_deploy.commands." + name)
+for name in ("run", "inspect"):
+    importlib.import_module("mara_deploy.commands." + name)
 found["engines"] = sorted(loaded() & {ENGINES!r})
 from mara_deploy.commands.run import main
 found["refused"] = main(["bundle", "--top-k", "0"])
