@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from mara_export.graph.grouped import with_still_row
 from onnx import TensorProto, helper, numpy_helper
 
 from mara_export.graph.fuse import join_projections
-from mara_export.graph.grouped import with_still_row
 from mara_export.graph.weights import Weights
 from mara_runtime.tensors import ModelShape
 

@@ -16,21 +16,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.unit.sequential import candidates_of, sequential, work_of
 
-from mara_runtime import decode as decode_module
 from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
-from mara_runtime.decode import PREFILL_ROWS, Session, Step, decode
+from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.errors import NumericsError
+from mara_runtime.passes import PREFILL_ROWS
 from mara_runtime.schedule.adaptive import Adaptive
 from mara_runtime.schedule.base import Fixed, PassContext, PassPlan, Schedule
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NO_DRAFT, Draft, DraftSource, NGrams
-from mara_runtime.stats import Stats
+from mara_runtime.stats import Stats, Step
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
-from tests.table_engine import TableEngine
+from tests.table_engine import TableEngine, TableMemory
 from tests.unit import helpers
-from tests.unit.sequential import candidates_of, sequential, work_of
 
 ONE_BY_ONE, TOGETHER = Fixed(1), Fixed(None)
 NAMED: dict[str, Callable[[], Schedule]] = {
@@ -40,28 +40,43 @@ NAMED: dict[str, Callable[[], Schedule]] = {
 }
 
 
+class Chat:
+    """An engine and what outlives its answers."""
+
+    def __init__(self, engine: TableEngine, schedule: Schedule = ONE_BY_ONE, drafts: DraftSource | None = None) -> None:
+        self.engine, self.session = engine, Session(engine.cache, schedule, drafts)
+        if isinstance(drafts, Guesser):
+            drafts.chat = self
+
+    @property
+    def cached(self) -> list[int]:
+        return self.engine.cache.tokens
+
+    def decode(
+        self,
+        prompt: Sequence[int],
+        config: DecodeConfig,
+        stats: Stats,
+        fallback: str = "first",
+        eos: set[int] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Step]:
+        request = Request(prompt, config, fallback, eos or set(), limit or config.max_new_tokens)
+        return decode(self.engine, self.session, request, stats)
+
+
 def run(
-    engine: TableEngine | Session,
+    chat: TableEngine | Chat,
     prompt: Sequence[int],
     config: DecodeConfig,
     *,
     schedule: Schedule = ONE_BY_ONE,
     drafts: DraftSource | None = None,
-    fallback: str = "first",
-    eos: set[int] | None = None,
-    limit: int | None = None,
+    **request: Any,
 ) -> tuple[list[Step], Stats]:
     stats = Stats()
-    steps = decode(
-        engine if isinstance(engine, Session) else Session(engine, schedule, drafts),
-        prompt,
-        config,
-        fallback=fallback,
-        eos_token_ids=eos or set(),
-        limit=limit or config.max_new_tokens,
-        stats=stats,
-    )
-    return list(steps), stats
+    chat = chat if isinstance(chat, Chat) else Chat(chat, schedule, drafts)
+    return list(chat.decode(prompt, config, stats, **request)), stats
 
 
 # ── schedules and drafts that know no mercy ──────────────────────────────────────────────────────────────────────────
@@ -80,7 +95,7 @@ class Wilful:
         left = len(view.probabilities) - len(view.margins)
         return PassPlan(min(candidates, left), min(drafted, len(view.draft.tokens)))
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """Nothing."""
 
 
@@ -89,7 +104,7 @@ class Watched:
 
     def __init__(self, inner: Schedule) -> None:
         self.inner = inner
-        self.session: Session
+        self.chat: Chat
         self.config: DecodeConfig
         self.fallback: str
         self.drafted = 0
@@ -98,14 +113,14 @@ class Watched:
         self.learned: list[tuple[list[float], list[float]]] = []
         """(probabilities, margins) of every decision"""
 
-    def begin(self, session: Session, config: DecodeConfig, fallback: str) -> None:
-        self.session, self.config, self.fallback = session, config, fallback
+    def begin(self, chat: Chat, config: DecodeConfig, fallback: str) -> None:
+        self.chat, self.config, self.fallback = chat, config, fallback
         self.drafted, self.examined = 0, (-1, 0)
         self.learned = []
 
     def plan(self, view: PassContext) -> PassPlan:
         count, seen, config = len(view.probabilities), len(view.margins), self.config
-        assert view.length == len(self.session.held)
+        assert view.length == len(self.chat.cached)
         assert count != 1
         if count:
             assert view.probabilities.sum() == pytest.approx(1.0)
@@ -118,7 +133,7 @@ class Watched:
             assert seen == examined if position == view.length else seen <= 1  # one may have been drafted
             first = {"ranked": 0, "best_last": 1, "reversed": count - 1}[config.order]
             again = first == {"first": 0, "last": count - 1}[self.fallback]
-            assert view.refeed == (again and config.strategy != "random")
+            assert view.rerun_fallback == (again and config.strategy != "random")
         assert (
             len(view.draft.tokens) == len(view.draft.chances) <= (DRAFT_ROWS if config.draft is None else config.draft)
         )
@@ -130,10 +145,10 @@ class Watched:
         self.examined = (view.length, seen + plan.candidates)
         return plan
 
-    def learn(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
+    def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         assert threshold == self.config.threshold
         self.learned.append((probabilities.tolist(), [float(margin) for margin in margins]))
-        self.inner.learn(probabilities, margins, threshold)
+        self.inner.update(probabilities, margins, threshold)
 
 
 class Guesser:
@@ -145,7 +160,7 @@ class Guesser:
         self.choices: list[bool] = []
         self.asked: list[int] = []
         """`most`, one a draft"""
-        self.session: Session | None = None
+        self.chat: Chat | None = None
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.told, self.choices = [int(token) for token in tokens], []
@@ -155,10 +170,10 @@ class Guesser:
         self.choices.append(first_choice)
 
     def draft(self, following: int, most: int) -> Draft:
-        assert self.session is not None
+        assert self.chat is not None
         assert 0 <= most <= DRAFT_ROWS
         self.asked.append(most)
-        tokens = tuple(self.guess(len(self.session.held) + 1))[:most]
+        tokens = tuple(self.guess(len(self.chat.cached) + 1))[:most]
         return Draft(tokens, (0.75,) * len(tokens))
 
 
@@ -297,16 +312,13 @@ def a_guessing(draw: Draw) -> Guessing:
     )
 
 
-def a_session(table: helpers.Lookup, schedule: Schedule, guessing: Guessing) -> tuple[Session, helpers.CountingEngine]:
+def a_session(table: helpers.Lookup, schedule: Schedule, guessing: Guessing) -> tuple[Chat, helpers.CountingEngine]:
     engine = helpers.CountingEngine(table, slots=0)
-    session = Session(engine, Watched(schedule), guessing.source())
-    if isinstance(session.drafts, Guesser):
-        session.drafts.session = session
-    return session, engine
+    return Chat(engine, Watched(schedule), guessing.source()), engine
 
 
 def check(
-    session: Session,
+    session: Chat,
     engine: helpers.CountingEngine,
     table: helpers.Lookup,
     guessing: Guessing,
@@ -317,33 +329,25 @@ def check(
     config, eos = turn.config, turn.eos
     expected = sequential(table, prompt, config, turn.fallback, eos, config.max_new_tokens)
     text = prompt + expected.tokens
-    watched, drafts = session.schedule, session.drafts
+    watched, drafts = session.session.schedule, session.session.drafts
     assert isinstance(watched, Watched)
     watched.begin(session, config, turn.fallback)
     if isinstance(drafts, Guesser):
         drafts.guess = guessing.guess(text)
         drafts.told, drafts.choices, drafts.asked = [], [], []
     # As large as decode asks for: prompt and answer, and what one decision takes.
-    engine._most = min(config.top_k, VOCAB)
-    engine.grow(len(prompt) + config.max_new_tokens + spare_slots(engine._most))
-    before, held = len(engine.calls), list(session.held)
+    engine.max_candidates = min(config.top_k, VOCAB)
+    engine.extend_slots(len(prompt) + config.max_new_tokens + spare_slots(engine.max_candidates))
+    before, held = len(engine.calls), list(session.cached)
 
     stats = Stats()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode_module, "PREFILL_ROWS", turn.prefill_rows)
-        going = decode(
-            session,
-            prompt,
-            config,
-            fallback=turn.fallback,
-            eos_token_ids=eos,
-            limit=config.max_new_tokens,
-            stats=stats,
-        )
+        patch.setattr("mara_runtime.passes.PREFILL_ROWS", turn.prefill_rows)
+        going = session.decode(prompt, config, stats, turn.fallback, eos)
         steps = list(take(going, turn.taken))
     complete = len(steps) == len(expected.tokens)
     if turn.taken == 0:  # nothing was asked for, so nothing happens
-        assert (steps, engine.calls[before:], session.held) == ([], [], held)
+        assert (steps, engine.calls[before:], session.cached) == ([], [], held)
         return stats
     assert complete or len(steps) == turn.taken
 
@@ -359,9 +363,9 @@ def check(
     assert [step.position for step in steps] == list(range(len(prompt), len(prompt) + len(steps)))
 
     # What the cache holds: the text, as far as it says.
-    assert session.held == text[: len(session.held)]
-    assert engine.entries(len(session.held)) == [(token, position) for position, token in enumerate(session.held)]
-    assert len(prompt) <= len(session.held)
+    assert session.cached == text[: len(session.cached)]
+    assert engine.entries(len(session.cached)) == [(token, position) for position, token in enumerate(session.cached)]
+    assert len(prompt) <= len(session.cached)
 
     # The prompt: what was held is not run again, except for the last token.
     kept = 0
@@ -402,8 +406,8 @@ def check(
 
     # What the drafts were told: the text, in its order.
     if isinstance(drafts, Guesser) and looks_first:
-        assert drafts.told == session.held
-        answered = expected.positions[: len(session.held) - len(prompt)]
+        assert drafts.told == session.cached
+        answered = expected.positions[: len(session.cached) - len(prompt)]
         assert drafts.choices == [position.rank == 1 and not position.forced for position in answered]
         assert max(drafts.asked, default=0) <= (DRAFT_ROWS if config.draft is None else config.draft)
     return stats
@@ -426,7 +430,7 @@ def hold_a_session(draw: Draw, seen: Counter[str]) -> None:
     prompt: list[int] = []
     for index in range(draw.one(1, 1, 2, 3, 4)):
         turn = a_turn(draw, first=not index)
-        prompt = turn.prompt_after(prompt, list(session.held))
+        prompt = turn.prompt_after(prompt, list(session.cached))
         moves = len(engine.moves)
         try:
             stats = check(session, engine, table, guessing, prompt, turn)
@@ -496,10 +500,8 @@ def hand_run(
 ) -> tuple[list[int], Stats, helpers.CountingEngine]:
     """guess: what is drafted behind the prompt and its first candidate."""
     engine = helpers.CountingEngine(hand(margins), slots=1 + limit + spare_slots(3), max_candidates=3)
-    session = Session(engine, NAMED[schedule]() if isinstance(schedule, str) else schedule, None)
-    if guess is not None:
-        session.drafts = Guesser(lambda index: guess[index - 2 :])
-        session.drafts.session = session
+    drafts = None if guess is None else Guesser(lambda index: guess[index - 2 :])
+    session = Chat(engine, NAMED[schedule]() if isinstance(schedule, str) else schedule, drafts)
     steps, stats = run(session, PROMPT, DecodeConfig(**{**WIDE, **o}), fallback=fallback, eos=eos, limit=limit)
     return [step.token for step in steps], stats, engine
 
@@ -669,8 +671,7 @@ def test_a_draft_that_is_right_takes_one_pass() -> None:
 def test_which_steps_were_drafted() -> None:
     engine = helpers.CountingEngine(hand(ACCEPT))
     drafts = Guesser(lambda index: [5, 7][index - 2 :])
-    session = Session(engine, Fixed(1, 2), drafts)
-    drafts.session = session
+    session = Chat(engine, Fixed(1, 2), drafts)
     steps, _ = run(session, PROMPT, DecodeConfig(**WIDE), limit=4)
     assert [step.drafted for step in steps] == [False, True, True, False]
     assert [step.margins for step in steps] == [{1: 1.0}, {1: 1.0}, {}, {}]
@@ -725,12 +726,11 @@ def test_the_fallback_that_was_drafted_is_not_run_again() -> None:
     assert engine.moves == []
 
 
-def test_the_first_candidate_with_a_draft_under_it_is_not_run_again_as_the_fallback() -> None:
+def test_a_first_candidate_that_becomes_the_fallback_keeps_the_draft_under_it() -> None:
     tokens, stats, engine = hand_run({(2, 5): 1.0}, limit=3, schedule=Fixed(1, 1), guess=[5])
     assert tokens == [2, 5, 7]
-    assert [call.tokens for call in engine.calls] == [[1], [2, 5], [3], [4], [5]]
-    # 2 was rejected at first: what stood under it was dropped with it, though it was right.
-    assert (stats.forced, stats.drafted, stats.confirmed) == (1, 1, 0)
+    assert [call.tokens for call in engine.calls] == [[1], [2, 5], [3], [4]]  # neither 2 nor 5 runs again
+    assert (stats.forced, stats.drafted, stats.confirmed) == (1, 1, 1)
     assert engine.moves == []
 
 
@@ -784,8 +784,7 @@ def test_the_option_bounds_a_draft(draft: int | None, drafted: int) -> None:
 def test_where_no_draft_could_be_verified_none_is_asked_for(options: dict[str, Any]) -> None:
     engine = helpers.CountingEngine(hand(ACCEPT))
     drafts = Guesser(lambda index: [5, 7, 7])
-    session = Session(engine, Fixed(None, 16), drafts)
-    drafts.session = session
+    session = Chat(engine, Fixed(None, 16), drafts)
     _, stats = run(session, PROMPT, DecodeConfig(**WIDE, **options), limit=5)
     assert (stats.drafted, stats.confirmed, drafts.asked) == (0, 0, [])
 
@@ -795,8 +794,7 @@ def test_plain_greedy_with_a_draft_that_is_right_takes_a_pass_for_seventeen_toke
     text = [1, *sequential(table, [1], DecodeConfig(align=False), "first", set(), 60).tokens]
     engine = helpers.CountingEngine(table)
     drafts = Guesser(lambda index: text[index:])
-    session = Session(engine, Fixed(1, 16), drafts)
-    drafts.session = session
+    session = Chat(engine, Fixed(1, 16), drafts)
     steps, stats = run(session, [1], DecodeConfig(align=False), limit=60)
     assert [step.token for step in steps] == text[1:]
     # The prompt gives the first token, every pass runs it and sixteen guesses, and gives one more.
@@ -817,7 +815,7 @@ def periodic(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.f
 
 @pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
 def test_a_text_that_repeats_itself_is_guessed_from_its_n_grams(config: DecodeConfig) -> None:
-    session = Session(helpers.CountingEngine(periodic), Fixed(1, 16), NGrams())
+    session = Chat(helpers.CountingEngine(periodic), Fixed(1, 16), NGrams())
     steps, stats = run(session, [0], config, limit=100)
     assert [step.token for step in steps] == [(i + 1) % 7 for i in range(100)]
     # Once round it is news; then seventeen tokens a pass.
@@ -840,7 +838,7 @@ class Listener(Guesser):
 @pytest.mark.parametrize("config", WAYS.values(), ids=WAYS)
 def test_a_guess_is_asked_for_after_the_text_so_far_and_one_token_more(config: DecodeConfig) -> None:
     drafts = Listener()
-    steps, _ = run(Session(helpers.CountingEngine(periodic), ONE_BY_ONE, drafts), [0, 1], config, limit=5)
+    steps, _ = run(Chat(helpers.CountingEngine(periodic), ONE_BY_ONE, drafts), [0, 1], config, limit=5)
     text = [0, 1, *(step.token for step in steps)]
     assert drafts.known
     for told, following in drafts.known:
@@ -854,12 +852,11 @@ def test_drafts_are_told_the_text_and_nothing_else(
     config: DecodeConfig, eos: set[int], limit: int, drafted: int
 ) -> None:
     drafts = Guesser(lambda index: [(index + i) % 7 for i in range(20)])
-    session = Session(helpers.CountingEngine(periodic), Fixed(1, drafted), drafts)
-    drafts.session = session
+    session = Chat(helpers.CountingEngine(periodic), Fixed(1, drafted), drafts)
     steps, _ = run(session, [0], config, eos=eos, limit=limit)
     assert [step.token for step in steps] == [1, 2, 3]
-    assert drafts.told == session.held == [0, 1, 2, 3][: len(session.held)]  # the last may not have been run
-    assert len(session.held) >= 3
+    assert drafts.told == session.cached == [0, 1, 2, 3][: len(session.cached)]  # the last may not have been run
+    assert len(session.cached) >= 3
 
 
 # ── reuse ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -868,10 +865,10 @@ def test_drafts_are_told_the_text_and_nothing_else(
 def test_the_next_turn_runs_only_what_is_new() -> None:
     table = helpers.hash_table(4, VOCAB, 256, 3.0)
     engine = helpers.CountingEngine(table)
-    session = Session(engine, ONE_BY_ONE)
+    session = Chat(engine, ONE_BY_ONE)
     config = DecodeConfig(align=False)
     first = [step.token for step in run(session, [1, 2, 3], config, limit=5)[0]]
-    assert session.held == [1, 2, 3, *first[:-1]]  # the last token was not run
+    assert session.cached == [1, 2, 3, *first[:-1]]  # the last token was not run
     prompt = [1, 2, 3, *first, 4, 5]
     engine.calls.clear()
     steps, stats = run(session, prompt, config, limit=3)
@@ -894,14 +891,14 @@ def test_what_is_kept_of_a_held_text(prompt: list[int], reused: int) -> None:
     # The last token of a prompt is always run: what follows it is not held.
     table = helpers.hash_table(6, VOCAB, 256, 3.0)
     engine = helpers.CountingEngine(table)
-    session = Session(engine, ONE_BY_ONE)
+    session = Chat(engine, ONE_BY_ONE)
     run(session, [1, 2, 3], DecodeConfig(align=False), limit=1)
-    assert session.held == [1, 2, 3]
+    assert session.cached == [1, 2, 3]
     engine.calls.clear()
     _, stats = run(session, prompt, DecodeConfig(align=False), limit=1)
     assert stats.reused_tokens == reused
     assert [(call.tokens, call.slot) for call in engine.calls] == [(prompt[reused:], reused)]
-    assert session.held == prompt
+    assert session.cached == prompt
 
 
 def test_what_is_held_is_true_after_an_error_in_between() -> None:
@@ -921,13 +918,13 @@ def test_what_is_held_is_true_after_an_error_in_between() -> None:
     expected = sequential(table, [1, 2], config, "last", set(), 12)
     for passes in range(1, 30):
         engine = Failing(table)
-        session = Session(engine, Fixed(2))
+        session = Chat(engine, Fixed(2))
         engine.fails = passes
         try:
             run(session, [1, 2], config, fallback="last")
         except OSError:
             text = [1, 2, *expected.tokens]
-            assert session.held == text[: len(session.held)]
+            assert session.cached == text[: len(session.cached)]
         else:
             break
         steps, _ = run(session, [1, 2], config, fallback="last")
@@ -979,8 +976,8 @@ def test_a_single_candidate_is_emitted_without_asking_the_agent() -> None:
 def test_nothing_is_computed_before_it_is_asked_for() -> None:
     engine = helpers.CountingEngine(hand({(2,): 1.0}))
     stats = Stats()
-    session = Session(engine, ONE_BY_ONE)
-    steps = decode(session, PROMPT, DecodeConfig(**WIDE), fallback="first", eos_token_ids=set(), limit=9, stats=stats)
+    session = Chat(engine, ONE_BY_ONE)
+    steps = session.decode(PROMPT, DecodeConfig(**WIDE), stats, limit=9)
     assert engine.calls == []
     assert next(steps).token == 2
     assert (len(engine.calls), stats.tokens, stats.forwards) == (2, 1, 1)
@@ -1087,8 +1084,13 @@ class Infectious(helpers.CountingEngine):
     def __init__(self, lookup: helpers.Lookup, agent: Any = helpers.sum_agent, slots: int = 512) -> None:
         super().__init__(lookup, agent, slots)
         self._ill: set[int] = set()
+        self.memory.zero = self._zero  # type: ignore[method-assign]
         self.culprits: list[tuple[int, int]] = []
         """(position, token) of the rows of the first pass that were at fault themselves"""
+
+    def _zero(self) -> None:
+        TableMemory.zero(self.memory)
+        self._ill.clear()
 
     def _rows(
         self, tokens: Sequence[int], positions: Sequence[int], slot: int
@@ -1103,17 +1105,13 @@ class Infectious(helpers.CountingEngine):
             hidden, logits = np.full_like(hidden, np.nan), np.full_like(logits, np.nan)
         return hidden, logits
 
-    def clear(self) -> None:
-        super().clear()
-        self._ill.clear()
-
 
 @dataclass
 class Broken:
     """An engine whose model can be mended, in a session that was used before."""
 
     engine: helpers.CountingEngine
-    session: Session
+    chat: Chat
     model: dict[str, helpers.Lookup]
 
 
@@ -1123,10 +1121,9 @@ def broken(
     model = {"now": hand(ACCEPT)}
     engine = kind(lambda prefix: model["now"](prefix))
     drafts = Guesser(lambda index: guess[index - 2 :])
-    session = Session(engine, schedule, drafts)
-    drafts.session = session
+    session = Chat(engine, schedule, drafts)
     run(session, [1, 0, 0], DecodeConfig(**WIDE), limit=3)  # so that there is something to forget
-    assert session.held
+    assert session.cached
     model["now"] = lookup
     return Broken(engine, session, model)
 
@@ -1137,16 +1134,16 @@ def fails_and_recovers(
     """The error names what it should; nothing is left of the answer; the next one is right."""
     config = config or DecodeConfig(**WIDE)
     with pytest.raises(NumericsError, match=match) as caught:
-        run(it.session, prompt, config, limit=8)
+        run(it.chat, prompt, config, limit=8)
     assert "\n" not in str(caught.value)
-    assert it.session.held == []
+    assert it.chat.cached == []
     assert it.engine.entries(512) == [None] * 512
-    assert it.engine.cleared >= 1
+    assert it.engine.memory.zeroed >= 1
     # Another prompt that does not meet it; and the same one, were the model sound.
     if mends:
         for model, again in ((it.model["now"], [6, 6]), (hand(ACCEPT), prompt)):
             it.model["now"] = model
-            steps, stats = run(it.session, again, config, limit=8)
+            steps, stats = run(it.chat, again, config, limit=8)
             expected = sequential(hand(ACCEPT), again, config, "first", set(), 8)
             assert [step.token for step in steps] == expected.tokens
             assert stats.algorithm() == expected.counts[-1]
@@ -1173,7 +1170,7 @@ def test_a_hidden_state_of_the_prompt_that_is_not_finite(
     position: int,
     token: int,
 ) -> None:
-    monkeypatch.setattr(decode_module, "PREFILL_ROWS", prefill_rows)
+    monkeypatch.setattr("mara_runtime.passes.PREFILL_ROWS", prefill_rows)
     it = broken(kind, spoiled(at, hidden=bad), ONE_BY_ONE)
     fails_and_recovers(it, [1, 0, 3, 3], rf"position {position} \(token {token}\) is not finite")
 
@@ -1238,16 +1235,16 @@ def test_a_fault_that_does_not_come_again_is_a_fault_all_the_same() -> None:
             return replace(out, margins=out.margins * np.float32(np.nan)) if len(self.calls) == passes + 2 else out
 
     engine = Flaky(hand(ACCEPT))
-    session, passes = Session(engine, ONE_BY_ONE), 0
-    with pytest.raises(NumericsError, match="numbers that are not finite, and finite ones when it was repeated"):
+    session, passes = Chat(engine, ONE_BY_ONE), 0
+    with pytest.raises(NumericsError, match=r"a pass at position 1 .* finite ones when repeated"):
         run(session, PROMPT, DecodeConfig(**WIDE), limit=3)
-    assert session.held == []
+    assert session.cached == []
     passes = len(engine.calls) + 100
     assert [step.token for step in run(session, PROMPT, DecodeConfig(**WIDE), limit=3)[0]] == [2, 5, 7]
 
 
 def test_a_sibling_that_the_sequential_procedure_would_not_have_run_counts_too() -> None:
-    # As docs/method.md says: every row that is run is looked at.
+    # As docs/internals/method.md says: every row that is run is looked at.
     table = spoiled((1, 4), hidden=math.nan)
     steps, _ = run(helpers.CountingEngine(table), PROMPT, DecodeConfig(**WIDE), limit=3)
     assert [step.token for step in steps] == [2, 5, 7]
@@ -1285,7 +1282,7 @@ def test_a_hidden_state_of_a_draft_that_is_not_finite(
 def test_a_hidden_state_of_a_draft_behind_a_settled_token(kind: type[helpers.CountingEngine], align: bool) -> None:
     config = DecodeConfig(align=align, top_k=1)
     it = broken(kind, spoiled((1, 2, 5, 7), hidden=math.nan), Fixed(1, 16), [5, 7, 7])
-    it.session.drafts.guess = lambda index: [2, 5, 7, 7][index - 1 :]  # type: ignore[union-attr]
+    it.chat.session.drafts.guess = lambda index: [2, 5, 7, 7][index - 1 :]  # type: ignore[union-attr]
     fails_and_recovers(it, PROMPT, r"position 3 \(token 7\) is not finite", config)
     assert any(len(call.tokens) > 2 for call in it.engine.calls)
 
@@ -1371,13 +1368,12 @@ def test_a_fault_anywhere_is_named_or_not_met(part: int) -> None:
 
         schedule, guessing = a_schedule(draw), a_guessing(draw)
         engine = Infectious(lookup)
-        session = Session(engine, schedule, guessing.source())
+        session = Chat(engine, schedule, guessing.source())
         for turn in (a_turn(draw, first=True) for _ in range(3)):
             config, fallback = turn.config, turn.fallback
             expected = sequential(sound, turn.drawn, config, fallback, turn.eos, config.max_new_tokens)
-            if isinstance(session.drafts, Guesser):
-                session.drafts.session = session
-                session.drafts.guess = guessing.guess(turn.drawn + expected.tokens)
+            if isinstance(session.session.drafts, Guesser):
+                session.session.drafts.guess = guessing.guess(turn.drawn + expected.tokens)
             engine.culprits, complaint = [], ""
             try:
                 steps, _ = run(session, turn.drawn, config, fallback=fallback, eos=turn.eos)
@@ -1386,7 +1382,7 @@ def test_a_fault_anywhere_is_named_or_not_met(part: int) -> None:
             if complaint:
                 position, token = engine.culprits[0]
                 assert f"hidden state at position {position} (token {token}) is not finite" in complaint
-                assert session.held == []
+                assert session.cached == []
                 assert engine.entries(512) == [None] * 512
                 faults += 1
             else:
@@ -1400,31 +1396,29 @@ def test_a_fault_anywhere_is_named_or_not_met(part: int) -> None:
 
 
 def test_table_engine_notices_an_entry_that_was_not_moved() -> None:
-    class Forgetful(TableEngine):
-        def move(self, source: int, target: int) -> None:
-            """Leave the entry where it is."""
-
     prompt, limit = [1, 4], 6
     for seed in range(5):
         table = helpers.hash_table(seed, VOCAB, 256, 1.0)
         config = DecodeConfig(threshold=9.0, **WIDE)  # always the fallback, which is the last candidate
-        tokens = [
-            [s.token for s in run(kind(table, helpers.sum_agent, 64), prompt, config, fallback="last", limit=limit)[0]]
-            for kind in (TableEngine, Forgetful)
-        ]
-        assert tokens[0] != tokens[1]
+        engine, forgetful = (TableEngine(table, helpers.sum_agent, 64) for _ in range(2))
+        forgetful.memory.move = lambda *_: None  # type: ignore[method-assign]
+        tokens, others = (
+            [s.token for s in run(e, prompt, config, fallback="last", limit=limit)[0]] for e in (engine, forgetful)
+        )
+        assert tokens != others
 
 
 def test_table_engine_notices_a_text_that_is_not_held() -> None:
     table = helpers.hash_table(1, VOCAB, 256, 1.0)
-    session = Session(TableEngine(table, helpers.sum_agent, 64), ONE_BY_ONE, held=[3, 4, 5])
+    session = Chat(TableEngine(table, helpers.sum_agent, 64))
+    session.cached.extend([3, 4, 5])
     with pytest.raises(IndexError, match="slot 0 holds None"):
         run(session, [3, 4, 5, 6], DecodeConfig(align=False), limit=1)
 
 
 def test_time_is_that_of_decoding_without_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(decode_module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr("mara_runtime.decode.time.perf_counter", lambda: now)
 
     class Slow(TableEngine):
         def run(self, work: Pass) -> StepOutput:
@@ -1439,8 +1433,8 @@ def test_time_is_that_of_decoding_without_the_caller(monkeypatch: pytest.MonkeyP
             return super().plan(view)
 
     stats = Stats()
-    session = Session(Slow(hand(ACCEPT), helpers.sum_agent, 16), Thoughtful([(1, 0)]))
-    for _ in decode(session, PROMPT, DecodeConfig(**WIDE), fallback="first", eos_token_ids=set(), limit=4, stats=stats):
+    session = Chat(Slow(hand(ACCEPT), helpers.sum_agent, 16), Thoughtful([(1, 0)]))
+    for _ in session.decode(PROMPT, DecodeConfig(**WIDE), stats, limit=4):
         now += 100.0
     # A pass for the prompt; one each for 2, for 5 and for the 7 that is not the last.
     assert stats.prefill_ms == 1000.0

@@ -9,12 +9,11 @@ import pytest
 
 from mara_deploy import memory
 from mara_deploy.commands import inspect
-from mara_deploy.commands.memory import CONTEXT_OF, find
-from mara_deploy.decoders import DECODERS, Decoder, from_config
+from mara_deploy.commands.memory import find
 from mara_deploy.memory import Setting, estimate
 from mara_export.errors import ModelError
-from mara_export.hf.sources import ALIASES
-from mara_export.targets import PRECISIONS_OF
+from mara_export.hf.families import KNOWN_MODELS, Decoder, decoder_sizes
+from mara_export.targets import TARGETS
 from mara_runtime.errors import OptionError
 from tests.unit import helpers
 
@@ -47,20 +46,19 @@ SMALL = Decoder(64, 160, 2, 4, 2, 16, 512, tied=True)
 
 
 def test_every_alias_has_its_sizes_and_their_parameters_are_the_published_ones():
-    assert {hub_id: model.parameters for hub_id, model in DECODERS.items()} == PUBLISHED
-    assert set(ALIASES.values()) == set(DECODERS)
+    assert {hub_id: model.decoder.parameters for hub_id, model in KNOWN_MODELS.items()} == PUBLISHED
 
 
 def test_sizes_come_from_a_configuration():
-    assert from_config(LLAMA_1B, "x") == DECODERS["meta-llama/Llama-3.2-1B-Instruct"]
+    assert decoder_sizes(LLAMA_1B, "x") == KNOWN_MODELS["meta-llama/Llama-3.2-1B-Instruct"].decoder
     qwen3 = {**LLAMA_1B, "model_type": "qwen3", "head_dim": 128}
-    assert from_config(qwen3, "x").qk_norm
-    assert from_config(qwen3, "x").head_dim == 128
-    whole = from_config({**LLAMA_1B, "num_key_value_heads": None, "tie_word_embeddings": False}, "x")
+    assert decoder_sizes(qwen3, "x").qk_norm
+    assert decoder_sizes(qwen3, "x").head_dim == 128
+    whole = decoder_sizes({**LLAMA_1B, "num_key_value_heads": None, "tie_word_embeddings": False}, "x")
     assert (whole.num_kv_heads, whole.tied) == (32, False)
-    biased = from_config({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
+    biased = decoder_sizes({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
     assert biased.biases == (32 + 16) * 64 + 2048 + 2 * 8192 + 2048
-    assert from_config({**LLAMA_1B, "model_type": "qwen2"}, "x").biases == (32 + 16) * 64
+    assert decoder_sizes({**LLAMA_1B, "model_type": "qwen2"}, "x").biases == (32 + 16) * 64
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,7 @@ def test_sizes_come_from_a_configuration():
 )
 def test_a_configuration_without_sizes_is_refused(change, message):
     with pytest.raises(ModelError, match=message):
-        from_config({**LLAMA_1B, **change}, "x")
+        decoder_sizes({**LLAMA_1B, **change}, "x")
 
 
 def test_the_cache_holds_keys_and_values_of_every_slot():
@@ -152,7 +150,7 @@ def test_an_alias_in_every_precision(capsys):
     code, out, _ = run(capsys, "--memory", "llama3.2-3b")
     assert code == 0
     rows = [line.split() for line in out.splitlines() if line.startswith(("fp", "bf", "int"))]
-    assert [(r[0], r[1]) for r in rows] == [(p, c) for p in PRECISIONS_OF["tensorrt"] for c in ("2048", "8192")]
+    assert [(r[0], r[1]) for r in rows] == [(p, c) for p in TARGETS["tensorrt"].precisions for c in ("2048", "8192")]
     for row in rows:
         assert sum(int(part) for part in row[2:6]) == pytest.approx(int(row[6]), abs=2)
     assert rows[4][7] == "no"  # fp32 on 8 GB
@@ -225,7 +223,6 @@ def test_the_tokens_that_a_model_was_made_for_are_the_most(capsys, tmp_path):
     assert run(capsys, "--memory", tmp_path, "--context", 512)[0] == 0
     assert "at most 8192 tokens" in run(capsys, "--memory", "llama3", "--context", 8193)[2]
     assert run(capsys, "--memory", "demo", "--context", 100000)[0] == 2
-    assert set(CONTEXT_OF) == set(DECODERS)
 
 
 @pytest.mark.parametrize(

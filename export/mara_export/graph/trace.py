@@ -1,7 +1,7 @@
 """Optimum traces a Hugging Face decoder once, with attention and cache update as one custom node a layer.
 
 `mara::CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value;
-attribute `scale`) is what every lowering rewrites for its engine (mara_export.graph.lower).
+attribute `scale`) is what every lowering rewrites for its engine (mara_export.graph.pipeline).
 The node gets in by two public doors: an attention implementation that is registered with transformers, and gets its
 cache as an argument of the model's forward; and an Optimum export configuration with inputs, outputs and a model
 patcher of our own.
@@ -37,11 +37,11 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
-from mara_export.graph.nodes import DOMAIN, NODE, NORM, ROTARY
+from mara_export.graph.nodes import ATTENTION, DOMAIN, NORM, ROTARY
 from mara_export.hf.families import model_shape
 from mara_runtime import tensors
 
-ATTENTION = "mara"
+IMPLEMENTATION = "mara"
 """Name under which the seam is registered with transformers."""
 OPSET = 18
 _ROWS, _SLOTS = 16, 16
@@ -73,7 +73,9 @@ class _CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, mask: Any, write: Any, scale: float) -> Any:
-        out, keys, values = g.op(f"{DOMAIN}::{NODE}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3)
+        out, keys, values = g.op(
+            f"{DOMAIN}::{ATTENTION}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3
+        )
         for result, like in ((out, q), (keys, past_k), (values, past_v)):
             result.setType(like.type())
         return out, keys, values
@@ -160,7 +162,7 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
 
 
 class _Patcher(ModelPatcher):  # type: ignore[misc]
@@ -255,7 +257,7 @@ def trace_llm(model: Any, folder: Path) -> Path:
 
     model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed to the seam's.
     """
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(IMPLEMENTATION)
     module = sys.modules[type(model).__module__]
     (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
     with (

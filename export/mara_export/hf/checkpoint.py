@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import SUPPORTED
+from mara_export.hf.families import FAMILIES
 from mara_export.hf.sources import ModelSource
 from mara_runtime.errors import first_line
 
@@ -58,7 +58,7 @@ def load_config(source: ModelSource) -> Any:
     if isinstance(found, dict) and not found.get("model_type"):  # transformers would go by the folder's name
         raise ModelError(
             f"{source.name}: its config.json has no model_type, which says of what architecture it is; supported are "
-            + ", ".join(SUPPORTED)
+            + ", ".join(FAMILIES)
         )
     return read_config(source)
 

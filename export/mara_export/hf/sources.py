@@ -9,22 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_export.errors import ModelError
+from mara_export.hf.families import ALIASES, hub_id_of
 from mara_runtime.errors import first_line
-
-ALIASES = {
-    "qwen2": "Qwen/Qwen2-0.5B-Instruct",
-    "qwen2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen3": "Qwen/Qwen3-0.6B",
-    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
-    "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3.1": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
-}
-"""Short names of Hub models."""
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]
@@ -58,7 +44,7 @@ def resolve_model(
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"{folder} has no .safetensors weights; other formats are not loaded")
         return ModelSource(folder, folder.resolve().name, None)
-    hub_id = ALIASES.get(model, model)
+    hub_id = hub_id_of(model)
     if not is_hub_id(hub_id):
         raise ModelError(
             f"there is no model {model!r}: give a folder, a Hub id (owner/name), or one of " + ", ".join(ALIASES)

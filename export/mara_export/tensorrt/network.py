@@ -21,10 +21,6 @@ from mara_runtime import tensors
 from mara_runtime.engines.trt_plan import logger
 from mara_runtime.errors import EngineError
 
-OLDEST = (10, 3)
-"""TensorRT of JetPack 6."""
-IN_PLACE_SINCE = (10, 15)
-"""TensorRT that has the layers of a `portable` graph, the KV cache's update among them."""
 Shapes = tuple[int, int, int]
 """(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
