@@ -199,7 +199,7 @@ def test_a_finished_run_can_be_extended(run, resume, whole, tmp_path, monkeypatc
     with (tmp_path / "short" / "log.jsonl").open("a") as file:
         file.write('{"episodes": 14, "sc')
     (tmp_path / "short" / ".checkpoint.pt.1.partial").write_text("cut o")
-    assert "--episodes is 4, but the run has made 12" in error_of(resume("short", "--episodes", 4))
+    assert "--episodes is 4, but the run already has 12" in error_of(resume("short", "--episodes", 4))
     loads, real = [], RunFolder.load
     monkeypatch.setattr(RunFolder, "load", lambda folder: loads.append(folder) or real(folder))
     assert resume("short", "--episodes", EPISODES).code == 0
@@ -247,7 +247,7 @@ def test_changed_inputs_are_refused(run, resume, checkpoint, tmp_path) -> None:
         file.write_bytes(before[:-1] + b"\x3f" if file.suffix == ".safetensors" else before + b"\n")
         line = error_of(resume("out", "--episodes", 8))
         assert name in line
-        assert "changed since the run began" in line
+        assert "have changed since" in line
         file.write_bytes(before)
     assert resume("out", "--episodes", 8).code == 0
 
