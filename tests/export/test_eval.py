@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers.utils import logging
 
 from mara_deploy.commands.scoring import ScoreOption, judges
-from mara_deploy.demo import MODEL_FOLDER, corpus
+from mara_deploy.demo import MODEL_FOLDER
+from mara_deploy.demo.prompts import prompts
 from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import run_lock
@@ -28,7 +29,7 @@ from mara_runtime.errors import MaraError
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = corpus.prompts(6, seed=5, held_out_split=True)
+PROMPTS = prompts(6, seed=5, held_out_split=True)
 LIMITS = ("--max-new-tokens", "24", "--threads", "1")
 SCORE = ("--score", "scores_of_the_test:words")
 

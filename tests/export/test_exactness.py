@@ -14,8 +14,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mara_deploy.demo import MODEL_FOLDER, corpus
-from mara_deploy.demo.__main__ import demo_agent, export_demo
+from examples.demo_lm import corpus
+from mara_deploy.demo import MODEL_FOLDER, demo_agent, export_demo
+from mara_deploy.demo.prompts import prompts
 from mara_export import parity
 from mara_export.export import export
 from mara_export.hf.sources import resolve_model
@@ -94,7 +95,7 @@ def _prompts(name: str) -> list[list[int]]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-        texts = [corpus.chat(p.text) for p in corpus.prompts(50, 11, True)]
+        texts = [corpus.chat(p.text) for p in prompts(50, 11, True)]
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
         prompt for length in (1, 2, 5, 17, 40) for prompt in checkpoints.random_prompts(10, seed=length, length=length)

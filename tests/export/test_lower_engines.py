@@ -15,7 +15,7 @@ from mara_export.graph.narrow import island, narrow
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import export_demo
 from mara_export.export import export
 from mara_export.graph.qdq import quantised
 from mara_export.graph.weights import Weights

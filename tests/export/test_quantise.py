@@ -7,8 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mara_deploy.demo import MODEL_FOLDER
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import MODEL_FOLDER, export_demo
 from mara_export.graph.quantise import SLICE_COLUMNS, _blocks, _quantised_slice
 from mara_export.options import ExportOptions, Quantisation
 from mara_export.targets import BITS

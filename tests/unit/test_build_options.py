@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mara_deploy.commands.build import main
+from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.tensorrt.build import BuildOptions, why_cannot_build
+from mara_export.tensorrt.build import why_cannot_build
 from mara_export.tensorrt.network import Network
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.cuda import FOR_CUDA_12
