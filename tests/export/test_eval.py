@@ -253,7 +253,7 @@ def test_settings_of_a_checkpoint_include_its_weights_and_options(checkpoint, tm
         ((*SCORE, "--score-template", "{prompt}{answer}"), "--score-template"),
         (("--score", "scores_of_the_test:bad"), "the score scores_of_the_test:bad is inf"),
         ((*SCORE, "--baseline", "gredy"), "--baseline is 'gredy'"),
-        ((*SCORE, "--baseline", "greedy", "--baseline", "greedy"), "two --baseline"),
+        ((*SCORE, "--baseline", "greedy", "--baseline", "greedy"), "--baseline greedy is given twice"),
         (
             (*SCORE, "--temperature", "1", "--baseline", str(MODEL_FOLDER)),
             "--temperature is 1.0, but no --baseline samples",
