@@ -12,7 +12,7 @@ from mara_deploy.commands import inspect
 from mara_deploy.commands.memory import find
 from mara_deploy.memory import Setting, estimate
 from mara_export.errors import ModelError
-from mara_export.hf.families import ALIASES, KNOWN_MODELS, Decoder, decoder_sizes
+from mara_export.hf.families import KNOWN_MODELS, Decoder, decoder_sizes
 from mara_export.targets import TARGETS
 from mara_runtime.errors import OptionError
 from tests.unit import helpers
