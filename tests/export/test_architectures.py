@@ -145,7 +145,7 @@ def test_a_quantised_checkpoint_is_refused() -> None:
 def test_a_context_beyond_the_models_own() -> None:
     message = refusal(LlamaConfig(**SIZES), 513)
     assert "--max-context is 513" in message
-    assert "512 tokens at most" in message
+    assert "at most 512" in message
 
 
 def test_the_sizes_come_from_the_configuration() -> None:

@@ -42,7 +42,7 @@ def model(*, biases: str = "", reused: str = "", order: str = "qkv") -> ir.Model
     together = add("Concat", *(parts[part] for part in order), out="together", axis=-1)
     graph.outputs.extend([parts["gate"], parts["up"], add("Abs", together, out="end")])
     for value in graph.outputs:
-        value.dtype = ir.DataType.FLOAT
+        value.dtype, value.shape = ir.DataType.FLOAT, ir.Shape([1, "S", None])
     return ir.Model(graph, ir_version=10)
 
 
@@ -84,7 +84,7 @@ def test_a_lazy_weight_is_computed_when_it_is_read_and_written_once(tmp_path) ->
     double = add.initializer(lazy("double", (512,), lambda: reads.append(1) or 2 * read(base)))
     square = add.weight("square", 2 * np.arange(512, dtype=np.float32).reshape(16, 32))
     graph.outputs.append(add("Concat", double, add("Reshape", square, add.ints(-1)), base, out="end", axis=0))
-    graph.outputs[0].dtype = ir.DataType.FLOAT
+    graph.outputs[0].dtype, graph.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([1536])
     assert reads == []
     save(ir.Model(graph, ir_version=10), tmp_path / "weights.onnx")
     assert reads == [1]
