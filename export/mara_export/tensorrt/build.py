@@ -129,7 +129,7 @@ def _build_one(
     from mara_export.tensorrt import network as parts
 
     started = time.perf_counter()
-    name = f"engines/{target}/step-{slots}.engine"
+    name = f"engines/{target}/step-{slots}.engine"  # `add_engines` adds its checksum
     manifest = bundle.manifest
     in_place, just_in_time = LOWERINGS[manifest.step.lowering].in_place, TARGETS[target].just_in_time
     decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for a KV entry that is recomputed
