@@ -139,7 +139,8 @@ if [[ -z ${PYTHON:-} ]]; then
             --extra-index-url https://download.pytorch.org/whl/cpu 'torch>=2.6'
         extras+=,export
     fi
-    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest
+    # tests/gpu writes its graph with onnx-ir
+    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest "onnx-ir>=1.1"
     if ((!dry)); then # ONNX Runtime searches it for the CUDA libraries
         libraries=$("$python" -c 'import glob, sysconfig
 print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')

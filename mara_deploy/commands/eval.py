@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     arguments, engine = from_args(EvalArguments, args), from_args(EngineOptions, args)
     scores, device, batch = score_options(args)
-    configs = _configs(arguments, decode_config(args))
+    configs, variables = _configs(arguments, decode_config(args)), template_variables(arguments.template)
 
     from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
@@ -133,7 +133,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
 
-    asking = PromptFormat(arguments.raw, template_variables(arguments.template))
+    asking = PromptFormat(arguments.raw, variables)
     prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
     decoder = engine.open(

@@ -113,7 +113,7 @@ def _help(each: Option, defaults: Sequence[Any], several: bool = False) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _converted(kind: type, text: str) -> Any:

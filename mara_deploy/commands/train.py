@@ -239,6 +239,7 @@ def _config(arguments: TrainArguments, args: argparse.Namespace) -> TrainConfig:
         if not value:
             raise OptionError(f"{flag} is missing: a new run needs --model, --prompts and --score")
     score_options(args)
+    template_variables(arguments.template)
     recipe = arguments.recipe or ("demo" if arguments.model == demo.NAME else "paper")
     config = replace(RECIPES[recipe], **given(TrainConfig, args))
     config.check_replay()

@@ -52,7 +52,7 @@ def test_it_is_what_the_recipe_makes(demo_agent) -> None:
 
 
 def test_it_aligns_and_stays_within_the_grammar(trained, contest) -> None:
-    """The bounds of docs/training.md, on a part of the set; benchmarks/alignment.py measures all of it."""
+    """The bounds of docs/guide/train.md, on a part of the set; benchmarks/alignment.py measures all of it."""
     rate, low, high = trained["vs_greedy"]
     assert rate >= 60
     assert 40 < low <= rate <= high

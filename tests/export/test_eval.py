@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import logging
 
-from mara_deploy.commands.eval import main
 from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER, corpus
 from mara_deploy.evaluate.answers import Asking, BundleAnswers
@@ -429,25 +426,3 @@ def test_without_pytorch_and_what_comes_with_it(bundle, prompt_file, tmp_path, s
     outcome = run(*SCORE, "--baseline", str(MODEL_FOLDER))
     assert outcome.returncode == 2
     assert "a checkpoint as baseline needs packages that are not installed" in outcome.stderr.splitlines()[-1]
-
-
-# ── the page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_examples_of_the_page_run(bundle, tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    score, program = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (line,) = re.findall(r"^```sh\nmara-eval (.*?)\n```", page, re.MULTILINE)
-    (tmp_path / "my_scores.py").write_text(score)
-    (tmp_path / "prompts.txt").write_text("\n".join(p.text for p in PROMPTS[:2]))
-    (tmp_path / "BUNDLE").symlink_to(bundle("demo"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "my_scores", None)  # what is imported under this name is gone after the test
-    del sys.modules["my_scores"]
-    assert main([*shlex.split(line), "--quiet", *LIMITS]) == 0
-    folder = tmp_path / "evaluations" / bundle("demo").name
-    assert list(read(folder)["comparisons"]) == ["greedy", "sample"]
-    capsys.readouterr()
-    exec(compile(program, "docs/evaluation.md", "exec"), {})
-    assert -1.0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1.0

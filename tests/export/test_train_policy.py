@@ -88,7 +88,7 @@ def test_logs_and_entropy_against_their_definitions(margin) -> None:
 
 
 def test_the_released_reward_would_pay_for_rejecting() -> None:
-    """What the released code does, and why it is not done here: docs/method.md, "Training".
+    """What the released code does, and why it is not done here: docs/internals/method.md, "Training".
 
     It takes log_softmax over the probabilities P instead of log P, and pays both actions of a candidate alike. With
     three candidates that P spreads from 0.08 to 0.8, the softmax of P is nearly flat, so the term hardly depends on P.

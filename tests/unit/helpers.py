@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from mara_runtime.config import DecodeConfig
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.manifest import MANIFEST_FILE
 from mara_runtime.schedule.cost import Cost
+from tests import reference
 from tests.table_engine import TableEngine
 
 Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -59,7 +61,7 @@ def make_bundle(
 def manifest_json(
     files: dict[str, bytes], *, has_tokenizer: bool = False, special_tokens: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A valid manifest of these files, as the JSON value that docs/bundle.md specifies."""
+    """A valid manifest of these files, as the JSON value that docs/reference/bundle.md specifies."""
     tokenizer = {
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
@@ -211,6 +213,42 @@ def hash_table(seed: int, vocab_size: int, levels: int, peak: float, memory: int
 def sum_agent(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N, 2) hidden states to (N,) margins: their sum."""
     return hidden[:, 0] + hidden[:, 1]
+
+
+@dataclass(frozen=True)
+class TableNode:
+    """A prefix of a table; see `reference.Node`."""
+
+    lookup: Lookup
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    prefix: tuple[int, ...]
+
+    @property
+    def logits(self) -> list[float]:
+        logits: list[float] = self.lookup(self.prefix)[0].tolist()
+        return logits
+
+    @property
+    def margin(self) -> float:
+        return float(self.agent(self.lookup(self.prefix)[1][None])[0])
+
+    def then(self, token: int) -> "TableNode":
+        return TableNode(self.lookup, self.agent, (*self.prefix, token))
+
+
+def sequential(
+    lookup: Lookup,
+    prompt: Sequence[int],
+    config: DecodeConfig,
+    fallback: str = "first",
+    eos: Container[int] = (),
+    limit: int | None = None,
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
+) -> reference.Answer:
+    """The sequential procedure's answer. limit: default the config's."""
+    node = TableNode(lookup, agent, tuple(prompt))
+    limit = config.max_new_tokens if limit is None else limit
+    return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
 
 
 class CountingEngine(TableEngine):

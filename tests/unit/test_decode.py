@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tests.unit.sequential import candidates_of, sequential, work_of
 
 from mara_runtime.config import FALLBACKS, ORDERS, SCHEDULES, STRATEGIES, DecodeConfig
 from mara_runtime.decode import Request, Session, decode
@@ -30,7 +31,6 @@ from mara_runtime.stats import Stats, Step
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
 from tests.table_engine import TableEngine, TableMemory
 from tests.unit import helpers
-from tests.unit.sequential import candidates_of, sequential, work_of
 
 ONE_BY_ONE, TOGETHER = Fixed(1), Fixed(None)
 NAMED: dict[str, Callable[[], Schedule]] = {
@@ -1236,7 +1236,7 @@ def test_a_fault_that_does_not_come_again_is_a_fault_all_the_same() -> None:
 
     engine = Flaky(hand(ACCEPT))
     session, passes = Chat(engine, ONE_BY_ONE), 0
-    with pytest.raises(NumericsError, match="a pass at position 1 .* finite ones when repeated"):
+    with pytest.raises(NumericsError, match=r"a pass at position 1 .* finite ones when repeated"):
         run(session, PROMPT, DecodeConfig(**WIDE), limit=3)
     assert session.cached == []
     passes = len(engine.calls) + 100
@@ -1244,7 +1244,7 @@ def test_a_fault_that_does_not_come_again_is_a_fault_all_the_same() -> None:
 
 
 def test_a_sibling_that_the_sequential_procedure_would_not_have_run_counts_too() -> None:
-    # As docs/method.md says: every row that is run is looked at.
+    # As docs/internals/method.md says: every row that is run is looked at.
     table = spoiled((1, 4), hidden=math.nan)
     steps, _ = run(helpers.CountingEngine(table), PROMPT, DecodeConfig(**WIDE), limit=3)
     assert [step.token for step in steps] == [2, 5, 7]

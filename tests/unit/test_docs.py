@@ -91,7 +91,7 @@ def test_the_export_page_has_the_table_of_targets():
     stated = {
         name: (tuple(precisions.split(", ")), tuple(lowerings.split(", "))) for name, precisions, lowerings in rows
     }
-    assert stated == {name: (targets.PRECISIONS_OF[name], targets.LOWERINGS_OF[name]) for name in targets.TARGETS}
+    assert stated == {name: (target.precisions, target.lowerings) for name, target in targets.TARGETS.items()}
 
 
 def test_the_tree_names_every_module():

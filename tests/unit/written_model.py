@@ -74,7 +74,9 @@ class Nodes:
 
     def model(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> onnx.ModelProto:
         kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-        io = [[helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in side] for side in (inputs, outputs)]
+        io = [
+            [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in side] for side in (inputs, outputs)
+        ]
         graph = helper.make_graph(self.nodes, "graph", *io, self.constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
