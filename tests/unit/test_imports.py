@@ -115,7 +115,6 @@ def test_what_is_imported_by_name_is_in_the_same_package() -> None:
                 assert package == "mara_deploy" or ast.unparse(node.args[0]).lstrip("f'\"").startswith(f"{package}.")
 
 
-@pytest.mark.xfail(reason="until the whole renovation is merged")
 def test_no_circles() -> None:
     assert HOUSE.circles() == []
 
