@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import export_demo
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions

@@ -117,7 +117,8 @@ def test_the_tree_names_every_module():
 
 
 def test_documents_named_in_code_exist():
+    named = re.compile(r"(?<![\w/])(?:docs|benchmarks|tests|examples)/[\w/.-]+\.(?:md|py|sh)\b")
     for package in PACKAGES.values():
         for path in (ROOT / package).rglob("*.py"):
-            for name in re.findall(r"(?<![\w/])(?:docs|benchmarks|tests|examples)/[\w/.-]+\.(?:md|py|sh)\b", text_of(path)):
+            for name in named.findall(text_of(path)):
                 assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
