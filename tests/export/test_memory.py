@@ -136,14 +136,14 @@ def test_the_cache_is_what_an_engine_allocates(made):
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What TensorRT for RTX says while it builds."""
-    from mara_runtime.engines import trt_plan
+    from mara_runtime.engines import trt_file
 
     try:
-        module = trt_plan.load("tensorrt-rtx")
+        module = trt_file.load("tensorrt-rtx")
     except ImportError as error:
         pytest.skip(f"TensorRT for RTX is not installed: {error}")
     said: list[str] = []
-    monkeypatch.setattr(type(trt_plan.logger(module)), "log", lambda _, severity, message: said.append(message))
+    monkeypatch.setattr(type(trt_file.logger(module)), "log", lambda _, severity, message: said.append(message))
     return said
 
 

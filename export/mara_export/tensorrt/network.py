@@ -18,7 +18,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mara_runtime import tensors
-from mara_runtime.engines.trt_plan import logger
+from mara_runtime.engines.trt_file import logger
 from mara_runtime.errors import EngineError
 
 Shapes = tuple[int, int, int]
