@@ -27,10 +27,10 @@ def test_the_least_capacity_is_the_least() -> None:
 
 
 def test_the_replay_buffer_must_take_a_round_of_full_answers() -> None:
-    config = TrainConfig(prompts_at_once=16, max_new_tokens=512, replay_transitions=65529)
+    config = TrainConfig(prompts_at_once=16, max_new_tokens=512, replay_transitions=65529, start_transitions=1)
     config.check_replay()
-    small = replace(config, start_transitions=1, replay_transitions=65528)
-    with pytest.raises(OptionError, match="--replay-transitions is 65528.* 65529 or more.*--prompts-at-once"):
+    small = replace(config, replay_transitions=65528)
+    with pytest.raises(OptionError, match=r"--replay-transitions is 65528.* 65529 or more.*--prompts-at-once"):
         small.check_replay()
     replace(small, replay_transitions=8192, episodes=2).check_replay()  # a round is no larger than the run
 
