@@ -21,8 +21,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, trt_plan
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
-from mara_runtime.passes import PREFILL_ROWS
-from mara_runtime.tensors import spare_slots
+from mara_runtime.tensors import PREFILL_ROWS, spare_slots
 
 OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
 """Version of TensorRT that some lowering needs at least."""
@@ -129,7 +128,7 @@ def _build_one(
     from mara_export.tensorrt import network as parts
 
     started = time.perf_counter()
-    name = f"engines/{target}/step-{slots}.engine"
+    name = f"engines/{target}/step-{slots}.engine"  # `add_engines` adds its checksum
     manifest = bundle.manifest
     in_place, just_in_time = LOWERINGS[manifest.step.lowering].in_place, TARGETS[target].just_in_time
     decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for a KV entry that is recomputed
