@@ -19,7 +19,7 @@ import numpy as np
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import huge_pages
 from mara_runtime.engines.base import Pass
-from mara_runtime.engines.ort import OrtEngine, why_not
+from mara_runtime.engines.ort import CpuEngine, why_not
 from mara_runtime.errors import MaraError
 
 ROWS = (1, 2, 4, 8)
@@ -76,11 +76,11 @@ def _serve(pipe: Connection, folder: str, context: int, threads: int, huge: bool
         huge_pages.SETTINGS = Path("/nowhere")
     bundle = Bundle.open(folder, verify=False)
     started = time.perf_counter()
-    engine = OrtEngine(bundle, "cpu", threads)
+    engine = CpuEngine(bundle, threads)
     seconds = time.perf_counter() - started
     found = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     pipe.send((seconds, int(found[1]) * 1024 if found else 0))
-    engine.begin(0, context + max(ROWS))
+    engine.memory.resize(context + max(ROWS), kept=0)
     works = [Pass([0] * rows, [context] * rows, context, [0], range(rows), [-np.inf] * rows) for rows in ROWS]
     for work in works:
         engine.run(work)

@@ -1,4 +1,4 @@
-"""Write docs/memory.md from the memory model; tests/unit/test_memory.py checks that it is current.
+"""Write docs/reference/memory.md from the memory model; tests/unit/test_memory.py checks that it is current.
 
 make docs
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("memory.md")
+PAGE = Path(__file__).parent / "reference" / "memory.md"
 TEXT = Path(__file__).with_name("memory.in.md")
-"""What the tables rest on, in words."""
+"""The text above the tables."""
 
 
 def page() -> str:

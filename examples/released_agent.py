@@ -2,7 +2,8 @@
 
     python examples/released_agent.py --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth
 
-needs a login at the Hugging Face Hub with access to the LLM; docs/agents.md says which agent goes with which model.
+needs a login at the Hugging Face Hub with access to the LLM; docs/guide/released-agents.md says which agent goes with
+which model.
 Without --agent it lists what the repository holds. The evaluation takes the reward and the cost model of the paper
 (PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use). Options after `--` are
 those of mara-eval and may name other scores:

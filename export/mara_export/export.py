@@ -26,7 +26,7 @@ from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts
 from mara_runtime.versions import installed
@@ -229,7 +229,7 @@ def _check_parity(
     bundle: Bundle, reference: parity.Reference, options: ExportOptions, progress: Progress
 ) -> parity.Report:
     """Run the bundle over the reference's cases. Raises ParityError where they differ."""
-    engine = OrtEngine(bundle)
+    engine = CpuEngine(bundle)
     perturb = None if options.quantisation is None else parity.perturber(engine)
     sides = [parity.run_engine(engine, case, perturb) for case in progress.parts(reference.cases)]
     in_float16 = options.cache == "float16"

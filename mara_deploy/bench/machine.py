@@ -13,7 +13,7 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def cores() -> int:
-    """Physical cores that this process may use; logical ones where the system does not tell."""
+    """Physical cores available to this process; logical ones where the topology is unknown."""
     logical = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     try:
         return len({(CPUS / f"cpu{n}/topology/thread_siblings_list").read_text(encoding="ascii") for n in logical})
@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Processor, memory and versions."""
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {

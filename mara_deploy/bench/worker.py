@@ -1,6 +1,6 @@
-"""A bundle as a contestant, see protocol.py; two engines in one process would wait on each other's threads.
+"""A bundle as a contestant, see protocol.py.
 
-Beside the others' requests: `width` (the cost of rows) and `profile` (ways to decode, in turns on the instrument).
+Further requests: `width` (the cost of rows) and `profile` (ways to decode, in turns, with synthetic acceptance).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
-from mara_deploy.bench.workload import Instrument, Profile, Script
+from mara_deploy.bench.synthetic import Profile, Script, SyntheticEngine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Session, Step, decode
+from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
+from mara_runtime.engines.base import Engine
 from mara_runtime.errors import MaraError
 from mara_runtime.schedule.acceptance import Acceptance
 from mara_runtime.schedule.adaptive import Adaptive
@@ -25,7 +26,7 @@ from mara_runtime.schedule.base import Fixed, Schedule
 from mara_runtime.schedule.calibrate import measure
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NGrams
-from mara_runtime.stats import Stats
+from mara_runtime.stats import Stats, Step
 from mara_runtime.tensors import top_tokens
 
 PLAIN = DecodeConfig(align=False, draft=0, schedule="one-by-one")
@@ -37,83 +38,80 @@ class Subject:
     def __init__(self, folder: str, engine: str, threads: int | None) -> None:
         self._bundle = Bundle.open(folder, verify=False)
         self._engine, _ = open_engine(self._bundle, engine, threads)
-        self._held: list[int] = []
         self._cost: Cost | None = None
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
     @property
     def capacity(self) -> int:
-        """Tokens of prompt and answer, at most."""
+        """Maximum number of tokens, prompt and answer."""
         return self._bundle.manifest.max_context
 
     def describe(self) -> dict[str, Any]:
-        """What is measured."""
+        """Engine and versions."""
         return {**self._engine.describe(), "versions": {"python": platform.python_version()}}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """Steps of the decode loop."""
-        session = Session(self._engine, Fixed(1), held=self._held)
-        times = [time.perf_counter() for _ in _steps(session, self._prompt(context), PLAIN, tokens + 1, Stats())]
+        """Plain greedy steps of the decode loop."""
+        steps = _steps(self._engine, self._session(), self._prompt(context), PLAIN, tokens + 1, Stats())
+        times = [time.perf_counter() for _ in steps]
         return {"ms": [(b - a) * 1e3 for a, b in pairwise(times)]}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """The decode loop up to its first token."""
-        self._held.clear()
-        session = Session(self._engine, Fixed(1), held=self._held)
+        self._engine.cache.tokens.clear()
+        steps = _steps(self._engine, self._session(), self._prompt(tokens), PLAIN, 1, Stats())
         started = time.perf_counter()
-        next(_steps(session, self._prompt(tokens), PLAIN, 1, Stats()))
+        next(steps)
         return {"ms": (time.perf_counter() - started) * 1e3}
 
     def width(self) -> dict[str, Any]:
         """The cost of rows on this machine."""
         self._cost = measure(self._engine, self._bundle.manifest.max_candidates)
-        self._held.clear()
         return asdict(self._cost)
 
     def profile(
         self, profile: dict[str, Any], context: int, tokens: int, ways: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
-        """The same script decoded in several ways in turn; {way: {ms, expected_ms, stats, continued}}."""
+        """Decode the same script in several ways in turn; {way: {ms, engine_ms, expected_ms, stats, continued}}."""
         if self._cost is None:
             self.width()
         assert self._cost is not None
         cost = self._cost
-        what = Profile(**profile)
         manifest = self._bundle.manifest
         vocab_size = manifest.model.shape.vocab_size
         top = top_tokens(manifest.max_candidates, vocab_size)
-        script = Script(what, context + tokens + 1, vocab_size, top)
+        script = Script(Profile(**profile), context + tokens + 1, vocab_size, top)
         answers = {}
         for way, options in ways.items():
             config = DecodeConfig(**options)
             key = f"{profile | {'seed': 0}} {way}"
             acceptance, drafts = self._learned.setdefault(key, (Acceptance(), NGrams()))
-            instrument = Instrument(self._engine, script)
-            session = Session(
-                instrument,
-                _schedule(config, cost, acceptance),
-                None if config.draft == 0 else drafts,
-                manifest.noise,
-                self._held,
-            )
+            engine = SyntheticEngine(self._engine, script)
+            schedule = _schedule(config, cost, acceptance)
+            session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, manifest.noise)
             stats = Stats()
             prompt = script.prompt(context)
-            emitted = [step.token for step in _steps(session, prompt, config, tokens, stats)]
+            emitted = [step.token for step in _steps(engine, session, prompt, config, tokens, stats)]
             answers[way] = {
                 "ms": stats.decode_ms,
                 "engine_ms": stats.engine_ms,
-                "expected_ms": instrument.expected_ms(cost, context, stats.forwards),
+                "expected_ms": engine.expected_ms(cost, context, stats.forwards),
                 "continued": continued_share(prompt, emitted),
                 "stats": stats.to_json(),
             }
         return answers
 
+    def _session(self) -> Session:
+        return Session(self._engine.cache, Fixed(1))
+
     def _prompt(self, length: int) -> list[int]:
         return random_tokens(length, self._bundle.manifest.model.shape.vocab_size)
 
 
-def _steps(session: Session, prompt: list[int], config: DecodeConfig, tokens: int, stats: Stats) -> Iterator[Step]:
-    return decode(session, prompt, config, fallback="first", eos_token_ids=frozenset(), limit=tokens, stats=stats)
+def _steps(
+    engine: Engine, session: Session, prompt: list[int], config: DecodeConfig, tokens: int, stats: Stats
+) -> Iterator[Step]:
+    return decode(engine, session, Request(prompt, config, "first", frozenset(), tokens), stats)
 
 
 def _schedule(config: DecodeConfig, cost: Cost, acceptance: Acceptance) -> Schedule:
@@ -123,7 +121,7 @@ def _schedule(config: DecodeConfig, cost: Cost, acceptance: Acceptance) -> Sched
 
 
 def continued_share(prompt: list[int], tokens: list[int]) -> float:
-    """Share of the tokens that follow the two before them as they did the last time those occurred."""
+    """Share of tokens that follow the two before them as they did the last time those two occurred."""
     after: dict[tuple[int, int], int] = {}
     hits = 0
     text = [*prompt, *tokens]
@@ -139,7 +137,7 @@ def main() -> None:
     parser = command_line()
     parser.add_argument("--engine", default="auto")
     args = parser.parse_args()
-    serve(lambda: Subject(args.model, args.engine, args.threads), told=(MaraError,))
+    serve(lambda: Subject(args.model, args.engine, args.threads), plain_errors=(MaraError,))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""`AlignedDecoder`: a bundle opened, text in, aligned text out.
+"""`AlignedDecoder`: an open bundle; text in, aligned text out.
 
     generate()  the whole answer              → Generation
-    stream()    the same, a piece a token     → Piece, the last of which carries the Generation
-    decode()    token ids only, no text side  (mara_runtime.decode)
+    stream()    one piece per token           → Piece, the last with the Generation
+    decode()    token ids only, without text  (mara_runtime.decode)
 
-Each is a thin wrapper of the next.
+Each is a thin wrapper around the next.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import Message
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Session, Step, decode
+from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
 from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
@@ -33,7 +31,7 @@ from mara_runtime.schedule.base import Fixed, Schedule
 from mara_runtime.schedule.calibrate import measured_cost
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NGrams
-from mara_runtime.stats import Stats
+from mara_runtime.stats import Stats, Step
 from mara_runtime.tensors import spare_slots
 from mara_runtime.text import TextSide, TextStream
 
@@ -78,32 +76,16 @@ class Piece:
     """the whole answer, on the last piece"""
 
 
-@dataclass
-class _Cache:
-    """An engine's KV cache, of which there is one, whoever decodes with the engine."""
-
-    held: list[int] = field(default_factory=list)
-    """see `Session.held`"""
-    turn: int = 0
-    """the latest answer; those before it cannot go on"""
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """of whoever runs a pass, or changes what stands here"""
-
-
-_CACHES: WeakKeyDictionary[Engine, _Cache] = WeakKeyDictionary()
-
-
 class AlignedDecoder:
-    """A bundle ready to decode. One answer at a time, as there is one KV cache: with threads, `generate` waits for its
-    turn, and a stream ends with an error when another answer has begun.
+    """A bundle ready to decode. One answer at a time, as there is one KV cache: between threads, `generate` waits for
+    its turn, and a stream raises an error once another answer has begun.
 
-    A prompt that begins with what the cache still holds, as the next turn of a conversation does, keeps that part.
+    A prompt that starts with cached tokens, as the next turn of a conversation does, reuses their entries.
 
-    engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle,
-    in turns, which know what its cache holds: call `forget` after using it otherwise; threads: of a CPU engine that is
-    opened here, default one a physical core;
-    verify: compare the bundle's files with their checksums first; cost: what width costs here, default measured at
-    the first adaptive answer, once for bundle and machine; report: told when something takes its time.
+    engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle
+    in turn. threads: of a CPU engine that is opened here, default one per physical core.
+    verify: compare the bundle's files with their checksums first. cost: of passes on this machine, by default measured
+    at the first adaptive answer, once per bundle and machine. report: called with a line before something slow.
     """
 
     def __init__(
@@ -127,21 +109,20 @@ class AlignedDecoder:
             self.engine, self.declined = engine, {}
         manifest = self.bundle.manifest
         needed = manifest.max_context + spare_slots(manifest.max_candidates)
-        if self.engine.slots < needed:
+        self._cache = self.engine.cache
+        if self._cache.capacity < needed:
             raise EngineError(
-                f"the engine has {self.engine.slots} KV slots; {self.bundle.folder} needs {needed}: max_context and "
-                "what one decision takes"
+                f"the engine has {self._cache.capacity} KV slots; {self.bundle.folder} needs {needed}: max_context and "
+                "the slots of one decision"
             )
         self._cost, self._report = cost, report
         self._acceptance, self._drafts = Acceptance(), NGrams()
-        self._cache = _CACHES.setdefault(self.engine, _Cache())
 
     def forget(self) -> None:
-        """Empty the KV cache, and forget what was learned of the agent and of the texts."""
+        """Clear the KV cache, and forget what was learned of the agent and of the texts."""
         with self._cache.lock:
-            self._cache.turn += 1
-            self._cache.held.clear()  # first: whatever becomes of the engine, nothing is taken from it any more
-            self.engine.clear()
+            self._cache.owner = None
+            self._cache.clear()
             self._acceptance, self._drafts = Acceptance(), NGrams()
 
     def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
@@ -203,8 +184,8 @@ class AlignedDecoder:
         config = self._resolve(config or DecodeConfig())
         ids = self.encode(prompt, raw=raw, template=template)
         with self._cache.lock:
-            self._cache.turn += 1
-            return self._pieces(ids, config, self._cache.turn)
+            self._cache.owner = answer = object()
+            return self._pieces(ids, config, answer)
 
     def generate(
         self,
@@ -230,53 +211,37 @@ class AlignedDecoder:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")
         return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
 
-    def _check_turn(self, turn: int) -> None:
-        if turn != self._cache.turn:
+    def _check_owner(self, answer: object) -> None:
+        if self._cache.owner is not answer:
             raise MaraError("this answer cannot go on: another has begun on the same engine, which has one KV cache")
 
     def _session(self, config: DecodeConfig) -> Session:
-        drafts = self._drafts if config.draft or (config.draft is None and config.schedule == "adaptive") else None
-        return Session(
-            self.engine,
-            self._schedule(config),
-            drafts,
-            self.bundle.manifest.noise,
-            self._cache.held,
-        )
+        adaptive = config.schedule == "adaptive"
+        drafts = self._drafts if config.draft or (config.draft is None and adaptive) else None
+        return Session(self._cache, self._schedule(config), drafts, self.bundle.manifest.noise)
 
     def _schedule(self, config: DecodeConfig) -> Schedule:
         if config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample)):
             if self._cost is None:
-                self._cost = measured_cost(self.bundle, self.engine, self._will_measure)
+                self._cost = measured_cost(self.bundle, self.engine, self._report)
             return Adaptive(self._cost, self._acceptance)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
-    def _will_measure(self, why: str) -> None:
-        self._cache.held.clear()  # first: the measurement writes over it, and may be interrupted
-        self._report(why)
-
-    def _pieces(self, ids: list[int], config: DecodeConfig, turn: int) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object) -> Iterator[Piece]:
         manifest = self.bundle.manifest
-        limit = min(config.max_new_tokens, manifest.max_context - len(ids))
         eos = frozenset(manifest.model.eos_token_ids)
+        limit = min(config.max_new_tokens, manifest.max_context - len(ids))
+        request = Request(ids, config, config.fallback or manifest.agent.fallback, eos, limit)
         stats = Stats()
         with self._cache.lock:
-            self._check_turn(turn)  # before anything is measured under the feet of another answer
+            self._check_owner(answer)  # before a measurement overwrites the cache of another answer
             session = self._session(config)
         stream = TextStream(self.text_side, config.stop) if self.text_side else None
         emitted: list[int] = []
-        steps = decode(
-            session,
-            ids,
-            config,
-            fallback=config.fallback or manifest.agent.fallback,
-            eos_token_ids=eos,
-            limit=limit,
-            stats=stats,
-        )
+        steps = decode(self.engine, session, request, stats)
         while True:
             with self._cache.lock:
-                self._check_turn(turn)
+                self._check_owner(answer)
                 step = next(steps)
             emitted.append(step.token)
             text = stream.push(step.token) if stream else ""
@@ -285,7 +250,7 @@ class AlignedDecoder:
                 yield Piece(text, step)
                 continue
             text += stream.finish() if stream else ""
-            # Held-back text may hold a stop text that the last token's bytes completed.
+            # text held back may contain a stop text that the last token's bytes completed
             ended = ended or (stream is not None and stream.stopped)
             result = Generation(
                 token_ids=emitted,

@@ -1,4 +1,4 @@
-"""What a generation counted: the algorithm's counters, which no schedule changes, and the work done for them."""
+"""What an answer consists of and what it took: its steps, and counters of the algorithm and of the work."""
 
 from __future__ import annotations
 
@@ -8,15 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mara_runtime.candidates import Candidates
+
 if TYPE_CHECKING:
     from mara_runtime.config import DecodeConfig
-    from mara_runtime.decode import Step
     from mara_runtime.manifest import Noise
+
+
+@dataclass(frozen=True)
+class Step:
+    """One emitted token and how it was chosen."""
+
+    token: int
+    position: int
+    """of the token in the sequence, prompt included, from 0"""
+    candidates: Candidates
+    """by LM rank; in plain greedy decoding the best alone"""
+    rank: int
+    """LM rank of the token among the candidates, from 1"""
+    margins: dict[int, float]
+    """{LM rank: margin} of the examined candidates; empty when there was nothing to decide"""
+    forced: bool
+    """all candidates were rejected, and the fallback was emitted"""
+    drafted: bool = False
+    """it was guessed, and confirmed"""
 
 
 @dataclass
 class Stats:
-    """Counters of one generation. `docs/method.md` defines each of the algorithm's counters."""
+    """Counters of one answer; docs/internals/method.md defines those of the algorithm."""
 
     # of the algorithm: what the sequential procedure would count
     tokens: int = 0
@@ -32,28 +52,28 @@ class Stats:
     candidate_counts: Counter[int] = field(default_factory=Counter)
     """{number of candidates: emitted positions}; empty in plain decoding"""
     smallest_margin: float | None = None
-    """least |margin - threshold| among the examined candidates: how near a decision came to tipping"""
+    """least |margin - threshold| among the examined candidates: how close a decision was"""
 
-    # of the numbers
+    # of the arithmetic
     within_noise: int = 0
-    """positions whose outcome lay within the noise that the bundle records: there another width of pass, or another
-    machine, may choose otherwise"""
+    """positions decided by less than the noise that the bundle records: another pass width, or another machine, may
+    choose differently"""
 
     # of the work
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    """of the prompt, that the KV cache still held"""
+    """of the prompt, still in the KV cache"""
     forwards: int = 0
     """forward passes of the LLM after the prompt"""
     rows: int = 0
-    """token rows asked for in them"""
+    """rows in them"""
     drafted: int = 0
-    """rows of drafted continuations among them"""
+    """drafted rows among them"""
     confirmed: int = 0
-    """drafted tokens that were chosen as guessed"""
+    """drafted tokens that were emitted"""
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
-    """after the prompt, without the time the caller spends between tokens"""
+    """after the prompt, without the caller's time between tokens"""
     engine_ms: float = 0.0
     """of decode_ms, inside the engine's passes"""
 
@@ -62,7 +82,7 @@ class Stats:
         """Tokens after the first, which comes with the prompt, by decode time; 0 where there are none."""
         return (self.tokens - 1) / self.decode_ms * 1e3 if self.tokens > 1 and self.decode_ms else 0.0
 
-    def saw(self, step: Step, config: DecodeConfig, noise: Noise | None) -> None:
+    def record(self, step: Step, config: DecodeConfig, noise: Noise | None) -> None:
         """Count an emitted token."""
         self.tokens += 1
         self.confirmed += step.drafted
@@ -85,7 +105,7 @@ class Stats:
             self.within_noise += step.candidates.gap < noise.logits or min(distances, default=np.inf) < noise.margins
 
     def algorithm(self) -> dict[str, Any]:
-        """The algorithm's counters alone: equal for every schedule (the margin, a measurement, up to rounding)."""
+        """The algorithm's counters alone: the same for every schedule (the margin up to rounding)."""
         return {
             "tokens": self.tokens,
             "decisions": self.decisions,

@@ -1,4 +1,4 @@
-"""Versions of what is installed, which results are kept with."""
+"""Versions of installed packages, recorded with results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed(*names: str) -> dict[str, str]:
-    """Versions by name of package, in this order; those that are not installed are left out."""
+    """{package: version} in this order, without those that are not installed."""
     found = {}
     for name in names:
         try:

@@ -18,7 +18,7 @@ from mara_deploy.demo import AGENT_FILE, corpus
 from mara_deploy.demo import __main__ as demo_command
 from mara_deploy.demo.prompts import SETS, demo_prompts
 from mara_deploy.train.config import RECIPES
-from mara_deploy.train.loop import agent_policy
+from mara_deploy.train.policy import agent_policy
 from mara_runtime import AlignedDecoder, DecodeConfig
 
 
@@ -52,7 +52,7 @@ def test_it_is_what_the_recipe_makes(demo_agent) -> None:
 
 
 def test_it_aligns_and_stays_within_the_grammar(trained, contest) -> None:
-    """The bounds of docs/training.md, on a part of the set; benchmarks/alignment.py measures all of it."""
+    """The bounds of docs/guide/train.md, on a part of the set; benchmarks/alignment.py measures all of it."""
     rate, low, high = trained["vs_greedy"]
     assert rate >= 60
     assert 40 < low <= rate <= high
@@ -79,12 +79,13 @@ def prompts(count: int | None) -> list[corpus.Prompt]:
 @pytest.mark.parametrize("count", [60, pytest.param(None, marks=pytest.mark.long)])
 def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo_agent) -> None:
     from mara_deploy.demo import MODEL_FOLDER
-    from mara_deploy.scores.base import Combined, load_score
+    from mara_deploy.scores.base import Combined, WeightedScore
+    from mara_deploy.scores.load import load_score
     from mara_deploy.train.task import open_task
     from mara_export.hf.sources import ModelSource
 
     asked = prompts(count)
-    score = Combined([(1.0, load_score("demo"))])
+    score = Combined([WeightedScore(load_score("demo"))])
     source = ModelSource(MODEL_FOLDER, "demo", None)
     task = open_task(source, [p.text for p in asked], score, RECIPES["demo"], device="cpu")
     decoder = AlignedDecoder(bundle("demo"), threads=1)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from mara_deploy.demo.recipe import Recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mara_deploy.demo
 from mara_deploy.demo import corpus, lm, measure, train
-from mara_deploy.demo.recipe import Recipe
 
 MODEL = Path(mara_deploy.demo.__file__).parent / "model"
 PERPLEXITY_BOUND = 1.5

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import export_demo
 from mara_export.export import finish
 from mara_export.graph.nodes import Builder, GraphContext
 from mara_export.graph.precision import island, narrow

@@ -509,7 +509,7 @@ LIMITS = {
     "int8": (0.99, 0.2, 5, 0.25),
     "int4": (0.7, 1.0, 20, 1.0),
 }
-"""As docs/bundle.md has them: least cosine, greatest difference, of 100 rows those that may differ, lead in nats."""
+"""docs/reference/bundle.md: least cosine, greatest difference, of 100 rows those that may differ, lead in nats."""
 
 
 def failures_of(name: str, precision: str, change: Callable[[parity.Rows], None]) -> list[str]:

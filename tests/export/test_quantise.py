@@ -7,8 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mara_deploy.demo import MODEL_FOLDER
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import MODEL_FOLDER, export_demo
 from mara_export.graph.quantise import SLICE_COLUMNS, quantise_blocks
 from mara_export.options import ExportOptions, Quantisation
 from mara_export.targets import BITS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import export_demo
 from mara_export.errors import ParityError
 from mara_export.export import export, finish
 from mara_export.hf.sources import resolve_model

@@ -1,8 +1,8 @@
 """Every name of TensorRT and CUDA that our code uses is there, with these arguments, in the releases that it is for.
 
 Read from NVIDIA's own Python packages. Those of TensorRT import without a GPU and without TensorRT once there are
-libraries of its names, which need not do anything: tests/tensorrt/stub.c. `make setup` installs the packages, each in a
-folder of its own.
+libraries of its names, which need not do anything: tests/tensorrt/stub.c. TensorRT for RTX and the newest cuda-bindings
+are part of the environment; `make test-long` installs the packages of older releases, each in a folder of its own.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ ONLY = {
 
 def folder(name: str) -> Path:
     path = FOLDERS / name
-    assert path.is_dir(), f"{path} is missing: run make setup, which installs NVIDIA's Python packages there"
+    assert path.is_dir(), f"{path} is missing: run make test-long, which installs NVIDIA's Python packages there"
     return path
 
 
@@ -98,7 +98,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[*RELEASES, "rtx"])
+@pytest.fixture(scope="module", params=[*(pytest.param(name, marks=pytest.mark.long) for name in RELEASES), "rtx"])
 def tensorrt(request: pytest.FixtureRequest, libraries: Path) -> Released:
     """One release of TensorRT, or TensorRT for RTX."""
     if request.param == "rtx":
@@ -111,7 +111,7 @@ def tensorrt(request: pytest.FixtureRequest, libraries: Path) -> Released:
     return found
 
 
-@pytest.fixture(scope="module", params=["12.9", "installed"])
+@pytest.fixture(scope="module", params=[pytest.param("12.9", marks=pytest.mark.long), "installed"])
 def cuda(request: pytest.FixtureRequest) -> Released:
     """cuda-bindings: the line of CUDA 12, as on JetPack 6, and the one that is installed."""
     folders = [] if request.param == "installed" else [folder(f"cuda-bindings-{request.param}")]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mara_runtime.engines.base import FullOutput, Pass, StepOutput
+from mara_runtime.config import DecodeConfig
+from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.manifest import MANIFEST_FILE
 from mara_runtime.schedule.cost import Cost
+from tests import reference
 from tests.table_engine import TableEngine
 
 Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -59,7 +61,7 @@ def make_bundle(
 def manifest_json(
     files: dict[str, bytes], *, has_tokenizer: bool = False, special_tokens: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A valid manifest of these files, as the JSON value that docs/bundle.md specifies."""
+    """A valid manifest of these files, as the JSON value that docs/reference/bundle.md specifies."""
     tokenizer = {
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
@@ -213,6 +215,42 @@ def sum_agent(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
     return hidden[:, 0] + hidden[:, 1]
 
 
+@dataclass(frozen=True)
+class TableNode:
+    """A prefix of a table; see `reference.Node`."""
+
+    lookup: Lookup
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    prefix: tuple[int, ...]
+
+    @property
+    def logits(self) -> list[float]:
+        logits: list[float] = self.lookup(self.prefix)[0].tolist()
+        return logits
+
+    @property
+    def margin(self) -> float:
+        return float(self.agent(self.lookup(self.prefix)[1][None])[0])
+
+    def then(self, token: int) -> "TableNode":
+        return TableNode(self.lookup, self.agent, (*self.prefix, token))
+
+
+def sequential(
+    lookup: Lookup,
+    prompt: Sequence[int],
+    config: DecodeConfig,
+    fallback: str = "first",
+    eos: Container[int] = (),
+    limit: int | None = None,
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
+) -> reference.Answer:
+    """The sequential procedure's answer. limit: default the config's."""
+    node = TableNode(lookup, agent, tuple(prompt))
+    limit = config.max_new_tokens if limit is None else limit
+    return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
+
+
 class CountingEngine(TableEngine):
     """A TableEngine that records its calls, and that takes every liberty which the protocol allows an engine.
 
@@ -228,13 +266,10 @@ class CountingEngine(TableEngine):
     ) -> None:
         super().__init__(lookup, agent, slots, max_candidates)
         self.calls: list[Pass] = []
-        """every pass, its sequences as lists"""
-        self.evaluated: list[tuple[list[int], list[int], int]] = []
-        """(tokens, positions, slot) of every call of `evaluate`"""
-        self.moves: list[tuple[int, int]] = []
+        """every pass, its sequences as lists; those of a fault search are in `searched`"""
+        self.searched: list[Pass] = []
         self.headed: list[int] = []
         """rows that went through the LM head, by pass"""
-        self.cleared = 0
         self._given: list[NDArray[Any]] = []
 
     @property
@@ -243,7 +278,7 @@ class CountingEngine(TableEngine):
         return [len(call.agent_rows) for call in self.calls if call.agent_rows]
 
     def run(self, work: Pass) -> StepOutput:
-        self.calls.append(
+        (self.searched if work.full else self.calls).append(
             replace(
                 work,
                 tokens=list(work.tokens),
@@ -267,25 +302,18 @@ class CountingEngine(TableEngine):
         self._given = [out.margins, out.rows, out.top_ids, out.top_logits, out.log_normaliser]
         return out
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
-        self.evaluated.append((list(tokens), list(positions), slot))
-        return super().evaluate(tokens, positions, slot)
+    @property
+    def moves(self) -> list[tuple[int, int]]:
+        """(source, target) of every entry that moved."""
+        return self.memory.moves
 
-    def move(self, source: int, target: int) -> None:
-        self.moves.append((source, target))
-        super().move(source, target)
-
-    def clear(self) -> None:
-        self.cleared += 1
-        super().clear()
-
-    def grow(self, slots: int) -> None:
+    def extend_slots(self, slots: int) -> None:
         """Have at least so many slots."""
-        self._entries += [None] * (slots - self.slots)
+        self.memory.entries += [None] * (slots - self.cache.capacity)
 
     def entries(self, count: int) -> list[tuple[int, int] | None]:
         """(token, position) of the first so many slots."""
-        return self._entries[:count]
+        return self.memory.entries[:count]
 
 
 def scripted(

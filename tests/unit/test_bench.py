@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mara_deploy.bench.workload import HIGH, Instrument, Profile, Script
 
 from mara_deploy.bench import machine
 from mara_deploy.bench.contestant import commands
 from mara_deploy.bench.measure import spread
 from mara_deploy.bench.worker import continued_share
-from mara_deploy.bench.workload import HIGH, Instrument, Profile, Script
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, decode

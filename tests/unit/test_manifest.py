@@ -260,7 +260,11 @@ def test_engines_of_several_sizes_and_targets_are_fine() -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in FILE_PATHS if len(p) > 1], ids="/".join)
-@pytest.mark.parametrize("other", [MISSING, None, 1.5, True, [], {}, "text"], ids=repr)
+@pytest.mark.parametrize(
+    "other",
+    [MISSING, None, 1.5, True, [], {}, "text"],
+    ids=lambda other: "missing" if other is MISSING else repr(other),
+)
 def test_a_file_entry_of_another_kind(path: tuple[str, ...], other: object) -> None:
     if path[-1] == "sha256" and other == "text":
         other = 5

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mara_export.parity.rows import Case, Rows, Side
-from mara_runtime.engines.base import Engine
+from mara_runtime.engines.base import Engine, Pass
 
 if TYPE_CHECKING:
-    from mara_runtime.engines.ort import OrtEngine
+    from mara_runtime.engines.ort import CpuEngine
 
 PERTURBATION = 1e-4
 """Relative standard deviation of what `perturber` adds to KV entries. A level of int8 is 8e-3 of the largest activation
@@ -20,12 +20,12 @@ PERTURBED_ROWS = 8
 """Rows per pass of the perturbed run; later passes see the changed entries of earlier ones."""
 
 
-def perturber(engine: OrtEngine) -> Callable[[int], None]:
+def perturber(engine: CpuEngine) -> Callable[[int], None]:
     """A function that perturbs the entries of a KV slot, by the same random numbers in every export."""
     generator = np.random.default_rng(0)
 
     def perturb(slot: int) -> None:
-        entries = engine.entries[:, :, :, slot]
+        entries = engine.memory.entries[:, :, :, slot]
         entries[...] = entries * (1 + PERTURBATION * generator.standard_normal(entries.shape, np.float32))
 
     return perturb
@@ -35,7 +35,9 @@ def run_engine(engine: Engine, case: Case, perturb: Callable[[int], None] | None
     """Run an engine over a case. perturb: changes a slot of its KV cache; None: nothing rounds activations."""
 
     def rows(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
-        out = engine.evaluate(tokens, positions, slot)
+        out = engine.run(Pass.full_outputs(tokens, positions, slot))
+        assert out.hidden is not None
+        assert out.logits is not None
         return Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
 
     def siblings() -> Rows:

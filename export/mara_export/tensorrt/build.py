@@ -9,24 +9,22 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mara_export.folder import add_engines, staging_folder
+from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS, engine_slots
+from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
-from mara_runtime.decode import PREFILL_ROWS
 from mara_runtime.engines import cuda, trt_plan
 from mara_runtime.errors import EngineError, OptionError
-from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
-from mara_runtime.tensors import spare_slots
+from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
+from mara_runtime.tensors import PREFILL_ROWS, spare_slots
 
 OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
 """Version of TensorRT that some lowering needs at least."""
-HARDWARE = ("none", "ampere-plus", "same-compute-capability")
 USUAL_ROWS = 4
 """Rows of a decoding pass that the kernels of the first profile are tuned for."""
 KERNEL_BYTES = 64 << 20
@@ -37,49 +35,6 @@ RTX_DEFAULT = "8.0+"
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
 RTX_OLDEST = 8.0
 """Compute capability below which TensorRT for RTX knows GPUs, but has no kernels for the graph: no Gemm in float32."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How engines are built. What is left at its default is left to TensorRT."""
-
-    capacities: tuple[int, ...] = ()
-    """tokens of context, 1 … the bundle's max_context: an engine for each, beside the one for max_context, which is
-    always built. Decoding starts in the smallest and grows, as attention costs by capacity."""
-    timing_cache: Path | None = None
-    """tensorrt: file of kernel timings that later builds reuse; None: in the user's cache folder"""
-    weight_streaming: bool = False
-    """weights may stay in host memory and be streamed, if they do not fit; no CUDA graphs then"""
-    version_compatible: bool = False
-    """tensorrt: later versions of the same major may run the engine; slower"""
-    hardware: str = "none"
-    """tensorrt: one of HARDWARE, the GPUs that may run the engine beside the one that built it; not on Jetson"""
-    compute_capabilities: tuple[str, ...] = ()
-    """tensorrt-rtx: of the GPUs to build for, as 8.9; empty: 8.0 and later"""
-    workspace_bytes: int | None = None
-    """memory that kernels may use at most while the engine is built and run; 1 … 2^63 - 1; None: all of the GPU's"""
-    optimisation_level: int | None = None
-    """0 … 5: how long kernels are searched for; None: TensorRT's 3"""
-
-    def __post_init__(self) -> None:
-        for capacity in self.capacities:
-            if capacity < 1:
-                raise OptionError(f"--capacity is {capacity}; it must be at least 1")
-        if self.hardware not in HARDWARE:
-            raise OptionError(f"--hardware is {self.hardware!r}; it must be one of {', '.join(HARDWARE)}")
-        if self.workspace_bytes is not None and not 0 < self.workspace_bytes < 1 << 63:
-            mib = self.workspace_bytes / 2**20
-            raise OptionError(f"--workspace is {mib:g} MiB; it must be more than 0 and less than 2^43")
-        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
-            raise OptionError(f"--optimisation-level is {self.optimisation_level}; it must lie between 0 and 5")
-
-    def slots(self, manifest: Manifest) -> tuple[int, ...]:
-        """Sizes of the KV caches to build for, the smallest first."""
-        most = manifest.max_context
-        for capacity in self.capacities:
-            if capacity > most:
-                raise OptionError(f"--capacity is {capacity}; the bundle was exported for {most} tokens of context")
-        return tuple(sorted({engine_slots(tokens, manifest.max_candidates) for tokens in (*self.capacities, most)}))
 
 
 def why_cannot_build(target: str) -> str | None:

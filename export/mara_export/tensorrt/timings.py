@@ -45,7 +45,7 @@ def timing_cache(config: Any, path: Path | None, default: str, note: Callable[[s
         files.write_cached(default, measured)
         return
     try:
-        files.write_whole(path, measured)
+        files.write_atomic(path, measured)
     except OSError as error:
         note(f"--timing-cache: {path} cannot be written ({error.strerror}); the next build measures again")
 

@@ -48,4 +48,8 @@ def _kind(name: str) -> tuple[Callable[[Bundle, str], str | None], Callable[[Bun
         return tensorrt.why_not, lambda bundle, name, threads: tensorrt.TrtEngine(bundle, name)
     from mara_runtime.engines import ort
 
-    return ort.why_not, ort.OrtEngine
+    if name == "cpu":
+        return ort.why_not, lambda bundle, name, threads: ort.CpuEngine(bundle, threads)
+    from mara_runtime.engines import ort_cuda
+
+    return ort.why_not, lambda bundle, name, threads: ort_cuda.CudaEngine(bundle, threads)

@@ -1,7 +1,7 @@
-"""What the decode loop needs of an engine.
+"""What the decode loop asks of an engine: passes of rows over a KV cache of numbered slots.
 
-An engine runs the step graph (mara_runtime.tensors) over a KV cache of numbered slots. It knows nothing of
-candidates, strategies or text; rows and slots are explained in `mara_runtime.tensors`.
+An engine runs the step graph (`mara_runtime.tensors`, which defines row, slot and position). It knows nothing of
+candidates, strategies or text.
 """
 
 from __future__ import annotations
@@ -16,30 +16,94 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime import tensors
-from mara_runtime.errors import NumericsError
+from mara_runtime.engines.kv_cache import KVCache
+
+NEVER = -math.inf
+"""Priority of a row that is never elected."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The rows of one forward pass, and what is wanted of them."""
+    """One forward pass: its rows, and which outputs the caller needs."""
 
     tokens: Sequence[int]
-    """(S,) a token a row"""
+    """(S,) one token per row"""
     positions: Sequence[int]
-    """(S,) a row attends to the slots below its position and to its own"""
+    """(S,) a row attends to the slots below its position and to its own slot"""
     slot: int
-    """row i is written to slot `slot + i`"""
+    """row i writes its KV entry to slot `slot + i`"""
     head_rows: Sequence[int] = ()
-    """rows whose next tokens are wanted, whatever the agent says"""
+    """rows that go through the LM head whatever the agent decides"""
     agent_rows: Sequence[int] = ()
-    """(N,) rows shown to the agent"""
+    """(N,) rows that the agent judges"""
     priorities: Sequence[float] = ()
-    """(N,) of the accepted ones the greatest `priority + margin_weight * margin` is elected; -inf: never"""
+    """(N,) the accepted row with the greatest `priority + margin_weight * margin` is elected: it, too, goes through the
+    LM head; NEVER excludes a row"""
     margin_weight: float = 0.0
     threshold: float = 0.0
     """a row is accepted when its margin exceeds this"""
     fallback_row: int | None = None
-    """elected when no row is accepted; None: none"""
+    """elected when no row is accepted; None: no row is"""
+    full: bool = False
+    """also return hidden states and logits, for parity checks and diagnosis"""
+
+    @classmethod
+    def prefill(cls, tokens: Sequence[int], start: int, *, last: bool) -> Pass:
+        """Part of a prompt from position `start` on; the last part's last row goes through the LM head."""
+        return cls(tokens, range(start, start + len(tokens)), start, [len(tokens) - 1] if last else ())
+
+    @classmethod
+    def sequence(cls, tokens: Sequence[int], start: int, *, judge_draft: bool) -> Pass:
+        """A token at position `start`, whose successor is not yet known, and a draft after it; all through the LM head.
+
+        judge_draft: the agent judges the drafted rows.
+        """
+        rows = range(len(tokens))
+        judged = rows[1:] if judge_draft else ()
+        return cls(tokens, range(start, start + len(tokens)), start, rows, judged, [NEVER] * len(judged))
+
+    @classmethod
+    def siblings(
+        cls,
+        tokens: Sequence[int],
+        draft: Sequence[int],
+        position: int,
+        slot: int,
+        *,
+        priorities: Sequence[float],
+        margin_weight: float,
+        threshold: float,
+        fallback: int | None,
+    ) -> Pass:
+        """Candidates of one position, and under the first a draft; `sibling_row` tells the row of each candidate.
+
+        tokens, priorities: by candidate; a last one without a priority is not judged. slot: of the first candidate;
+        with a draft it equals `position`. fallback: index of the candidate elected when none is accepted.
+        """
+        first, *others = tokens
+        drafted = len(draft)
+        return cls(
+            [first, *draft, *others],
+            [position, *range(position + 1, position + 1 + drafted), *[position] * len(others)],
+            slot,
+            head_rows=range(1 + drafted) if drafted else (),
+            agent_rows=range(len(priorities) + drafted),
+            priorities=[priorities[0], *[NEVER] * drafted, *priorities[1:]],
+            margin_weight=margin_weight,
+            threshold=threshold,
+            fallback_row=None if fallback is None else sibling_row(fallback, drafted),
+        )
+
+    @classmethod
+    def full_outputs(cls, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Pass:
+        """Every output of every row."""
+        rows = range(len(tokens))
+        return cls(tokens, positions, slot, rows, rows, [NEVER] * len(rows), full=True)
+
+
+def sibling_row(index: int, drafted: int) -> int:
+    """Row of the candidate `index` in a pass of `Pass.siblings` with so many drafted tokens."""
+    return index + drafted if index else 0
 
 
 @dataclass(frozen=True)
@@ -49,119 +113,83 @@ class StepOutput:
     margins: NDArray[np.float32]
     """(N,) of the agent's rows; NaN where the hidden state is not finite"""
     rows: NDArray[np.int64]
-    """(R,) those that went through the LM head: `head_rows`, then the elected one, if any"""
+    """(R,) rows that went through the LM head: `head_rows`, then the elected one, if any"""
     top_ids: NDArray[np.int64]
-    """(R, K) the best next tokens"""
+    """(R, K) most likely next tokens"""
     top_logits: NDArray[np.float32]
     """(R, K) descending"""
     log_normaliser: NDArray[np.float32]
     """(R,) log-probability = logit - log_normaliser; NaN where the logits are not finite"""
-
-
-@dataclass(frozen=True)
-class FullOutput:
-    """All that a pass computes, for whoever compares or diagnoses; decoding has no need of it."""
-
-    hidden: NDArray[np.float32]
-    """(S, D) after the final norm"""
-    logits: NDArray[np.float32]
-    """(S, V)"""
-    margins: NDArray[np.float32]
-    """(S,)"""
+    hidden: NDArray[np.float32] | None = None
+    """(S, D) after the final norm; only of a full pass"""
+    logits: NDArray[np.float32] | None = None
+    """(R, V) only of a full pass"""
 
 
 class Engine(Protocol):
-    """One open model with its KV cache."""
+    """One open model and its KV cache."""
 
     @property
-    def slots(self) -> int:
-        """Size of the KV cache when it is largest."""
+    def cache(self) -> KVCache:
+        """What the slots hold. Whoever runs passes holds its lock."""
 
     def run(self, work: Pass) -> StepOutput:
-        """Run the rows, write their KV entries, and return what was asked for."""
-
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
-        """Run the rows and return their hidden states, logits and margins."""
-
-    def begin(self, kept: int, slots: int) -> None:
-        """A text begins that will need `slots` soon: the first `kept` entries of the cache stay, the others may go.
-
-        The engine may make its cache larger or smaller now, which is cheaper than growing pass by pass.
-        """
-
-    def move(self, source: int, target: int) -> None:
-        """Make the entry of slot `source` that of slot `target`, in every layer."""
-
-    def clear(self) -> None:
-        """Make every slot what it was at first, zero: a NaN in a masked slot would reach the rows that mask it."""
+        """Run the rows, write their KV entries, return the outputs. Cached tokens from `work.slot` on are dropped."""
 
     def describe(self) -> dict[str, Any]:
-        """What ran: name, versions, graph, threads; recorded with every result.
+        """What runs: name, versions, graph, threads; recorded with every result.
 
-        What changes while it runs, sizes in bytes, is under "memory".
+        What changes at run time, sizes in bytes, is under "memory".
         """
 
 
 def is_finite(out: StepOutput) -> bool:
-    """Are all margins and logits of a pass numbers?"""
+    """Whether all margins and normalisers are finite."""
     return all(map(math.isfinite, out.margins.tolist())) and all(map(math.isfinite, out.log_normaliser.tolist()))
 
 
-def fill(inputs: Mapping[str, NDArray[Any]], work: Pass) -> None:
+def fill_inputs(inputs: Mapping[str, NDArray[Any]], work: Pass) -> None:
     """Write a pass into the arrays of the graph's inputs. An array may have a row where the pass has none."""
     inputs[tensors.INPUT_IDS][0] = work.tokens
     inputs[tensors.POSITION_IDS][0] = work.positions
     inputs[tensors.WRITE_INDICES][0] = work.slot
-    inputs[tensors.HEAD_ROWS][:] = work.head_rows if len(work.head_rows) else 0  # row 0 fills the place …
+    inputs[tensors.HEAD_ROWS][:] = work.head_rows if len(work.head_rows) else 0  # padding is row 0 …
     inputs[tensors.AGENT_ROWS][:] = work.agent_rows if len(work.agent_rows) else 0
-    inputs[tensors.PRIORITIES][:] = work.priorities if len(work.priorities) else -np.inf  # … and is never chosen
+    inputs[tensors.PRIORITIES][:] = work.priorities if len(work.priorities) else NEVER  # … and is never elected
     inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
-    inputs[tensors.THRESHOLD][0] = float32_below(work.threshold)
+    inputs[tensors.THRESHOLD][0] = _float32_below(work.threshold)
     inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
 
 
-def outcome(outputs: Mapping[str, NDArray[Any]], work: Pass, extra: int = 0) -> StepOutput:
-    """Read the arrays of the graph's outputs, without rows that stood where the pass has none.
+def read_outputs(
+    outputs: Mapping[str, NDArray[Any]],
+    work: Pass,
+    row_offset: int = 0,
+    hidden: NDArray[np.float32] | None = None,
+    logits: NDArray[np.float32] | None = None,
+) -> StepOutput:
+    """Read the arrays of the graph's outputs, without padding.
 
-    extra: rows that ran in front of the pass's own.
+    row_offset: rows that ran in front of the pass's own. hidden (1, S, D) and logits (≥ R, V) of a full pass, S without
+    the rows in front.
     """
     rows = outputs[tensors.ROWS]
-    told = slice(len(rows) - 1 - len(work.head_rows), len(rows) if rows[-1] >= 0 else -1)
+    end = len(rows) if rows[-1] >= 0 else len(rows) - 1  # without an elected row the last is padding
+    asked = slice(len(rows) - 1 - len(work.head_rows), end)
     return StepOutput(
         outputs[tensors.MARGINS][: len(work.agent_rows)],
-        rows[told] - extra if extra else rows[told],
-        outputs[tensors.TOP_IDS][told],
-        outputs[tensors.TOP_LOGITS][told],
-        outputs[tensors.LOG_NORMALISER][told],
+        rows[asked] - row_offset if row_offset else rows[asked],
+        outputs[tensors.TOP_IDS][asked],
+        outputs[tensors.TOP_LOGITS][asked],
+        outputs[tensors.LOG_NORMALISER][asked],
+        None if hidden is None else hidden[0],
+        None if logits is None else logits[asked],
     )
 
 
 @lru_cache(maxsize=8)
-def float32_below(threshold: float) -> float:
-    """The greatest float32 ≤ threshold: a float32 margin exceeds the one exactly when it exceeds the other."""
+def _float32_below(threshold: float) -> float:
+    """The greatest float32 ≤ threshold: a float32 margin exceeds one exactly when it exceeds the other."""
     with np.errstate(over="ignore"):
         nearest = np.float32(threshold)
     return float(nearest if float(nearest) <= threshold else np.nextafter(nearest, np.float32(-np.inf)))
-
-
-def check_row(engine: Engine, token: int, position: int, slot: int, *, margin: bool) -> None:
-    """Run one row. Raises NumericsError, naming its position, when it gives something that is not a number.
-
-    margin: the agent's answer counts, too.
-    """
-    found = engine.evaluate([token], [position], slot)
-    if not np.isfinite(found.hidden).all():
-        raise NumericsError(
-            f"the hidden state at position {position} (token {token}) is not finite: the model's weights or its "
-            "precision are at fault; export it again, at a higher precision if it was quantised"
-        )
-    # -inf alone is a token ruled out; NaN, +inf, or nothing but -inf leaves no probabilities
-    if np.isnan(found.logits).any() or not np.isfinite(found.logits.max()):
-        raise NumericsError(
-            f"the logits after position {position} are not finite: the model's LM head or its precision is at fault; "
-            "export it again, at a higher precision if it was quantised"
-        )
-    if margin and not np.isfinite(found.margins).all():
-        raise NumericsError(
-            f"the agent's margin at position {position} is not finite: the agent's weights are at fault"
-        )

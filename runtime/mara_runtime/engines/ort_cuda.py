@@ -1,0 +1,96 @@
+"""ONNX Runtime on CUDA: the KV cache stays on the device.
+
+NumPy cannot reach the entries there, so an entry that moves is recomputed as a row of the next pass (recompute.py).
+Not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mara_runtime.bundle import Bundle
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.ort import CpuMemory, OrtEngine
+from mara_runtime.engines.recompute import Recompute
+from mara_runtime.errors import EngineError
+from mara_runtime.tensors import ModelShape
+
+
+class CudaMemory(CpuMemory):
+    """KV entries on the device; see `CacheMemory`."""
+
+    name, device = "cuda", "cuda"
+
+    def __init__(self, shape: ModelShape, dtype: str, capacity: int) -> None:
+        super().__init__(shape, dtype, capacity)
+        self.recompute = Recompute()
+
+    def resize(self, slots: int, kept: int) -> None:
+        """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
+        self.grow(slots)
+
+    def _kept(self) -> Iterable[NDArray[Any]]:
+        return [value.numpy() for value in self.values]
+
+    def move(self, token: int, source: int, target: int) -> None:
+        """See `CacheMemory`."""
+        self.recompute.schedule(token, target)
+
+    def zero(self) -> None:
+        """See `CacheMemory`."""
+        super().zero()
+        self.recompute.cancel()
+
+
+class CudaEngine(OrtEngine):
+    """On the CUDA provider."""
+
+    name = "cuda"
+    _memory: CudaMemory
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, graphs: bool = False) -> None:
+        """graphs: run repeated passes as CUDA graphs where ONNX Runtime allows it; off until measured on a device.
+
+        threads: of what runs on the CPU beside it. Raises EngineError and OptionError.
+        """
+        self._graphs: bool | str = graphs
+        """whether passes run as CUDA graphs; a text: why not"""
+        self._graph_ids = count(1)  # 0 is ONNX Runtime's own
+        super().__init__(bundle, threads)
+
+    def _open(self, path: Path, options: Any) -> Any:
+        provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
+        if self._graphs:
+            try:
+                return self._open_session(path, options, {**provider_options, "enable_cuda_graph": "1"})
+            except EngineError as error:
+                self._graphs = str(error)
+        return self._open_session(path, options, provider_options)
+
+    def _make_memory(self, capacity: int) -> CudaMemory:
+        return CudaMemory(self._shape, self._dtype, capacity)
+
+    def run(self, work: Pass) -> StepOutput:
+        """See `Engine.run`."""
+        self._cache.reserve(work.slot, len(work.tokens))
+        first, merged, row_offset = self._memory.recompute.passes(work)
+        if first is not None:
+            self._run(first)
+        out = self._run(merged, row_offset)
+        self._memory.recompute.cancel()
+        return out
+
+    def _run_options(self, cached: bool) -> Any:
+        options = super()._run_options(cached)
+        if self._graphs is True:  # a graph is bound to shapes and addresses: one per cached binding, -1 for none
+            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids) if cached else -1))
+        return options
+
+    def describe(self) -> dict[str, Any]:
+        """See `Engine.describe`."""
+        return {**super().describe(), "cuda_graphs": self._graphs}

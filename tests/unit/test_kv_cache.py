@@ -1,0 +1,186 @@
+"""The KV cache's bookkeeping, and entries that are recomputed instead of moved."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.kv_cache import KVCache
+from mara_runtime.engines.recompute import Recompute
+from tests.conformance import chain, judged, siblings
+from tests.table_engine import TableEngine, TableMemory
+from tests.unit import helpers
+
+
+class Memory:
+    """Records what it is asked for; see `CacheMemory`."""
+
+    capacity = 8
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def resize(self, slots: int, kept: int) -> None:
+        self.calls.append(("resize", slots, kept))
+
+    def grow(self, slots: int) -> None:
+        self.calls.append(("grow", slots))
+        if slots > self.capacity:
+            raise IndexError(slots)
+
+    def move(self, token: int, source: int, target: int) -> None:
+        self.calls.append(("move", token, source, target))
+
+    def zero(self) -> None:
+        self.calls.append(("zero",))
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def cache(memory: Memory) -> KVCache:
+    """A cache that holds 1 2 3."""
+    cache = KVCache(memory)
+    cache.extend([1, 2, 3])
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [([1, 2, 3, 4], 3), ([1, 2, 3], 2), ([1, 2], 1), ([1], 0), ([1, 2, 4, 5], 2), ([2, 2, 3], 0)],
+    ids=str,
+)
+def test_reuse_keeps_the_common_prefix_and_never_the_whole_prompt(
+    cache: KVCache, memory: Memory, prompt: list[int], kept: int
+) -> None:
+    assert cache.reuse(prompt) == kept
+    assert cache.tokens == prompt[:kept]
+    assert memory.calls == [("resize", len(prompt), kept)]
+
+
+def test_reserve_drops_the_tokens_that_a_pass_overwrites_even_if_there_is_no_room(
+    cache: KVCache, memory: Memory
+) -> None:
+    cache.reserve(3, 2)
+    assert (cache.tokens, memory.calls) == ([1, 2, 3], [("grow", 5)])
+    cache.reserve(1, 2)
+    assert cache.tokens == [1]
+    with pytest.raises(IndexError):
+        cache.reserve(0, 9)
+    assert cache.tokens == []
+
+
+def test_commit_moves_only_an_entry_that_lies_elsewhere(cache: KVCache, memory: Memory) -> None:
+    cache.commit(7, 3)
+    assert (cache.tokens, memory.calls) == ([1, 2, 3, 7], [])
+    cache.commit(8, 6)
+    assert (cache.tokens, memory.calls) == ([1, 2, 3, 7, 8], [("move", 8, 6, 4)])
+
+
+def test_clear_drops_all_tokens_and_zeroes_the_memory(cache: KVCache, memory: Memory) -> None:
+    cache.clear()
+    assert (cache.tokens, memory.calls, cache.capacity) == ([], [("zero",)], 8)
+
+
+# ── recomputed entries ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def recompute() -> Recompute:
+    """The entry of token 9 belongs into slot 3."""
+    recompute = Recompute()
+    recompute.schedule(9, 3)
+    return recompute
+
+
+def test_the_row_runs_in_front_of_the_pass_after_it_until_that_succeeded(recompute: Recompute) -> None:
+    work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1)
+    merged = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2)
+    for _ in range(2):  # the first was interrupted
+        assert recompute.passes(work) == (None, merged, 1)
+    assert recompute.passes(replace(work, fallback_row=None))[1].fallback_row is None
+    recompute.cancel()
+    assert recompute.passes(work) == (None, work, 0)
+
+
+def test_the_row_runs_alone_before_a_pass_that_must_not_widen_or_lies_elsewhere(recompute: Recompute) -> None:
+    row = Pass([9], [3], 3)
+    adjacent, later = chain([4, 5], 4), siblings([4, 5], 4, 6)
+    assert recompute.passes(adjacent, merge=False) == (row, adjacent, 0)
+    assert recompute.passes(later) == (row, later, 0)
+
+
+@pytest.mark.parametrize("work", [chain([4], 3), chain([4, 5, 6], 1)], ids=str)
+def test_a_row_that_is_overwritten_does_not_run(recompute: Recompute, work: Pass) -> None:
+    assert recompute.passes(work) == (None, work, 0)
+
+
+class RecomputingMemory(TableMemory):
+    """An entry that moves is lost, as on a device that the host cannot reach."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.recompute = Recompute()
+
+    def move(self, token: int, source: int, target: int) -> None:
+        self.entries[source] = self.entries[target] = None
+        self.recompute.schedule(token, target)
+
+    def zero(self) -> None:
+        super().zero()
+        self.recompute.cancel()
+
+
+class RecomputingEngine(TableEngine):
+    """A table whose passes have so many rows at most."""
+
+    MOST = 8
+
+    def __init__(self, lookup: helpers.Lookup, slots: int) -> None:
+        super().__init__(lookup, helpers.sum_agent, slots)
+        self.memory = self.recomputing = RecomputingMemory(slots)
+        self._cache = KVCache(self.memory)
+        self.widths: list[int] = []
+
+    def run(self, work: Pass) -> StepOutput:
+        tokens = list(self.cache.tokens)
+        first, merged, row_offset = self.recomputing.recompute.passes(work, merge=len(work.tokens) < self.MOST)
+        if first is not None:
+            super().run(first)
+        self.widths.append(len(merged.tokens))
+        out = super().run(merged)
+        self.recomputing.recompute.cancel()
+        self.cache.tokens[:] = tokens[: work.slot]
+        return replace(out, rows=out.rows - row_offset)
+
+
+def test_recomputing_entries_gives_what_moving_them_gives() -> None:
+    rng, table = random.Random(0), helpers.hash_table(1, 12, 5, 2.0)
+    recomputing, moving = RecomputingEngine(table, 64), TableEngine(table, helpers.sum_agent, 64)
+    both, moved = (recomputing, moving), 0
+    for _ in range(30):
+        for engine in both:
+            engine.cache.clear()
+        while (length := len(moving.cache.tokens)) < 40:
+            prompt = [rng.randrange(12) for _ in range(rng.randint(1, recomputing.MOST))]
+            tokens = [rng.randrange(12) for _ in range(rng.randint(1, recomputing.MOST - 1))]
+            position = length + len(prompt)
+            decision = siblings(tokens, position, head_rows=[0], **judged(len(tokens)))
+            for work in (chain(prompt, length, head_rows=[len(prompt) - 1]), decision):
+                actual, expected = (engine.run(work) for engine in both)
+                for name in ("margins", "rows", "top_ids", "top_logits"):
+                    np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+                if work is not decision:
+                    for engine in both:
+                        engine.cache.extend(prompt)
+            chosen = rng.randrange(len(tokens))
+            for engine in both:
+                engine.cache.commit(tokens[chosen], position + chosen)
+            moved += chosen > 0
+    assert moved > 50
+    assert max(recomputing.widths) == recomputing.MOST
