@@ -31,7 +31,8 @@ from mara_export.parity.compare import (
 )
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.manifest import Noise
 from tests import checkpoints
 
@@ -245,7 +246,7 @@ def gate(bundle, traced, tmp_path) -> Callable[..., list[str]]:
     return failures
 
 
-def compared(bundle: Bundle, cases: Sequence[parity.Case], gate: parity.Gate, engine: type = OrtEngine) -> list[str]:
+def compared(bundle: Bundle, cases: Sequence[parity.Case], gate: parity.Gate, engine: type = CpuEngine) -> list[str]:
     opened = engine(bundle, threads=1)
     return parity.compare(cases, [parity.run_engine(opened, case) for case in cases], gate).failures
 
@@ -284,10 +285,11 @@ def test_a_wrong_state_is_stopped_by_the_wider_gates_too(gate, precision) -> Non
 
 
 def test_a_wrong_order_of_cache_slots_is_stopped(bundle, traced) -> None:
-    class Shifted(OrtEngine):
-        def evaluate(self, tokens: Any, positions: Any, slot: int) -> Any:
+    class Shifted(CpuEngine):
+        def run(self, work: Pass) -> StepOutput:
+            tokens, positions = work.tokens, work.positions
             rows = list(range(len(tokens)))[::-1] if len(tokens) == parity.SIBLINGS else list(range(len(tokens)))
-            return super().evaluate([tokens[r] for r in rows], [positions[r] for r in rows], slot)
+            return super().run(replace(work, tokens=[tokens[r] for r in rows], positions=[positions[r] for r in rows]))
 
     assert compared(Bundle.open(bundle("qwen2")), traced("qwen2").reference.cases, GATE, Shifted)
 
@@ -482,21 +484,21 @@ def test_what_is_not_finite_in_a_perturbed_row_fails(name) -> None:
 def test_rows_move_by_less_than_the_recorded_noise_where_levels_flip(traced, tmp_path, precision, lowering) -> None:
     """Of a text longer than the gate's, one row at a time; last bits of the cache move as on other processors."""
     options = ExportOptions(precision=precision, lowering=lowering, gate=False)
-    engine = OrtEngine(finish(traced("qwen2"), options, tmp_path / "out"), threads=1)
+    engine = CpuEngine(finish(traced("qwen2"), options, tmp_path / "out"), threads=1)
     cases = traced("qwen2").reference.cases
     sides = [parity.run_engine(engine, case, parity.perturber(engine)) for case in cases]
     recorded = parity.compare(cases, sides, parity.GATES[precision]).engine_noise
     generator = np.random.default_rng(1)
     moved = dict.fromkeys(("margins", "logits"), 0.0)
     for tokens in checkpoints.random_prompts(4, seed=5, length=150):
-        engine.clear()
-        straight = engine.evaluate(tokens, range(len(tokens)), 0)
+        engine.cache.clear()
+        straight = engine.run(Pass.full_outputs(tokens, range(len(tokens)), 0))
         expected = {name: getattr(straight, name).copy() for name in moved}
         for slot, token in enumerate(tokens):
-            row = engine.evaluate([token], [slot], slot)
+            row = engine.run(Pass.full_outputs([token], [slot], slot))
             for name in moved:
                 moved[name] = max(moved[name], float(np.abs(getattr(row, name)[0] - expected[name][slot]).max()))
-            entries = engine.entries[:, :, :, slot]
+            entries = engine.memory.entries[:, :, :, slot]
             entries[...] = entries * (1 + 2e-7 * generator.standard_normal(entries.shape))
     assert 0.1 < moved["logits"] < recorded.logits  # last bits alone move them by less than 0.001
     assert 0.001 < moved["margins"] < recorded.margins

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -300,7 +301,12 @@ def test_attentions_that_cannot_be_built_either_way(
 def test_an_interrupt_stops_the_builder_and_leaves_nothing(copied: Callable[..., Bundle]) -> None:
     bundle = copied()
     before = files(bundle.folder)
-    progress = Noted(at=lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)  # the builder's thread: Python handles the signal in the main one meanwhile
+
+    progress = Noted(at=interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(bundle, RTX, None, progress)
     assert files(bundle.folder) == before
