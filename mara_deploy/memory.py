@@ -1,6 +1,6 @@
 """How much memory a bundle needs where it runs, computed from a model's sizes before there is a bundle.
 
-docs/memory.md says what each figure was compared with; tests/export/test_memory.py repeats the comparisons.
+docs/reference/memory.md says what each figure was compared with; tests/export/test_memory.py repeats the comparisons.
 """
 
 from __future__ import annotations

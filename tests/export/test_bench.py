@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from mara_deploy.demo import MODEL_FOLDER
-from mara_deploy.demo.__main__ import export_demo
+from mara_deploy.demo import MODEL_FOLDER, export_demo
 
 
 @pytest.fixture(scope="module")

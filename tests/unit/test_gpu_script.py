@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gather, soak
-from mara_export.tensorrt.build import BuildOptions
+from mara_export.options import BuildOptions
 from mara_runtime.bundle import Bundle
 from tests.unit import helpers
 
