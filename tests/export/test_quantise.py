@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +11,7 @@ from onnx import TensorProto, helper
 
 from mara_deploy.demo import MODEL_FOLDER, export_demo
 from mara_export.graph.quantise import SLICE_COLUMNS, quantise_blocks
-from mara_export.options import ExportOptions, Quantisation
+from mara_export.options import Quantisation
 from mara_export.targets import BITS
 from mara_runtime.errors import OptionError
 from tests import checkpoints
@@ -134,30 +136,27 @@ def test_half_precision_is_widened_when_it_is_read(demo) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--precision", "int4", "--lowering", "portable", "--quantiser", "hqq"], "--lowering portable has rtn"),
+        (
+            ["--precision", "int4", "--lowering", "portable", "--quantiser", "hqq"],
+            "--quantiser is 'hqq'.*--lowering portable .*rtn",
+        ),
         (["--block-size", 64], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
-        (["--precision", "int8", "--quantiser", "hqq"], "--quantiser hqq is for --precision int4"),
-        (["--precision", "int4", "--quantiser", "k-quant", "--block-size", 64], "k-quant has blocks of 32"),
-        (["--precision", "int4", "--block-size", 48], "--block-size is 48; it must be one of 16, 32"),
-        (["--precision", "int4", "--block-size", 0], "--block-size is 0; it must be one of 16, 32"),
-        (["--precision", "int4", "--block-size", -1], "--block-size is -1; it must be one of 16, 32"),
+        (["--precision", "int8", "--quantiser", "hqq"], "--quantiser .*hqq.* --precision int4"),
+        (["--precision", "int4", "--quantiser", "k-quant", "--block-size", 64], "k-quant .*blocks of 32"),
+        (["--precision", "int4", "--block-size", 48], "--block-size is 48.* 16 or 32"),
+        (["--precision", "int4", "--block-size", 0], "--block-size is 0.* 16 or 32"),
+        (["--precision", "int4", "--block-size", -1], "--block-size is -1.* 16 or 32"),
         (["--block-size", 0], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
-        (["--precision", "int4", "--keep", "nothing/*"], "--keep is 'nothing/*', which matches no matrix"),
+        (["--precision", "int4", "--keep", "nothing/*"], "--keep is .nothing/\\*., which matches no matrix"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(command, tmp_path, options, said) -> None:
     out = tmp_path / "out"
     done = command("export", "--model", "demo", "--agent", "demo", "--quiet", "--out", out, *options)
     assert done.code == 2
-    assert said in done.err
+    assert re.search(said, done.err)
     assert done.err.count("\n") == 1
     assert not out.exists()
-
-
-@pytest.mark.parametrize("wrong", [{"precision": "int4", "quantiser": "gptq"}, {"precision": "int8", "block_size": 0}])
-def test_options_are_checked_where_they_are_made(wrong) -> None:
-    with pytest.raises(OptionError, match="must be one of"):
-        ExportOptions(**wrong)
 
 
 def test_a_matrix_that_the_quantiser_cannot_take_is_named() -> None:

@@ -115,19 +115,16 @@ def test_bfloat16_is_not_for_a_cpu(make) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target": "metal"}, "--target is 'metal'; it must be one of cpu, cuda, tensorrt, tensorrt-rtx"),
-        ({"target": "cuda", "precision": "fp32"}, "--precision is 'fp32'; for --target cuda take fp16, int8, int4"),
-        ({"target": "cuda", "precision": "bf16"}, "--precision is 'bf16'; for --target cuda take fp16, int8, int4"),
-        ({"precision": "bf16"}, "--precision is 'bf16'; for --target cpu take fp32, fp16, int8, int4"),
-        ({"target": "cuda", "lowering": "portable"}, "--lowering is 'portable'; for --target cuda take ort"),
-        ({"target": "tensorrt", "lowering": "ort"}, "--lowering is 'ort'; for --target tensorrt take portable"),
+        ({"target": "metal"}, "--target is 'metal'.* cpu, cuda, tensorrt, tensorrt-rtx"),
+        ({"target": "cuda", "precision": "fp32"}, "--precision is 'fp32'.* cuda .*fp16, int8, int4"),
+        ({"precision": "bf16"}, "--precision is 'bf16'.* cpu .*fp32, fp16, int8, int4"),
+        ({"target": "cuda", "lowering": "portable"}, "--lowering is 'portable'.* cuda .*ort"),
+        ({"target": "tensorrt", "lowering": "ort"}, "--lowering is 'ort'.* tensorrt .*portable"),
     ],
 )
-def test_what_a_target_cannot_do_is_said_first(make, tmp_path, options, said) -> None:
-    with pytest.raises(OptionError) as caught:
-        make(**options)
-    assert said in str(caught.value)
-    assert not (tmp_path / "out").exists()
+def test_what_a_target_cannot_do_is_rejected(options, said) -> None:
+    with pytest.raises(OptionError, match=said):
+        ExportOptions(**options)
 
 
 def test_mara_export_builds_the_engine_where_it_can(command, checkpoint, agent_file, tmp_path) -> None:
