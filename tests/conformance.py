@@ -1,4 +1,4 @@
-"""What every engine promises, as tests: subclass `Conformance` and define the fixtures `engine` and `growing_and_whole`.
+"""What every engine promises, as tests: subclass `Conformance`, and define the fixtures `engine`, `growing_and_whole`.
 
 tests/unit/test_ort_engine.py runs them on ONNX Runtime and on TensorRT's double, tests/gpu/test_conformance.py on a
 device. The model (tests/unit/written_model.py) is made of small whole numbers, so every engine agrees with its table
