@@ -185,7 +185,7 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 NOTES = (
     f"no: less than {SYSTEM_BYTES / 1e9:.1f} GB would be left, the assumed need of Linux, CUDA and its libraries.",
-    "MB and GB are 10⁶ and 10⁹ bytes. docs/memory.md explains the figures.",
+    "MB and GB are 10⁶ and 10⁹ bytes. docs/reference/memory.md explains the figures.",
 )
 
 

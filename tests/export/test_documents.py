@@ -117,10 +117,11 @@ def place(directory, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_examples_run(page, place, command, bundle):
+    names: dict[str, object] = {}  # a page's later examples use what earlier ones define
     for language, block in fenced(page, "sh", "python", "json", "toml"):
         if language == "python":
             place.provide(re.findall(r"""(?:AlignedDecoder|Bundle\.open)\("([^"]+)"\)""", block), bundle)
-            exec(compile(block, str(page), "exec"), {})
+            exec(compile(block, str(page), "exec"), names)
         elif language == "json":
             json.loads(block)
         elif language == "toml":

@@ -128,9 +128,9 @@ def test_an_empty_folder_is_taken_and_survives_a_failure(traced, tmp_path) -> No
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("full", "already exists and is not an empty folder: remove it, or choose another --out"),
-        ("file", "already exists and is not an empty folder"),
-        ("link", "already exists and is not an empty folder"),
+        ("full", "exists already and is not an empty folder: remove it, or choose another --out"),
+        ("file", "exists already and is not an empty folder"),
+        ("link", "exists already and is not an empty folder"),
         ("file/a/b/out", "cannot write"),
         ("new/" + "x" * 300, "cannot write"),
         ("new/" + "x" * 250, "cannot write"),  # a fine name, but not with what the temporary folder adds to it

@@ -116,8 +116,9 @@ def test_the_tree_names_every_module():
     assert named <= modules, sorted(named - modules)
 
 
-def test_documents_named_in_code_exist():
-    for package in PACKAGES.values():
-        for path in (ROOT / package).rglob("*.py"):
-            for name in re.findall(r"\b(?:docs|benchmarks|tests|examples)/[\w/.-]+\.(?:md|py|sh)\b", text_of(path)):
-                assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"
+def test_files_named_in_code_and_documents_exist():
+    named = re.compile(r"(?<![\w/])(?:docs|benchmarks|tests|examples)/[\w/.-]+\.(?:md|py|sh)\b")
+    modules = [path for package in PACKAGES.values() for path in (ROOT / package).rglob("*.py")]
+    for path in (*modules, *PAGES):
+        for name in named.findall(text_of(path)):
+            assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"

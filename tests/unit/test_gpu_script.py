@@ -124,6 +124,7 @@ def test_refusals(arguments, board, named):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (
