@@ -204,7 +204,7 @@ def one_line(text: str) -> str:
 
 
 def _recorder(trt: Any) -> Any:
-    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+    class ErrorRecorder(trt.IErrorRecorder):  # type: ignore[misc]
         """Collects the errors of one builder, whichever logger the process has."""
 
         def __init__(self) -> None:
@@ -234,11 +234,11 @@ def _recorder(trt: Any) -> Any:
         def has_overflowed(self) -> bool:
             return False
 
-    return Recorder()
+    return ErrorRecorder()
 
 
 def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class BuildMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the builder's phases, and ends the build when `stop` is set."""
 
         def __init__(self) -> None:
@@ -256,4 +256,4 @@ def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> An
         def phase_finish(self, phase: str) -> None:
             self._steps.pop(phase, None)
 
-    return Monitor()
+    return BuildMonitor()
