@@ -238,7 +238,7 @@ def _recorder(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class BuildMonitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Reports the builder's phases, and ends the build when `stop` is set."""
 
         def __init__(self) -> None:
@@ -256,4 +256,4 @@ def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> An
         def phase_finish(self, phase: str) -> None:
             self._steps.pop(phase, None)
 
-    return Monitor()
+    return BuildMonitor()
