@@ -52,9 +52,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Before a commit: lint, types, and the tests that need no PyTorch.
+# Before a commit: lint, types, and the quick ones of the tests that need no PyTorch.
 check: lint
-	$(PYTEST) -m "not long" tests/unit
+	$(PYTEST) -m "not long and not slow" tests/unit
 
 docs: setup
 	$(BIN)/python docs/make_commands.py

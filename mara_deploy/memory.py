@@ -20,11 +20,9 @@ from mara_export.targets import (
     Lowering,
     engine_slots,
 )
-from mara_runtime.engines.ort import FIRST_SLOTS, grown
 from mara_runtime.errors import OptionError
 from mara_runtime.options import Options, option
-from mara_runtime.passes import PREFILL_ROWS
-from mara_runtime.tensors import CACHE_BYTES, spare_slots
+from mara_runtime.tensors import CACHE_BYTES, PREFILL_ROWS, spare_slots
 
 CONTEXTS = (2048, 8192)
 JETSONS_GB = (8, 16, 32, 64)
@@ -242,6 +240,8 @@ def _outgrown_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the smaller KV cache that ONNX Runtime's engine keeps while it fills the last, larger one."""
     if setting.on_tensorrt:
         return 0
+    from mara_runtime.engines.ort import FIRST_SLOTS, grown  # NumPy comes with it, which --help does not need
+
     before, size = 0, FIRST_SLOTS
     while size < setting.slots:
         before, size = size, grown(setting.target, size, size + 1)

@@ -11,7 +11,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ class House:
 
     def imports(self, module: str) -> Iterator[tuple[str, int]]:
         """What a module imports anywhere in its file, and on which line. Of the product, files; of others, packages."""
-        for node in ast.walk(_tree(self.modules[module])):
+        for node in ast.walk(tree(self.modules[module])):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -79,7 +79,7 @@ class House:
         """{name: files} of classes that are defined more than once."""
         found = defaultdict(list)
         for path in self.modules.values():
-            for node in ast.walk(_tree(path)):
+            for node in ast.walk(tree(path)):
                 if isinstance(node, ast.ClassDef):
                     found[node.name].append(self._name(path))
         return {name: places for name, places in sorted(found.items()) if len(places) > 1}
@@ -113,7 +113,9 @@ class House:
         return module.partition(".")[0] == package
 
 
-def _tree(path: Path) -> ast.Module:
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file, parsed once."""
     return ast.parse(path.read_text(encoding="utf-8"))
 
 

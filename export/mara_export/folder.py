@@ -42,7 +42,7 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
     out = out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise MaraError(f"{out} already exists and is not an empty folder: remove it, or choose another --out")
+        raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
     with working_folder(out) as folder:
         yield folder
         with _disk_errors(out):

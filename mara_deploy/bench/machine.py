@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mara_runtime.versions import installed
+from mara_runtime.versions import installed, processor
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -23,20 +24,19 @@ def cores() -> int:
 
 def machine() -> dict[str, Any]:
     """Processor, memory and versions."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(memory[0] / 2**20, 1) if memory else None,
+        "memory_gib": _memory_gib(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": installed("mara-deploy", "onnxruntime", "numpy"),
     }
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def _memory_gib() -> float | None:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemTotal"):
+                return round(int(line.split()[1]) / 2**20, 1)
+    return None

@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace) -> None:
         _reject_settings(args)
         config = None
     else:
-        config = _config(arguments, args)
+        config = new_config(arguments, args)
     if not arguments.quiet:
         print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
     _load_packages()
@@ -233,7 +233,7 @@ def _reject_settings(args: argparse.Namespace) -> None:
         )
 
 
-def _config(arguments: TrainArguments, args: argparse.Namespace) -> TrainConfig:
+def new_config(arguments: TrainArguments, args: argparse.Namespace) -> TrainConfig:
     """The settings of a new run. Raises OptionError, also for other options that a new run cannot have."""
     for flag, value in (("--model", arguments.model), ("--prompts", arguments.prompts), ("--score", args.score)):
         if not value:

@@ -10,12 +10,10 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from mara_deploy import demo
 from mara_deploy.scores.base import LoadedScore, ScoreError, as_number, shorten
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
-
-DEMO_SCORE = "mara_deploy.demo.score:considerate"
-"""What `--score demo` stands for."""
 
 
 def load_score(
@@ -28,8 +26,8 @@ def load_score(
     template, device, batch_size, max_tokens: for a model, see `mara_deploy.scores.reward_model.load`.
     Raises ScoreError, or OptionError for the device.
     """
-    if spec == "demo":
-        spec = DEMO_SCORE
+    if spec == demo.NAME:
+        spec = demo.SCORE
     if is_function(spec):
         if template is not None:
             raise ScoreError(f"--score-template applies to models only; the score {spec} is a Python function")
@@ -47,7 +45,7 @@ def load_score(
 def is_function(spec: str) -> bool:
     """Whether a score is Python code rather than a model."""
     module, colon, function = spec.partition(":")
-    return spec == "demo" or (colon == ":" and all(part.isidentifier() for part in (*module.split("."), function)))
+    return spec == demo.NAME or (colon == ":" and all(part.isidentifier() for part in (*module.split("."), function)))
 
 
 class FunctionScore:

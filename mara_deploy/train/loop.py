@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run has come."""
 
     episodes: int = 0
@@ -53,11 +53,11 @@ def train(
     round, it first makes a checkpoint of everything before that round.
     """
     learner = Learner(task.hidden_size, config, task.environment.lm.device)
-    progress = Progress()
+    progress = RunProgress()
     actions, batches = (np.random.default_rng([config.seed, stream]) for stream in (1, 2))
     if checkpoint is not None:
         learner.restore(checkpoint["learner"])
-        progress = Progress(**checkpoint["progress"])
+        progress = RunProgress(**checkpoint["progress"])
         actions.bit_generator.state, batches.bit_generator.state = checkpoint["actions"], checkpoint["batches"]
     added = 0 if checkpoint is None else checkpoint["added"]
     replay = ReplayBuffer(folder.replay, config.replay_transitions, task.hidden_size, added)

@@ -52,6 +52,8 @@ TOP_SPARE = 8
 sorts and cuts."""
 DRAFT_ROWS = 16
 """Longest draft; with the candidates and one rerun fallback it makes up the KV cache's spare slots."""
+PREFILL_ROWS = 256
+"""Rows of one prefill pass: attention scores and mask of longer ones grow to gigabytes."""
 
 MASKED = -3e4
 """Additive mask of a slot that a row must not attend to; finite, in float16 too, so that no masked row becomes NaN."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import huggingface_hub
 import pytest
@@ -142,9 +142,9 @@ class CommandResult:
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
     """("run", argument, …, stdin="") → CommandResult; runs in this process, its standard input not a terminal."""
 
-    def run(name: str, *argv: object, stdin: str = "") -> CommandResult:
+    def run(name: str, *argv: object, stdin: str | TextIO = "") -> CommandResult:
         main = importlib.import_module(f"mara_deploy.commands.{name}").main
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         capfd.readouterr()
         try:
             code = main([str(argument) for argument in argv])

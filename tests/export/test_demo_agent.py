@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from benchmarks.alignment import Contest
 from mara_deploy import agent as agents
-from mara_deploy.demo import AGENT_FILE, corpus
+from mara_deploy.demo import AGENT_FILE
 from mara_deploy.demo import __main__ as demo_command
-from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_deploy.demo.prompts import SETS, DemoPrompt, demo_prompts
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.policy import agent_policy
 from mara_runtime import AlignedDecoder, DecodeConfig
@@ -71,7 +71,7 @@ def test_an_untrained_agent_does_not(contest) -> None:
     assert np.mean(rates) < 40
 
 
-def prompts(count: int | None) -> list[corpus.Prompt]:
+def prompts(count: int | None) -> list[DemoPrompt]:
     held_out = [prompt for name in SETS[1:] for prompt in demo_prompts(name)]
     return held_out if count is None else held_out[:: len(held_out) // count][:count]
 
@@ -130,9 +130,7 @@ def test_a_bundle_of_similar_names_is_the_users_own(earlier, capsys, part, name)
     manifest = json.loads((earlier / "manifest.json").read_text())
     manifest[part]["source"] = name
     (earlier / "manifest.json").write_text(json.dumps(manifest))
-    assert kept(earlier, capsys) == (
-        f"{earlier} exists already and is not a demo bundle: remove it, or choose another --out"
-    )
+    assert all(text in kept(earlier, capsys) for text in (str(earlier), "not a demo bundle", "--out"))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "engines/mine/notes.txt", "engines/link"])
@@ -143,7 +141,7 @@ def test_files_beside_the_demos_are_the_users_own(earlier, tmp_path, capsys, nam
         (earlier / name).symlink_to(tmp_path / "elsewhere")
     else:
         (earlier / name).touch()
-    assert f"{earlier} holds {name}, which is not part of the demo" in kept(earlier, capsys)
+    assert f"{earlier} contains {name}," in kept(earlier, capsys)
 
 
 def test_a_link_to_the_demo_is_left_alone(earlier, tmp_path, capsys) -> None:

@@ -14,19 +14,20 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mara_deploy.demo import MODEL_FOLDER, corpus
-from mara_deploy.demo.__main__ import demo_agent, export_demo
+from examples.demo_lm import corpus
+from mara_deploy.demo import MODEL_FOLDER, demo_agent, export_demo
+from mara_deploy.demo.prompts import prompts
 from mara_export import parity
-from mara_export.export import export
-from mara_export.hf.sources import resolve_model
+from mara_export.export import finish
 from mara_export.options import ExportOptions
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
-from mara_runtime.decode import Step
 from mara_runtime.engines import ort as ort_engine
-from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.ort import CpuEngine, CpuMemory
+from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.schedule.base import PassContext, PassPlan
+from mara_runtime.stats import Step
 from tests import checkpoints, oracle
 
 MODELS = (*checkpoints.ARCHITECTURES, "demo")
@@ -72,7 +73,7 @@ def decoder(bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quantised(checkpoint, agent, tmp_path_factory):
+def quantised(traced, tmp_path_factory):
     """(name, precision) → folder of a bundle."""
 
     @cache
@@ -80,11 +81,10 @@ def quantised(checkpoint, agent, tmp_path_factory):
         out = tmp_path_factory.mktemp("quantised") / f"{name}-{precision}"
         if name == "demo":
             return export_demo(out, quiet=True, precision=precision, max_context=256)
-        source = resolve_model(str(checkpoint(name)))
         # rounding takes the most from tiny random weights; what is compared below is the bundle with itself
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(parity.GATES, precision, parity.Gate(-1.0, np.inf, differing=1.0))
-            return export(source, agent(name), "agent", out, ExportOptions(precision=precision, max_context=256))
+            return finish(traced(name), ExportOptions(precision=precision), out)
 
     return get
 
@@ -94,7 +94,7 @@ def _prompts(name: str) -> list[list[int]]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-        texts = [corpus.chat(p.text) for p in corpus.prompts(50, 11, True)]
+        texts = [corpus.chat(p.text) for p in prompts(50, 11, True)]
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
         prompt for length in (1, 2, 5, 17, 40) for prompt in checkpoints.random_prompts(10, seed=length, length=length)
@@ -226,12 +226,12 @@ class Erratic:
     def __init__(self, seed: int) -> None:
         self._rng = np.random.default_rng(seed)
 
-    def plan(self, view: PassContext) -> PassPlan:
-        left = len(view.probabilities) - len(view.margins)
+    def plan(self, context: PassContext) -> PassPlan:
+        left = len(context.probabilities) - len(context.margins)
         candidates = int(self._rng.integers(1, left + 1)) if left else 0
-        return PassPlan(candidates, int(self._rng.integers(0, len(view.draft.tokens) + 1)))
+        return PassPlan(candidates, int(self._rng.integers(0, len(context.draft.tokens) + 1)))
 
-    def learn(self, probabilities, margins, threshold) -> None:
+    def update(self, probabilities, margins, threshold) -> None:
         pass
 
 
@@ -241,27 +241,27 @@ def test_any_schedule_at_all(name, lowering, subject, answers, decoder, monkeypa
     _, _, prompts = subject(name)
     product = decoder(name, lowering)
     schedule = Erratic(seed=len(name))
-    monkeypatch.setattr(product, "_schedule", lambda config: schedule)
+    monkeypatch.setattr("mara_runtime.decoder.Fixed", lambda *_: schedule)
     tally = Tally()
-    config = DecodeConfig(max_new_tokens=64, fallback="first", draft=16)
+    config = DecodeConfig(max_new_tokens=64, fallback="first", schedule="together", draft=16)
     for prompt, truth in zip(prompts, answers(name, 50, max_new_tokens=64, fallback="first"), strict=True):
         follow(product, config, prompt, truth, tally)
     settle(tally, f"{name}, {lowering}, erratic")
 
 
-def test_a_cache_out_of_numpys_reach_is_moved_by_computing_again(subject, answers, bundle, monkeypatch):
-    """What the CUDA provider needs, proved on the CPU."""
+def test_the_cuda_engine_recomputes_entries_and_moves_none(subject, answers, bundle, monkeypatch):
+    """On the CPU provider."""
     _, _, prompts = subject("llama")
     monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
-    monkeypatch.setitem(ort_engine.DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(CudaMemory, "device", "cpu")
+    monkeypatch.setattr(CpuMemory, "move", None)
     opened = Bundle.open(bundle("llama", "ort"))
-    product = AlignedDecoder(opened, engine=OrtEngine(opened, "cuda", 1))
-    monkeypatch.setattr(product.engine, "_slab", product.engine._slab.copy())  # whoever writes here is not heard
+    product = AlignedDecoder(opened, engine=CudaEngine(opened, 1))
     tally = Tally()
     config = DecodeConfig(max_new_tokens=64, fallback="first", schedule="together")
     for prompt, truth in zip(prompts, answers("llama", 50, max_new_tokens=64, fallback="first")[:10], strict=False):
         follow(product, config, prompt, truth, tally)
-    settle(tally, "llama, ort, moves computed again")
+    settle(tally, "llama, ort, recomputed entries")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
@@ -298,7 +298,7 @@ def test_low_precision_follows_its_own_sequential_path(name, precision, subject,
 
 def test_a_wrong_product_is_found(subject, answers, decoder, monkeypatch):
     """The comparison itself can fail: siblings that see each other are not excused."""
-    honest = OrtEngine.run
+    honest = CpuEngine.run
 
     def leaky(engine, work):
         if len(set(work.positions)) == 1:  # siblings, run as a chain
@@ -308,7 +308,7 @@ def test_a_wrong_product_is_found(subject, answers, decoder, monkeypatch):
     _, _, prompts = subject("qwen2")
     truths = answers("qwen2", 50, max_new_tokens=64, fallback="first")
     product = decoder("qwen2", "ort")
-    monkeypatch.setattr(OrtEngine, "run", leaky)
+    monkeypatch.setattr(CpuEngine, "run", leaky)
     config = DecodeConfig(max_new_tokens=64, fallback="first", schedule="together")
 
     def all_prompts() -> None:

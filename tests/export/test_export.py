@@ -29,7 +29,8 @@ from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.base import Pass
+from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import BundleError, MaraError, OptionError
 from tests import checkpoints
 from tests.export.conftest import MAX_CONTEXT
@@ -128,9 +129,9 @@ def test_an_empty_folder_is_taken_and_survives_a_failure(traced, tmp_path) -> No
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("full", "already exists and is not an empty folder: remove it, or choose another --out"),
-        ("file", "already exists and is not an empty folder"),
-        ("link", "already exists and is not an empty folder"),
+        ("full", "exists already and is not an empty folder: remove it, or choose another --out"),
+        ("file", "exists already and is not an empty folder"),
+        ("link", "exists already and is not an empty folder"),
         ("file/a/b/out", "cannot write"),
         ("new/" + "x" * 300, "cannot write"),
         ("new/" + "x" * 250, "cannot write"),  # a fine name, but not with what the temporary folder adds to it
@@ -588,8 +589,8 @@ def test_a_configuration_of_transformers_5_has_its_rotary_base(make, checkpoint,
     write_config(five, rope_parameters={**scaling, "rope_theta": 500.0}, rope_scaling=..., rope_theta=...)
     ids = checkpoints.random_prompts(1, seed=1, length=40)[0]
     logits = [
-        OrtEngine(make(tmp_path / f"{folder.name}-out", architecture, folder, gate=False), threads=1)
-        .evaluate(ids, range(40), 0)
+        CpuEngine(make(tmp_path / f"{folder.name}-out", architecture, folder, gate=False), threads=1)
+        .run(Pass.full_outputs(ids, range(40), 0))
         .logits
         for folder in (four, five)
     ]

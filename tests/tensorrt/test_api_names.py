@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mara_runtime.engines import trt_plan
+from mara_runtime.engines import trt_file
 from tests.double import cuda as cuda_double
 from tests.double import trt as trt_double
 from tests.tensorrt import names
@@ -30,10 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = Path(sys.prefix)
 RECEIVERS: dict[str, dict[str, str]] = {
     "runtime/mara_runtime/engines/tensorrt.py": {},
+    "runtime/mara_runtime/engines/trt_file.py": {"_runtime": "Runtime", "engine": "ICudaEngine"},
     "runtime/mara_runtime/engines/trt_plan.py": {
-        "_runtime": "Runtime",
         "_engine": "ICudaEngine",
-        "engine": "ICudaEngine",
         "context": "IExecutionContext",
         "config": "IRuntimeConfig",
         "kernels": "IRuntimeCache",
@@ -181,7 +180,7 @@ def test_what_is_derived_from_tensorrt_has_the_parameters_that_it_is_called_with
 
 
 def test_every_type_of_the_step_graph_s_tensors_is_known(tensorrt: Released) -> None:
-    assert [name for name in trt_plan._TYPES.values() if f"DataType.{name}" not in tensorrt.names] == []
+    assert [name for name in trt_file.TYPES.values() if f"DataType.{name}" not in tensorrt.names] == []
 
 
 def test_no_use_of_tensorrt_goes_unseen(tensorrt: Released) -> None:

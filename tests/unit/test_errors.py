@@ -1,10 +1,18 @@
-"""What is shown of the errors of others."""
+"""What is shown of other libraries' errors."""
+
+import pytest
 
 from mara_runtime.errors import first_line
 
 
-def test_one_line_of_an_error():
-    assert first_line(ValueError("\n  what is wrong\nand a page about it")) == "what is wrong"
-    assert first_line(EOFError()) == "EOFError"
-    assert first_line(RuntimeError("Error in loading:\n\n\tsizes differ\nand more")) == "Error in loading: sizes differ"
-    assert first_line(RuntimeError("Error in loading:\n")) == "Error in loading:"
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  what is wrong\nand a page about it"), "what is wrong"),
+        (EOFError(), "EOFError"),
+        (RuntimeError("Error in loading:\n\n\tsizes differ\nand more"), "Error in loading: sizes differ"),
+        (RuntimeError("Error in loading:\n"), "Error in loading:"),
+    ],
+)
+def test_the_first_line_of_an_error(error: Exception, line: str) -> None:
+    assert first_line(error) == line

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gather, soak
-from mara_export.tensorrt.build import BuildOptions
+from mara_export.options import BuildOptions
 from mara_runtime.bundle import Bundle
 from tests.unit import helpers
 
@@ -124,6 +124,7 @@ def test_refusals(arguments, board, named):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (

@@ -107,7 +107,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EXPORT + "--precision int8 --quantiser hqq", ("--quantiser is 'hqq'", "int4")),
     (EXPORT + "--precision int8 --quantiser best", ("--quantiser is 'best'", "rtn, hqq, k-quant")),
     (EXPORT + "--precision int4 --quantiser k-quant --block-size 64", ("--block-size is 64", "k-quant", "32")),
-    (EXPORT + "--precision int4 --quantiser hqq --lowering portable", ("--quantiser is 'hqq'", "portable supports rtn")),
+    (EXPORT + "--precision int4 --quantiser hqq --lowering portable", ("--quantiser is 'hqq'", "supports rtn")),
     (EXPORT + "--no-build", ("--no-build", "tensorrt and tensorrt-rtx")),
     (EXPORT + "--no-build --target cuda", ("--no-build", "tensorrt and tensorrt-rtx")),
     (EXPORT + "--out=", ("--out is empty",)),
@@ -225,7 +225,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
         TRAIN + "--prompts-at-once 16 --max-new-tokens 512 --replay-transitions 65528",
         ("--replay-transitions is 65528", "--prompts-at-once", "--max-new-tokens", "65529"),
     ),
-    (RESUME + "--model demo --n-step 3 --threads 2", ("--resume", "--episodes", "leave out --model, --threads, --n-step")),
+    (RESUME + "--model demo --n-step 3 --threads 2", ("--episodes", "leave out --model, --threads, --n-step")),
     *((RESUME + given, ("--resume", f"leave out {given.split()[0]}")) for given in (
         "--prompts p", "--score a:b", "--recipe demo", "--template a=1", "--device cpu", "--dtype auto",
         "--dtype float32", "--score-device cpu", "--score-batch 8", "--seed 0",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mara_runtime.config import ORDERS, STRATEGIES
 from mara_runtime.strategies import choose, examination_order
+from tests import reference
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -20,59 +21,43 @@ def rng(seed: int = 0) -> np.random.Generator:
 )
 def test_orders(order: str, ranks: list[int]) -> None:
     assert examination_order(order, 4) == ranks
+    for count in (1, 2, 70):
+        assert examination_order(order, count) == reference.examination_order(order, count)
+    assert set(ORDERS) == set(reference.ORDERS)
 
 
-@given(st.sampled_from(ORDERS), st.integers(1, 70))
-def test_every_order_looks_at_every_candidate_once(order: str, count: int) -> None:
-    assert sorted(examination_order(order, count)) == list(range(count))
+@pytest.mark.parametrize(
+    ("strategy", "margins", "threshold", "index"),
+    [
+        ("top1", [-1, 0, 0.5, 3], 0.0, 2),
+        ("max_prob", [-1, 0.5, 3, 1], 0.0, 2),
+        ("max_prob", [0.5, 2, 2], 0.0, 1),  # the first examined of equals
+        *((strategy, [0.0, -0.0], 0.0, None) for strategy in STRATEGIES),  # a margin must exceed the threshold
+        *((strategy, [0.25, 0.2500001], 0.25, 1) for strategy in STRATEGIES),
+        *((strategy, [-0.5, -0.4], -0.5, 1) for strategy in STRATEGIES),
+    ],
+)
+def test_which_margin_is_chosen(strategy: str, margins: list[float], threshold: float, index: int | None) -> None:
+    assert choose(strategy, margins, threshold, rng()) == index
 
 
-def test_top1_takes_the_first_accepted() -> None:
-    assert choose("top1", [-1, 0, 0.5, 3], 0.0, rng()) == 2
-
-
-def test_max_prob_takes_the_largest_margin_and_the_earlier_of_equals() -> None:
-    assert choose("max_prob", [-1, 0.5, 3, 1], 0.0, rng()) == 2
-    assert choose("max_prob", [0.5, 2, 2], 0.0, rng()) == 1
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_margin_equal_to_the_threshold_rejects(strategy: str) -> None:
-    assert choose(strategy, [0.0, -0.0], 0.0, rng()) is None
-    assert choose(strategy, [0.25, 0.2500001], 0.25, rng()) == 1
-    assert choose(strategy, [-0.5, -0.4], -0.5, rng()) == 1
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=12), st.integers(-4, 4), st.integers(0, 100))
-def test_the_choice_is_accepted_and_there_is_one_when_any_is(
+@given(
+    st.sampled_from(STRATEGIES),
+    st.lists(st.integers(-4, 4), min_size=1, max_size=12),
+    st.integers(-4, 4),
+    st.integers(0, 100),
+)
+def test_the_choice_and_the_random_numbers_taken_are_the_reference_s(
     strategy: str, margins: list[int], threshold: int, seed: int
 ) -> None:
-    choice = choose(strategy, margins, threshold, rng(seed))
-    if max(margins) <= threshold:
-        assert choice is None
-    else:
-        assert choice is not None
-        assert margins[choice] > threshold
+    product, expected = rng(seed), rng(seed)
+    by_index = dict(enumerate(map(float, margins)))
+    assert choose(strategy, margins, threshold, product) == reference.pick(strategy, by_index, threshold, expected)
+    assert product.integers(2**40) == expected.integers(2**40)
 
 
 def test_random_is_uniform_over_the_accepted() -> None:
-    generator = rng(3)
-    draws = 9000
+    generator, draws = rng(3), 9000
     counts = Counter(choose("random", [1, -1, 5, 0, 2], 0.0, generator) for _ in range(draws))
     assert set(counts) == {0, 2, 4}
     assert sum((n - draws / 3) ** 2 / (draws / 3) for n in counts.values()) < 13.8  # chi-square, p = 0.001
-
-
-def test_random_draws_once_a_decision_with_an_accepted_candidate_and_never_else() -> None:
-    generator, twin = rng(7), rng(7)
-    picks = [choose("random", margins, 0.0, generator) for margins in ([-1, -1], [1, 1, 1], [-2], [1, -1, 1, 1])]
-    assert picks == [None, int(twin.integers(3)), None, [0, 2, 3][int(twin.integers(3))]]
-    assert generator.integers(2**40) == twin.integers(2**40)
-
-
-@pytest.mark.parametrize("strategy", ["top1", "max_prob"])
-def test_the_other_strategies_leave_the_generator_alone(strategy: str) -> None:
-    generator = rng(7)
-    choose(strategy, [1, 1], 0.0, generator)
-    assert generator.integers(2**40) == rng(7).integers(2**40)

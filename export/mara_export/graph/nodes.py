@@ -150,9 +150,10 @@ def attribute(node: ir.Node, name: str) -> Any:
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads `old` read `new`, the graph's outputs included."""
+    """Let everything that reads `old` read `new`, which becomes an output of the graph if `old` is one."""
     if old.is_graph_output():
         new.name, old.name = old.name, f"{old.name}/replaced"
+        new.type, new.shape = old.type, old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 

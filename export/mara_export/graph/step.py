@@ -88,7 +88,7 @@ def _mask(add: Builder) -> ir.Value:
     below = add("Less", add.count_to(slots), positions)
     itself = add("Equal", add.count_to(slots), add("Unsqueeze", own, add.ints(1)))
     additive = add("Where", add("Or", below, itself), add.constant(0.0), add.constant(tensors.MASKED))
-    return add("Unsqueeze", additive, add.ints(0, 1), out="step/mask/additive")
+    return add("Unsqueeze", additive, add.ints(0, 1), out=tensors.ATTENTION_MASK)
 
 
 def _margins(add: Builder, agent: ir.Graph, hidden: ir.Value, shape: ModelShape) -> ir.Value:

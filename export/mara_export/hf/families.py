@@ -233,7 +233,7 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
         raise ModelError(f"{name} has a context of {own} token, which leaves no room for an answer")
     context = min(4096, own) if max_context is None else max_context
     if context > own:
-        raise ModelError(f"--max-context is {context}; {name} has a context of {own} tokens at most")
+        raise ModelError(f"--max-context is {context}; {name} was made for at most {own} tokens")
     window = _sliding_window(config)
     if window is not None and window < context:
         raise ModelError(

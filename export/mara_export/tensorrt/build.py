@@ -18,11 +18,10 @@ from mara_export.progress import Progress
 from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import cuda, trt_plan
+from mara_runtime.engines import cuda, trt_file
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
-from mara_runtime.passes import PREFILL_ROWS
-from mara_runtime.tensors import spare_slots
+from mara_runtime.tensors import PREFILL_ROWS, spare_slots
 
 OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
 """Version of TensorRT that some lowering needs at least."""
@@ -48,7 +47,7 @@ def why_cannot_build(target: str) -> str | None:
     except ImportError as error:
         return f"onnx cannot be imported ({error}): pip install onnx"
     try:
-        trt = trt_plan.load(target)
+        trt = trt_file.load(target)
     except (ImportError, OSError) as error:  # OSError: a native library that it loads is missing
         remedy = facts.install if facts.just_in_time else f"{facts.install}; {cuda.FOR_CUDA_12}"
         return f"its Python package cannot be imported ({error}): {remedy}"
@@ -71,7 +70,7 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
     if reason is not None:
         raise EngineError(f"no engine for {target} can be built here: {reason}")
 
-    trt = trt_plan.load(target)
+    trt = trt_file.load(target)
     _check(bundle, target, options, trt)
     sizes = options.slots(bundle.manifest)
     with staging_folder(bundle, target) as folder:
@@ -129,7 +128,7 @@ def _build_one(
     from mara_export.tensorrt import network as parts
 
     started = time.perf_counter()
-    name = f"engines/{target}/step-{slots}.engine"
+    name = f"engines/{target}/step-{slots}.engine"  # `add_engines` adds its checksum
     manifest = bundle.manifest
     in_place, just_in_time = LOWERINGS[manifest.step.lowering].in_place, TARGETS[target].just_in_time
     decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for a KV entry that is recomputed

@@ -15,17 +15,15 @@ API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/inf
 from __future__ import annotations
 
 import contextlib
-import mmap
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mara_runtime import files, tensors
+from mara_runtime import files
 from mara_runtime.engines.cuda import Cuda
 from mara_runtime.engines.io_block import Block, Sizes
+from mara_runtime.engines.trt_file import IO, EngineFile, logger
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
 
@@ -33,20 +31,6 @@ KEPT_SHAPES = 32
 """Most shapes of passes with a context and a graph of their own."""
 _FADING = 4096
 """Counts are halved after so many passes."""
-_TYPES = {"int64": "INT64", "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-"""TensorRT's names of types."""
-
-
-def load(target: str) -> Any:
-    """The Python module of a target. Raises ImportError."""
-    if target == "tensorrt":
-        import tensorrt as trt
-    else:
-        try:
-            import tensorrt_rtx as trt
-        except ImportError:  # NVIDIA's meta package of that name is not needed to run engines
-            import tensorrt_rtx_bindings as trt
-    return trt
 
 
 @dataclass
@@ -68,7 +52,7 @@ class Plan:
         cuda: Cuda,
         path: Path,
         facts: EngineFacts,
-        io: tuple[Sequence[tensors.Tensor], Sequence[tensors.Tensor]],
+        io: IO,
         blocks: tuple[Block, Block],
         sides: Sequence[Mapping[str, int]],
         graphs: bool,
@@ -83,8 +67,6 @@ class Plan:
         self._inputs, self._blocks, self._sides = io[0], blocks, sides
         self.no_graphs: str | None = None if graphs else "switched off"
         """why passes do not run as CUDA graphs; None: they do"""
-        self.streamed_bytes = 0
-        """of weights in host memory"""
         self.activation_bytes = 0
         self._kept: dict[tuple[Sizes, int], _Kept] = {}
         self._seen: dict[tuple[Sizes, int], int] = {}  # counts, decaying
@@ -94,16 +76,14 @@ class Plan:
         self._kernels_name = kernels
         self._kernels: Any = None
         self._engine: Any = None
-        self._runtime: Any = None
+        self._file: EngineFile | None = None
         try:
-            self._runtime = self._start()
-            if facts.options.get("version_compatible"):
-                self._runtime.engine_host_code_allowed = (
-                    True  # the file contains the runtime of the version that built it
+            self._file = EngineFile(trt, cuda, path, facts, io)
+            self._engine = self._file.engine
+            if self.streamed_bytes:
+                self.no_graphs = (
+                    self.no_graphs or "weights are streamed from host memory, which CUDA graphs do not support"
                 )
-            self._engine = self._deserialise()
-            self._check_io(*io)
-            self._stream_weights()
             if facts.target == "tensorrt-rtx":
                 self._kernels = self._known_kernels()
             self.activation_bytes = max(int(self._engine.device_memory_size_v2), 1)
@@ -112,87 +92,12 @@ class Plan:
             self.close()
             raise
 
-    # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _start(self) -> Any:
-        try:
-            return self._trt.Runtime(logger(self._trt))
-        except TypeError as error:  # how the bindings report that the library returned null
-            why = logger(self._trt).last or error
-            raise EngineError(f"TensorRT {self._trt.__version__} does not start on this GPU: {why}") from None
-
-    def _deserialise(self) -> Any:
-        size = self._path.stat().st_size
-        # mapped, not read: on a Jetson a copy would use memory that the engine needs
-        with self._path.open("rb") as file, contextlib.ExitStack() as stack:
-            data: Any = b""
-            if size:
-                data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            free = self._cuda.free_bytes()
-            engine = self._runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            why = logger(self._trt).last or "no reason given"
-            memory = (
-                f"; it takes about {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free" if size > free else ""
-            )
-            raise EngineError(
-                f"TensorRT {self._trt.__version__} cannot open {self._path} ({why}){memory}: {rebuild(self._path)}"
-            )
-        return engine
-
-    def _check_io(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> None:
-        """Check that the engine has the tensors that the manifest's sizes imply; else it would write out of bounds."""
-        engine, modes = self._engine, self._trt.TensorIOMode
-        there = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-        for tensor, mode in [*((t, modes.INPUT) for t in inputs), *((t, modes.OUTPUT) for t in outputs)]:
-            if tensor.name not in there or engine.get_tensor_mode(tensor.name) != mode:
-                raise self._unfit(f"it has no {mode.name.lower()} {tensor.name}")
-            shape = tuple(engine.get_tensor_shape(tensor.name))
-            wanted = tuple(self._facts.slots if size == "C" else size for size in tensor.shape)
-            dtype = engine.get_tensor_dtype(tensor.name)
-            agree = len(shape) == len(wanted) and all(
-                isinstance(want, str) or size == want for want, size in zip(wanted, shape, strict=True)
-            )
-            if not agree or dtype != getattr(self._trt.DataType, _TYPES[tensor.dtype]):
-                raise self._unfit(
-                    f"{tensor.name} should be {tensor.dtype} {wanted} and is {dtype.name.lower()} {shape}"
-                )
-        if len(there) != len(inputs) + len(outputs):
-            raise self._unfit(f"it has {len(there)} inputs and outputs, not {len(inputs) + len(outputs)}")
-        if hasattr(engine, "get_aliased_input_tensor"):  # TensorRT ≥ 10.15; before, no engine is in place
-            pasts = [t.name for t in inputs if "C" in t.shape]
-            for past, present in zip(pasts, (t.name for t in outputs if "C" in t.shape), strict=True):
-                alias = engine.get_aliased_input_tensor(present) or None
-                if alias != (past if self._facts.in_place else None):
-                    raise self._unfit(f"{present} is written over {alias or 'no input'}")
-
-    def _unfit(self, what: str) -> EngineError:
-        return EngineError(f"{self._path} does not fit its manifest: {what}; {rebuild(self._path)}")
-
-    def _stream_weights(self) -> None:
-        """Leave weights in host memory that do not fit the device, if the engine was built for that."""
-        engine = self._engine
-        streamable = int(engine.streamable_weights_size)
-        if not streamable:
-            return
-        fits = streamable + int(engine.device_memory_size_v2) < self._cuda.free_bytes()
-        budget = streamable if fits else int(engine.get_weight_streaming_automatic_budget())
-        for wanted in (budget, 0):  # 0: all are streamed
-            engine.weight_streaming_budget_v2 = wanted
-            kept = int(engine.weight_streaming_budget_v2)  # the bindings do not report a refusal
-            if kept == wanted:
-                break
-        else:
-            why = logger(self._trt).last or "no reason given"
-            raise EngineError(
-                f"TensorRT streams the weights of {self._path} neither with {budget:,} bytes on the GPU nor with none "
-                f"({why}): {rebuild(self._path)}"
-            )
-        self.streamed_bytes = max(streamable - kept, 0)
-        if self.streamed_bytes:
-            self.no_graphs = self.no_graphs or "weights are streamed from host memory, which CUDA graphs do not support"
-
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of weights in host memory."""
+        return 0 if self._file is None else self._file.streamed_bytes
 
     def run(self, sizes: Sizes, side: int) -> None:
         """Copy the inputs in, run the pass, copy the outputs out, and wait."""
@@ -359,28 +264,4 @@ class Plan:
     def _forget_engine(self) -> None:
         self._shared.clear()
         self._kept.clear()
-        self._engine = self._runtime = None
-
-
-def rebuild(path: Path) -> str:
-    """The command that rebuilds a bundle's engine; `path` is BUNDLE/engines/TARGET/FILE."""
-    bundle = shlex.quote(str(path.parents[2]))
-    return f"build it again on this machine with mara-build {bundle} --target {path.parent.name}"
-
-
-@cache
-def logger(trt: Any) -> Any:
-    """The process's first logger serves all its builders and runtimes, and must outlive them."""
-
-    class Last(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last error; prints nothing."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.last = " ".join(message.split())[:300]
-
-    return Last()
+        self._engine = self._file = None

@@ -14,7 +14,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mara_runtime import files
@@ -22,6 +21,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.huge_pages import page_size
 from mara_runtime.schedule.cost import Cost
+from mara_runtime.versions import processor
 
 BUDGET_S = 6.0
 """Time budget, without the first pass of each shape; exceeded only until each pass was timed once."""
@@ -128,15 +128,7 @@ def _fingerprint(bundle: Bundle, engine: Engine) -> str:
         *(entry.sha256 for name, entry in sorted(bundle.manifest.files.items()) if name.startswith(runs)),
         json.dumps(engine_facts, sort_keys=True),
         platform.machine(),
-        _processor(),
+        processor(),
         str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line
-    return platform.processor()

@@ -1,0 +1,326 @@
+"""Values that are not finite: the error names the position and what is at fault, and nothing of it stays."""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mara_runtime.config import SCHEDULES, DecodeConfig
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.errors import NumericsError
+from mara_runtime.passes import PREFILL_ROWS
+from mara_runtime.schedule.base import Fixed, Schedule
+from tests.table_engine import TableMemory
+from tests.unit import helpers
+from tests.unit.helpers import sequential
+from tests.unit.sessions import (
+    ACCEPT,
+    CASES,
+    NAMED,
+    ONE_BY_ONE,
+    PROMPT,
+    TOGETHER,
+    WIDE,
+    Chat,
+    Draw,
+    Guesser,
+    a_guessing,
+    a_schedule,
+    a_table,
+    a_turn,
+    hand,
+    run,
+)  # fmt: skip
+
+MARK = 64.0
+"""A hidden state that the spoiled agent cannot take."""
+
+
+def spoiled(
+    at: tuple[int, ...], what: str, bad: float = math.nan, table: helpers.Lookup | None = None
+) -> helpers.Lookup:
+    """The hand-worked table with one number of one prefix replaced.
+
+    what: hidden (as in a network, its logits and all that follows become NaN, too), logits, or margin.
+    """
+    sound = table or hand(ACCEPT)
+
+    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        row, state = (array.copy() for array in sound(prefix))
+        if what == "hidden" and prefix[: len(at)] == at:
+            row[:] = np.nan
+            state[1 if len(prefix) == len(at) else 0] = bad if len(prefix) == len(at) else np.nan
+        if what == "logits" and prefix == at:
+            row[4] = bad
+        if what == "margin" and prefix == at:
+            state[:] = MARK, 0.0
+        return row, state
+
+    return lookup
+
+
+def spoiled_agent(bad: float) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    return lambda hidden: np.where(hidden[:, 0] == MARK, np.float32(bad), helpers.sum_agent(hidden))
+
+
+class Infectious(helpers.CountingEngine):
+    """Where a state was not finite, its KV entry is not: every row of any pass then is NaN, though it masks the slot.
+
+    That is what an additive mask does, 0 times NaN being NaN, until the entry is overwritten or cleared.
+    """
+
+    def __init__(self, lookup: helpers.Lookup, agent: Any = helpers.sum_agent, slots: int = 512) -> None:
+        super().__init__(lookup, agent, slots)
+        self._ill: set[int] = set()
+        self.memory.zero = self._zero  # type: ignore[method-assign]
+        self.culprits: list[tuple[int, int]] = []
+        """(position, token) of the rows of the first pass that were at fault themselves"""
+
+    def _zero(self) -> None:
+        TableMemory.zero(self.memory)
+        self._ill.clear()
+
+    def _rows(
+        self, tokens: Sequence[int], positions: Sequence[int], slot: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        hidden, logits = super()._rows(tokens, positions, slot)
+        fine: list[bool] = np.isfinite(hidden).all(axis=1).tolist()
+        for row, healthy in enumerate(fine):
+            (self._ill.discard if healthy else self._ill.add)(slot + row)
+        rows = list(zip(positions, tokens, strict=True))
+        self.culprits = self.culprits or [row for row, healthy in zip(rows, fine, strict=True) if not healthy]
+        if self._ill:
+            hidden, logits = np.full_like(hidden, np.nan), np.full_like(logits, np.nan)
+        return hidden, logits
+
+
+KINDS: list[type[helpers.CountingEngine]] = [helpers.CountingEngine, Infectious]
+
+
+def fails_and_recovers(
+    lookup: helpers.Lookup,
+    named: str,
+    *,
+    kind: type[helpers.CountingEngine] = Infectious,
+    agent: Any = helpers.sum_agent,
+    schedule: Schedule = ONE_BY_ONE,
+    guess: Sequence[int] = (),
+    prompt: list[int] = PROMPT,
+    config: DecodeConfig | None = None,
+    draws_on_prompt: bool = False,
+) -> helpers.CountingEngine:
+    """The error names what it should, nothing is left of the answer, and the next one is right.
+
+    guess: after the first candidate, or with `draws_on_prompt` after the prompt.
+    """
+    config, model = config or DecodeConfig(**WIDE), {"now": hand(ACCEPT)}
+    engine = kind(lambda prefix: model["now"](prefix))
+    engine._agent = agent
+    session = Chat(engine, schedule, Guesser(lambda index: guess[index - (1 if draws_on_prompt else 2) :]))
+    run(session, [1, 0, 0], config, limit=3)  # so that there is something to drop
+    assert session.cached
+    model["now"] = lookup
+    with pytest.raises(NumericsError, match=named) as caught:
+        run(session, prompt, config, limit=8)
+    assert "\n" not in str(caught.value)
+    assert session.cached == []
+    assert engine.entries(512) == [None] * 512
+    for sound, again in ((lookup, [6, 6]), (hand(ACCEPT), prompt)):
+        model["now"] = sound
+        steps, stats = run(session, again, config, limit=8)
+        expected = sequential(hand(ACCEPT), again, config, limit=8)
+        assert [step.token for step in steps] == expected.tokens
+        assert stats.algorithm() == expected.counts[-1]
+    return engine
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("at", "prefill_rows", "bad"),
+    [((1,), 256, math.nan), ((1, 0, 3), 2, math.inf), ((1, 0, 3), 256, -math.inf), ((1, 0, 3, 3), 2, math.nan)],
+)
+def test_the_error_names_a_hidden_state_of_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[helpers.CountingEngine],
+    at: tuple[int, ...],
+    prefill_rows: int,
+    bad: float,
+) -> None:
+    monkeypatch.setattr("mara_runtime.passes.PREFILL_ROWS", prefill_rows)
+    named = rf"hidden state at position {len(at) - 1} \(token {at[-1]}\)"
+    fails_and_recovers(spoiled(at, "hidden", bad), named, kind=kind, prompt=[1, 0, 3, 3])
+
+
+def test_the_error_names_a_hidden_state_in_a_later_chunk_of_the_prompt() -> None:
+    prompt = [i % 5 for i in range(PREFILL_ROWS + 10)]
+    at = tuple(prompt[: PREFILL_ROWS + 4])
+    fails_and_recovers(spoiled(at, "hidden"), rf"position {PREFILL_ROWS + 3} \(token {at[-1]}\)", prompt=prompt)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("at", "bad"), [((1, 2), math.nan), ((1, 2, 5), math.inf), ((1, 2, 5), math.nan), ((1, 2, 5, 7), -math.inf)]
+)
+def test_the_error_names_a_hidden_state_of_a_candidate(
+    schedule: str, at: tuple[int, ...], bad: float, kind: type[helpers.CountingEngine]
+) -> None:
+    named = rf"hidden state at position {len(at) - 1} \(token {at[-1]}\)"
+    fails_and_recovers(spoiled(at, "hidden", bad), named, kind=kind, schedule=NAMED[schedule]())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("guess", [[], [5, 7]], ids=["alone", "with a draft"])
+def test_the_error_names_a_hidden_state_of_a_sibling_that_would_not_have_run_alone(
+    kind: type[helpers.CountingEngine], guess: list[int]
+) -> None:
+    # As the method says, every row that runs counts. Of siblings that infect each other the one at fault is named.
+    table = spoiled((1, 4), "hidden")
+    steps, _ = run(helpers.CountingEngine(table), PROMPT, DecodeConfig(**WIDE), limit=3)
+    assert [step.token for step in steps] == [2, 5, 7]
+    fails_and_recovers(table, r"position 1 \(token 4\)", kind=kind, schedule=Fixed(None, 16), guess=guess)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1, None])
+@pytest.mark.parametrize(
+    ("guess", "at", "bad"),
+    [([5, 7, 7], (1, 2, 5), math.nan), ([5, 7, 7], (1, 2, 5, 7), math.inf), ([6, 7, 7], (1, 2, 6), math.nan)],
+    ids=["first", "second", "wrong"],
+)
+def test_the_error_names_a_hidden_state_of_a_draft(
+    kind: type[helpers.CountingEngine], width: int | None, guess: list[int], at: tuple[int, ...], bad: float
+) -> None:
+    named = rf"hidden state at position {len(at) - 1} \(token {at[-1]}\)"
+    fails_and_recovers(spoiled(at, "hidden", bad), named, kind=kind, schedule=Fixed(width, 16), guess=guess)
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("guess", [[], [2, 5, 7, 7]], ids=["alone", "with a draft"])
+def test_the_error_names_a_hidden_state_where_there_is_nothing_to_decide(guess: list[int], align: bool) -> None:
+    engine = fails_and_recovers(
+        spoiled((1, 2, 5, 7), "hidden", math.inf),
+        r"hidden state at position 3 \(token 7\)",
+        schedule=Fixed(1, 16),
+        guess=guess,
+        config=DecodeConfig(align=align, top_k=1),
+        draws_on_prompt=True,
+    )
+    assert any(len(call.tokens) > 1 and call.tokens[0] == 2 for call in engine.calls) == bool(guess)
+
+
+@pytest.mark.parametrize("what", ["hidden", "margin"])
+def test_the_error_names_a_fault_in_a_later_pass_of_a_decision(what: str) -> None:
+    # The passes before it were sound; they do not run again to find it.
+    named = {"hidden": r"hidden state at position 1 \(token 4\)", "margin": "margin at position 1 "}[what]
+    table = spoiled((1, 4), what, table=hand({}))
+    config = DecodeConfig(**WIDE)
+    engine = Infectious(table, spoiled_agent(math.nan))
+    with pytest.raises(NumericsError, match=named):
+        run(engine, PROMPT, config, schedule=Fixed(2), limit=8)
+    assert engine.cache.tokens == []
+
+
+@pytest.mark.parametrize("align", [True, False])
+@pytest.mark.parametrize("drafted", [0, 16])
+@pytest.mark.parametrize(
+    ("at", "bad"), [((1,), math.nan), ((1, 2), math.inf), ((1, 2, 5), math.nan), ((1, 2, 5, 7), math.inf)]
+)
+def test_the_error_names_logits(drafted: int, align: bool, at: tuple[int, ...], bad: float) -> None:
+    # An infinite logit (an overflow in half precision) leaves no probabilities: the normaliser is not finite.
+    fails_and_recovers(
+        spoiled(at, "logits", bad),
+        rf"logits after position {len(at) - 1} ",
+        kind=helpers.CountingEngine,
+        schedule=Fixed(1, drafted),
+        guess=[5, 7, 7],
+        config=DecodeConfig(align=align, **(WIDE if align else {})),
+    )
+
+
+def test_logits_that_rule_out_every_token() -> None:
+    engine = helpers.CountingEngine(lambda prefix: (np.full(8, -np.inf, np.float32), np.zeros(2, np.float32)))
+    with pytest.raises(NumericsError, match="logits after position 0 "):
+        run(engine, PROMPT, DecodeConfig(**WIDE), limit=2)
+
+
+def test_logits_of_a_candidate_that_does_not_continue_are_not_computed() -> None:
+    table = spoiled((1, 2), "logits", table=hand({(3,): 1.0, (3, 5): 1.0}))
+    for schedule in (ONE_BY_ONE, TOGETHER):
+        steps, _ = run(helpers.CountingEngine(table), PROMPT, DecodeConfig(**WIDE), schedule=schedule, limit=3)
+        assert [step.token for step in steps] == [3, 5, 7]
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "drafted"])
+@pytest.mark.parametrize(("at", "bad"), [((1, 2), math.nan), ((1, 2, 5), math.inf), ((1, 2, 5), -math.inf)])
+@pytest.mark.filterwarnings("ignore:invalid value")  # the table engine multiplies an infinite margin by 0
+def test_the_error_names_a_margin(bad: float, schedule: str, at: tuple[int, ...]) -> None:
+    # An agent whose weights are NaN must not look like one that rejects everything.
+    fails_and_recovers(
+        spoiled(at, "margin"),
+        rf"margin at position {len(at) - 1} ",
+        kind=helpers.CountingEngine,
+        agent=spoiled_agent(bad),
+        schedule=Fixed(1, 16) if schedule == "drafted" else NAMED[schedule](),
+        guess=[5, 7] if schedule == "drafted" else [],
+    )
+
+
+def test_a_fault_that_does_not_repeat_is_an_error_all_the_same() -> None:
+    class Flaky(helpers.CountingEngine):
+        def run(self, work: Pass) -> StepOutput:
+            out = super().run(work)
+            return replace(out, margins=out.margins * np.float32(np.nan)) if len(self.calls) == bad_pass else out
+
+    bad_pass = 2
+    session = Chat(Flaky(hand(ACCEPT)))
+    with pytest.raises(NumericsError, match=r"a pass at position 1 .* run again"):
+        run(session, PROMPT, DecodeConfig(**WIDE), limit=3)
+    assert session.cached == []
+    assert [step.token for step in run(session, PROMPT, DecodeConfig(**WIDE), limit=3)[0]] == [2, 5, 7]
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 6))])
+def test_a_fault_anywhere_is_named_or_not_met(part: int) -> None:
+    faults = fine = 0
+    for case in range(CASES):
+        rng = random.Random(f"{part}, {case}")
+        draw = Draw(rng.randint)
+        sound, often = a_table(draw), draw.one(10, 30, 100)
+
+        def lookup(
+            prefix: tuple[int, ...], sound: helpers.Lookup = sound, often: int = often
+        ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+            row, state = sound(prefix)
+            ill = hash(prefix) % often == 0
+            return (np.full_like(row, np.nan), np.full_like(state, np.nan)) if ill else (row, state)
+
+        schedule, guessing = a_schedule(draw), a_guessing(draw)
+        engine = Infectious(lookup)
+        session = Chat(engine, schedule, guessing.source())
+        for turn in (a_turn(draw, first=True) for _ in range(3)):
+            config, fallback = turn.config, turn.fallback
+            expected = sequential(sound, turn.drawn, config, fallback, turn.eos)
+            if isinstance(session.session.drafts, Guesser):
+                session.session.drafts.guess = guessing.guess(turn.drawn + expected.tokens)
+            engine.culprits, complaint = [], ""
+            try:
+                steps, _ = run(session, turn.drawn, config, fallback=fallback, eos=turn.eos)
+            except NumericsError as error:
+                complaint = str(error)
+            if complaint:
+                position, token = engine.culprits[0]
+                assert f"hidden state at position {position} (token {token})" in complaint
+                assert session.cached == []
+                assert engine.entries(512) == [None] * 512
+                faults += 1
+            else:
+                assert engine.culprits == []
+                assert [step.token for step in steps] == expected.tokens
+                fine += 1
+    assert min(faults, fine) > CASES // 4
