@@ -55,7 +55,9 @@ class InPieces:
             margins.append(out.margins.copy())
         return replace(
             out,
-            hidden=np.concatenate(hidden), logits=np.concatenate(logits), margins=np.concatenate(margins),
+            hidden=np.concatenate(hidden),
+            logits=np.concatenate(logits),
+            margins=np.concatenate(margins),
         )
 
 
