@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Workers have an equal share of the cores each (tests/conftest.py). A file's tests share fixtures: they stay together.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20
 
 .PHONY: setup demo test test-long test-lowest check lint docs clean
 
-setup: $(VENV)/.ready $(VENV)/.names
+setup: $(VENV)/.ready
 
 # torch first and alone: only this step sees PyTorch's CPU index, so that no CUDA packages are installed.
 # --no-deps and one retry keep it short where that index cannot be reached.
@@ -17,9 +20,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
-# NVIDIA's Python packages of the releases that we support, each in a folder of its own and without the libraries that
-# belong to it: tests/tensorrt/test_api_names.py reads their names. There are none for other machines, and of the old ones
-# none for a new Python: those lines may fail.
+# NVIDIA's Python packages of the releases that we support, each in a folder of its own and without its libraries:
+# tests/tensorrt/test_api_names.py reads their names. There are none for other machines, and of the old ones none for a
+# new Python: those lines may fail.
 $(VENV)/.names: $(VENV)/.ready
 ifeq ($(shell uname -sm),Linux x86_64)
 	-$(PIP) install --no-deps --upgrade --target $(VENV)/tensorrt-10.3 tensorrt-cu12-bindings==10.3.0
@@ -30,18 +33,18 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 	touch $@
 
-demo: $(VENV)/.ready
+demo: setup
 	$(BIN)/python -m mara_deploy.demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not long"
+	$(PYTEST) -m "not long"
 
-test-long: setup
-	$(BIN)/python -m pytest -q
+test-long: setup $(VENV)/.names
+	$(PYTEST)
 
 # The runtime at the lowest versions that pyproject.toml permits, in an environment of its own; LOWEST=python3.10 names
 # another interpreter for it.
-test-lowest: $(VENV)/.ready
+test-lowest: setup
 	$(BIN)/python tests/lowest.py $(LOWEST)
 
 lint: setup
@@ -49,8 +52,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Before a commit: lint, types, and the quick ones of the tests that need no PyTorch.
 check: lint
-	$(BIN)/python -m pytest -q tests/unit
+	$(PYTEST) -m "not long and not slow" tests/unit
 
 docs: setup
 	$(BIN)/python docs/make_commands.py

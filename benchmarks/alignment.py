@@ -1,6 +1,6 @@
 """Does training align the demo? Preference rates of trained and of untrained agents against the plain LM.
 
-    python benchmarks/alignment.py --set demo-final --seeds 0 1 2 --controls 8
+    python -m benchmarks.alignment --set demo-final --seeds 0 1 2 --controls 8
 
 Trains an agent a seed as `mara-train --model demo --prompts demo --score demo --seed N` does, and lets it answer the
 prompts of a set (mara_deploy.demo.prompts); so do untrained agents, whose mean must lie near 0: a single one tells
@@ -24,15 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from examples.demo_lm import corpus
 from mara_deploy import agent as agents
-from mara_deploy.demo import MODEL_FOLDER, corpus
-from mara_deploy.demo.prompts import SETS, demo_prompts
-from mara_deploy.scores.base import Combined, load_score
+from mara_deploy.demo import MODEL_FOLDER
+from mara_deploy.demo.prompts import SETS, DemoPrompt, demo_prompts
+from mara_deploy.demo.score import sentences
+from mara_deploy.scores.base import Combined, WeightedScore
+from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
-from mara_deploy.train.environment import Environment, Episode, Policy, reference_policy
+from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.folder import RunFolder
-from mara_deploy.train.loop import agent_policy, train
-from mara_deploy.train.task import Task, open_task
+from mara_deploy.train.loop import train
+from mara_deploy.train.policy import Policy, agent_policy, reference_policy
+from mara_deploy.train.task import TrainingTask, open_task
 from mara_export.hf.sources import ModelSource
 
 BOOTSTRAPS = 2000
@@ -92,9 +96,9 @@ class Contest:
         said = [
             corpus.known(sentence, prompt.task)
             for prompt, text in zip(self.prompts, found.texts, strict=True)
-            for sentence in corpus.sentences(text)
+            for sentence in sentences(text)
         ]
-        return {"scores": found.scored.combined, "grammar": float(np.mean(said)), "episodes": found.episodes}
+        return {"scores": found.scores.combined, "grammar": float(np.mean(said)), "episodes": found.episodes}
 
     def measure(self, name: str, agent: agents.Agent) -> dict[str, Any]:
         """Preference rates in per cent with their 95 % intervals, and counters."""
@@ -140,12 +144,12 @@ def trained(seed: int) -> agents.Agent:
         return train(demo_task(prompts), config, folder).actor
 
 
-def demo_task(prompts: list[str]) -> Task:
-    score = Combined([(1.0, load_score("demo"))])
+def demo_task(prompts: list[str]) -> TrainingTask:
+    score = Combined([WeightedScore(load_score("demo"))])
     return open_task(ModelSource(MODEL_FOLDER, "demo", None), prompts, score, RECIPES["demo"], device="cpu")
 
 
-def evenly(prompts: tuple[corpus.Prompt, ...], count: int) -> list[corpus.Prompt]:
+def evenly(prompts: tuple[DemoPrompt, ...], count: int) -> list[DemoPrompt]:
     """As many of each group as possible, drawn with a fixed seed."""
     by_group = defaultdict(list)
     for prompt in random.Random(0).sample(prompts, len(prompts)):

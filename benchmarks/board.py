@@ -1,9 +1,9 @@
-"""Which NVIDIA GPU this is, how it is set, and what it draws: by nvidia-smi, or by the files of a Jetson.
+"""Identity, settings and power draw of an NVIDIA GPU, from nvidia-smi or from the files of a Jetson.
 
-    python benchmarks/board.py      its facts as JSON; without an NVIDIA GPU one line, and exit code 2
+    python benchmarks/board.py      print them as JSON; without an NVIDIA GPU, one line and exit code 2
 
-Needs Python alone, as benchmarks/gpu.sh asks it before it installs anything. What cannot be read is None, and the
-reason is in "unread". The power monitors of a Jetson: https://docs.kernel.org/hwmon/ina3221.html and ina238.html.
+Needs only Python: benchmarks/gpu.sh runs it before anything is installed. Values that cannot be read are None, with the
+reason in "unread". The power monitors of a Jetson: https://docs.kernel.org/hwmon/ina3221.html and ina238.html.
 Not run on hardware yet: neither with a real nvidia-smi nor on a Jetson.
 """
 
@@ -40,18 +40,18 @@ QUERY = {
     "memory_mhz": "clocks.mem",
     "memory_max_mhz": "clocks.max.mem",
 }
-"""Our names, and those of `nvidia-smi --help-query-gpu`."""
+"""{fact: field of `nvidia-smi --help-query-gpu`}"""
 MONITORS = ("ina3221", "ina238")
 """Drivers of the power monitors on a Jetson."""
 WHOLES = (("VDD_IN",), ("VIN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
-"""Rails that make up the module, of Orin NX and Nano, of Thor, and of AGX Orin; the others hang on one of them."""
+"""Power rails that add up to the whole module: Orin NX and Nano, Thor, AGX Orin. Others are fed by one of these."""
 _NOT_READ = ("[N/A]", "N/A", "[Not Supported]", "[Unknown Error]", "")
 
 Run = Callable[[Sequence[str]], str]
 
 
 class NoBoard(Exception):
-    """There is no NVIDIA GPU here; the text says what was looked for."""
+    """No NVIDIA GPU was found; the message says where it was looked for."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Sample:
 
 
 class Board(Protocol):
-    """Where the facts come from."""
+    """Source of facts and readings."""
 
     def facts(self) -> dict[str, Any]:
-        """What it is and how it is set now."""
+        """Identity and current settings."""
 
     def samples(self) -> Iterator[Sample]:
         """A reading every PERIOD_S, until the iterator is closed."""
 
 
 def find(root: Path = Path("/"), run: Run | None = None) -> Board:
-    """The board of this machine. Raises NoBoard. root, run: for tests, another file system and other programs."""
+    """The board of this machine. Raises NoBoard. root, run: replaced by tests."""
     run = run or output
     model = _text(root / "proc/device-tree/model") or ""
     release = _text(root / "etc/nv_tegra_release")
@@ -89,17 +89,17 @@ def find(root: Path = Path("/"), run: Run | None = None) -> Board:
     except subprocess.SubprocessError as error:
         raise NoBoard(f"nvidia-smi says {_reason(error)!r}") from None
     if not names.strip():
-        raise NoBoard("nvidia-smi lists none")
+        raise NoBoard("nvidia-smi lists no GPU")
     return Smi(run)
 
 
 def output(command: Sequence[str]) -> str:
-    """What a program prints. Raises FileNotFoundError and SubprocessError."""
+    """Standard output of a program. Raises FileNotFoundError and SubprocessError."""
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 class Smi:
-    """A GPU that nvidia-smi knows: the first that CUDA would take."""
+    """The GPU that CUDA would select first, read by nvidia-smi."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -110,15 +110,15 @@ class Smi:
         """See `Board`."""
         line = self._run([*self._command, "--query-gpu=" + ",".join(QUERY.values())]).splitlines()[0]
         values = [_value(field) for field in line.split(",")]
-        found = dict(zip(QUERY, values, strict=True))
+        facts = dict(zip(QUERY, values, strict=True))
         version = re.search(r"CUDA Version:\s*([\d.]+)", self._run(["nvidia-smi"]))
-        unread = {name: "nvidia-smi does not report it" for name, value in found.items() if value is None}
+        unread = {name: "nvidia-smi does not report it" for name, value in facts.items() if value is None}
         for text in ("name", "driver", "compute_capability"):  # 8.0 and 580.65 are no numbers
-            found[text] = line.split(",")[list(QUERY).index(text)].strip()
-        return {"kind": "gpu", **found, "driver_cuda": version and version[1], "unread": unread}
+            facts[text] = line.split(",")[list(QUERY).index(text)].strip()
+        return {"kind": "gpu", **facts, "driver_cuda": version and version[1], "unread": unread}
 
     def samples(self) -> Iterator[Sample]:
-        """See `Board`: one process that goes on printing, as starting one each time would load the host."""
+        """See `Board`. One process keeps printing: starting one per reading would load the host."""
         command = [*self._command, "--query-gpu=power.draw,clocks.sm", f"--loop-ms={PERIOD_S * 1e3:.0f}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             try:
@@ -130,7 +130,7 @@ class Smi:
 
 
 class Jetson:
-    """A Jetson: files under /sys and /proc, and nvpmodel."""
+    """A Jetson, read from /sys, /proc and nvpmodel."""
 
     def __init__(self, root: Path, run: Run, model: str, release: str) -> None:
         self._root, self._run = root, run
@@ -141,7 +141,7 @@ class Jetson:
         unread: dict[str, str] = {}
         gpu, memory = self._gpu(), re.search(r"MemTotal:\s+(\d+) kB", _text(self._root / "proc/meminfo") or "")
         cpu = self._root / "sys/devices/system/cpu/cpu0/cpufreq"
-        found = {
+        facts = {
             "name": self._model,
             "l4t": _l4t(self._release),
             "memory_mib": memory and int(memory[1]) // 1024,
@@ -155,14 +155,14 @@ class Jetson:
             "memory_mhz": _scaled(self._root / "sys/kernel/debug/bpmp/debug/clk/emc/rate", 1e6),
             "rails_w": self.rails(),
         }
-        for name, value in found.items():
+        for name, value in facts.items():
             if value is None:
                 unread.setdefault(name, "its file is not there, or only root may read it")
-        return {"kind": "jetson", **found, "unread": unread}
+        return {"kind": "jetson", **facts, "unread": unread}
 
     def rails(self) -> dict[str, float]:
-        """Watts by the name of the rail."""
-        found: dict[str, float] = {}
+        """{rail: watts}"""
+        watts: dict[str, float] = {}
         for chip in sorted((self._root / "sys/class/hwmon").glob("hwmon*")):
             if _text(chip / "name") not in MONITORS:
                 continue
@@ -171,11 +171,11 @@ class Jetson:
                 milliamperes, millivolts = _scaled(current, 1), _scaled(chip / f"in{number}_input", 1)
                 label = _text(chip / f"in{number}_label")
                 if milliamperes is not None and millivolts is not None and label:
-                    found[label] = milliamperes * millivolts / 1e6
+                    watts[label] = milliamperes * millivolts / 1e6
             whole = _scaled(chip / "power1_input", 1e6)  # of an ina238, in microwatts
             if whole is not None:
-                found[_text(chip / "power1_label") or _text(chip / "device/label") or chip.name] = whole
-        return found
+                watts[_text(chip / "power1_label") or _text(chip / "device/label") or chip.name] = whole
+        return watts
 
     def samples(self) -> Iterator[Sample]:
         """See `Board`."""
@@ -185,25 +185,25 @@ class Jetson:
             time.sleep(PERIOD_S)
 
     def _gpu(self) -> Path | None:
-        """Folder of the GPU's clock; Thor has several, of which the one of the cores comes first."""
+        """Folder of the GPU clock. Thor has several; the cores' clock comes first."""
         return next(iter(sorted((self._root / "sys/class/devfreq").glob("*gpu*"))), None)
 
     def _power_mode(self, unread: dict[str, str]) -> str | None:
         try:
-            found = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", self._run(["nvpmodel", "-q"]))
+            mode = re.search(r"NV Power Mode:\s*(\S+)\s+(\d+)", self._run(["nvpmodel", "-q"]))
         except FileNotFoundError:
             unread["power_mode"] = "nvpmodel is not on the PATH"
         except subprocess.SubprocessError as error:
             unread["power_mode"] = f"nvpmodel -q says {_reason(error)!r}"
         else:
-            if found:
-                return f"{found[1]} ({found[2]})"
-            unread["power_mode"] = "nvpmodel -q names none"
+            if mode:
+                return f"{mode[1]} ({mode[2]})"
+            unread["power_mode"] = "nvpmodel -q names no mode"
         return None
 
 
 def total(rails: dict[str, float]) -> float | None:
-    """Watts of the module; None when its rails are not those of a module that we know."""
+    """Watts of the module; None for unknown sets of rails."""
     for names in WHOLES:
         if rails.keys() >= set(names):
             return sum(rails[name] for name in names)
@@ -211,7 +211,7 @@ def total(rails: dict[str, float]) -> float | None:
 
 
 class Meter:
-    """Readings taken in the background from `with` on."""
+    """Context manager that takes readings in the background."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -236,7 +236,7 @@ class Meter:
         samples.close()  # type: ignore[attr-defined]  # a generator
 
     def between(self, start_s: float, end_s: float) -> dict[str, float | None]:
-        """What was drawn between two moments of time.monotonic."""
+        """Energy, power and clock between two times of time.monotonic."""
         inside = [s for s in list(self._samples) if start_s <= s.at_s <= end_s]
         clocks = sorted(s.mhz for s in inside if s.mhz is not None)
         energy = joules([(s.at_s, s.watts) for s in inside if s.watts is not None], start_s, end_s)
@@ -250,9 +250,9 @@ class Meter:
 
 
 def joules(samples: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float | None:
-    """Energy from readings (seconds, watts) in order: straight lines between them, level before and after.
+    """Energy from ordered readings (seconds, watts): trapezoidal rule, constant before the first and after the last.
 
-    None when there are fewer than two, or when they leave more than half of the time to guesses.
+    None with fewer than two readings, or when they span less than half of the interval.
     """
     if len(samples) < 2 or samples[-1][0] - samples[0][0] < (end_s - start_s) / 2:
         return None
@@ -261,13 +261,13 @@ def joules(samples: Sequence[tuple[float, float]], start_s: float, end_s: float)
 
 
 def _l4t(release: str) -> str | None:
-    """Of "# R36 (release), REVISION: 4.3, …": 36.4.3."""
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
-    return f"{found[1]}.{found[2]}" if found else None
+    """ "# R36 (release), REVISION: 4.3, …" → 36.4.3"""
+    match = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", release)
+    return f"{match[1]}.{match[2]}" if match else None
 
 
 def _text(path: Path) -> str | None:
-    """A file's text without what ends it; None when it cannot be read or is empty."""
+    """Stripped text of a file; None when it cannot be read or is empty."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
     except OSError:
@@ -275,7 +275,7 @@ def _text(path: Path) -> str | None:
 
 
 def _scaled(path: Path | None, unit: float) -> float | None:
-    """A number in a file, in another unit."""
+    """The number in a file, divided by `unit`."""
     value = None if path is None else _number(_text(path) or "")
     return None if value is None else value / unit
 

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, in one command, on an x86-64 machine or a Jetson:
+# Everything that needs an NVIDIA GPU, in one command, on an x86-64 machine or a Jetson:
 #
 #     benchmarks/gpu.sh [--smoke] [--dry-run] [--out DIR] [--bundles DIR] [--targets "tensorrt cuda"]
 #
-# makes an environment (or takes the one of PYTHON=…, which must have pytest and mara-deploy with the extras that are
-# installed below), a model of the shape of Qwen2-0.5B with random weights, its bundles in fp16 and their engines; then
-# runs tests/gpu, mara-bench (cost of 1 to 40 rows; aligned against plain with half of the positions decisions and 90 %
-# accepted), and 2,000 steps under watch (memory, energy a token). All that was found ends in DIR/results.json.
+# Creates a virtual environment, a model of the shape of Qwen2-0.5B with random weights, its fp16 bundles and their
+# engines. Then runs tests/gpu, mara-bench (cost of 1 to 40 rows; aligned against plain decoding with decisions at half
+# of the positions and 90 % accepted), and 2,000 steps with memory and energy per token recorded. All results are
+# collected in DIR/results.json.
 #
-#   --smoke      a tiny model: does it run at all?
-#   --dry-run    print the commands and run none
-#   --out        where everything goes (default gpu-results)
-#   --bundles    folder of bundles made elsewhere, one for each target by its name: then PyTorch is not needed here;
-#                TensorRT's engines are built into them
-#   --targets    what to measure (default "tensorrt cuda"; "tensorrt" on JetPack 6, whose Python has no onnxruntime-gpu)
+#   --smoke      use a tiny model, to see whether everything runs
+#   --dry-run    print the commands without running them
+#   --out        folder for all output (default gpu-results)
+#   --bundles    folder with one bundle per target, named by its target: PyTorch is not needed then. TensorRT engines are
+#                built into these bundles
+#   --targets    targets to measure (default "tensorrt cuda"; "tensorrt" on JetPack 6, whose Python has no
+#                onnxruntime-gpu)
+#   PYTHON=...   an interpreter whose environment has pytest and mara-deploy with the extras below; nothing is installed
 #
-# On a Jetson, set the power mode first (sudo nvpmodel -m …; sudo jetson_clocks): the result records what it is.
+# On a Jetson, set the power mode first (sudo nvpmodel -m ...; sudo jetson_clocks); the results record it.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -38,11 +40,11 @@ while (($#)); do
             sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
             exit
             ;;
-        *) stop "gpu.sh: there is no option $1; see benchmarks/gpu.sh --help" ;;
+        *) stop "gpu.sh: unknown option $1; see benchmarks/gpu.sh --help" ;;
     esac
     shift
 done
-# -s: an environment's python is a link, and what it leads to has not the environment's packages
+# -s: keep the link, since the python it points to does not see the environment's packages
 [[ ${PYTHON:-} != */* ]] || PYTHON=$(realpath -ms "$PYTHON")
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=$(realpath -m "$out") bundles=${bundles:+$(realpath -m "$bundles")}
@@ -51,7 +53,7 @@ python=${PYTHON:-python3}
 
 # ── the board ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# A dry run may be of another machine: BOARD='{"kind": "jetson", "l4t": "36.4.3"}'.
+# A dry run can be for another machine: BOARD='{"kind": "jetson", "l4t": "36.4.3"}'.
 ((dry)) || unset BOARD
 if [[ -z ${BOARD:-} ]]; then
     if ((dry)); then
@@ -75,8 +77,8 @@ case $kind-$l4t in
 esac
 targets=${targets:-${default:-tensorrt cuda}}
 if [[ -z ${PYTHON:-} && $driver_cuda =~ ^([0-9]|1[0-2])\. ]]; then
-    stop "gpu.sh: this driver knows CUDA $driver_cuda, and what would be installed needs 13 (driver 580 or later): \
-update it, or name an environment that fits with PYTHON="
+    stop "gpu.sh: this driver supports CUDA $driver_cuda, but the packages need CUDA 13 (driver 580 or later): \
+update the driver, or give an environment that fits with PYTHON="
 fi
 
 # ── one step at a time ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +92,7 @@ show() {
     echo "${line% }"
 }
 
-# step NAME COMMAND…: show the command and run it; what it prints is kept. A step that fails is noted, and returns false.
+# step NAME COMMAND…: print the command, run it and keep its output. A failure is recorded and returns false.
 step() {
     local name=$1 command=("${@:2}")
     show "${command[@]}"
@@ -107,20 +109,19 @@ must() {
     step "$@" || stop "gpu.sh: $1 failed, see $out/$1.txt"
 }
 
-# below BUNDLE NUMBER…: those of the numbers that are less than the bundle's max_context, with commas between them; all
-# of them while there is no bundle.
+# below BUNDLE NUMBER…: the numbers below the bundle's max_context, separated by commas; all of them without a bundle.
 below() {
     "${PYTHON:-python3}" -c 'import json, sys
 try:
     with open(sys.argv[1] + "/manifest.json", encoding="utf-8") as file:
         most = json.load(file)["max_context"]
     print(",".join(n for n in sys.argv[2:] if int(n) < most))
-except (OSError, ValueError, KeyError, TypeError):  # who reads the bundle next says what is wrong with it
+except (OSError, ValueError, KeyError, TypeError):  # the next command reports what is wrong with it
     print(",".join(sys.argv[2:]))' "$@"
 }
 
 if ((!dry)); then
-    [[ ! -e $out ]] || stop "gpu.sh: $out is there already: name another folder with --out, or remove it"
+    [[ ! -e $out ]] || stop "gpu.sh: $out exists already: remove it, or choose another --out"
     mkdir -p "$out"
     echo "$BOARD" > "$out/board-before.json"
 fi
@@ -128,18 +129,19 @@ fi
 # ── environment, model, bundles, engines ─────────────────────────────────────────────────────────────────────────────
 
 if [[ -z ${PYTHON:-} ]]; then
-    options=() # TensorRT comes with JetPack, so the environment on a Jetson sees the system's packages
+    options=() # on a Jetson TensorRT is a system package
     [[ $kind != jetson ]] || options=(--system-site-packages)
     must venv python3 -m venv "${options[@]}" "$out/env"
     python=$out/env/bin/python
     install=("$python" -m pip install --disable-pip-version-check -q)
-    if [[ -z $bundles ]]; then # PyTorch for the CPU is enough to export, and CUDA's own packages stay apart from it
+    if [[ -z $bundles ]]; then # the CPU build of PyTorch is enough to export, and does not pull in CUDA packages
         must torch "${install[@]}" --no-deps --retries 1 --timeout 15 \
             --extra-index-url https://download.pytorch.org/whl/cpu 'torch>=2.6'
         extras+=,export
     fi
-    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest
-    if ((!dry)); then # ONNX Runtime looks for CUDA's libraries there
+    # tests/gpu writes its graph with onnx-ir
+    must packages "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest "onnx-ir>=1.1"
+    if ((!dry)); then # ONNX Runtime searches it for the CUDA libraries
         libraries=$("$python" -c 'import glob, sysconfig
 print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
         export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -168,9 +170,9 @@ ready=()
 [[ -n $bundles ]] || must model "$python" benchmarks/shape.py "$shape" "$out/model"
 for target in $targets; do
     if ! bundled "$target" "$lowering" "$target"; then
-        # TensorRT from 10.16 on may build no Attention with a mask; "decomposed" has plain operators in its place
+        # TensorRT 10.16 and later may not build Attention with a mask; "decomposed" uses basic operators instead
         [[ -z $bundles && $target == tensorrt* && $lowering != decomposed && -d $out/bundles/$target ]] || continue
-        echo "gpu.sh: no engine of lowering $lowering for $target: it is measured with decomposed instead" >&2
+        echo "gpu.sh: TensorRT cannot build --lowering $lowering for $target: using decomposed" >&2
         rm -rf "$out/bundles/$target"
         bundled "$target" decomposed "$target-decomposed" || continue
     fi
@@ -190,7 +192,7 @@ done
 
 step gather "$python" -m benchmarks.gather "$out" || true
 if [[ -e $out/failed.tsv ]] && ((!dry)); then
-    echo "gpu.sh: not everything worked:" >&2
+    echo "gpu.sh: failed steps:" >&2
     sed 's/\t/: /' "$out/failed.tsv" >&2
     exit 1
 fi

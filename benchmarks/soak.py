@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak BUNDLE [--engine NAME] [--steps 2000]
 
-Plain and aligned decoding on the instrument of mara-bench (half of the positions decisions, 90 % accepted), answer
+Plain and aligned decoding with synthetic acceptance (half of the positions decisions, 90 % accepted), answer
 after answer. Memory is read once everything has reached its full size, and after the steps: the last line of the
 output is a JSON object, and the exit code is 1 when memory grew. Device memory is what the whole GPU has in use, so
 other programs on it count.

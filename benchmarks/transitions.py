@@ -27,10 +27,11 @@ import transformers
 from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import demo_prompts
-from mara_deploy.scores.base import Combined, load_score
+from mara_deploy.scores.base import Combined, WeightedScore
+from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
-from mara_deploy.train.loop import agent_policy
-from mara_deploy.train.replay import Replay
+from mara_deploy.train.policy import agent_policy
+from mara_deploy.train.replay import ReplayBuffer
 from mara_deploy.train.task import open_task
 from mara_export.hf.checkpoint import load_model
 from mara_export.hf.sources import ModelSource, resolve_model
@@ -50,7 +51,7 @@ def main() -> None:
     source = ModelSource(MODEL_FOLDER, "demo", None) if args.model == "demo" else resolve_model(args.model)
     prompts = [p.text for p in demo_prompts()][:: len(demo_prompts()) // args.prompts_at_once][: args.prompts_at_once]
     config = replace(RECIPES["demo"], max_new_tokens=args.max_new_tokens)
-    score = Combined([(1.0, load_score("demo"))])
+    score = Combined([WeightedScore(load_score("demo"))])
     task = open_task(source, prompts, score, config, device="cpu", dtype="float32")
     agent = agents.untrained(task.hidden_size, 0, config.widths)
     environment, everyone = task.environment, np.arange(len(prompts))
@@ -58,7 +59,7 @@ def main() -> None:
     def batched(seed: int) -> int:
         rng = np.random.default_rng(seed)
         episodes = environment.rollout([task.tokens[i] for i in everyone], agent_policy(agent), rng)
-        return sum(len(e.chain.accepted) for e in episodes)
+        return sum(len(e.trajectory) for e in episodes)
 
     one = OneCandidateAPass(load_model(source), agent, environment.eos_token_ids, config.top_k, config.top_p)
 
@@ -78,7 +79,7 @@ def main() -> None:
         print(f"{name:<22} {middle:8.0f} [{low:.0f}, {high:.0f}] transitions/s")
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     print(f"{'ratio':<22} {statistics.median(ratios):8.1f} [{min(ratios):.1f}, {max(ratios):.1f}]")
-    size = Replay.row_bytes(task.hidden_size)
+    size = ReplayBuffer.bytes_per_transition(task.hidden_size)
     print(f"{'bytes a transition':<22} {size:8} + 1/8 in reserve; its state alone {2 * task.hidden_size}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": args.threads, **versions}

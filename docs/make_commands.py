@@ -1,31 +1,29 @@
-"""Write docs/commands.md from the commands' own help texts; tests/unit/test_docs.py checks that it is current.
-
-make docs
-"""
+"""Write docs/reference/commands.md from the commands' help texts: `make docs`. A test checks that it is current."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["COLUMNS"] = "110"  # argparse wraps to the terminal
-PAGE = Path(__file__).with_name("commands.md")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # examples is not installed
+PAGE = Path(__file__).parent / "reference" / "commands.md"
 
 
 def page() -> str:
     """The text of commands.md."""
-    from mara_deploy.commands import bench, build, eval, export, inspect, run, train
+    from examples.demo_lm import __main__ as remake
+    from examples.demo_lm import train as demo_lm
+    from mara_deploy.commands import bench, build, eval, export, inspect, memory, run, train
     from mara_deploy.demo import __main__ as demo
-    from mara_deploy.demo import remake
-    from mara_deploy.demo import train as demo_lm
 
-    parts = ["# Commands\n\nMade from the commands' help texts by `make docs`.\n"]
-    for module in (export, build, run, inspect, bench, train, eval, demo, demo_lm, remake):
+    parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
+    for module in (export, build, run, inspect, memory, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(
-        "Every command ends with exit code 0, or with exit code 2 and one line on stderr when something is wrong that\n"
-        "its user can mend.\n"
+        "Every command exits with code 0, or with code 2 and one line on stderr for an error that the user can fix.\n"
     )
     return "\n".join(parts)
 

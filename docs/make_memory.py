@@ -1,4 +1,4 @@
-"""Write docs/memory.md from the memory model; tests/unit/test_memory.py checks that it is current.
+"""Write docs/reference/memory.md from the memory model; tests/unit/test_memory.py checks that it is current.
 
 make docs
 """
@@ -7,31 +7,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PAGE = Path(__file__).with_name("memory.md")
+PAGE = Path(__file__).parent / "reference" / "memory.md"
 TEXT = Path(__file__).with_name("memory.in.md")
-"""What the tables rest on, in words."""
+"""The text above the tables."""
 
 
 def page() -> str:
     """The text of memory.md."""
-    from mara_deploy.decoders import DECODERS
     from mara_deploy.memory import CONTEXTS, JETSONS_GB, Setting, estimate
-    from mara_export.hf.sources import ALIASES
-    from mara_export.targets import PRECISIONS_OF
+    from mara_export.hf.families import ALIASES
+    from mara_export.targets import TARGETS
 
     aliases: dict[str, list[str]] = {}
-    for alias, hub_id in ALIASES.items():
-        aliases.setdefault(repr(DECODERS[hub_id]), []).append(f"`{alias}`")
+    for alias, known in ALIASES.items():
+        aliases.setdefault(repr(known.decoder), []).append(f"`{alias}`")
+    models = {repr(known.decoder): known.decoder for known in ALIASES.values()}  # each shape once
     parts = [TEXT.read_text(encoding="utf-8")]
     boards = " | ".join(f"{gb} GB" for gb in JETSONS_GB)
     for target in ("tensorrt", "cuda", "cpu"):
         parts.append(f"## {target}\n")
-        for hub_id, names in _distinct(ALIASES, DECODERS, aliases):
-            model = DECODERS[hub_id]
-            parts.append(f"{', '.join(names)}: {model.parameters / 1e9:.2f} · 10⁹ parameters\n")
+        for key, model in models.items():
+            parts.append(f"{', '.join(aliases[key])}: {model.parameters / 1e9:.2f} · 10⁹ parameters\n")
             parts.append(f"| precision | context | engine | KV | workspace | host | sum, MB | {boards} |")
             parts.append("|---|" + "--:|" * (6 + len(JETSONS_GB)))
-            for precision in PRECISIONS_OF[target]:
+            for precision in TARGETS[target].precisions:
                 for context in CONTEXTS:
                     m = estimate(model, Setting(target, precision, context))
                     sizes = (m.engine_bytes, m.kv_bytes, m.workspace_bytes, m.host_bytes, m.total_bytes)
@@ -40,17 +39,6 @@ def page() -> str:
                     parts.append("| " + " | ".join(map(str, cells)) + " |")
             parts.append("")
     return "\n".join(parts)
-
-
-def _distinct(
-    hub_ids: dict[str, str], decoders: dict[str, object], names: dict[str, list[str]]
-) -> list[tuple[str, list[str]]]:
-    """Each shape once, with all the aliases that have it."""
-    firsts: dict[str, tuple[str, list[str]]] = {}
-    for hub_id in hub_ids.values():
-        key = repr(decoders[hub_id])
-        firsts.setdefault(key, (hub_id, names[key]))
-    return list(firsts.values())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python examples/released_agent.py --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth
 
-needs a login at the Hugging Face Hub with access to the LLM; docs/agents.md says which agent goes with which model.
+needs a login at the Hugging Face Hub with access to the LLM; docs/guide/released-agents.md says which agent goes with
+which model.
 Without --agent it lists what the repository holds. The evaluation takes the reward and the cost model of the paper
 (PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use). Options after `--` are
 those of mara-eval and may name other scores:
@@ -66,13 +67,14 @@ def run(args: argparse.Namespace, for_eval: list[str]) -> None:
 
 def require_same(bundle: Path, args: argparse.Namespace) -> None:
     """Refuse the bundle of an earlier run with other options."""
-    from mara_export.hf.sources import ALIASES, local_path
+    from mara_export.hf.families import hub_id_of
+    from mara_export.hf.sources import local_path
     from mara_runtime import Bundle
 
     model, agent = local_path(args.model), local_path(args.agent)
     made = Bundle.open(bundle, verify=False).manifest
     for flag, found, asked in (
-        ("model", made.model.source, model.resolve().name if model else ALIASES.get(args.model, args.model)),
+        ("model", made.model.source, model.resolve().name if model else hub_id_of(args.model)),
         ("agent", made.agent.source, agent.name if agent else args.agent),
         ("precision", made.step.precision, args.precision),
     ):

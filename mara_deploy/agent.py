@@ -5,7 +5,6 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,23 +17,27 @@ from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import MaraError, first_line
+from mara_runtime.files import write_atomic
 
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
-_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
-"""What torch says of a pickle that is more than tensors."""
-UNKNOWN_FALLBACK = "first"
-"""Fallback of an agent file that records none: that of the paper's evaluation."""
+DEFAULT_FALLBACK = "first"
+"""Fallback of an agent file that does not record one, as in the paper's evaluation."""
+_LAYERS = ("ln", "linear1", "linear2", "output_linear")
+_PARAMETERS = tuple(f"{layer}.{part}" for layer in _LAYERS for part in ("weight", "bias"))
+_DISALLOWED_GLOBAL = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
+"""Part of torch's error for a pickle that contains more than tensors."""
+_ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class AgentError(MaraError):
-    """An agent file that is missing, damaged, or made for another model."""
+    """An agent file that is missing, damaged, or not an agent."""
 
 
 class Agent(nn.Module):
     """LayerNorm(D) → Linear → ReLU → Linear → ReLU → Linear(·, 2); action 1 accepts.
 
-    hidden_size: D of the LLM; widths: of the two hidden layers.
+    hidden_size: D of the LLM; widths: sizes of the two hidden layers.
     """
 
     def __init__(self, hidden_size: int, widths: tuple[int, int] = WIDTHS) -> None:
@@ -43,115 +46,110 @@ class Agent(nn.Module):
         self.linear1 = nn.Linear(hidden_size, widths[0])
         self.linear2 = nn.Linear(widths[0], widths[1])
         self.output_linear = nn.Linear(widths[1], 2)
-        self.fallback = UNKNOWN_FALLBACK
+        self.fallback = DEFAULT_FALLBACK
 
     @property
     def hidden_size(self) -> int:
-        """D of the LLM that this agent was made for."""
+        """D of the LLM that the agent was made for."""
         return self.linear1.in_features
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Widths of the two hidden layers."""
+        """Sizes of the two hidden layers."""
         return self.linear1.out_features, self.linear2.out_features
 
     def forward(self, states: Tensor) -> Tensor:
-        """(N, D) last hidden states after the final norm → (N, 2) scores of rejecting and of accepting."""
+        """(N, D) last hidden states after the final norm → (N, 2) logits of rejecting and accepting."""
         x = torch.relu(self.linear1(self.ln(states)))
         x = torch.relu(self.linear2(x))
-        scores: Tensor = self.output_linear(x)
-        return scores
+        logits: Tensor = self.output_linear(x)
+        return logits
 
     def margin(self, states: Tensor) -> Tensor:
-        """(N, D) → (N,) accept score minus reject score; a candidate is accepted when this exceeds the threshold."""
-        scores = self.forward(states)
-        return scores[:, 1] - scores[:, 0]
+        """(N, D) → (N,) accept logit minus reject logit; a candidate is accepted where this exceeds the threshold."""
+        logits = self.forward(states)
+        return logits[:, 1] - logits[:, 0]
 
 
 def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> Agent:
-    """An agent with random weights: a control, and a stand-in where none has been trained. It aligns nothing."""
+    """An agent with random weights, for tests, benchmarks and controls. It aligns nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Agent(hidden_size, widths).eval()
 
 
-def save(agent: Agent, path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file that records the fallback, and what else there is to know. Raises OSError."""
+def save(agent: Agent, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a .safetensors file whose metadata records the fallback and `metadata`. Raises OSError."""
+    everything = {**(metadata or {}), "fallback": agent.fallback}
     try:
-        save_file(cpu_state(agent), path, metadata={**(facts or {}), "fallback": agent.fallback})
-    except SafetensorError as error:  # what it makes of a full disk
+        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=everything))
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
-    mask = os.umask(0)  # safetensors makes private files; what a user makes follows their umask
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:
-    """The state dict as the released `.pth` files hold it, on the CPU."""
+    """The state dict of a released `.pth` file, on the CPU."""
     return {name: tensor.detach().cpu() for name, tensor in agent.state_dict().items()}
 
 
 def load(path: Path) -> Agent:
     """Read a released `.pth` checkpoint or a `.safetensors` file; the widths follow from the shapes.
 
-    Pickled code is never run (`weights_only=True`). Raises AgentError.
+    Never runs pickled code (`weights_only=True`). Raises AgentError.
     """
     try:
-        found = path.is_file()
-    except (OSError, ValueError):  # no file can have such a name
-        found = False
-    if not found:
-        raise AgentError(f"there is no agent file at {path}{_instead(path)}")
+        exists = path.is_file()
+    except (OSError, ValueError):  # a path that no file can have
+        exists = False
+    if not exists:
+        raise AgentError(f"there is no agent file at {path}{_suggestion(path)}")
     state, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
-            raise AgentError(f"{path} is not a MARA agent: {name} holds no plain floating-point numbers")
+            raise AgentError(f"{path} is not a MARA agent: {name} is not a dense floating-point tensor")
     if any(name.startswith("linear11.") for name in state):
-        raise AgentError(f"{path} holds the twin critics of a training run, not an agent: give the actor's file")
+        raise AgentError(f"{path} holds the twin critics of a training run: pass the actor's file instead")
     agent = Agent(*_sizes(path, state))
-    expected = {name: tuple(t.shape) for name, t in agent.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in agent.state_dict().items()}
     for name, tensor in state.items():
-        if name not in expected or tuple(tensor.shape) != expected[name]:
-            raise AgentError(f"{path} is not a MARA agent: {name} {list(tensor.shape)} does not belong in it")
+        if tensor.shape != shapes.get(name):
+            expected = f"expected {list(shapes[name])}" if name in shapes else "there is no such parameter"
+            raise AgentError(f"{path} is not a MARA agent: {name} has shape {list(tensor.shape)}; {expected}")
     agent.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     if not all(torch.isfinite(p).all() for p in agent.parameters()):
-        raise AgentError(f"{path} is damaged: it holds weights that are not finite")
-    agent.fallback = metadata.get("fallback", UNKNOWN_FALLBACK)
+        raise AgentError(f"{path} is damaged: some weights are not finite")
+    agent.fallback = metadata.get("fallback", DEFAULT_FALLBACK)
     if agent.fallback not in FALLBACKS:
-        raise AgentError(f"{path} records the fallback {agent.fallback!r}; known are {', '.join(FALLBACKS)}")
+        raise AgentError(f"{path} records the fallback {agent.fallback!r}; expected one of {', '.join(FALLBACKS)}")
     return agent.eval()
 
 
-def _instead(path: Path) -> str:
-    """What to give for a path that is no file."""
+def _suggestion(path: Path) -> str:
+    """What to pass instead of a path that is not a file."""
     try:
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth"))
+        agents = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pth"))
     except (OSError, ValueError):
-        inside = []
-    if inside:
-        found = "agent.safetensors" if "agent.safetensors" in inside else inside[0]
-        return f", which is a folder that holds {found}: give --agent {path / found}"
+        agents = []
+    if agents:
+        name = "agent.safetensors" if "agent.safetensors" in agents else agents[0]
+        return f", which is a folder with {name} in it: pass --agent {path / name}"
     return ": --agent takes a .pth or .safetensors file, hub-id:file, or `demo`"
 
 
 def _sizes(path: Path, state: dict[str, Tensor]) -> tuple[int, tuple[int, int]]:
-    names = [
-        f"{layer}.{part}" for layer in ("ln", "linear1", "linear2", "output_linear") for part in ("weight", "bias")
-    ]
-    missing = [name for name in names if name not in state]
+    """(D, widths) by the shapes of the linear layers."""
+    missing = [name for name in _PARAMETERS if name not in state]
     prefix = next((name.removesuffix("ln.weight") for name in state if name.endswith(".ln.weight")), "")
-    if missing and prefix and all(f"{prefix}{name}" in state for name in names):
-        hint = ", as DataParallel writes them: save its .module's state_dict()" if prefix == "module." else ""
-        raise AgentError(
-            f"{path} is not a MARA agent: its names begin with {prefix!r}{hint or ': save them without it'}"
-        )
+    if missing and prefix and all(f"{prefix}{name}" in state for name in _PARAMETERS):
+        fix = "save the state_dict() of DataParallel's .module" if prefix == "module." else "save them without it"
+        raise AgentError(f"{path} is not a MARA agent: its parameter names have the prefix {prefix!r}: {fix}")
     if missing:
-        raise AgentError(f"{path} is not a MARA agent: it lacks {', '.join(missing)}")
+        raise AgentError(f"{path} is not a MARA agent: missing {', '.join(missing)}")
     if any(state[f"{layer}.weight"].dim() != 2 for layer in ("linear1", "linear2")):
         raise AgentError(f"{path} is not a MARA agent: its linear weights are not matrices")
     (first, hidden_size), (second, _) = state["linear1.weight"].shape, state["linear2.weight"].shape
     if not (first and second and hidden_size):
-        raise AgentError(f"{path} is not a MARA agent: it has layers without a unit")
+        raise AgentError(f"{path} is not a MARA agent: a layer has size 0")
     return hidden_size, (first, second)
 
 
@@ -166,20 +164,16 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on the age of a file
+            warnings.simplefilter("ignore")  # torch comments on the age of the format
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles fail in every way there is
-        if refused := _REFUSED_GLOBAL.search(str(error)):
-            raise AgentError(
-                f"{path} cannot be read as a PyTorch state dict: it is a pickled module or other object "
-                f"({refused[1]}), whose code is not run: save its state_dict(), as torch.save(agent.state_dict(), file)"
-            ) from None
-        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {_plain(error)}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = _ANSI_COLOUR.sub("", first_line(error))
+        if disallowed := _DISALLOWED_GLOBAL.search(str(error)):
+            reason = (
+                f"it is a pickled module or other object ({disallowed[1]}), whose code is never run: save its "
+                "state_dict(), as torch.save(agent.state_dict(), file)"
+            )
+        raise AgentError(f"{path} cannot be read as a PyTorch state dict: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AgentError(f"{path} is not a plain state dict of tensors, as released agents are")
     return state, {}
-
-
-def _plain(error: Exception) -> str:
-    """What torch says, without the colours of a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))

@@ -1,4 +1,4 @@
-"""What can go wrong in an export that the user can mend."""
+"""Errors of an export that the user can correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and bundles that grow without ever being half of one."""
+"""Folders that are written whole or not at all, and bundles that grow without ever being incomplete."""
 
 from __future__ import annotations
 
@@ -10,84 +10,91 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
 from mara_runtime.files import locked
 from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
 
-OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-"""What goes wrong in the middle of a file; the system then names no file."""
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""Errors while a file is written, which name no file."""
+
+
+@contextlib.contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty."""
+    out = out.absolute()
+    created_parents = _missing(out.parent)
+    folder = None
+    try:
+        with _disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        with _disk_errors(out, only_in=folder):
+            yield folder
+    finally:
+        _remove(folder, created_parents)
 
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` on success and vanishes otherwise."""
+    """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
     out = out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
-    new_parents = _missing(out.parent)
-    folder = None
-    try:
-        with _in_one_line(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        with _in_one_line(out, of=folder):
-            yield folder
-        with _in_one_line(out):
-            _open_to_others(folder)
+    with working_folder(out) as folder:
+        yield folder
+        with _disk_errors(out):
+            _apply_umask(folder)
             folder.replace(out)
-        new_parents = []
-    finally:
-        _remove(folder, new_parents)
 
 
-class _Tried(Exception):
+class _DryRun(Exception):
     """Leaves `whole_or_absent` before anything is written."""
 
 
 def require_free(out: Path) -> None:
-    """Refuse now what `whole_or_absent` would refuse later, and leave no trace. Raises MaraError."""
-    with contextlib.suppress(_Tried), whole_or_absent(out):
-        raise _Tried
+    """Raise now the MaraError that `whole_or_absent` would raise later, and leave no trace."""
+    with contextlib.suppress(_DryRun), whole_or_absent(out):
+        raise _DryRun
 
 
 @contextlib.contextmanager
-def _in_one_line(out: Path, of: Path | None = None) -> Iterator[None]:
-    """Errors of the system say that `out` cannot be written; with `of`, only those of writing in that folder do."""
+def _disk_errors(out: Path, only_in: Path | None = None) -> Iterator[None]:
+    """Turn an OSError into a MaraError that names `out`. only_in: other errors than of writing there pass through."""
     try:
         yield
     except OSError as error:
-        if of is not None and not _of_writing(error, of):
+        if only_in is not None and not _is_write_error(error, only_in):
             raise
-        raise MaraError(f"cannot write {out}: {error if of is None else error.strerror}") from error
+        raise MaraError(f"cannot write {out}: {error if only_in is None else error.strerror}") from error
 
 
-def _of_writing(error: OSError, folder: Path) -> bool:
-    """Whether an error came from writing in a folder: it names a file there, or none and is one of a disk."""
+def _is_write_error(error: OSError, folder: Path) -> bool:
+    """Did an error come from writing in a folder? It names a file there, or none and is one of a disk."""
     names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes, os.PathLike))]
     if not names:
-        return error.errno in OF_A_DISK
+        return error.errno in DISK_ERRORS
     return any(Path(name).absolute().is_relative_to(folder.absolute()) for name in names)
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and its parents that do not exist yet, the deepest first."""
+    """The folder and its parents that do not exist yet, deepest first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _remove(temporary: Path | None, made: Sequence[Path]) -> None:
-    """Leave no trace: a temporary folder, where it was not renamed, and the folders made for it that are empty."""
+def _remove(temporary: Path | None, created_parents: Sequence[Path]) -> None:
+    """Remove a temporary folder unless it was renamed, and those of its parents that are empty."""
     if temporary is not None:
         shutil.rmtree(temporary, ignore_errors=True)
-    for folder in made:
+    for folder in created_parents:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
-def _open_to_others(folder: Path) -> None:
-    """Undo the private modes of temporary files: what a user makes follows their umask."""
+def _apply_umask(folder: Path) -> None:
+    """Temporary files are private; a bundle has the modes that the user's umask gives."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
@@ -96,23 +103,23 @@ def _open_to_others(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def additions(bundle: Bundle, into: str) -> Iterator[Path]:
-    """A temporary folder inside a bundle, for files that `extend` will move to `into` there; it vanishes in the end.
+def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
+    """A temporary folder inside a bundle for files that `add_engines` takes from there; removed in the end.
 
-    First it makes sure that `into` can be written to, as it may take long to make what goes there.
+    Raises MaraError if the target's engine folder cannot be written: better before a long build than after it.
     """
-    place, folder = bundle.path(into), None
-    made = _missing(place)
+    engine_folder, folder = bundle.path(f"engines/{target}"), None
+    created = _missing(engine_folder)
     try:
-        with _in_one_line(bundle.folder):
-            _make_inside(bundle.folder, place)
-            with tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=place):
+        with _disk_errors(bundle.folder):
+            _make_inside(bundle.folder, engine_folder)
+            with tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engine_folder):
                 pass
             folder = Path(tempfile.mkdtemp(prefix=".new.", suffix=".partial", dir=bundle.folder))
-        with _in_one_line(bundle.folder, of=folder):
+        with _disk_errors(bundle.folder, only_in=folder):
             yield folder
     finally:
-        _remove(folder, made)
+        _remove(folder, created)
 
 
 def _make_inside(root: Path, folder: Path) -> None:
@@ -121,94 +128,82 @@ def _make_inside(root: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def extend(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bundle:
-    """Move the engines' files from `staged` into the bundle and enter them in its manifest.
+def add_engines(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bundle:
+    """Move engine files from `staged` into the bundle and list them in its manifest.
 
-    An entry of the same target and number of slots is replaced; one of the same target for another TensorRT, GPU or
-    system than the new ones goes, as it could not run beside them. What others have added since `bundle` was opened
-    stays. At every moment the bundle is whole: what is to be replaced leaves the manifest before its file changes, and
-    new files enter it when they are in place. Raises MaraError; then, if the disk lets it, the bundle is as it was.
+    A new engine replaces the one of the same target and slots, and those of the target for another TensorRT, GPU or
+    platform, which could not run together with it. Engines that others have added since `bundle` was opened stay.
+    File names contain the checksum, so no existing file changes: the manifest is the one switch between before and
+    after. Raises MaraError, and leaves the bundle as it was.
     """
-    root, names = bundle.folder, [engine.file for engine in engines]
-    with _in_one_line(root):
-        entries = {name: _entry(staged / name) for name in names}
-    with _in_one_line(root), locked(root, wait=True):
+    root = bundle.folder
+    with _disk_errors(root):
+        entries = {engine.file: _entry(staged / engine.file) for engine in engines}
+    added = [replace(engine, file=_unique_name(engine.file, entries[engine.file])) for engine in engines]
+    with _disk_errors(root), locked(root, wait=True):
         before = Bundle.open(root, verify=False).manifest
-        if _exported(before) != _exported(bundle.manifest):
-            raise MaraError(f"{root} was exported anew while its engine was built: build it again")
-        kept = _beside(before.engines, engines)
-        gone = {engine.file for engine in before.engines} - {engine.file for engine in kept} | set(names)
-        files = {name: entry for name, entry in before.files.items() if name not in gone}
-        without = replace(before, engines=kept, files=files)
+        if _without_engines(before) != _without_engines(bundle.manifest):
+            raise MaraError(f"{root} was exported again while its engine was built: build the engine again")
+        kept = _compatible(before.engines, added)
+        removed = {engine.file for engine in before.engines} - {engine.file for engine in kept}
+        files = {name: entry for name, entry in before.files.items() if name not in removed}
+        files |= {new.file: entries[old.file] for new, old in zip(added, engines, strict=True)}
         after = replace(
             before,
-            engines=(*kept, *engines),
-            targets=tuple(dict.fromkeys((*before.targets, *(engine.target for engine in engines)))),
-            files=dict(sorted({**files, **entries}.items())),
+            engines=(*kept, *added),
+            targets=tuple(dict.fromkeys((*before.targets, *(engine.target for engine in added)))),
+            files=dict(sorted(files.items())),
         )
-        replaced = staged / "replaced"
         try:
-            if without != before:
-                write_manifest(root, without)
-            for name in names:
-                _make_inside(root, (root / name).parent)
-                if (root / name).is_file():
-                    (replaced / name).parent.mkdir(parents=True, exist_ok=True)
-                    (root / name).replace(replaced / name)
-                (staged / name).replace(root / name)
+            for new, old in zip(added, engines, strict=True):
+                _make_inside(root, (root / new.file).parent)
+                (staged / old.file).replace(root / new.file)
             write_manifest(root, after)
-        except BaseException:
-            with contextlib.suppress(OSError, MaraError):  # what went wrong first is what the user has to know
-                now = Bundle.open(root, verify=False).manifest
-                if now.files != after.files:  # an interrupt may come when all is done
-                    _put_back(root, staged, replaced, names, now, before)
-            raise
-        for name in gone - set(names):
-            with contextlib.suppress(OSError):  # no entry leads to it any more
-                (root / name).unlink(missing_ok=True)
+        finally:
+            _remove_unlisted(root)
     return Bundle(root, after)
 
 
-def _exported(manifest: Manifest) -> object:
-    """What a manifest says, as JSON has it, of all that `extend` leaves alone."""
-    of_engines = {engine.file for engine in manifest.engines}
-    files = {name: entry for name, entry in manifest.files.items() if name not in of_engines}
+def _unique_name(name: str, entry: FileEntry) -> str:
+    path = PurePosixPath(name)
+    return str(path.with_name(f"{path.stem}-{entry.sha256[:12]}{path.suffix}"))
+
+
+def _without_engines(manifest: Manifest) -> object:
+    """What a manifest says, as JSON has it, of all that `add_engines` leaves alone."""
+    engine_files = {engine.file for engine in manifest.engines}
+    files = {name: entry for name, entry in manifest.files.items() if name not in engine_files}
     return json.loads(replace(manifest, engines=(), targets=(), files=files).to_json())
 
 
-def _beside(engines: Sequence[EngineFacts], new: Sequence[EngineFacts]) -> tuple[EngineFacts, ...]:
+def _compatible(engines: Sequence[EngineFacts], added: Sequence[EngineFacts]) -> tuple[EngineFacts, ...]:
     """Those of a bundle's engines that stay when others are added."""
-    slots, names = {(e.target, e.slots) for e in new}, {e.file for e in new}
-    targets, fits = {e.target for e in new}, {(e.target, e.version, e.compute_capability, e.platform) for e in new}
+
+    def machine(engine: EngineFacts) -> tuple[str, ...]:
+        return engine.target, engine.version, engine.compute_capability, engine.platform
+
+    replaced = {(engine.target, engine.slots) for engine in added}
+    targets, machines = {engine.target for engine in added}, {machine(engine) for engine in added}
     return tuple(
-        e
-        for e in engines
-        if (e.target, e.slots) not in slots
-        and e.file not in names
-        and (e.target not in targets or (e.target, e.version, e.compute_capability, e.platform) in fits)
+        engine
+        for engine in engines
+        if (engine.target, engine.slots) not in replaced
+        and (engine.target not in targets or machine(engine) in machines)
     )
 
 
-def _put_back(root: Path, staged: Path, replaced: Path, names: Sequence[str], now: Manifest, before: Manifest) -> None:
-    """Undo what `extend` has done to the files, and enter in the manifest again those that are in place."""
-    for name in names:
-        with contextlib.suppress(OSError):
-            if (replaced / name).exists():
-                (replaced / name).replace(root / name)
-            elif not (staged / name).exists():
-                (root / name).unlink(missing_ok=True)
-    lost = {name for name in names if (replaced / name).exists()}
-    manifest = replace(
-        before,
-        engines=tuple(engine for engine in before.engines if engine.file not in lost),
-        files={name: entry for name, entry in before.files.items() if name not in lost},
-    )
-    if manifest != now:
-        write_manifest(root, manifest)
+def _remove_unlisted(root: Path) -> None:
+    """Delete engine files that the manifest does not list: replaced ones, and leftovers of an interrupted build."""
+    with contextlib.suppress(OSError, MaraError):
+        listed = Bundle.open(root, verify=False).manifest.files
+        for path in (root / "engines").glob("*/*.engine"):
+            inside = path.resolve().is_relative_to(root.resolve())
+            if inside and path.relative_to(root).as_posix() not in listed:
+                path.unlink(missing_ok=True)
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """Size and checksum of every file in a folder, by its path in it."""
+    """Size and checksum of every file in a folder, by its relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
 
@@ -218,7 +213,7 @@ def _entry(path: Path) -> FileEntry:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write or replace `manifest.json`: a reader sees the old one or the new one, also after a loss of power.
+    """Write or replace `manifest.json` atomically: a reader sees the old one or the new one, even after a power loss.
 
     Raises BundleError, and writes nothing, for one that could not be read back.
     """

@@ -1,31 +1,39 @@
-"""How a model is exported: one frozen dataclass, checked against what its target has."""
+"""How a model is exported and how TensorRT engines are built: frozen dataclasses, validated on construction.
+
+Nothing heavy is imported: the commands' help texts are made from these fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mara_export.targets import (
     BITS,
     BLOCK_SIZES,
-    BLOCK_SIZES_OF,
     COLUMN,
+    CPU_DTYPES,
+    DEFAULT_TARGET,
     LOWERINGS,
-    LOWERINGS_OF,
     MAX_CANDIDATES,
     PRECISIONS,
-    PRECISIONS_OF,
     QUANTISERS,
     TARGETS,
+    engine_slots,
 )
 from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option
+
+if TYPE_CHECKING:
+    from mara_runtime.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How int8 and int4 weights are made."""
+    """How int8 and int4 weights are quantised."""
 
     bits: int
     """4 or 8"""
@@ -33,17 +41,17 @@ class Quantisation:
     """weights along the input dimension that share a scale"""
     quantiser: str = QUANTISERS[0]
     keep: tuple[str, ...] = ()
-    """names of nodes, with * for anything, whose weights stay float32, as in */lm_head/*"""
+    """names of nodes whose weights stay in floating point; * matches anything"""
 
     def keeps(self, name: str) -> bool:
-        """Do the weights of the node of that name stay float32?"""
+        """Whether the weights of this node stay in floating point."""
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
     def check_keep(self, names: Sequence[str]) -> None:
-        """Raise OptionError for a pattern that matches none of the `names`."""
+        """Raise OptionError where a pattern matches none of the names."""
         for pattern in self.keep:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise OptionError(f"--keep is {pattern!r}, which matches no matrix; names are like {names[0]}")
+                raise OptionError(f"--keep is {pattern!r}, which matches no matrix; a name is, for example, {names[0]}")
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -51,50 +59,68 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """How a model is exported. What is left out is filled in with the target's default. Raises OptionError."""
+class ExportOptions(Options):
+    """How a model is exported. What is left out becomes the target's default."""
 
-    target: str = TARGETS[0]
-    """one of TARGETS"""
-    lowering: str = ""
-    """one of LOWERINGS_OF the target"""
-    precision: str = ""
-    """one of PRECISIONS_OF the target"""
-    block_size: int | None = None
-    """int8, int4: one of BLOCK_SIZES_OF the target; stays None in other precisions"""
-    quantiser: str = ""
-    """int8, int4: one of QUANTISERS, rtn if left out; in standard operators rtn alone"""
-    keep: tuple[str, ...] = ()
-    """int8, int4: as in Quantisation"""
-    max_context: int | None = None
-    """tokens of prompt and answer, ≥ 2; None: 4096, or the model's own if smaller"""
-    max_candidates: int = 64
-    """of a position; 1 … MAX_CANDIDATES"""
-    gate: bool = True
-    """compare with Hugging Face eager before anything is kept"""
+    target: str = option(
+        DEFAULT_TARGET,
+        "engine to export for; cuda is ONNX Runtime on a GPU. TensorRT engines are built right away where that is "
+        "possible, else by mara-build on the device",
+        choices=tuple(TARGETS),
+    )
+    precision: str = option(
+        "",
+        "data type of the stored LLM weights. Targets other than cpu compute in float16, with bf16 (TensorRT only) in "
+        "bfloat16",
+        choices=PRECISIONS,
+        unset="fp32 on cpu, else fp16",
+    )
+    lowering: str = option(
+        "",
+        "; ".join(f"{lowering.name}: {lowering.summary}" for lowering in LOWERINGS.values()),
+        choices=tuple(LOWERINGS),
+        unset="ort on cpu and cuda, portable for TensorRT",
+    )
+    block_size: int | None = option(
+        None,
+        "int8, int4: number of weights that share a scale",
+        unset="32; tensorrt: 64 for int4, one scale per column for int8",
+    )
+    quantiser: str = option(
+        "",
+        "int8, int4: rtn rounds to nearest; hqq (int4) and k-quant choose the scales that minimise the error",
+        choices=QUANTISERS,
+        unset="rtn",
+    )
+    keep: tuple[str, ...] = option(
+        (),
+        "int8, int4: keep the weights of this node in floating point; * matches anything, as in */lm_head/*",
+        metavar="NODE",
+    )
+    max_context: int | None = option(
+        None, "maximum number of tokens, prompt and answer", least=2, unset="4096, or the model's own limit if smaller"
+    )
+    max_candidates: int = option(64, "maximum number of candidates per position", least=1, most=MAX_CANDIDATES)
+    gate: bool = option(
+        True, "skip the parity gate, which compares the bundle with Hugging Face; recorded in the manifest"
+    )
 
     def __post_init__(self) -> None:
-        target = self.target
-        _one_of("--target", target, TARGETS)
-        self._complete("lowering", LOWERINGS_OF[target][0])
-        _one_of("--lowering", self.lowering, LOWERINGS)
-        if self.lowering not in LOWERINGS_OF[target]:
-            takes = " or ".join(LOWERINGS_OF[target])
-            raise OptionError(f"--lowering is {self.lowering!r}; for --target {target} take {takes}")
-        self._complete("precision", PRECISIONS_OF[target][0])
-        _one_of("--precision", self.precision, PRECISIONS)
-        if self.precision not in PRECISIONS_OF[target]:
-            takes = ", ".join(PRECISIONS_OF[target])
-            raise OptionError(f"--precision is {self.precision!r}; for --target {target} take {takes}")
+        super().__post_init__()
+        target = TARGETS[self.target]
+        self._complete("lowering", target.lowerings[0])
+        if self.lowering not in target.lowerings:
+            supported = " or ".join(target.lowerings)
+            raise OptionError(f"--lowering is {self.lowering!r}; --target {target.name} supports {supported}")
+        self._complete("precision", target.precisions[0])
+        if self.precision not in target.precisions:
+            supported = ", ".join(target.precisions)
+            raise OptionError(f"--precision is {self.precision!r}; --target {target.name} supports {supported}")
         if self.precision in BITS:
             self._check_quantisation()
         elif self.block_size is not None or self.quantiser or self.keep:
             raise OptionError("--block-size, --quantiser and --keep are for --precision int8 and int4")
-        if self.max_context is not None and self.max_context < 2:
-            raise OptionError(f"--max-context is {self.max_context}; it must be at least 2")
-        if not 1 <= self.max_candidates <= MAX_CANDIDATES:
-            raise OptionError(f"--max-candidates is {self.max_candidates}; it must lie between 1 and {MAX_CANDIDATES}")
-        if self.gate and "cpu" not in self.runs_on:
+        if self.gate and self.cache not in CPU_DTYPES:
             raise OptionError(
                 "--precision is 'bf16', which ONNX Runtime on a CPU cannot run, so the parity gate cannot either: "
                 "take fp16, or give --no-gate and compare on the device (benchmarks/gpu.sh)"
@@ -102,21 +128,23 @@ class ExportOptions:
 
     def _check_quantisation(self) -> None:
         self._complete("quantiser", QUANTISERS[0])
-        _one_of("--quantiser", self.quantiser, QUANTISERS)
-        if self.quantiser != "rtn" and self.lowering != "ort":
-            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} has rtn")
+        quantisers = LOWERINGS[self.lowering].quantisers
+        if self.quantiser not in quantisers:
+            supported = ", ".join(quantisers)
+            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} supports {supported}")
         if self.quantiser == "hqq" and self.precision != "int4":
-            raise OptionError("--quantiser hqq is for --precision int4")
-        sizes = BLOCK_SIZES_OF[self.target][self.precision]
+            raise OptionError(f"--quantiser is 'hqq', which is for --precision int4, not {self.precision}")
+        sizes = TARGETS[self.target].block_sizes[self.precision]
         self._complete("block_size", sizes[0])
-        if sizes == BLOCK_SIZES:
-            _one_of("--block-size", self.block_size, sorted(sizes))
-        elif self.block_size not in sizes:
-            column = sizes == (COLUMN,)
-            takes = "int8 has a scale a column: leave it out" if column else f"take {' or '.join(map(str, sizes))}"
-            raise OptionError(f"--block-size is {self.block_size}; for --target {self.target} {takes}")
+        if self.block_size not in sizes:
+            supported = f"blocks of {' or '.join(map(str, sorted(sizes)))}"
+            if sizes == (COLUMN,):
+                supported = "one scale per column: leave it out"
+            raise OptionError(
+                f"--block-size is {self.block_size}; {self.precision} for --target {self.target} supports {supported}"
+            )
         if self.quantiser == "k-quant" and self.block_size != 32:
-            raise OptionError(f"--block-size is {self.block_size}; --quantiser k-quant has blocks of 32")
+            raise OptionError(f"--block-size is {self.block_size}; --quantiser k-quant supports blocks of 32")
 
     def _complete(self, name: str, value: str | int) -> None:
         if getattr(self, name) in (None, ""):
@@ -124,24 +152,84 @@ class ExportOptions:
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """How the weights are made; None: they stay floats."""
+        """How the weights are quantised; None: not at all."""
         if self.block_size is None:
             return None
         return Quantisation(BITS[self.precision], self.block_size, self.quantiser, self.keep)
 
     @property
     def cache(self) -> str:
-        """Type that the LLM computes in, and of its KV cache."""
-        if self.target == "cpu":
-            return "float32"
-        return {"fp32": "float32", "bf16": "bfloat16"}.get(self.precision, "float16")
+        """Data type of the LLM's activations and KV cache."""
+        return TARGETS[self.target].compute[self.precision]
 
     @property
     def runs_on(self) -> tuple[str, ...]:
-        """The target, and a CPU unless ONNX Runtime lacks the kernels there, as it does for bfloat16."""
-        return (self.target,) if self.target == "cpu" or self.cache == "bfloat16" else (self.target, "cpu")
+        """The target, and cpu unless ONNX Runtime has no kernels there, as for bfloat16."""
+        others = (DEFAULT_TARGET,) if self.cache in CPU_DTYPES else ()
+        return tuple(dict.fromkeys((self.target, *others)))
 
 
-def _one_of(flag: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise OptionError(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+HARDWARE = ("none", "ampere-plus", "same-compute-capability")
+
+
+@dataclass(frozen=True)
+class BuildOptions(Options):
+    """How TensorRT engines are built. What is left at its default is left to TensorRT."""
+
+    capacities: tuple[int, ...] = option(
+        (),
+        "also build engines for these context lengths, below the bundle's own: decoding starts in the smallest one and "
+        "moves to the next as the context grows, since the cost of attention depends on the capacity",
+        flag="--capacity",
+        metavar="N[,N…]",
+        separator=",",
+        least=1,
+    )
+    compute_capabilities: tuple[str, ...] = option(
+        (),
+        "tensorrt-rtx: compute capabilities of the GPUs to build for, as in 8.9",
+        flag="--compute-capability",
+        metavar="X[,X…]",
+        separator=",",
+        unset="8.0 and later",
+    )
+    hardware: str = option(
+        "none", "tensorrt: other GPUs that can run the engine; not available on Jetson", choices=HARDWARE
+    )
+    version_compatible: bool = option(
+        False, "tensorrt: later versions of the same major release can run the engine; slower"
+    )
+    weight_streaming: bool = option(
+        False, "weights that do not fit in GPU memory can stay in host memory; disables CUDA graphs"
+    )
+    workspace_mib: int | None = option(
+        None,
+        "maximum memory that kernels use while an engine is built and run, in MiB",
+        flag="--workspace",
+        metavar="MIB",
+        least=1,
+        most=(1 << 43) - 1,
+        unset="all of the GPU's",
+    )
+    optimisation_level: int | None = option(
+        None, "how long to search for kernels", least=0, most=5, unset="TensorRT's own, 3"
+    )
+    timing_cache: Path | None = option(
+        None,
+        "tensorrt: file of kernel timings that later builds reuse",
+        metavar="FILE",
+        unset="in the user's cache folder",
+    )
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """--workspace in bytes."""
+        return None if self.workspace_mib is None else self.workspace_mib << 20
+
+    def slots(self, manifest: Manifest) -> tuple[int, ...]:
+        """KV cache sizes to build for, in ascending order. Raises OptionError."""
+        largest = manifest.max_context
+        for capacity in self.capacities:
+            if capacity > largest:
+                raise OptionError(f"--capacity is {capacity}; the bundle was exported for {largest} tokens of context")
+        return tuple(sorted({engine_slots(tokens, manifest.max_candidates) for tokens in (*self.capacities, largest)}))

@@ -1,4 +1,4 @@
-"""What is going on, on stderr: a line a stage with its time, a bar where a stage has parts."""
+"""Progress on stderr: a line per stage with its time, a bar where a stage has parts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 try:
     from tqdm import tqdm
-except ImportError:  # engines are built on devices, too, where only the runtime is installed
+except ImportError:  # on devices that build engines, only the runtime is installed
     tqdm = None
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Progress:
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Announce a stage and say how long it took."""
+        """Announce a stage, and report how long it took."""
         start = time.perf_counter()
         live = not self.quiet and sys.stderr.isatty()
         if live:
@@ -34,14 +34,14 @@ class Progress:
         try:
             yield
         except BaseException:
-            if live:  # what went wrong is said on a line of its own
+            if live:  # the error gets a line of its own
                 sys.stderr.write("\n")
             raise
         if not self.quiet:
             sys.stderr.write(f"{chr(13) if live else ''}  {what:<44} {time.perf_counter() - start:6.1f} s\n")
 
     def note(self, what: str) -> None:
-        """Say something that the user should know."""
+        """Print a message for the user."""
         if not self.quiet:
             sys.stderr.write(f"{chr(13) if sys.stderr.isatty() else ''}  {what}\n")
 
@@ -54,22 +54,22 @@ class Progress:
 
     @contextmanager
     def phases(self) -> Iterator[Callable[[str, int, int], None]]:
-        """A function (phase, steps done, steps) to call as work goes on that has phases within phases.
+        """Yield a function (phase, steps done, steps) to call during work with nested phases.
 
         On a terminal it moves a bar or, without tqdm, writes a line for each new phase. Any thread may call it.
         """
         live = not self.quiet and sys.stderr.isatty()
         if tqdm is None:
-            said: set[str] = set()
+            printed: set[str] = set()
 
             def line(phase: str, done: int, steps: int) -> None:
-                if live and phase not in said:
-                    said.add(phase)
+                if live and phase not in printed:
+                    printed.add(phase)
                     sys.stderr.write(f"\n    {phase}")
                     sys.stderr.flush()
 
             yield line
-            if said:
+            if printed:
                 sys.stderr.write("\n")
             return
         with tqdm(file=sys.stderr, leave=False, disable=not live, ncols=100, mininterval=REFRESH_S) as bar:

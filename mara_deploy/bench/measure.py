@@ -1,15 +1,15 @@
-"""What is measured: contestants take turns, in several sittings; medians, quartiles, ratios turn by turn."""
+"""The measurements: contestants take turns, in several sessions; medians, quartiles, ratios turn by turn."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from mara_deploy.bench.contestant import HUGGING_FACE, MARA, OTHERS, Contestant, Contestants
+from mara_deploy.bench.contestant import MARA, Contestant, Contestants
 
 PROFILES: tuple[dict[str, Any], ...] = (
     {"accept": 0.9},
@@ -25,46 +25,45 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-by-one": {"schedule": "one-by-one", "draft": 0},
     "together": {"schedule": "together", "draft": 0},
 }
-SITTINGS = 4
-"""How often contestants of plain steps and of prefill are started anew, each time another one first: the speed of a
-process moves by several percent with where its memory happens to lie, and on some machines it is who starts first that
-gets the slower place."""
+SESSIONS = 4
+"""How often contestants are restarted for plain steps and prefill, each time in another order: the speed of a process
+varies by several percent with where its memory happens to be, and on some machines the first to start is slower."""
 WARM_UP = 2
-"""Rounds on a profile that are not counted: the schedule learns the agent's habits from its decisions."""
-SERIAL_ROUNDS, SERIAL_TOKENS = 3, 12
-"""of Hugging Face on a profile, at most, as it takes long"""
+"""Rounds on a profile that do not count: the schedule learns the agent's habits from them."""
+SERIAL_ROUNDS, SERIAL_TOKENS, SERIAL_STEPS = 3, 12, 4
+"""Limits for serial contestants, which are slow: rounds and tokens on a profile, plain steps"""
 PAUSE_S = 0.05
-"""between two contestants: threads of the one before still spin"""
+"""between two contestants: the threads of the previous one still spin"""
 
 
 @dataclass
 class Turns:
-    """What was measured on an instrument, turn by turn."""
+    """Results on a profile, turn by turn."""
 
     ours: dict[str, list[dict[str, Any]]]
     """{way: answers of the worker}"""
     peers: dict[str, list[float]]
-    """{name: ms of as many plain tokens as an answer has after its first}"""
-    serial_ms: list[float] = field(default_factory=list)
-    """of a token of Hugging Face, one candidate a pass"""
+    """{name: ms for as many plain tokens as an answer has after its first}"""
+    serial_ms: dict[str, list[float]]
+    """{name: ms per token with one forward pass per candidate}"""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The measurements, each told as it is done."""
+    """The measurements."""
 
     contestants: Contestants
     contexts: Sequence[int]
     """ascending"""
     tokens: int
-    """decoded at a time"""
+    """decoded per turn"""
     rounds: int
     """turns of each contestant"""
     say: Callable[[str], None]
-    """takes the lines of the table"""
+    """takes the lines of the tables"""
 
     def memory(self) -> dict[str, int]:
-        """Peak of a fresh process that takes the shortest context and decodes, by contestant."""
+        """Peak resident bytes of a new process that decodes at the shortest context, by contestant."""
         peaks = {}
         for name in self.contestants:
             with closing(self.contestants.fresh(name)) as fresh:
@@ -79,16 +78,16 @@ class Bench:
     def steps(self) -> dict[str, dict[str, Any]]:
         """Milliseconds of a plain greedy step at every context."""
         self.say("\nplain greedy step, ms")
-        found: dict[str, dict[str, Any]] = {}
+        figures: dict[str, dict[str, Any]] = {}
         for context in self.contexts:
 
             def step(contestant: Contestant, context: int = context) -> float:
-                tokens = self.tokens if contestant.name != HUGGING_FACE else 4
+                tokens = SERIAL_STEPS if contestant.serial else self.tokens
                 return float(median(contestant.ask("decode", context=context, tokens=tokens)["ms"]))
 
-            eager = context == self.contexts[0]
-            found[str(context)] = self._in_turns(step, f"  {context:>5} tokens ", eager=eager)
-        return found
+            shortest = context == self.contexts[0]
+            figures[str(context)] = self._in_turns(step, f"  {context:>5} tokens ", serial=shortest)
+        return figures
 
     def prefill(self) -> dict[str, dict[str, Any]]:
         """Milliseconds to the first token of a prompt."""
@@ -98,7 +97,7 @@ class Bench:
         def first_token(contestant: Contestant) -> float:
             return float(contestant.ask("prefill", tokens=length)["ms"])
 
-        return {str(length): self._in_turns(first_token, "  ", most=5, eager=False)}
+        return {str(length): self._in_turns(first_token, "  ", most=5, serial=False)}
 
     def width(self) -> dict[str, Any]:
         """The cost of rows."""
@@ -112,23 +111,23 @@ class Bench:
         return curve
 
     def profile(self, number: int) -> dict[str, Any]:
-        """Plain against aligned on an instrument, and against the peers' plain, in turns; ratios are of tokens/s."""
+        """Plain against aligned decoding on a profile, and against the peers' plain one; ratios are of tokens/s."""
         profile = PROFILES[number - 1]
-        found = {"profile": profile, **summary(self._collect(profile), self.tokens)}
-        for line in table(number, found):
+        figures = {"profile": profile, **summary(self._collect(profile), self.tokens)}
+        for line in table(number, figures):
             self.say(line)
-        return found
+        return figures
 
     def _collect(self, profile: dict[str, Any]) -> Turns:
         ways = {way: options for way, options in WAYS.items() if way != "drafting" or "repeated" in profile}
-        peers = [name for name in self.contestants if name in OTHERS]
-        turns = Turns({way: [] for way in ways}, {name: [] for name in peers})
-        serial_rounds = SERIAL_ROUNDS if HUGGING_FACE in self.contestants and "repeated" not in profile else 0
-        sitting = -(-self.rounds // SITTINGS)
+        serial = [name for name in self.contestants if self.contestants[name].serial and "repeated" not in profile]
+        peers = [name for name in self.contestants if name != MARA and not self.contestants[name].serial]
+        turns = Turns({way: [] for way in ways}, {name: [] for name in peers}, {name: [] for name in serial})
+        session = -(-self.rounds // SESSIONS)
         for turn in range(WARM_UP + self.rounds):
             counted = turn - WARM_UP
-            if peers and counted >= 0 and counted % sitting == 0:
-                self.contestants.start_anew(peers, turn)  # of peers alone: ours would have to learn anew
+            if peers and counted >= 0 and counted % session == 0:
+                self.contestants.restart(peers, turn)  # only peers: ours would lose what it has learnt
                 for name in peers:
                     self._plain_ms(name)
             request = {"profile": {**profile, "seed": turn}, "context": self.contexts[0]}
@@ -140,54 +139,56 @@ class Bench:
             for name in peers:
                 time.sleep(PAUSE_S)
                 turns.peers[name].append(self._plain_ms(name))
-            if counted < serial_rounds:
+            for name in serial if counted < SERIAL_ROUNDS else ():
                 tokens = min(self.tokens, SERIAL_TOKENS)
-                ms = self.contestants[HUGGING_FACE].ask("serial", **request, tokens=tokens)["ms"]
-                turns.serial_ms.append(ms / tokens)
+                ms = self.contestants[name].ask("serial", **request, tokens=tokens)["ms"]
+                turns.serial_ms[name].append(ms / tokens)
         return turns
 
     def _plain_ms(self, name: str) -> float:
-        """Time that a peer takes to as many plain tokens as an answer on an instrument has after its first."""
+        """Time a peer takes for as many plain tokens as an answer on a profile has after its first."""
         answer = self.contestants[name].ask("decode", context=self.contexts[0], tokens=self.tokens - 1)
         return float(sum(answer["ms"]))
 
     def _in_turns(
-        self, measure: Callable[[Contestant], float], label: str, most: int | None = None, eager: bool = True
+        self, measure: Callable[[Contestant], float], label: str, most: int | None = None, serial: bool = True
     ) -> dict[str, Any]:
-        """Median and quartiles by contestant; eager: Hugging Face takes part, which takes minutes for long contexts."""
+        """Median and quartiles by contestant. serial: serial contestants, which are slow, take part."""
         rounds = min(self.rounds, most or self.rounds)
-        values: dict[str, list[float]] = {name: [] for name in self.contestants if eager or name != HUGGING_FACE}
-        sittings = min(SITTINGS, rounds)
-        for sitting in range(sittings):
-            if sitting:
-                self.contestants.start_anew([name for name in values if name != HUGGING_FACE], sitting)
-            for turn in range(rounds // sittings + (sitting < rounds % sittings) + 1):
+        values: dict[str, list[float]] = {
+            name: [] for name in self.contestants if serial or not self.contestants[name].serial
+        }
+        sessions = min(SESSIONS, rounds)
+        for session in range(sessions):
+            if session:
+                self.contestants.restart([n for n in values if not self.contestants[n].serial], session)
+            for turn in range(rounds // sessions + (session < rounds % sessions) + 1):
                 for name in values:
-                    if name == HUGGING_FACE and (sitting or turn > 2):
+                    if self.contestants[name].serial and (session or turn > 2):
                         continue
                     value = measure(self.contestants[name])
-                    if turn:  # the first fills caches and makes bindings
+                    if turn:  # the first fills caches and creates bindings
                         values[name].append(value)
                     time.sleep(PAUSE_S)
-        found: dict[str, Any] = {name: {"ms": spread(v)} for name, v in values.items()}
-        for name in found:
-            found[name]["mara_to_it"] = spread(ratios(values[MARA][: len(values[name])], values[name]))
+        figures: dict[str, Any] = {name: {"ms": spread(v)} for name, v in values.items()}
+        for name in figures:
+            figures[name]["mara_to_it"] = spread(ratios(values[MARA][: len(values[name])], values[name]))
             self.say(
-                f"{label}{name:<14}{bracketed(found[name]['ms'])}"
-                + ("" if name == MARA else f"   mara is × {bracketed(found[name]['mara_to_it'])} of it")
+                f"{label}{name:<14}{bracketed(figures[name]['ms'])}"
+                + ("" if name == MARA else f"   mara is × {bracketed(figures[name]['mara_to_it'])} of it")
             )
-        return found
+        return figures
 
 
 def summary(turns: Turns, tokens: int) -> dict[str, Any]:
-    """Figures of an instrument, `tokens` a turn."""
+    """Figures of a profile, `tokens` per turn."""
     ms = {way: [a["ms"] for a in answers] for way, answers in turns.ours.items()}
     plain = turns.ours["plain"]
-    found: dict[str, Any] = {"continued": sum(a["continued"] for a in plain) / len(plain), "ways": {}}
+    figures: dict[str, Any] = {"continued": sum(a["continued"] for a in plain) / len(plain), "ways": {}}
     for way, answers in turns.ours.items():
         total = {key: sum(a["stats"][key] for a in answers) for key in ("tokens", "forwards", "rows")}
         host_ms = sum(a["ms"] - a["engine_ms"] for a in answers)
-        found["ways"][way] = {
+        figures["ways"][way] = {
             # the first token of an answer comes with its prompt
             "tokens_per_second": (total["tokens"] - len(answers)) / sum(ms[way]) * 1e3,
             "ratio": spread(ratios(ms["plain"], ms[way])),
@@ -200,38 +201,42 @@ def summary(turns: Turns, tokens: int) -> dict[str, Any]:
             "host_ms_per_pass": host_ms / total["forwards"],
         }
     for name, theirs in turns.peers.items():
-        found.setdefault("peers", {})[name] = {
+        figures.setdefault("peers", {})[name] = {
             "tokens_per_second": (tokens - 1) * len(theirs) / sum(theirs) * 1e3,
             "mara_to_its_plain": {way: spread(ratios(theirs, ours)) for way, ours in ms.items()},
         }
-    if turns.serial_ms:
-        found["hugging_face_serial_ms"] = median(turns.serial_ms)
-        found["gain_over_hugging_face_serial"] = median(turns.serial_ms) / median(ms["aligned"]) * (tokens - 1)
-    return found
+    for name, serial_ms in turns.serial_ms.items():
+        figures.setdefault("serial", {})[name] = {
+            "ms_per_token": median(serial_ms),
+            "gain": median(serial_ms) / median(ms["aligned"]) * (tokens - 1),
+        }
+    return figures
 
 
-def table(number: int, found: dict[str, Any]) -> list[str]:
-    """Lines of the table about an instrument."""
-    from mara_deploy.bench.workload import Profile  # brings NumPy, which the command's --help does without
+def table(number: int, figures: dict[str, Any]) -> list[str]:
+    """Lines of the table about a profile."""
+    from mara_deploy.bench.synthetic import Profile  # imports NumPy, which --help does without
 
     lines = [
-        f"\ninstrument {number}: {Profile(**found['profile'])}; "
-        f"{found['continued']:.0%} of its tokens continue what was there"
+        f"\nsynthetic acceptance {number}: {Profile(**figures['profile'])}; "
+        f"{figures['continued']:.0%} of tokens continue an earlier phrase"
     ]
-    for way, values in found["ways"].items():
+    for way, values in figures["ways"].items():
         lines.append(
             f"  {way:<12}{values['tokens_per_second']:7.1f} tokens/s   × {bracketed(values['ratio'])} of plain"
-            f"   (by the curve × {values['expected_ratio']:.2f})   {values['passes_per_token']:.2f} passes, "
-            f"{values['rows_per_token']:.2f} rows a token   host {values['host_share']:.1%}"
+            f"   (predicted × {values['expected_ratio']:.2f})   {values['passes_per_token']:.2f} passes, "
+            f"{values['rows_per_token']:.2f} rows per token   host {values['host_share']:.1%}"
         )
-    for name, values in found.get("peers", {}).items():
+    for name, values in figures.get("peers", {}).items():
         to_it = values["mara_to_its_plain"]
-        told = (f"{way} is × {bracketed(to_it[way])}" for way in ("plain", "aligned", "drafting") if way in to_it)
-        lines.append(f"  {name}, plain: {values['tokens_per_second']:.1f} tokens/s; of it {', '.join(told)}")
-    if "hugging_face_serial_ms" in found:
+        ratios_of_ways = (
+            f"{way} is × {bracketed(to_it[way])}" for way in ("plain", "aligned", "drafting") if way in to_it
+        )
+        lines.append(f"  {name}, plain: {values['tokens_per_second']:.1f} tokens/s; of it {', '.join(ratios_of_ways)}")
+    for name, values in figures.get("serial", {}).items():
         lines.append(
-            f"  Hugging Face, one candidate a pass: {1e3 / found['hugging_face_serial_ms']:.1f} tokens/s; "
-            f"aligned is × {found['gain_over_hugging_face_serial']:.1f}"
+            f"  {name}, one pass per candidate: {1e3 / values['ms_per_token']:.1f} tokens/s; "
+            f"aligned is × {values['gain']:.1f}"
         )
     return lines
 

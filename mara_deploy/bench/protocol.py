@@ -1,15 +1,21 @@
-"""How a contestant of the benchmark is asked: a process that answers each JSON line of stdin with one of stdout.
+"""The line protocol between mara-bench and its contestants.
 
-It is started with its model and perhaps `--threads N`, and first says what it is: `{"name": ..., "versions": {...}}`.
+A contestant is a process, started with `--threads N` appended to its command. It reads and writes one JSON object per
+line, on stdin and stdout: first it writes what it is, then one answer for each request, until stdin ends.
 
-    {"do": "decode", "context": C, "tokens": N}   {"ms": [of each plain greedy step, C tokens cached before the first]}
-    {"do": "prefill", "tokens": N}                {"ms": from a prompt, of which nothing is held, to the first token}
-    {"do": "memory"}                              {"peak_bytes": of this process, since its start}
+    {"name": "llama.cpp", "versions": {"llama-cpp-python": "0.3"}}
 
-and what else it has methods for. What goes wrong is answered with `{"error": "one line"}`.
+    {"do": "decode", "context": C, "tokens": N}   {"ms": [N greedy steps, with C tokens cached before the first]}
+    {"do": "prefill", "tokens": N}                {"ms": from an uncached prompt to its first token}
+    {"do": "memory"}                              {"peak_bytes": largest resident size of the process so far}
 
-Peers run by the interpreter of an environment of their own, which has not got this project, and import this file as
-the one beside them: it needs NumPy alone, and no file of this folder may be named as a module that somebody imports.
+A contestant that says `"serial": true` is slow: it is measured less often, only at the shortest context, and answers
+
+    {"do": "serial", "profile": {...}, "context": C, "tokens": N}
+                                                  {"ms": aligned decoding with one forward pass per candidate}
+
+Errors are answered with `{"error": "one line"}`. A contestant written in Python needs only `command_line` and `serve`
+of this module, which imports NumPy alone.
 """
 
 from __future__ import annotations
@@ -30,16 +36,16 @@ def command_line() -> argparse.ArgumentParser:
     """The command line of a contestant."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="file or folder")
-    parser.add_argument("--threads", type=int, help="without it, what the engine chooses")
+    parser.add_argument("--threads", type=int, help="default: chosen by the engine")
     return parser
 
 
-def serve(start: Callable[[], Any], told: tuple[type[Exception], ...] = ()) -> None:
-    """Answer requests with the methods of what `start` returns, until the input ends; its `describe` says what it is.
+def serve(start: Callable[[], Any], plain_errors: tuple[type[Exception], ...] = ()) -> None:
+    """Answer requests with the methods of the object that `start` returns; its `describe` says what it is.
 
-    told: errors whose text says enough without their type.
+    plain_errors: errors that are reported without their type.
     """
-    # the protocol keeps stdout for itself: what a native library prints goes to stderr
+    # stdout is for the protocol alone: what native libraries print goes to stderr
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -47,7 +53,7 @@ def serve(start: Callable[[], Any], told: tuple[type[Exception], ...] = ()) -> N
         print(json.dumps(value), file=answers, flush=True)
 
     def failure(error: Exception) -> dict[str, Any]:
-        kind = "" if isinstance(error, told) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, plain_errors) else f"{type(error).__name__}: "
         return {"error": " ".join(f"{kind}{error}".split())}
 
     try:
@@ -59,21 +65,21 @@ def serve(start: Callable[[], Any], told: tuple[type[Exception], ...] = ()) -> N
     send(about)
     for line in sys.stdin:
         request = json.loads(line)
-        what = request.pop("do")
+        name = request.pop("do")
         try:
-            found = memory() if what == "memory" else getattr(contestant, what)(**request)
-        except Exception as error:  # whatever happens in a contestant is reported, not raised
-            found = failure(error)
-        send(found)
+            answer = memory() if name == "memory" else getattr(contestant, name)(**request)
+        except Exception as error:  # reported to mara-bench
+            answer = failure(error)
+        send(answer)
 
 
 def memory() -> dict[str, Any]:
-    """The most that this process had resident."""
+    """The largest resident size of this process so far."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return {"peak_bytes": int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024}  # type: ignore[index]
 
 
 def random_tokens(count: int, vocab_size: int) -> list[int]:
-    """A prompt; no length's begins as another's, so that no KV cache holds a part of it from before."""
+    """A random prompt. Prompts of different lengths share no prefix, which a KV cache could reuse."""
     tokens: list[int] = np.random.default_rng(count).integers(0, vocab_size, count).tolist()
     return tokens

@@ -1,6 +1,6 @@
-"""A bundle as a contestant, see protocol.py; two engines in one process would wait on each other's threads.
+"""A bundle as a contestant, see protocol.py.
 
-Beside the others' requests: `width` (the cost of rows) and `profile` (ways to decode, in turns on the instrument).
+Further requests: `width` (the cost of rows) and `profile` (ways to decode, in turns, with synthetic acceptance).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
-from mara_deploy.bench.workload import Instrument, Profile, Script
+from mara_deploy.bench.synthetic import Profile, Script, SyntheticEngine
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Request, Session, decode
@@ -43,15 +43,15 @@ class Subject:
 
     @property
     def capacity(self) -> int:
-        """Tokens of prompt and answer, at most."""
+        """Maximum number of tokens, prompt and answer."""
         return self._bundle.manifest.max_context
 
     def describe(self) -> dict[str, Any]:
-        """What is measured."""
+        """Engine and versions."""
         return {**self._engine.describe(), "versions": {"python": platform.python_version()}}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
-        """Steps of the decode loop."""
+        """Plain greedy steps of the decode loop."""
         steps = _steps(self._engine, self._session(), self._prompt(context), PLAIN, tokens + 1, Stats())
         times = [time.perf_counter() for _ in steps]
         return {"ms": [(b - a) * 1e3 for a, b in pairwise(times)]}
@@ -72,31 +72,30 @@ class Subject:
     def profile(
         self, profile: dict[str, Any], context: int, tokens: int, ways: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
-        """The same script decoded in several ways in turn; {way: {ms, expected_ms, stats, continued}}."""
+        """Decode the same script in several ways in turn; {way: {ms, engine_ms, expected_ms, stats, continued}}."""
         if self._cost is None:
             self.width()
         assert self._cost is not None
         cost = self._cost
-        what = Profile(**profile)
         manifest = self._bundle.manifest
         vocab_size = manifest.model.shape.vocab_size
         top = top_tokens(manifest.max_candidates, vocab_size)
-        script = Script(what, context + tokens + 1, vocab_size, top)
+        script = Script(Profile(**profile), context + tokens + 1, vocab_size, top)
         answers = {}
         for way, options in ways.items():
             config = DecodeConfig(**options)
             key = f"{profile | {'seed': 0}} {way}"
             acceptance, drafts = self._learned.setdefault(key, (Acceptance(), NGrams()))
-            instrument = Instrument(self._engine, script)
+            engine = SyntheticEngine(self._engine, script)
             schedule = _schedule(config, cost, acceptance)
-            session = Session(instrument.cache, schedule, None if config.draft == 0 else drafts, manifest.noise)
+            session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, manifest.noise)
             stats = Stats()
             prompt = script.prompt(context)
-            emitted = [step.token for step in _steps(instrument, session, prompt, config, tokens, stats)]
+            emitted = [step.token for step in _steps(engine, session, prompt, config, tokens, stats)]
             answers[way] = {
                 "ms": stats.decode_ms,
                 "engine_ms": stats.engine_ms,
-                "expected_ms": instrument.expected_ms(cost, context, stats.forwards),
+                "expected_ms": engine.expected_ms(cost, context, stats.forwards),
                 "continued": continued_share(prompt, emitted),
                 "stats": stats.to_json(),
             }
@@ -122,7 +121,7 @@ def _schedule(config: DecodeConfig, cost: Cost, acceptance: Acceptance) -> Sched
 
 
 def continued_share(prompt: list[int], tokens: list[int]) -> float:
-    """Share of the tokens that follow the two before them as they did the last time those occurred."""
+    """Share of tokens that follow the two before them as they did the last time those two occurred."""
     after: dict[tuple[int, int], int] = {}
     hits = 0
     text = [*prompt, *tokens]
@@ -138,7 +137,7 @@ def main() -> None:
     parser = command_line()
     parser.add_argument("--engine", default="auto")
     args = parser.parse_args()
-    serve(lambda: Subject(args.model, args.engine, args.threads), told=(MaraError,))
+    serve(lambda: Subject(args.model, args.engine, args.threads), plain_errors=(MaraError,))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`mara-bench`: what aligned decoding costs here, against plain decoding and against the peers."""
+"""`mara-bench`: what aligned decoding costs here, compared with plain decoding and with other engines."""
 
 from __future__ import annotations
 
@@ -7,68 +7,76 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from mara_deploy.bench.contestant import Contestants, commands
 from mara_deploy.bench.measure import PROFILES, Bench
+from mara_deploy.commands.decoding import BUNDLE_HELP
+from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded
 from mara_runtime.bundle import Bundle
+from mara_runtime.config import ENGINES
 from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option, required
 
 EPILOG = """\
-Every contestant runs in a process of its own, and they take turns, in several sittings with another one started first.
-The instrument: real passes of the bundle's graph, whose candidates and verdicts follow a set profile (docs:
-benchmarks/README.md). Figures are medians; in brackets the quartiles. The last line of the output is one JSON object.
+Every contestant runs in a process of its own. They take turns, in several sessions with another one started first.
+Profiles are measured with synthetic acceptance: real passes of the bundle's graph, with candidates and agent decisions
+drawn from a set profile (benchmarks/README.md). Figures are medians, with quartiles in brackets. The last line of the
+output is one JSON object.
+
+A peer is any command that speaks the line protocol of mara_deploy/bench/protocol.py; --threads N is appended to it.
+benchmarks/peers has ONNX Runtime GenAI, llama.cpp and Hugging Face eager.
 
 examples:
   mara-bench BUNDLE
-  mara-bench BUNDLE --peer genai=GENAI_ENV/bin/python:MODEL_FOLDER --peer hugging-face=CHECKPOINT_FOLDER
+  mara-bench BUNDLE --peer genai="GENAI_ENV/bin/python benchmarks/peers/genai.py MODEL_FOLDER"
 """
 MEASURES = ("memory", "steps", "prefill", "width", "profiles")
-NUMBERS = range(1, len(PROFILES) + 1)
+NUMBERS = tuple(range(1, len(PROFILES) + 1))
 """Of the profiles."""
 STANDARD_CONTEXTS = (256, 1024, 4096)
+
+
+@dataclass(frozen=True)
+class BenchArguments(Options):
+    """What to measure."""
+
+    bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
+    engine: str = option("auto", "engine of the bundle, as in mara-run", choices=("auto", *ENGINES))
+    threads: int | None = option(None, "threads of every contestant", least=1, unset="one per physical core")
+    context: tuple[int, ...] = option(
+        (), "tokens cached before the measured ones", least=1, unset="256, 1024 and 4096, as far as the bundle allows"
+    )
+    tokens: int = option(96, "tokens decoded per turn", least=2)
+    rounds: int = option(9, "turns of each contestant", least=1)
+    peer: tuple[str, ...] = option((), "another contestant and the command that starts it", metavar="NAME=COMMAND")
+    measure: tuple[str, ...] = option(
+        MEASURES,
+        "what to measure: " + ", ".join(MEASURES),
+        choices=MEASURES,
+        metavar="NAME[,NAME…]",
+        separator=",",
+        unset="all",
+    )
+    profile: tuple[int, ...] = option(
+        (), "number of a synthetic-acceptance profile to measure", choices=NUMBERS, unset="all"
+    )
+    quiet: bool = option(False, "print only the JSON line")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile and "profiles" not in self.measure:
+            raise OptionError("--profile needs 'profiles' among --measure")
 
 
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
-        "mara-bench", "Measure aligned decoding of a bundle against plain decoding and against peers.", EPILOG
+        "mara-bench", "Compare aligned decoding of a bundle with plain decoding and with other engines.", EPILOG
     )
-    options.add_argument("bundle", metavar="BUNDLE", help="folder made by mara-export")
-    options.add_argument("--engine", default="auto", metavar="NAME", help="as of mara-run (default auto)")
-    options.add_argument("--threads", type=int, metavar="N", help="of every contestant (default: one a core)")
-    options.add_argument(
-        "--context",
-        type=int,
-        action="append",
-        metavar="N",
-        help="tokens before the measured ones (may be repeated; default 256, 1024 and 4096, as the capacity allows)",
-    )
-    options.add_argument("--tokens", type=int, default=96, metavar="N", help="decoded at a time (default 96)")
-    options.add_argument("--rounds", type=int, default=9, metavar="N", help="turns of each contestant (default 9)")
-    options.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=WHERE",
-        help="genai=PYTHON:FOLDER, llama.cpp=PYTHON:FILE (in environments of their own) or hugging-face=FOLDER (eager, "
-        "float32); may be repeated",
-    )
-    options.add_argument(
-        "--measure",
-        default=",".join(MEASURES),
-        metavar="NAMES",
-        help=f"what to measure, separated by commas (default {','.join(MEASURES)})",
-    )
-    options.add_argument(
-        "--profile",
-        type=int,
-        action="append",
-        choices=NUMBERS,
-        help="number of an instrument to measure (may be repeated; default all)",
-    )
-    options.add_argument("--quiet", action="store_true", help="print the JSON line alone")
+    add_options(options, BenchArguments)
     return options
 
 
@@ -80,27 +88,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _bench(args: argparse.Namespace) -> None:
     from mara_deploy.bench.machine import cores, machine
 
-    wanted = _wanted(args)
-    bundle = Bundle.open(args.bundle)
-    contexts = _contexts(args, bundle.manifest.max_context)
-    threads = args.threads or cores()
-    contestants = Contestants(commands(bundle, args.engine, args.peer, threads, asked=args.threads is not None))
+    arguments = from_args(BenchArguments, args)
+    bundle = Bundle.open(arguments.bundle)
+    contexts = _contexts(arguments, bundle.manifest.max_context)
+    threads = arguments.threads or cores()
+    contestants = Contestants(
+        commands(bundle, arguments.engine, arguments.peer, threads, threads_given=arguments.threads is not None)
+    )
 
     def say(line: str) -> None:
-        if not args.quiet:
+        if not arguments.quiet:
             print(line, flush=True)
 
-    bench = Bench(contestants, contexts, args.tokens, args.rounds, say)
+    bench = Bench(contestants, contexts, arguments.tokens, arguments.rounds, say)
     measures: dict[str, Callable[[], Any]] = {
         "memory": bench.memory,
         "steps": bench.steps,
         "prefill": bench.prefill,
         "width": bench.width,
-        "profiles": lambda: [bench.profile(number) for number in args.profile or NUMBERS],
+        "profiles": lambda: [bench.profile(number) for number in arguments.profile or NUMBERS],
     }
     with closing(contestants):
         about = contestants.open()
-        results = {name: measure() for name, measure in measures.items() if name in wanted}
+        results = {name: measure() for name, measure in measures.items() if name in arguments.measure}
     document = {
         "bundle": {
             "model": bundle.manifest.model.source,
@@ -110,39 +120,24 @@ def _bench(args: argparse.Namespace) -> None:
         "contestants": about,
         "machine": machine(),
         "threads": threads,
-        "tokens": args.tokens,
-        "rounds": args.rounds,
+        "tokens": arguments.tokens,
+        "rounds": arguments.rounds,
         **results,
     }
     print(json.dumps(document))
 
 
-def _wanted(args: argparse.Namespace) -> list[str]:
-    """What to measure. Raises OptionError, also for other options that cannot be right for any bundle."""
-    wanted: list[str] = args.measure.split(",")
-    if args.rounds < 1 or args.tokens < 2:
-        raise OptionError("--rounds must be at least 1, --tokens at least 2")
-    if unknown := sorted(set(wanted) - set(MEASURES)):
-        raise OptionError(f"--measure names {unknown[0]!r}; it must be among {', '.join(MEASURES)}")
-    if args.profile and "profiles" not in wanted:
-        raise OptionError("--profile needs 'profiles' among --measure")
-    if args.threads is not None and args.threads < 1:
-        raise OptionError(f"--threads is {args.threads}; it must be at least 1")
-    return wanted
-
-
-def _contexts(args: argparse.Namespace, capacity: int) -> list[int]:
+def _contexts(arguments: BenchArguments, capacity: int) -> list[int]:
     """Numbers of tokens before the measured ones, ascending. Raises OptionError."""
-    longest = capacity - args.tokens - 1  # leaves room for what is decoded
+    longest = capacity - arguments.tokens - 1  # leaves room for what is decoded
+    room = f"{arguments.bundle} has room for {capacity} tokens"
     if longest < 1:
-        raise OptionError(f"{args.bundle} holds {capacity} tokens; --tokens {args.tokens} leaves no context")
-    for context in args.context or []:
-        if not 1 <= context <= longest:
-            raise OptionError(
-                f"--context is {context}; {args.bundle} holds {capacity} tokens, which leaves 1 to {longest}"
-            )
+        raise OptionError(f"--tokens is {arguments.tokens}, but {room}, which leaves none for a context")
+    for context in arguments.context:
+        if context > longest:
+            raise OptionError(f"--context is {context}; {room}, which leaves 1 to {longest} for the context")
     standard = [min(c, longest) for c in STANDARD_CONTEXTS if c <= capacity]
-    return sorted({*(args.context or standard or [longest])})
+    return sorted({*(arguments.context or standard or [longest])})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`mara-eval`: how often aligned answers are preferred to a baseline's."""
+"""`mara-eval`: how often aligned answers are preferred to those of a baseline."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mara_deploy.commands.scoring import add_score_options, judges, of_models
-from mara_deploy.commands.shared import (
-    Parser,
-    add_decode_options,
-    add_engine_options,
-    add_template_option,
+from mara_deploy.commands.decoding import (
+    BUNDLE_HELP,
+    TEMPLATE_HELP,
+    EngineOptions,
     decode_config,
-    guarded,
     template_variables,
 )
+from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.scoring import add_score_options, judges, score_options
+from mara_deploy.commands.shared import Parser, guarded, needs_extra
+from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.answers import Asking, Contestant
+    from mara_deploy.evaluate.answers import AnswerSource, PromptFormat
     from mara_deploy.prompts import Prompt
-    from mara_runtime.config import DecodeConfig
     from mara_runtime.decoder import AlignedDecoder
 
 EPILOG = """\
-Answers and scores are kept in --out as they come: the same command goes on where an interrupted one stopped, and adding
-a baseline or a score computes only what is new. docs/evaluation.md explains the measures.
+Answers and scores are saved to --out as they are computed: repeating the command continues an interrupted evaluation,
+and an added baseline or score computes only what is new. docs/guide/evaluate.md explains the measures.
 
 examples:
   mara-eval BUNDLE --prompts prompts.txt --score my_scores:politeness
@@ -43,60 +44,74 @@ examples:
   mara-eval BUNDLE --prompts prompts.jsonl --score my_scores:politeness --baseline ./my-model-after-dpo
 """
 PACKAGES = ("mara-deploy", "numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
+BEST_OF = re.compile(r"best-of-(\d{1,4})")
+
+
+@dataclass(frozen=True)
+class EvalArguments(Options):
+    """What to compare."""
+
+    bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
+    prompts: str = required(
+        "one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
+        metavar="FILE",
+    )
+    limit: int | None = option(None, "evaluate only N of the prompts, evenly spaced", least=1)
+    group_by: str | None = option(
+        None,
+        "key of the prompt file's objects that identifies related prompts",
+        metavar="KEY",
+        unset="group, if present",
+    )
+    training_prompts: str | None = option(
+        None, "prompts the agent was trained on; the report names those evaluated here too", metavar="FILE"
+    )
+    skip_refused: bool = option(False, "skip prompts that one of the sides rejects, such as those that are too long")
+    baseline: tuple[str, ...] = option(
+        (),
+        "greedy, sample or best-of-N: the bundle without its agent; or the folder or Hub id of another checkpoint, "
+        "such as one after RLHF or DPO",
+        metavar="BASELINE",
+        unset="greedy",
+    )
+    sample_checkpoint: bool = option(False, "sample from checkpoint baselines instead of greedy decoding")
+    temperature: float | None = option(
+        None, "softmax temperature of baselines that sample, applied after --top-k and --top-p", above=0, unset="1.0"
+    )
+    out: Path | None = option(
+        None, "folder for answers, result.json and report.html", metavar="DIR", unset="evaluations/<bundle>"
+    )
+    examples: int = option(5, "examples of each kind in the report", least=0)
+    raw: bool = option(False, "use prompts as plain text, without the chat template")
+    template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    quiet: bool = option(False, "suppress progress and summary")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sampling = {name for name in self.baseline if name == "sample" or _best_of(name) is not None}
+        if self.sample_checkpoint and not set(self.baseline) - {"greedy", *sampling}:
+            raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint; leave it out")
+        if self.temperature is not None and not sampling and not self.sample_checkpoint:
+            raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
+        if self.template and self.raw:
+            raise OptionError("--template needs the chat template: leave out --raw")
+        for name in self.baseline:
+            if _best_of(name) in (0, 1):
+                raise OptionError(f"--baseline is {name}; the N of best-of-N must be at least 2")
 
 
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "mara-eval",
-        "Compare aligned answers of a bundle with a baseline's, by scores: the preference rate\n"
-        "(wins - losses) / (wins + ties + losses) over different prompts, with bootstrap intervals.",
+        "Compare a bundle's aligned answers with those of baselines, by scores: the preference rate\n"
+        "(wins - losses) / (wins + ties + losses) over distinct prompts, with bootstrap confidence intervals.",
         EPILOG,
     )
-    options.add_argument("bundle", metavar="BUNDLE", help="folder made by mara-export")
-    options.add_argument(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help="one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
-    )
-    options.add_argument("--limit", type=int, metavar="N", help="draw N of the prompts, evenly")
-    options.add_argument(
-        "--group-by",
-        metavar="KEY",
-        help="key of the prompt file's objects that names related prompts (default: group, if it is there)",
-    )
-    options.add_argument(
-        "--training-prompts", metavar="FILE", help="prompts the agent was trained on; those also asked here are named"
-    )
-    options.add_argument(
-        "--skip-refused", action="store_true", help="leave out prompts that a side refuses, such as overlong ones"
-    )
-    options.add_argument(
-        "--baseline",
-        action="append",
-        default=[],
-        metavar="B",
-        help="greedy (default), sample or best-of-N: the bundle without its agent; or the folder or Hub id of another "
-        "checkpoint, such as one after RLHF or DPO (may be repeated)",
-    )
-    options.add_argument(
-        "--sample-checkpoint", action="store_true", help="sample from a checkpoint baseline instead of greedy decoding"
-    )
-    options.add_argument(
-        "--temperature", dest="sampling_temperature", type=float, metavar="X",
-        help="of baselines that sample, applied after --top-k and --top-p (default 1.0)",
-    )  # fmt: skip
-    options.add_argument(
-        "--out", metavar="DIR", help="folder for answers, result.json and report.html (default: evaluations/<bundle>)"
-    )
-    options.add_argument("--examples", type=int, default=5, metavar="N", help="of each kind, in the report (default 5)")
-    options.add_argument("--raw", action="store_true", help="take prompts as plain text, without the chat template")
-    add_template_option(options)
-    options.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    add_options(options, EvalArguments)
     add_score_options(options)
-    add_decode_options(options, plain=False)
-    add_engine_options(options)
+    add_options(options.add_argument_group("decoding"), DecodeConfig, exclude=("align", "sample", "temperature"))
+    add_options(options.add_argument_group("engine"), EngineOptions)
     return options
 
 
@@ -107,55 +122,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    ways = _ways(args)
+    arguments, engine = from_args(EvalArguments, args), from_args(EngineOptions, args)
+    scores, device, batch = score_options(args)
+    configs, variables = _configs(arguments, decode_config(args)), template_variables(arguments.template)
 
+    from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
     from mara_deploy.evaluate.report import html, lines, result
-    from mara_deploy.files import held, write_text
-    from mara_deploy.prompts import drawn, find_prompts, shared
-    from mara_runtime.decoder import AlignedDecoder
+    from mara_deploy.files import run_lock, write_file
+    from mara_deploy.prompts import find_prompts, overlap, subset
 
-    prompt_set = find_prompts(args.prompts, args.group_by)
-    training = find_prompts(args.training_prompts) if args.training_prompts is not None else None
-    decoder = AlignedDecoder(
-        args.bundle,
-        engine=args.engine,
-        threads=args.threads,
-        verify=not args.no_verify,
-        report=lambda what: None if args.quiet else print(f"mara-eval: {what}", file=sys.stderr),
+    asking = PromptFormat(arguments.raw, variables)
+    prompt_set = find_prompts(arguments.prompts, arguments.group_by)
+    training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
+    decoder = engine.open(
+        arguments.bundle,
+        lambda message: None if arguments.quiet else print(f"mara-eval: {message}", file=sys.stderr),
     )
     if decoder.text_side is None:
         raise MaraError(
-            f"{args.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
+            f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
-    contestants = _contestants(args.baseline or ["greedy"], decoder, ways)
-    prompts, refused = _answerable(contestants, drawn(prompt_set.prompts, args.limit), args.skip_refused)
+    contestants = _contestants(arguments.baseline or ("greedy",), decoder, configs, asking)
+    prompts, refused = _answerable(contestants, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
-    out = _out(Path(args.out or Path("evaluations") / bundle.folder.resolve().name))
+    out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
-    judging = judges(args.score, args.score_device, args.score_batch)
-    with held(out):
-        found = evaluate(
+    judging = judges(scores, device, batch)
+    with run_lock(out):
+        evaluation = evaluate(
             prompts,
             contestants[0],
             contestants[1:],
             judging,
             out,
-            seen=shared(prompts, training.prompts) if training else (),
+            seen=overlap(prompts, training.prompts) if training else (),
             bootstrap=bootstrap,
-            quiet=args.quiet,
+            quiet=arguments.quiet,
         )
         manifest = bundle.manifest
         facts = {
             "command": shlex.join(["mara-eval", *argv]),
-            "score": " ".join(f"{weight:+g} × {name}" for name, weight in found.weights.items()),
+            "score": " ".join(f"{weight:+g} × {name}" for name, weight in evaluation.weights.items()),
             "bundle": {
                 "name": bundle.folder.resolve().name,
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
                 "agent": manifest.agent.source,
-                "fallback": ways.aligned.fallback or manifest.agent.fallback,
+                "fallback": configs.aligned.fallback or manifest.agent.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
             },
@@ -164,123 +179,98 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "read": len(prompt_set.prompts) + prompt_set.duplicates,
                 "duplicates": prompt_set.duplicates,
                 "refused": refused,
-                "limit": args.limit,
+                "limit": arguments.limit,
                 "unique": len(prompts),
                 "training_file": training.name if training else None,
             },
             "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
-        summary = result(found, facts, bootstrap)
-        write_text(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        write_text(out / "report.html", html(found, summary, args.examples))
-    if not args.quiet:
+        summary = result(evaluation, facts, bootstrap)
+        write_file(out / "result.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_file(out / "report.html", html(evaluation, summary, arguments.examples))
+    if not arguments.quiet:
         print("\n".join(lines(summary)))
         print(f"{out / 'report.html'}")
 
 
-class _Ways(NamedTuple):
-    """How the sides decode."""
+class _Configs(NamedTuple):
+    """How each side decodes."""
 
     aligned: DecodeConfig
     greedy: DecodeConfig
     sampled: DecodeConfig
     checkpoint: DecodeConfig
-    asking: Asking
 
 
-def _ways(args: argparse.Namespace) -> _Ways:
-    """The options of decoding. Raises OptionError."""
-    from mara_deploy.evaluate.answers import Asking
-
-    if args.out == "":
-        raise OptionError("--out is empty; leave it out for the default")
-    for flag, value, least in (("--limit", args.limit, 1), ("--examples", args.examples, 0)):
-        if value is not None and value < least:
-            raise OptionError(f"{flag} is {value}; it must be at least {least}")
-    of_models(args.score, args.score_device, args.score_batch)  # their checks
-    sampling = [name for name in args.baseline if name == "sample" or _best_of(name) is not None]
-    if args.sample_checkpoint and not set(args.baseline) - {"greedy", *sampling}:
-        raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint: leave it out")
-    temperature = args.sampling_temperature
-    if temperature is not None and not sampling and not args.sample_checkpoint:
-        raise OptionError(f"--temperature is {temperature}, but no --baseline samples: leave it out")
-    variables = template_variables(args.template)
-    if variables and args.raw:
-        raise OptionError("--template needs the chat template: leave out --raw")
-    aligned = decode_config(args)
-    # what chooses among the agent's verdicts has no part in plain decoding
+def _configs(arguments: EvalArguments, aligned: DecodeConfig) -> _Configs:
+    """Plain decoding shares everything with aligned decoding but the options of the agent."""
     greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
-    sampled = replace(greedy, sample=True, temperature=1.0 if temperature is None else temperature)
-    return _Ways(aligned, greedy, sampled, sampled if args.sample_checkpoint else greedy, Asking(args.raw, variables))
+    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
+    return _Configs(aligned, greedy, sampled, sampled if arguments.sample_checkpoint else greedy)
 
 
-def _answerable(contestants: Sequence[Contestant], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
-    """The prompts that every side takes, and how many one refuses. Raises PromptError at the first unless `skip`."""
-    taken = []
+def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+    """The prompts that every side accepts, and the number of the others. Raises PromptError for those unless `skip`."""
+    accepted = []
     for number, prompt in enumerate(prompts, 1):
         try:
             for contestant in contestants:
                 contestant.check(prompt.text)
         except PromptError as error:
             if not skip:
-                raise PromptError(f"prompt {number}: {error}; or leave such prompts out with --skip-refused") from None
+                raise PromptError(f"prompt {number}: {error}; or skip such prompts with --skip-refused") from None
         else:
-            taken.append(prompt)
-    if not taken:
-        raise PromptError("every prompt is refused: leave out --skip-refused to see why")
-    return taken, len(prompts) - len(taken)
+            accepted.append(prompt)
+    if not accepted:
+        raise PromptError("every prompt was rejected: leave out --skip-refused to see why")
+    return accepted, len(prompts) - len(accepted)
 
 
-def _contestants(baselines: Sequence[str], decoder: AlignedDecoder, ways: _Ways) -> list[Contestant]:
+def _contestants(
+    baselines: Sequence[str], decoder: AlignedDecoder, configs: _Configs, asking: PromptFormat
+) -> list[AnswerSource]:
     """The aligned side, then the baselines."""
     from mara_deploy.evaluate.answers import BundleAnswers
-    from mara_deploy.evaluate.judge import slug
+    from mara_deploy.evaluate.store import file_name
 
-    found: list[Contestant] = [BundleAnswers("aligned", decoder, ways.aligned, ways.asking)]
+    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, configs.aligned, asking)]
     for name in baselines:
         samples = _best_of(name)
-        if samples is not None and samples < 2:
-            raise OptionError(f"--baseline is {name}; best-of-N needs an N of at least 2")
         if samples is not None:
-            found.append(BundleAnswers(name, decoder, ways.sampled, ways.asking, samples=samples))
+            contestants.append(BundleAnswers(name, decoder, configs.sampled, asking, samples=samples))
         elif name in ("greedy", "sample"):
-            config = ways.greedy if name == "greedy" else ways.sampled
-            found.append(BundleAnswers(name, decoder, config, ways.asking))
+            config = configs.greedy if name == "greedy" else configs.sampled
+            contestants.append(BundleAnswers(name, decoder, config, asking))
         else:
-            found.append(_checkpoint(name, ways))
-    names = [slug(contestant.name) for contestant in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise OptionError(f"two --baseline have the name {twice}: give each once, or rename a checkpoint's folder")
-    return found
+            contestants.append(_checkpoint(name, configs.checkpoint, asking))
+    names = [file_name(contestant.name) for contestant in contestants]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
+    return contestants
 
 
 def _best_of(baseline: str) -> int | None:
     """The N of best-of-N."""
-    found = re.fullmatch(r"best-of-(\d{1,4})", baseline)
-    return int(found[1]) if found else None
+    match = BEST_OF.fullmatch(baseline)
+    return int(match[1]) if match else None
 
 
-def _checkpoint(name: str, ways: _Ways) -> Contestant:
-    try:
+def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> AnswerSource:
+    with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers
-    except ImportError as error:
-        raise MaraError(
-            f"a checkpoint as baseline needs packages that are not installed ({error}): pip install "
-            "'mara-deploy[train]', or compare with greedy, sample or best-of-N"
-        ) from None
     from mara_export.errors import ModelError
 
     silence_transformers()
     try:
-        return CheckpointAnswers(name, ways.checkpoint, ways.asking)
+        return CheckpointAnswers(name, config, asking)
     except ModelError as error:
         raise OptionError(f"--baseline is {name!r}, which is not greedy, sample or best-of-N: {error}") from None
 
 
-def _out(out: Path) -> Path:
-    """The output folder: new, empty, or one of an earlier evaluation."""
+def _require_evaluation(out: Path) -> Path:
+    """The output folder, if it is new, empty, or an evaluation's. Raises MaraError."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "answers").is_dir())):
         raise MaraError(f"{out} exists already and is not an evaluation: choose another --out")
     return out

@@ -1,105 +1,68 @@
-"""`mara-export`: a Hugging Face model and an agent into a bundle."""
+"""`mara-export`: export a Hugging Face model and an agent to bundles."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mara_deploy.commands.shared import Parser, guarded, prompt_options
+from mara_deploy.commands.decoding import prompt_options
+from mara_deploy.commands.options import add_options, from_args, values_of
+from mara_deploy.commands.shared import Parser, guarded, needs_extra
+from mara_deploy.models import MODEL_HELP, find_agent, find_model
 from mara_export.options import ExportOptions
-from mara_export.targets import LOWERINGS, PRECISIONS, QUANTISERS, TARGETS
+from mara_export.targets import BITS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS
+from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
-    from mara_deploy.agent import Agent
     from mara_export.hf.sources import ModelSource
+    from mara_export.progress import Progress
 
 EPILOG = """\
 examples:
   mara-export --model demo --agent demo
   mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
   mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth --max-context 2048
+  mara-export --model qwen2 --agent agent.safetensors --precision int4 --precision fp16
+
+Several --target or --precision write one bundle for each combination, from a single load and trace of the model.
 """
+BUNDLES = Path("bundles")
+
+
+@dataclass(frozen=True)
+class ExportArguments(Options):
+    """What to export, and where to."""
+
+    model: str = required(MODEL_HELP, metavar="MODEL")
+    agent: str = required("demo, a .pth or .safetensors file, or HUB_ID:FILE", metavar="AGENT")
+    out: Path | None = option(
+        None,
+        "bundle folder to write, must be new or empty; with several bundles, their parent: DIR/<target>-<precision>",
+        metavar="DIR",
+        unset="bundles/<model>-<agent>-<target>-<precision>",
+    )
+    build: bool = option(True, "TensorRT: build no engine now; mara-build does so on the device that will run it")
+    quiet: bool = option(False, "suppress progress and summary")
 
 
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "mara-export",
-        "Export a frozen LLM and its accept/reject agent to a bundle that mara-run decodes without PyTorch.\n"
-        "Ends with the parity gate: a bundle that does not compute what Hugging Face computes is not written.",
+        "Export a frozen LLM and its accept/reject agent to a bundle that mara-run decodes without PyTorch. A parity\n"
+        "gate compares the bundle with Hugging Face first: a bundle that computes something else is not written.",
         EPILOG,
     )
-    options.add_argument(
-        "--model", required=True, metavar="M", help="demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder"
-    )
-    options.add_argument(
-        "--agent", required=True, metavar="A", help="demo, a .pth or .safetensors file, or hub-id:file"
-    )
-    options.add_argument("--out", metavar="DIR", help="default: bundles/<model>-<agent>-<target>-<precision>")
-    options.add_argument(
-        "--target",
-        default="cpu",
-        choices=TARGETS,
-        help="engine to export for (default cpu); cuda: ONNX Runtime on a GPU; TensorRT engines are built here if that "
-        "is possible, else by mara-build on the device",
-    )
-    options.add_argument(
-        "--precision",
-        default="",
-        choices=PRECISIONS,
-        help="what the LLM's weights are stored as (default fp32 on cpu, else fp16). On cpu it computes in float32, "
-        "elsewhere in float16, with bf16 in bfloat16 (TensorRT only)",
-    )
-    options.add_argument(
-        "--block-size",
-        type=int,
-        metavar="N",
-        help="int8, int4: weights that share a scale "
-        "(default 32; tensorrt: int4 64 or 128, int8 a scale for each column)",
-    )
-    options.add_argument(
-        "--quantiser",
-        default="",
-        choices=QUANTISERS,
-        help="int8, int4: rtn rounds to nearest (default); hqq (int4) and k-quant choose scales by their error",
-    )
-    options.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="NODE",
-        help="int8, int4: leave the weights of this node in fp32; * stands for anything (may be repeated)",
-    )
-    options.add_argument(
-        "--max-context",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and answer together (default 4096, or the model's own if smaller)",
-    )
-    options.add_argument(
-        "--max-candidates", type=int, default=64, metavar="K", help="candidates of a position at most (default 64)"
-    )
-    options.add_argument(
-        "--lowering",
-        default="",
-        choices=LOWERINGS,
-        help="ort: ONNX Runtime's fused attention (default on cpu and cuda); portable: standard ONNX operators (default"
-        " for TensorRT; 10.15 and later); decomposed: basic operators, for the TensorRT of JetPack 6 to 7.1",
-    )
-    options.add_argument(
-        "--no-build",
-        action="store_true",
-        help="TensorRT: build no engine now; mara-build does it on the device that will run it",
-    )
-    options.add_argument("--no-gate", action="store_true", help="skip the parity gate; the manifest says so")
-    options.add_argument("--quiet", action="store_true", help="no progress, no summary")
+    add_options(options, ExportArguments)
+    add_options(options.add_argument_group("export"), ExportOptions, several=("target", "precision"))
     return options
 
 
@@ -109,115 +72,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    _refuse_what_says_nothing(args)
-    options = _options(args)
-    if not args.quiet:
+    arguments = from_args(ExportArguments, args)
+    exports = _exports(args)
+    if not arguments.build and not any(options.target in ENGINE_TARGETS for options in exports):
+        raise OptionError(f"--no-build is for --target {' and '.join(ENGINE_TARGETS)}; leave it out")
+    if not arguments.quiet:
         print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
-    try:
-        from mara_export.export import export, vet
+    with needs_extra("cpu,export", "the export"):
+        from mara_export.export import export_all, vet
         from mara_export.folder import require_free
         from mara_export.hf.checkpoint import silence_transformers
         from mara_export.progress import Progress
-    except ImportError as error:
-        raise MaraError(
-            f"the export needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
-        ) from None
 
     silence_transformers()
-    if args.out is not None:
-        require_free(Path(args.out))
-    agent, agent_name = _agent(args.agent, args.model)
+    progress = Progress(arguments.quiet)
+    if arguments.out is not None:  # before anything is loaded
+        for folder in _folders(arguments.out, exports, ""):
+            require_free(folder)
+    agent, agent_name = find_agent(arguments.agent, arguments.model)
 
-    def destination(source: ModelSource) -> Path:
-        return Path("bundles") / _default_name(source, agent_name, options) if args.out is None else Path(args.out)
+    def folders(source: ModelSource) -> list[Path]:
+        names = (source.name.rpartition("/")[2], Path(agent_name.rpartition(":")[2]).stem)
+        return _folders(arguments.out, exports, "-".join(names))
 
-    def refuse_before_weights(config_only: ModelSource) -> None:
-        vet(config_only, agent, agent_name, options.max_context)
-        require_free(destination(config_only))
+    def check_before_download(config_only: ModelSource) -> None:
+        vet(config_only, agent, agent_name, exports[0].max_context)
+        for folder in folders(config_only):
+            require_free(folder)
 
-    source = _model(args.model, refuse_before_weights)
-    out = destination(source)
-    bundle = export(source, agent, agent_name, out, options, Progress(args.quiet))
-    to_build = _build(bundle, args) if args.target in ENGINE_TARGETS else None
-    if args.quiet:
-        return
-
-    from mara_deploy.commands.inspect import summary
-
-    print("\n".join(summary(Bundle.open(out, verify=False))))
-    if to_build is not None:
-        print(f"engine not built: {to_build}. Build it on the device that will run it:")
-        print(f"mara-build {shlex.quote(str(out))} --target {args.target}")
-    print(f"\nmara-run {shlex.quote(str(out))} {prompt_options(bundle.manifest)}")
+    source = find_model(arguments.model, check_before_download)
+    bundles = export_all(source, agent, agent_name, list(zip(exports, folders(source), strict=True)), progress)
+    for bundle, options in zip(bundles, exports, strict=True):
+        missing = _build(bundle, options.target, arguments.build, progress)
+        if not arguments.quiet:
+            _report(bundle, options.target, missing)
 
 
-def _refuse_what_says_nothing(args: argparse.Namespace) -> None:
-    """What would be ignored, before PyTorch is loaded."""
-    for flag in ("model", "agent", "out"):
-        if getattr(args, flag) == "":
-            raise OptionError(f"--{flag} is empty" + ("; leave it out for the default" if flag == "out" else ""))
-    if args.no_build and args.target not in ENGINE_TARGETS:
-        raise OptionError(f"--no-build is for {' and '.join(ENGINE_TARGETS)}; --target {args.target} builds nothing")
+def _exports(args: argparse.Namespace) -> list[ExportOptions]:
+    """The options of each bundle. Of several, options of quantisation apply to those that are quantised."""
+    precisions = values_of(ExportOptions, "precision", args)
+    unquantised = {"block_size": None, "quantiser": "", "keep": ()} if any(p in BITS for p in precisions) else {}
+    return [
+        from_args(ExportOptions, args, target=target, precision=precision, **({} if precision in BITS else unquantised))
+        for target in values_of(ExportOptions, "target", args)
+        for precision in precisions
+    ]
 
 
-def _options(args: argparse.Namespace) -> ExportOptions:
-    return ExportOptions(
-        target=args.target,
-        lowering=args.lowering,
-        precision=args.precision,
-        block_size=args.block_size,
-        quantiser=args.quantiser,
-        keep=tuple(args.keep),
-        max_context=args.max_context,
-        max_candidates=args.max_candidates,
-        gate=not args.no_gate,
-    )
+def _folders(out: Path | None, exports: Sequence[ExportOptions], name: str) -> list[Path]:
+    """Where the bundles are written. name: of model and agent, for the default."""
+    kinds = [f"{options.target}-{options.precision}" for options in exports]
+    if out is None:
+        return [BUNDLES / f"{name}-{kind}" for kind in kinds]
+    return [out] if len(exports) == 1 else [out / kind for kind in kinds]
 
 
-def _build(bundle: Bundle, args: argparse.Namespace) -> str | None:
-    """Build an engine here, if that can be. Returns why it was not built."""
-    from mara_export.progress import Progress
+def _build(bundle: Bundle, target: str, wanted: bool, progress: Progress) -> str | None:
+    """Build an engine here where that is possible. Returns why none was built; None: it was, or it needs none."""
+    if target not in ENGINE_TARGETS:
+        return None
     from mara_export.tensorrt.build import build, why_cannot_build
 
-    reason = "--no-build was given" if args.no_build else why_cannot_build(args.target)
+    reason = why_cannot_build(target) if wanted else "--no-build was given"
     if reason is None:
         try:
-            build(bundle, args.target, progress=Progress(args.quiet))
+            build(bundle, target, progress=progress)
         except MaraError as error:
-            raise MaraError(f"the bundle {bundle.folder} is written, but without an engine: {error}") from error
+            raise MaraError(f"the bundle {bundle.folder} is complete except for its engine: {error}") from error
     return reason
 
 
-def _model(name: str, vet: Callable[[ModelSource], object]) -> ModelSource:
-    from mara_deploy.demo import MODEL_FOLDER
-    from mara_export.hf.sources import ModelSource, resolve_model
+def _report(bundle: Bundle, target: str, missing: str | None) -> None:
+    """Print the summary of a bundle and how to run it. missing: why it has no engine."""
+    from mara_deploy.commands.inspect import summary
 
-    return ModelSource(MODEL_FOLDER, "demo", None) if name == "demo" else resolve_model(name, vet)
-
-
-def _agent(name: str, model: str) -> tuple[Agent, str]:
-    """The agent and its name for others: never a path of this machine."""
-    from mara_deploy import agent as agents
-    from mara_deploy.demo.__main__ import DEMO_AGENT, demo_agent
-    from mara_export.hf.sources import is_hub_id, local_path, resolve_file
-
-    if name == "demo":
-        if model != "demo":
-            raise MaraError(
-                f"the demo's agent goes with the demo's model, not with {Path(model).name}: name an agent file"
-            )
-        return demo_agent(), DEMO_AGENT
-    path = local_path(name)
-    hub_id, colon, file = name.partition(":")
-    if path is None and colon and is_hub_id(hub_id):
-        return agents.load(resolve_file(hub_id, file)), name
-    path = path or Path(name)
-    return agents.load(path), path.name
-
-
-def _default_name(source: ModelSource, agent_name: str, options: ExportOptions) -> str:
-    model = source.name.rpartition("/")[2]
-    return f"{model}-{Path(agent_name.rpartition(':')[2]).stem}-{options.target}-{options.precision}"
+    folder = shlex.quote(str(bundle.folder))
+    print("\n".join(summary(Bundle.open(bundle.folder, verify=False))))
+    if missing is not None:
+        print(f"engine not built: {missing}. Build it on the device that will run it:")
+        print(f"mara-build {folder} --target {target}")
+    print(f"\nmara-run {folder} {prompt_options(bundle.manifest)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`mara-inspect`: what is in a bundle, and whether it is intact; what a bundle or a model takes of memory."""
+"""`mara-inspect`: what a bundle contains, and whether it is intact."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from mara_deploy.commands.decoding import BUNDLE_HELP
+from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded
 from mara_runtime.bundle import Bundle
-from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option, required
 
 EPILOG = """\
 examples:
   mara-inspect BUNDLE
-  mara-inspect --memory qwen2
-  mara-inspect --memory BUNDLE --context 1024
+  mara-inspect BUNDLE --json
 """
 
 OUTCOMES = {
@@ -23,43 +25,21 @@ OUTCOMES = {
     "ranks": ("40 best tokens", "apart from their neighbours by"),
     "decisions": ("decisions", "decided by"),
 }
-"""Of the parity report: what they are, and what makes them clear enough to be held against the export."""
+"""Of the parity report: the name of each outcome, and the gap that it must exceed to count."""
+
+
+@dataclass(frozen=True)
+class InspectArguments(Options):
+    """What to inspect."""
+
+    bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
+    json: bool = option(False, "print the manifest as JSON")
 
 
 def parser() -> Parser:
     """The command's options."""
-    options = Parser(
-        "mara-inspect",
-        "Show what a bundle holds, and check every file against its checksum. With --memory: estimate the\n"
-        "memory that a bundle, or a model once exported, needs where it runs, and which Jetson has enough.",
-        EPILOG,
-    )
-    options.add_argument(
-        "bundle",
-        metavar="BUNDLE",
-        help="folder made by mara-export; with --memory also an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder "
-        "with a config.json",
-    )
-    options.add_argument("--json", action="store_true", help="print the manifest, with --memory the figures")
-    options.add_argument("--memory", action="store_true", help="print engine, KV cache, workspace and host memory")
-    group = options.add_argument_group("memory")
-    group.add_argument(
-        "--context",
-        type=int,
-        action="append",
-        metavar="N",
-        help="tokens (may be repeated; default 2048 and 8192, or what the model was made for if that is less)",
-    )
-    group.add_argument("--target", metavar="NAME", help="as of mara-export (default tensorrt, or the bundle's first)")
-    group.add_argument("--precision", metavar="NAME", help="of a model (default: all that the target has)")
-    group.add_argument("--lowering", metavar="NAME", help="of a model; decomposed has two KV caches in TensorRT")
-    group.add_argument("--max-candidates", type=int, metavar="K", help="of a model (default 64)")
-    group.add_argument(
-        "--block-size",
-        type=int,
-        metavar="N",
-        help="of a model's int8 or int4, with --precision (default: as mara-export)",
-    )
+    options = Parser("mara-inspect", "Show what a bundle contains, and verify every file's checksum.", EPILOG)
+    add_options(options, InspectArguments)
     return options
 
 
@@ -69,17 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    if args.memory:
-        from mara_deploy.commands.memory import show
-
-        show(args)
-        return
-    for flag in ("context", "target", "precision", "lowering", "max_candidates", "block_size"):
-        if (given := getattr(args, flag)) is not None:
-            value = ", ".join(map(str, given)) if flag == "context" else repr(given)
-            raise OptionError(f"--{flag.replace('_', '-')} is {value}, but it acts on --memory only; leave it out")
-    bundle = Bundle.open(args.bundle)
-    if args.json:
+    arguments = from_args(InspectArguments, args)
+    bundle = Bundle.open(arguments.bundle)
+    if arguments.json:
         print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))
     else:
         print("\n".join(summary(bundle)))
@@ -87,7 +59,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def summary(bundle: Bundle) -> list[str]:
-    """A bundle in a dozen lines."""
+    """A bundle in about a dozen lines."""
     m = bundle.manifest
     shape = m.model.shape
     total = sum(entry.size_bytes for entry in m.files.values())
@@ -129,21 +101,18 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
             cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
             difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
             lines.append(f"          {name}: {difference}{cosine}")
-    beyond = report.get("beyond")
-    for name, (what, gap) in OUTCOMES.items():
-        counts = report.get(name)
-        if isinstance(counts, dict):
-            told = f"{counts['differing']} of {counts['compared']}"
-            if isinstance(beyond, dict) and "changed" in counts:
-                every = counts["compared"] + counts["within_noise"]
-                nats = f"{beyond[name]:.2g} nat{'' if beyond[name] == 1 else 's'}"
-                told += f" {gap} more than {nats} differ; {counts['changed']} of all {every} changed"
-            else:  # a bundle of an earlier version
-                told += f" differ, {counts['within_noise']} more were not compared"
-            lines.append(f"          {what}: {told}")
+    for name, (outcome, gap) in OUTCOMES.items():
+        counts, min_gap = report.get(name), report.get("min_gap")
+        if isinstance(counts, dict) and isinstance(min_gap, dict):
+            total = counts["compared"] + counts["within_noise"]
+            nats = f"{min_gap[name]:.2g} nat{'' if min_gap[name] == 1 else 's'}"
+            lines.append(
+                f"          {outcome}: {counts['differing']} of {counts['compared']} {gap} more than {nats} differ; "
+                f"{counts['changed']} of all {total} changed"
+            )
     largest = report.get("largest_activation")
     if isinstance(largest, float):
-        lines.append(f"          largest activation: {largest:,.0f}; float16 holds 65,504")
+        lines.append(f"          largest activation: {largest:,.0f}; float16 goes up to 65,504")
     perplexity = report.get("perplexity")
     if isinstance(perplexity, dict):
         lines.append(
@@ -153,13 +122,13 @@ def _parity_lines(report: dict[str, object] | None) -> list[str]:
     return lines
 
 
-def _quantised(how: dict[str, object] | None) -> str:
-    if how is None:
+def _quantised(quantisation: dict[str, object] | None) -> str:
+    if quantisation is None:
         return ""
-    kept = f", kept {how['keep']}" if how.get("keep") else ""
-    size = how.get("block_size")
-    shared = "a scale a column" if size == -1 else f"blocks of {size}"
-    return f" ({how.get('quantiser')}, {shared}{kept})"
+    kept = f", kept {quantisation['keep']}" if quantisation.get("keep") else ""
+    size = quantisation.get("block_size")
+    scales = "one scale per column" if size == -1 else f"blocks of {size}"
+    return f" ({quantisation.get('quantiser')}, {scales}{kept})"
 
 
 if __name__ == "__main__":

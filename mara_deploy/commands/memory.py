@@ -1,130 +1,149 @@
-"""`mara-inspect --memory`: what a model or a bundle takes, by precision and context, and which Jetson has it."""
+"""`mara-memory`: the memory that a model or a bundle needs, by precision and context, and which Jetson has enough."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from mara_deploy import memory
-from mara_deploy.decoders import DECODERS, Decoder, from_config
+from mara_deploy import demo, memory
+from mara_deploy.commands.options import add_options, from_args, given, reject, values_of
+from mara_deploy.commands.shared import Parser, guarded
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
 from mara_export.errors import ModelError
-from mara_export.hf.families import longest_context
-from mara_export.hf.sources import ALIASES, local_path, resolve_file
-from mara_export.targets import BLOCK_SIZES_OF, COLUMN, PRECISIONS_OF, TARGETS
+from mara_export.hf.families import (
+    ALIASES,
+    KNOWN_MODELS,
+    Decoder,
+    decoder_of,
+    decoder_sizes,
+    hub_id_of,
+    longest_context,
+)
+from mara_export.hf.sources import local_path, resolve_file
+from mara_export.targets import TARGETS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import MANIFEST_FILE
+from mara_runtime.options import Options, option, options_of, required
 
 Row = tuple[Setting, Memory]
-OF_A_MODEL = {
-    "--precision": "precision",
-    "--lowering": "lowering",
-    "--max-candidates": "max_candidates",
-    "--block-size": "block_size",
-}
-"""Options that a bundle has answered, and their attributes."""
+EPILOG = """\
+A bundle is shown for its first target, unless --target is given, and as it was exported.
 
-CONTEXT_OF = {
-    "Qwen/Qwen2-0.5B-Instruct": 32768,
-    "Qwen/Qwen2-1.5B-Instruct": 32768,
-    "Qwen/Qwen2.5-0.5B-Instruct": 32768,
-    "Qwen/Qwen2.5-1.5B-Instruct": 32768,
-    "Qwen/Qwen3-0.6B": 40960,
-    "Qwen/Qwen3-1.7B": 40960,
-    "meta-llama/Meta-Llama-3-8B-Instruct": 8192,
-    "meta-llama/Llama-3.1-8B-Instruct": 131072,
-    "meta-llama/Llama-3.2-1B-Instruct": 131072,
-    "meta-llama/Llama-3.2-3B-Instruct": 131072,
-    "mistralai/Mistral-7B-Instruct-v0.3": 32768,
-}
-"""Tokens that the models with an alias were made for: max_position_embeddings of their config.json."""
+examples:
+  mara-memory qwen2
+  mara-memory llama3.2-1b --target tensorrt-rtx --precision int4 --context 4096
+  mara-memory BUNDLE --context 1024
+"""
 
 
-def show(args: argparse.Namespace) -> None:
-    """Print the table, or with --json one object."""
-    folder = local_path(args.bundle)
+@dataclass(frozen=True)
+class MemoryArguments(Options):
+    """What to estimate."""
+
+    model: str = required(
+        "bundle folder, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder with a config.json",
+        metavar="MODEL",
+        positional=True,
+    )
+    json: bool = option(False, "print the figures as one JSON object")
+
+
+def parser() -> Parser:
+    """The command's options."""
+    options = Parser(
+        "mara-memory",
+        "Estimate the memory of a bundle, or of a model once it is exported: engine, KV cache, workspace and host\n"
+        "process, and which Jetson has enough.",
+        EPILOG,
+    )
+    add_options(options, MemoryArguments)
+    add_options(options.add_argument_group("export"), Setting, several=("precision", "context"))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return guarded(parser(), _memory, argv)
+
+
+def _memory(args: argparse.Namespace) -> None:
+    arguments = from_args(MemoryArguments, args)
+    folder = local_path(arguments.model)
     if folder is not None and (folder / MANIFEST_FILE).is_file():
         title, rows = of_bundle(Bundle.open(folder), args)
     else:
-        title, rows = of_model(args.bundle, args)
-    if args.json:
-        found = [{**asdict(setting), "slots": setting.slots, **sizes.to_json()} for setting, sizes in rows]
-        print(json.dumps({"model": title, "system_bytes": SYSTEM_BYTES, "settings": found}, ensure_ascii=False))
+        title, rows = of_model(arguments.model, args)
+    if arguments.json:
+        settings = [{**setting.to_json(), "slots": setting.slots, **sizes.to_json()} for setting, sizes in rows]
+        print(json.dumps({"model": title, "system_bytes": SYSTEM_BYTES, "settings": settings}, ensure_ascii=False))
     else:
         print("\n".join([title, "", *table(rows), "", *NOTES]))
 
 
 def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
-    """An alias, a Hub id or a folder, in every precision of the target, or in the one asked for."""
-    target = "tensorrt" if args.target is None else args.target
-    if target not in TARGETS:
-        raise OptionError(f"--target is {target!r}; it must be one of {', '.join(TARGETS)}")
-    if args.block_size is not None and args.precision is None:
-        raise OptionError(f"--block-size is {args.block_size}; say of which --precision, int8 or int4")
-    hub_id, model, most = find(name)
-    contexts = args.context or sorted({min(context, most or context) for context in CONTEXTS})
-    for context in contexts:
-        if most is not None and context > most:
-            raise OptionError(f"--context is {context}; {hub_id} was made for at most {most} tokens")
-    precisions = PRECISIONS_OF[target] if args.precision is None else (args.precision,)
-    rows = [
-        (setting, memory.estimate(model, setting))
-        for precision in precisions
-        for context in contexts
-        for setting in [_setting(args, target, precision, context)]
-    ]
+    """A title and a row for each precision and context: those given, or all of the target."""
+    options = given(Setting, args)
+    if "block_size" in options and "precision" not in options:
+        raise OptionError(f"--block-size is {options['block_size']}, but it needs --precision int8 or int4")
+    target = Setting(options.get("target", Setting.target)).target
+    hub_id, model, limit = find(name)
+    precisions = values_of(Setting, "precision", args) if "precision" in options else TARGETS[target].precisions
+    standard = sorted({min(context, limit or context) for context in CONTEXTS})
+    contexts = values_of(Setting, "context", args) if "context" in options else standard
+    rows = []
+    for precision in precisions:
+        for context in contexts:
+            setting = from_args(Setting, args, precision=precision, context=context)
+            if limit is not None and context > limit:
+                raise OptionError(f"--context is {context}; {hub_id} supports at most {limit} tokens")
+            rows.append((setting, memory.estimate(model, setting)))
     return f"{hub_id} ({model.parameters / 1e9:.2f} · 10⁹ parameters) on {target}", rows
 
 
 def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]:
-    """A bundle as it is: the sizes of its own files in place of estimates."""
-    manifest = bundle.manifest
-    target, step = manifest.targets[0] if args.target is None else args.target, manifest.step
-    for flag, value in OF_A_MODEL.items():
-        if (given := getattr(args, value)) is not None:
-            raise OptionError(f"{flag} is {given!r}, but {bundle.folder} is a bundle already: leave it out")
+    """A title and a row for each context; sizes of files that the bundle has replace estimates."""
+    manifest, step = bundle.manifest, bundle.manifest.step
+    fixed = [each.name for each in options_of(Setting) if each.name not in ("target", "context")]
+    reject(args, Setting, fixed, f"{bundle.folder} is a bundle, which has it fixed")
+    target = given(Setting, args).get("target", manifest.targets[0])
     if target not in manifest.targets:
-        raise OptionError(f"--target is {target!r}; {bundle.folder} was made for {', '.join(manifest.targets)}")
-    stored = sum(e.size_bytes for name, e in manifest.files.items() if name.startswith(step.file))
-    block = (step.quantisation or {}).get("block_size")
+        raise OptionError(f"--target is {target!r}; {bundle.folder} was exported for {', '.join(manifest.targets)}")
+    block_size: Any = (step.quantisation or {}).get("block_size")
 
     def setting(context: int) -> Setting:
-        return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block)
+        return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block_size)
 
-    whole = setting(manifest.max_context)
-    model = _decoder(manifest.model.architecture, asdict(manifest.model.shape), stored, whole)
-    beyond = memory.engine_memory_bytes(model, whole) - memory.weight_bytes(model, whole)
+    limit, facts = manifest.max_context, manifest.model
+    model = decoder_of(facts.shape, facts.architecture, facts.intermediate_size, facts.tied)
+    stored = sum(entry.size_bytes for name, entry in manifest.files.items() if name.startswith(step.file))
+    code = memory.engine_memory_bytes(model, setting(limit)) - memory.weight_bytes(model, setting(limit))
     built = {e.slots: manifest.files[e.file].size_bytes for e in manifest.engines if e.target == target}
-    contexts = args.context or sorted({*(c for c in CONTEXTS if c < manifest.max_context), manifest.max_context})
+    contexts = given(Setting, args).get("context", sorted({*(c for c in CONTEXTS if c < limit), limit}))
     rows = []
     for context in contexts:
-        if context > manifest.max_context:
-            raise OptionError(f"--context is {context}; {bundle.folder} was made for {manifest.max_context} tokens")
-        one = setting(context)
-        engine = next((size for slots, size in sorted(built.items()) if slots >= one.slots), stored + beyond)
-        rows.append((one, memory.estimate(model, one, engine)))
+        at_context = setting(context)
+        if context > limit:
+            raise OptionError(f"--context is {context}; {bundle.folder} was exported for {limit} tokens")
+        engine = next((size for slots, size in sorted(built.items()) if slots >= at_context.slots), stored + code)
+        rows.append((at_context, memory.estimate(model, at_context, engine)))
     return f"{bundle.folder}: {manifest.model.source} on {target}", rows
 
 
 def find(name: str) -> tuple[str, Decoder, int | None]:
-    """What others call the model of that name, its sizes by its configuration alone, and the tokens it was made for.
+    """A model's public name, its sizes, and its maximum number of tokens, all from its configuration.
 
     The last is None where the configuration does not say. Raises ModelError.
     """
-    folder = local_path(name)
-    if name == "demo":
-        from mara_deploy.demo import MODEL_FOLDER
-
-        folder = Path(MODEL_FOLDER)
-    hub_id = ALIASES.get(name, name)
-    if folder is None and hub_id in DECODERS:
-        return hub_id, DECODERS[hub_id], CONTEXT_OF[hub_id]
+    folder = demo.MODEL_FOLDER if name == demo.NAME else local_path(name)
+    hub_id = hub_id_of(name)
+    if folder is None and hub_id in KNOWN_MODELS:
+        return hub_id, KNOWN_MODELS[hub_id].decoder, KNOWN_MODELS[hub_id].context
     if folder is None:
         if hub_id.count("/") != 1:
             raise ModelError(
@@ -133,7 +152,7 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
             )
         path = resolve_file(hub_id, "config.json")
     else:
-        path, hub_id = folder / "config.json", folder.resolve().name
+        path, hub_id = folder / "config.json", name if name == demo.NAME else folder.resolve().name
         if not path.is_file():
             raise ModelError(f"{folder} is neither a bundle nor a Hugging Face model: it has no config.json")
     try:
@@ -142,18 +161,18 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a Hugging Face configuration")
-    decoder = from_config(config, hub_id)
-    try:  # a configuration without the switch has it off, in the architectures that have one
-        most = longest_context(SimpleNamespace(**{"use_sliding_window": False, **config}))
+    decoder = decoder_sizes(config, hub_id)
+    try:  # in families with the switch, a missing one means that it is off
+        limit = longest_context(SimpleNamespace(**{"use_sliding_window": False, **config}))
     except (TypeError, ValueError):
-        most = 0
-    if most is not None and most < 2:
-        raise ModelError(f"{hub_id}: its config.json has a max_position_embeddings or sliding_window that is no size")
-    return hub_id, decoder, most
+        limit = 0
+    if limit is not None and limit < 2:
+        raise ModelError(f"{hub_id}: max_position_embeddings or sliding_window in its config.json is not a valid size")
+    return hub_id, decoder, limit
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """Lines: megabytes of each part, gigabytes that each Jetson has left."""
+    """Lines: megabytes of each part, gigabytes left on each Jetson."""
     boards = "".join(f"{f'{gb} GB':>9}" for gb in JETSONS_GB)
     yield f"{'':24}{'MB':>8}{'left for the system, GB, of':>59}"
     yield f"{'precision':<10}{'context':>8}{'engine':>9}{'KV':>8}{'workspace':>11}{'host':>7}{'sum':>9}{boards}"
@@ -165,42 +184,10 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 
 NOTES = (
-    f"no: less than {SYSTEM_BYTES / 1e9:.1f} GB would be left, which Linux, CUDA and its libraries are taken to need.",
-    "MB and GB are 10⁶ and 10⁹ bytes. What the figures rest on: docs/memory.md.",
+    f"no: less than {SYSTEM_BYTES / 1e9:.1f} GB would be left, the assumed need of Linux, CUDA and its libraries.",
+    "MB and GB are 10⁶ and 10⁹ bytes. docs/reference/memory.md explains the figures.",
 )
 
 
-def _setting(args: argparse.Namespace, target: str, precision: str, context: int) -> Setting:
-    candidates = {} if args.max_candidates is None else {"max_candidates": args.max_candidates}
-    setting = Setting(target, precision, context, lowering=args.lowering, block_size=args.block_size, **candidates)
-    sizes = BLOCK_SIZES_OF[target].get(precision, ())
-    if args.block_size is not None and args.block_size not in sizes:
-        takes = " or ".join(map(str, sizes))
-        what = "has no blocks" if not sizes else "has a scale a column" if sizes == (COLUMN,) else f"takes {takes}"
-        raise OptionError(f"--block-size is {args.block_size}; {precision} for --target {target} {what}")
-    return setting
-
-
-def _decoder(architecture: str, shape: dict[str, Any], stored: int, setting: Setting) -> Decoder:
-    """A bundle's model. The manifest has all sizes but the MLP's: that one is what the weights' bytes leave for it.
-
-    Where head and table are apart, it comes out a little large; it counts in the workspace alone.
-    """
-
-    def with_mlp(size: int) -> Decoder:
-        config = {
-            "model_type": architecture,
-            "hidden_size": shape["hidden_size"],
-            "intermediate_size": size,
-            "num_hidden_layers": shape["num_layers"],
-            "num_attention_heads": shape["num_heads"],
-            "num_key_value_heads": shape["num_kv_heads"],
-            "head_dim": shape["head_dim"],
-            "vocab_size": shape["vocab_size"],
-            "tie_word_embeddings": True,
-        }
-        return from_config(config, "the bundle's model")
-
-    unit = 256  # a whole number of blocks, whatever their size
-    none, one = (memory.weight_bytes(with_mlp(size), setting) for size in (unit, 2 * unit))
-    return with_mlp(max(unit, unit + round(unit * (stored - none) / (one - none))))
+if __name__ == "__main__":
+    sys.exit(main())

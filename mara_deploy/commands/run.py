@@ -1,4 +1,4 @@
-"""`mara-run`: aligned text from a bundle, without PyTorch."""
+"""`mara-run`: decode text with a bundle, without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mara_deploy.commands.shared import (
-    Parser,
-    add_decode_options,
-    add_engine_options,
-    add_template_option,
+from mara_deploy.commands.decoding import (
+    BUNDLE_HELP,
+    TEMPLATE_HELP,
+    EngineOptions,
     decode_config,
-    guarded,
     template_variables,
 )
+from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.shared import Parser, guarded
+from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
-    from mara_runtime.config import DecodeConfig
     from mara_runtime.decoder import AlignedDecoder, Generation, Piece, Prompt
 
 EPILOG = """\
-Without --prompt and --input-ids: a chat on a terminal, else the prompt is read from standard input.
+Without --prompt and --input-ids, mara-run starts a chat on a terminal and otherwise reads the prompt from stdin.
 
 examples:
   mara-run BUNDLE --prompt "How do I cook rice?"
@@ -34,26 +37,39 @@ examples:
 """
 
 
+@dataclass(frozen=True)
+class RunArguments(Options):
+    """What to decode and how to print it."""
+
+    bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
+    prompt: str | None = option(None, "user message, formatted with the bundle's chat template", allow_empty=True)
+    input_ids: tuple[int, ...] = option((), "token ids, passed to the LLM as they are", metavar="N[,N…]", separator=",")
+    system: str | None = option(None, "system message before the prompt", allow_empty=True)
+    template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    raw: bool = option(False, "use the prompt as plain text, without the chat template")
+    json: bool = option(False, "print one JSON object: token_ids, text, finish_reason, stats, config")
+    trace: Path | None = option(
+        None, "write one JSON line per token: candidates, probabilities, margins", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and self.input_ids:
+            raise OptionError("--prompt and --input-ids are both given; leave one of them out")
+        if self.raw or self.input_ids:
+            for flag, value in (("--template", self.template), ("--system", self.system)):
+                if value not in (None, ()):
+                    raise OptionError(f"{flag} needs the chat template: leave out --raw and --input-ids")
+
+
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
-        "mara-run", "Decode text with a bundle's LLM, each token accepted or rejected by its agent.", EPILOG
+        "mara-run", "Decode text with a bundle's LLM; its agent accepts or rejects each candidate token.", EPILOG
     )
-    options.add_argument("bundle", metavar="BUNDLE", help="folder made by mara-export")
-    prompt = options.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="a user message, put through the bundle's chat template")
-    prompt.add_argument("--input-ids", metavar="1,2,3", help="token ids, taken as they are")
-    options.add_argument("--system", metavar="TEXT", help="a system message before the prompt")
-    add_template_option(options)
-    options.add_argument("--raw", action="store_true", help="take the prompt as plain text, without the chat template")
-    options.add_argument(
-        "--json", action="store_true", help="print one JSON object: token_ids, text, finish_reason, stats"
-    )
-    options.add_argument(
-        "--trace", metavar="FILE", help="write a JSON line a token: candidates, probabilities, margins"
-    )
-    add_decode_options(options)
-    add_engine_options(options)
+    add_options(options, RunArguments)
+    add_options(options.add_argument_group("decoding"), DecodeConfig)
+    add_options(options.add_argument_group("engine"), EngineOptions)
     return options
 
 
@@ -63,58 +79,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    config = decode_config(args)
-    variables = template_variables(args.template)
-    if variables and (args.raw or args.input_ids is not None):
-        raise OptionError("--template needs the chat template: leave out --raw and --input-ids")
-    if args.system is not None and (args.raw or args.input_ids is not None):
-        raise OptionError("--system needs the chat template: leave out --raw and --input-ids")
-    chat = args.prompt is None and args.input_ids is None and sys.stdin is not None and sys.stdin.isatty()
-    if chat and (args.json or args.raw):
-        raise OptionError("--json and --raw answer one prompt: give it with --prompt, --input-ids or on standard input")
-    prompt = None if chat else _prompt(args)
+    options, config, engine = from_args(RunArguments, args), decode_config(args), from_args(EngineOptions, args)
+    variables = template_variables(options.template)
+    chat = options.prompt is None and not options.input_ids and sys.stdin is not None and sys.stdin.isatty()
+    if chat and (options.json or options.raw):
+        raise OptionError("--json and --raw need a prompt: give --prompt or --input-ids, or write it to stdin")
+    prompt = None if chat else _prompt(options)
 
-    from mara_runtime.decoder import AlignedDecoder
-
-    decoder = AlignedDecoder(
-        args.bundle,
-        engine=args.engine,
-        threads=args.threads,
-        verify=not args.no_verify,
-        report=lambda what: print(f"mara-run: {what}", file=sys.stderr) if sys.stderr.isatty() else None,
+    decoder = engine.open(
+        options.bundle,
+        lambda message: print(f"mara-run: {message}", file=sys.stderr) if sys.stderr.isatty() else None,
     )
-    if not args.json:
+    if not options.json:
         _announce(decoder, config)
-    with _tracer(args.trace, decoder) as trace:
+    with _tracer(options.trace, decoder) as trace:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
-                raise OptionError(f"{args.bundle} has no chat template: give --input-ids, or --prompt with --raw")
-            _chat(decoder, config, args.system, variables, trace)
-        elif args.json:
-            result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace)
+                raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
+            _chat(decoder, config, options.system, variables, trace)
+        elif options.json:
+            result = _answer(decoder.stream(prompt, config, raw=options.raw, template=variables), trace)
             utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
             print(json.dumps(result.to_json(), ensure_ascii=not utf8))
         else:
-            result = _answer(decoder.stream(prompt, config, raw=args.raw, template=variables), trace, echo=True)
+            result = _answer(decoder.stream(prompt, config, raw=options.raw, template=variables), trace, echo=True)
             if result.text is None:
                 print(",".join(map(str, result.token_ids)), end="")
             print(flush=True)
             print(_counters(result), file=sys.stderr)
 
 
-def _prompt(args: argparse.Namespace) -> Prompt:
-    if args.input_ids is not None:
-        try:
-            return [int(part) for part in args.input_ids.split(",")]
-        except ValueError:
-            raise OptionError(f"--input-ids is {args.input_ids!r}; it must be whole numbers, as in 1,2,3") from None
-    if args.prompt is None and sys.stdin is None:
-        raise PromptError("there is no prompt: give --prompt or --input-ids, as standard input is closed")
+def _prompt(options: RunArguments) -> Prompt:
+    if options.input_ids:
+        return list(options.input_ids)
+    if options.prompt is None and sys.stdin is None:
+        raise PromptError("there is no prompt: give --prompt or --input-ids, since stdin is closed")
     try:
-        text: str = sys.stdin.read().rstrip("\n") if args.prompt is None else args.prompt
+        text: str = sys.stdin.read().rstrip("\n") if options.prompt is None else options.prompt
     except UnicodeDecodeError as error:
-        raise PromptError(f"standard input is not UTF-8 text: {error}") from None
-    return text if args.system is None else _with_system(args.system, [{"role": "user", "content": text}])
+        raise PromptError(f"stdin is not UTF-8 text: {error}") from None
+    return text if options.system is None else _with_system(options.system, [{"role": "user", "content": text}])
 
 
 def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -128,7 +132,7 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         facts.append(f"{engine['threads'] or 'default'} threads")
     print(f"engine {engine['name']} ({', '.join(facts)})", file=sys.stderr)
     for name, reason in decoder.declined.items():
-        if name in decoder.bundle.manifest.targets:  # of the others nobody expects anything
+        if name in decoder.bundle.manifest.targets:  # nobody expects the others to run
             print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
         agent = decoder.bundle.manifest.agent
@@ -137,7 +141,7 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
 
 
 def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Generation:
-    """Run a generation to its end, printing its text as it comes."""
+    """Run a generation to its end; echo: print the text as it is generated."""
     result, open_line = None, False
     try:
         for piece in pieces:
@@ -147,7 +151,7 @@ def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Gener
                 open_line = open_line or bool(piece.text)
             result = piece.result
     finally:
-        if open_line and result is None:  # what went wrong is said on a line of its own
+        if open_line and result is None:  # the error message gets a line of its own
             print(flush=True)
     assert result is not None  # the last piece carries it
     return result
@@ -156,11 +160,11 @@ def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Gener
 def _chat(
     decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Tracer
 ) -> None:
-    """A conversation on the terminal; the end of input leaves it."""
+    """A conversation on the terminal, until the end of input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing for input()
 
-    print("chat: an empty line starts over, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+    print("chat: an empty line starts a new conversation, Ctrl-C stops an answer, Ctrl-D exits", file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -168,7 +172,7 @@ def _chat(
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # what was typed is taken back
+        except KeyboardInterrupt:  # discard the typed line
             print()
             continue
         if not text.strip():
@@ -177,12 +181,12 @@ def _chat(
             continue
         messages.append({"role": "user", "content": text})
         try:
-            whole = _with_system(system, messages)
-            result = _answer(decoder.stream(whole, config, template=variables), trace, echo=True)
-        except (MaraError, KeyboardInterrupt) as error:  # neither ends the session
+            conversation = _with_system(system, messages)
+            result = _answer(decoder.stream(conversation, config, template=variables), trace, echo=True)
+        except (MaraError, KeyboardInterrupt) as error:  # neither ends the chat
             messages.pop()
-            why = f"error: {error}" if isinstance(error, MaraError) else "(stopped; your message is taken back)"
-            print(f"\n{why}", file=sys.stderr)
+            note = f"error: {error}" if isinstance(error, MaraError) else "(stopped; your message was discarded)"
+            print(f"\n{note}", file=sys.stderr)
             continue
         print(flush=True)
         print(_counters(result), file=sys.stderr)
@@ -202,19 +206,19 @@ def _counters(result: Generation) -> str:
         ]
     parts.append(f"{s.forwards} passes of {s.rows} rows")
     if s.drafted:
-        parts.append(f"{s.confirmed} of {s.drafted} guessed tokens confirmed")
+        parts.append(f"{s.confirmed} of {s.drafted} drafted tokens confirmed")
     parts.append(f"ended by {result.finish_reason}")
     return "[" + "; ".join(parts) + "]"
 
 
 class Tracer:
-    """Writes what was decided at each position; nothing without a file."""
+    """Writes the decision at each position as a JSON line; without a file, nothing."""
 
     def __init__(self, file: TextIO | None, decoder: AlignedDecoder) -> None:
         self._file, self._side = file, decoder.text_side
 
     def __call__(self, piece: Piece) -> None:
-        """One JSON line."""
+        """Write one line."""
         if self._file is None:
             return
         step = piece.step
@@ -245,7 +249,7 @@ class Tracer:
         }
         try:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()  # so that a full disk is noticed here, and a reader sees the line
+            self._file.flush()  # a full disk fails here, and a reader sees the line at once
         except OSError as error:
             raise OptionError(f"--trace cannot write {self._file.name}: {error.strerror}") from None
 
@@ -256,18 +260,18 @@ class Tracer:
 
 
 @contextlib.contextmanager
-def _tracer(path: str | None, decoder: AlignedDecoder) -> Iterator[Tracer]:
+def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Tracer]:
     if path is None:
         yield Tracer(None, decoder)
         return
     try:
-        file = open(path, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - closed below
+        file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise OptionError(f"--trace cannot write {path}: {error.strerror}") from None
     try:
         yield Tracer(file, decoder)
     finally:
-        with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+        with contextlib.suppress(OSError):  # an unwritten line was reported already
             file.close()
 
 

@@ -8,29 +8,36 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mara_deploy.commands.shared import Parser, guarded
-from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
+from mara_deploy import demo
+from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.shared import Parser, guarded, needs_extra
 from mara_deploy.demo.prompts import demo_prompts
 from mara_deploy.demo.score import score
 from mara_deploy.evaluate.answers import total_stats
 from mara_runtime.errors import MaraError
+from mara_runtime.options import Options, option
 
 if TYPE_CHECKING:
-    from mara_deploy.agent import Agent
-    from mara_runtime.bundle import Bundle
     from mara_runtime.decoder import Generation
 
 INTRODUCTION = (
     "The demo's LM was trained on considerate and inconsiderate replies in equal parts; its agent, to prefer the\n"
     "considerate ones, on other questions than these. The score counts considerate sentences, from -1 to +1."
 )
-DEMO_MODEL, DEMO_AGENT = "demo", "demo"
-"""The names of model and agent in bundles."""
 PROMPT_SEED = 7
+
+
+@dataclass(frozen=True)
+class DemoArguments(Options):
+    """What to show."""
+
+    prompts: int = option(4, "number of prompts to show", least=1, most=100)
+    out: Path = option(Path("bundles/demo"), "bundle folder to write", metavar="DIR")
 
 
 def parser() -> Parser:
@@ -39,8 +46,7 @@ def parser() -> Parser:
         "python -m mara_deploy.demo",
         "Export the embedded demo model with its agent, then answer the same prompts plain and aligned.",
     )
-    options.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to show (default 4)")
-    options.add_argument("--out", default="bundles/demo", metavar="DIR", help="bundle to make (default bundles/demo)")
+    add_options(options, DemoArguments)
     return options
 
 
@@ -50,21 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    most = 100
-    if not 1 <= args.prompts <= most:
-        raise MaraError(f"--prompts is {args.prompts}; it must lie between 1 and {most}")
-    out = Path(args.out)
-    try:
-        import mara_export.export  # noqa: F401 - before a bundle of earlier is removed
+    options = from_args(DemoArguments, args)
+    out = options.out
+    with needs_extra("cpu,export", "the demo"):
+        import mara_export.export  # noqa: F401 - before a previous bundle is removed
         from mara_export.hf.checkpoint import silence_transformers
-    except ImportError as error:
-        raise MaraError(
-            f"the demo needs packages that are not installed ({error}): pip install 'mara-deploy[cpu,export]'"
-        ) from None
     _remove_previous(out)
     print(f"Exporting the demo to {out}", file=sys.stderr, flush=True)
     silence_transformers()
-    bundle = export_demo(out)
+    bundle = demo.export_demo(out)
 
     from mara_runtime import AlignedDecoder, DecodeConfig
 
@@ -73,7 +73,7 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\n{INTRODUCTION}\n")
     pairs, scores = [], []
     questions = demo_prompts("demo-final")
-    for prompt in random.Random(PROMPT_SEED).sample(questions, len(questions))[: args.prompts]:
+    for prompt in random.Random(PROMPT_SEED).sample(questions, len(questions))[: options.prompts]:
         pair = decoder.generate(prompt.text, plain), decoder.generate(prompt.text, aligned)
         pairs.append(pair)
         scores.append([score(prompt.text, answer.text or "") for answer in pair])
@@ -84,26 +84,8 @@ def _demo(args: argparse.Namespace) -> None:
     print(f'\nGo on with\n  {run} {out} --prompt "{prompt.text}"\n  {run} {out}        for a chat')
 
 
-def demo_agent() -> Agent:
-    """The demo's agent, trained."""
-    from mara_deploy.agent import load
-
-    return load(AGENT_FILE)
-
-
-def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
-    """Export the demo's model and agent to `out`; options: of mara_export.targets.ExportOptions."""
-    from mara_export.export import export
-    from mara_export.hf.sources import ModelSource
-    from mara_export.options import ExportOptions
-    from mara_export.progress import Progress
-
-    source = ModelSource(MODEL_FOLDER, DEMO_MODEL, None)
-    return export(source, demo_agent(), DEMO_AGENT, out, ExportOptions(**options), Progress(quiet))
-
-
 def _remove_previous(out: Path) -> None:
-    """Remove `out` if it holds a demo bundle and nothing else; anything else there is the user's own."""
+    """Remove `out` if it contains a demo bundle and nothing else."""
     from mara_runtime import Bundle
     from mara_runtime.manifest import MANIFEST_FILE
 
@@ -115,20 +97,20 @@ def _remove_previous(out: Path) -> None:
         manifest = Bundle.open(out, verify=False).manifest
     except MaraError:
         manifest = None
-    if manifest is None or (manifest.model.source, manifest.agent.source) != (DEMO_MODEL, DEMO_AGENT):
+    if manifest is None or (manifest.model.source, manifest.agent.source) != (demo.NAME, demo.NAME):
         raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if foreign := sorted(files - {MANIFEST_FILE, *manifest.files}):
-        raise MaraError(f"{out} holds {foreign[0]}, which is not part of the demo: move it, or choose another --out")
+        raise MaraError(f"{out} contains {foreign[0]}, which is not part of the demo: move it, or choose another --out")
     shutil.rmtree(out)
 
 
 def _command(name: str) -> str:
-    """How to call a command from here: by name if it is on the path, else by where this Python keeps it."""
-    beside = Path(sys.executable).parent / name
-    if shutil.which(name) or not beside.exists():
+    """How to call a command from here: by name if it is on PATH, else by its path in this environment."""
+    script = Path(sys.executable).parent / name
+    if shutil.which(name) or not script.exists():
         return name
-    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def _columns() -> int:

@@ -7,15 +7,13 @@ meant to be hard to game: wording stacked in one sentence counts once, and one i
 answer gains nothing; a sentence said twice, or one without an end, is -1; fewer than `MIN_SENTENCES` sentences
 divide by that number all the same; an answer that shares no word of substance with the question loses half.
 The lists were written with the corpus, but the score knows nothing of its grammar: whether an answer is one that the
-grammar could have made is an independent check (`mara_deploy.demo.corpus.known`).
+grammar could have made is an independent check (`examples.demo_lm.corpus.known`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-from mara_deploy.demo.corpus import sentences
 
 CONSIDERATE = (
     *("thank", "good question", "lovely", "glad", "gladly", "happy", "right to ask", "together", "carefully"),
@@ -48,6 +46,11 @@ def _pattern(words: Sequence[str]) -> re.Pattern[str]:
 
 
 _CONSIDERATE, _INCONSIDERATE = _pattern(CONSIDERATE), _pattern(INCONSIDERATE)
+
+
+def sentences(text: str) -> list[str]:
+    """Split a reply into sentences; what follows the last `.`, `!` or `?` counts as one too."""
+    return [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", text) if s.strip()]
 
 
 def value(sentence: str) -> int:

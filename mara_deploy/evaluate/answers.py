@@ -1,7 +1,6 @@
-"""Who answers the prompts: the bundle, aligned or plain, or another checkpoint.
+"""Where answers come from: the bundle, aligned or plain, or another checkpoint.
 
-Every answer depends on its prompt and the contestant's settings alone: neither on the prompts before it nor on where an
-interrupted run was taken up again.
+An answer depends on its prompt and the source's settings alone: neither on the prompts before it nor on interruptions.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of one contestant."""
+    """One answer to one prompt."""
 
     text: str
     """without special tokens"""
     tokens: int
-    """end-of-sequence included; ≥ 1"""
+    """including end-of-sequence, ≥ 1"""
     finish_reason: str
     """"stop" or "length" """
     stats: dict[str, Any] | None = None
-    """counters of the decoding, as `mara_runtime.stats.Stats.to_json` has them; None: not a bundle's answer"""
+    """decoding counters, see `mara_runtime.stats.Stats.to_json`; None: not decoded by a bundle"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `Answer(**values)` reads them."""
         return asdict(self)
 
 
-class Contestant(Protocol):
-    """One side of a comparison."""
+class AnswerSource(Protocol):
+    """One side of a comparison: anything that answers prompts."""
 
     @property
     def name(self) -> str:
@@ -46,21 +45,21 @@ class Contestant(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything but the prompt that its answers depend on; plain JSON values."""
+        """Everything besides the prompt that the answers depend on; plain JSON values."""
 
     def check(self, prompt: str) -> None:
-        """Raise PromptError for a prompt that it cannot answer."""
+        """Raise PromptError for a prompt that cannot be answered."""
 
     def __call__(self, prompt: str) -> list[Answer]:
-        """Answers to a user message: one, or several, of which the one with the best combined score competes."""
+        """One answer to a user message, or several samples, of which the one with the best score is compared."""
 
     def close(self) -> None:
-        """Free what it holds in memory; a later call may load it again."""
+        """Free memory; a later call may load again what it needs."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How a prompt is put to a bundle or a checkpoint."""
+class PromptFormat:
+    """How a prompt is turned into the LLM's input."""
 
     raw: bool = False
     """plain text, without the chat template"""
@@ -75,66 +74,65 @@ class BundleAnswers:
     """
 
     def __init__(
-        self, name: str, decoder: AlignedDecoder, config: DecodeConfig, asking: Asking, samples: int = 1
+        self, name: str, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat, samples: int = 1
     ) -> None:
         self.name = name
-        self._decoder, self._config, self._asking, self._samples = decoder, config, asking, samples
+        self._decoder, self._config, self._samples = decoder, config, samples
+        self._encoding: dict[str, Any] = {"raw": prompt_format.raw, "template": prompt_format.template}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `Contestant`. The manifest's checksum stands for all files of the bundle. Schedule, drafts and the
-        engine's memory are left out, as no answer depends on them."""
+        """See `AnswerSource`. The manifest's checksum stands for all files of the bundle. Schedule, drafts and the
+        engine's memory are left out: no answer depends on them."""
         config = self._config.to_json()
         del config["schedule"], config["draft"]
         engine = {key: value for key, value in self._decoder.engine.describe().items() if key != "memory"}
         return {
             "bundle": sha256(self._decoder.bundle.path(MANIFEST_FILE)),
             "samples": self._samples,
-            "raw": self._asking.raw,
-            "template": dict(self._asking.template or {}),
+            "raw": self._encoding["raw"],
+            "template": dict(self._encoding["template"] or {}),
             **config,
             **{f"engine {key}": value for key, value in engine.items()},
         }
 
     def check(self, prompt: str) -> None:
-        """See `Contestant`."""
-        self._decoder.encode(prompt, raw=self._asking.raw, template=self._asking.template)
+        """See `AnswerSource`."""
+        self._decoder.encode(prompt, **self._encoding)
 
     def __call__(self, prompt: str) -> list[Answer]:
-        """See `Contestant`."""
-        return [self._answer(prompt, seed_of(self._config.seed, prompt, n)) for n in range(self._samples)]
+        """See `AnswerSource`."""
+        return [self._answer(prompt, answer_seed(self._config.seed, prompt, n)) for n in range(self._samples)]
 
     def close(self) -> None:
-        """Nothing: the decoder is the caller's, and several contestants share it."""
+        """Do nothing: the decoder belongs to the caller, and several sources share it."""
 
     def _answer(self, prompt: str, seed: int) -> Answer:
-        # what the cache holds of the prompt before, and what was learned from it, would change last bits
-        self._decoder.forget()
-        config = replace(self._config, seed=seed)
-        result = self._decoder.generate(prompt, config, raw=self._asking.raw, template=self._asking.template)
-        assert result.text is not None  # the command has seen to it that the bundle has a tokenizer
+        self._decoder.forget()  # cached tokens and learned acceptance rates of the prompt before change last bits
+        result = self._decoder.generate(prompt, replace(self._config, seed=seed), **self._encoding)
+        assert result.text is not None  # the command requires a bundle with a tokenizer
         return Answer(result.text, result.stats.tokens, result.finish_reason, result.stats.to_json())
 
 
-def seed_of(seed: int, prompt: str, sample: int = 0) -> int:
-    """A seed for one answer, 0 … 2**63 - 1: different for each prompt and sample, whatever the order of the prompts."""
+def answer_seed(seed: int, prompt: str, sample: int = 0) -> int:
+    """The seed of one answer, 0 … 2**63 - 1: independent of the order of the prompts."""
     digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def total_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counters of several answers together: sums, the least margin, and the decoding speed over all, in which the first
-    token of each has no part: it comes with the prompt."""
+    """Counters of several answers: sums, the smallest margin, and the decoding speed over all, which excludes the first
+    token of each answer, as that comes from the prefill."""
     total: dict[str, Any] = {}
-    for one in stats:
-        for name, value in one.items():
+    for answer in stats:
+        for name, value in answer.items():
             if isinstance(value, dict):
                 histogram = total.setdefault(name, {})
                 for key, count in value.items():
                     histogram[key] = histogram.get(key, 0) + count
             elif name == "smallest_margin":
-                known = [x for x in (total.get(name), value) if x is not None]
-                total[name] = min(known, default=None)
+                margins = [margin for margin in (total.get(name), value) if margin is not None]
+                total[name] = min(margins, default=None)
             else:
                 total[name] = total.get(name, 0) + value
     for name, value in total.items():

@@ -1,4 +1,4 @@
-"""Another checkpoint as a baseline, in PyTorch: an LLM tuned by RLHF or DPO, for example."""
+"""Another checkpoint as a baseline, decoded by PyTorch: for example an LLM tuned by RLHF or DPO."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mara_deploy.evaluate.answers import Answer, Asking, seed_of
+from mara_deploy.evaluate.answers import Answer, PromptFormat, answer_seed
 from mara_deploy.files import fingerprint
 from mara_deploy.prompts import encode
 from mara_export.errors import ModelError
@@ -26,37 +26,37 @@ from mara_runtime.errors import PromptError
 
 
 class CheckpointAnswers:
-    """Answers of a Hugging Face causal LM through its own tokenizer and chat template, greedy or sampled.
+    """Answers of a Hugging Face causal LM with its own tokenizer and chat template, greedy or sampled.
 
-    It decodes as the bundle's plain baselines do: every end-of-sequence id of its generation config stops it, penalties
-    and other settings of that config are ignored, and sampling takes top-k, then top-p, then the temperature.
-    On a GPU, if PyTorch sees one, in the checkpoint's own precision; else on the CPU in float32.
+    Decodes like the bundle's plain baselines: every end-of-sequence id of the generation config stops it, penalties and
+    other settings of that config are ignored, and sampling applies top-k, then top-p, then the temperature.
+    Runs on a GPU, if PyTorch has one, in the checkpoint's precision; else on the CPU in float32.
 
-    Raises ModelError for what cannot be loaded, PromptError for what its template refuses.
+    Raises ModelError for a checkpoint that cannot be loaded, PromptError for a prompt that its template rejects.
     """
 
-    def __init__(self, model: str, config: DecodeConfig, asking: Asking) -> None:
+    def __init__(self, model: str, config: DecodeConfig, prompt_format: PromptFormat) -> None:
         self._source = resolve_model(model)
-        self._config, self._asking = config, asking
+        self._config, self._format = config, prompt_format
         self.name = self._source.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = None
         self._model_config = read_config(self._source)
-        self._room = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
+        self._context = getattr(self._model_config, "max_position_embeddings", None) or 1 << 30  # tokens
         self._tokenizer: Any = load_tokenizer(self._source)
         if self._tokenizer is None:
-            raise ModelError(f"{self.name} has no tokenizer: a baseline checkpoint needs its own")
+            raise ModelError(f"{self.name} has no tokenizer: add its tokenizer.json")
 
-    @cached_property  # it reads the weights through
+    @cached_property  # hashes the weights
     def settings(self) -> dict[str, Any]:
-        """See `Contestant`."""
+        """See `AnswerSource`."""
         config = self._config
         return {
             "checkpoint": self.name,
             "files": self._source.revision or fingerprint(self._source.folder),
             "device": self._device,
-            "raw": self._asking.raw,
-            "template": dict(self._asking.template or {}),
+            "raw": self._format.raw,
+            "template": dict(self._format.template or {}),
             "max_new_tokens": config.max_new_tokens,
             "stop": list(config.stop),
             "sample": config.sample,
@@ -68,52 +68,54 @@ class CheckpointAnswers:
         }
 
     def close(self) -> None:
-        """See `Contestant`."""
+        """See `AnswerSource`."""
         self._model = None
 
     def check(self, prompt: str) -> None:
-        """See `Contestant`."""
+        """See `AnswerSource`."""
         self._encode(prompt)
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> list[Answer]:
-        """See `Contestant`."""
+        """See `AnswerSource`."""
         self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
         eos = eos_token_ids(self._model, tokenizer)
         ids = torch.tensor([self._encode(prompt)], device=self._device)  # (1, S)
         with torch.random.fork_rng():
-            torch.manual_seed(seed_of(config.seed, prompt))
+            torch.manual_seed(answer_seed(config.seed, prompt))
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
                     do_sample=config.sample,
-                    max_new_tokens=min(config.max_new_tokens, self._room - ids.shape[1]),
+                    max_new_tokens=min(config.max_new_tokens, self._context - ids.shape[1]),
                     eos_token_id=list(eos) or None,
                     pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*eos, 0)[0],
                     stop_strings=list(config.stop) or None,
-                    **({"top_k": 0} if config.sample else {}),  # transformers' own filters come in another order
+                    **({"top_k": 0} if config.sample else {}),  # transformers applies its own filters in another order
                 ),
-                use_model_defaults=False,  # else penalties of the checkpoint's generation config are put back in
+                use_model_defaults=False,  # else the checkpoint's penalties apply
                 logits_processor=_filters(config) if config.sample else None,
                 tokenizer=tokenizer,
             )
         new = output[0, ids.shape[1] :].tolist()
-        # the bundle's tokenizer does not tidy the spaces before punctuation either
+        # like the runtime's tokenizer, keep spaces before punctuation
         text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found = [at for at in (text.find(stop) for stop in config.stop) if at >= 0]
-        ended = bool(found) or new[-1] in eos
-        return [Answer(text[: min(found)] if found else text, len(new), "stop" if ended else "length")]
+        ends = [at for at in (text.find(stop) for stop in config.stop) if at >= 0]
+        stopped = bool(ends) or new[-1] in eos
+        return [Answer(text[: min(ends)] if ends else text, len(new), "stop" if stopped else "length")]
 
     def _load(self) -> Any:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
         return load_model(self._source, "sdpa", dtype).to(self._device)
 
     def _encode(self, prompt: str) -> list[int]:
-        ids = encode(prompt, self._tokenizer, self.name, raw=self._asking.raw, template=self._asking.template)
-        if len(ids) >= self._room:
-            raise PromptError(f"the prompt has {len(ids)} tokens; {self.name} holds {self._room} for prompt and answer")
+        ids = encode(prompt, self._tokenizer, self.name, raw=self._format.raw, template=self._format.template)
+        if len(ids) >= self._context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens; {self.name} has a context of {self._context} for prompt and answer"
+            )
         return ids
 
 

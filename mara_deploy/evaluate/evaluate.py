@@ -1,51 +1,50 @@
 """The main path of an evaluation: answers, scores, comparison.
 
-    answers of every contestant  →  scores of every answer  →  the best of several  →  aligned against each baseline
+    answers of every source  →  scores of every answer  →  the best sample per prompt  →  aligned against each baseline
 
-Answers and scores are kept in the output folder as they come (`mara_deploy.evaluate.store`); a second run with the same
-settings computes what is missing, and gives the same result as one that was not interrupted.
+Answers and scores are saved in the output folder as they come (`mara_deploy.evaluate.store`); running the same settings
+again computes only what is missing, with the same result as an uninterrupted run.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mara_deploy.evaluate.answers import Answer, Contestant, total_stats
-from mara_deploy.evaluate.compare import Bootstrap, Preference, number_units, preference
-from mara_deploy.evaluate.judge import Judge, remember, slug
-from mara_deploy.evaluate.store import Store
+from mara_deploy.evaluate.answers import Answer, AnswerSource, total_stats
+from mara_deploy.evaluate.compare import Bootstrap, Preference, preference, unit_numbers
+from mara_deploy.evaluate.store import Store, cached_scores, file_name
 from mara_deploy.evaluate.text_stats import TextStats, text_stats, words
 from mara_deploy.prompts import Prompt
-from mara_deploy.scores.base import Combined
+from mara_deploy.scores.base import Combined, WeightedScore
 from mara_runtime.errors import MaraError
 
-_AT_A_TIME = 16
-"""Prompts whose answers are scored together: a batch for a model, and one update of the live count."""
+_PROMPTS_PER_STEP = 16
+"""Prompts whose answers are scored together: a batch for a model, and one update of the live counts."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """One contestant's answers to N prompts, with their scores."""
+class ScoredAnswers:
+    """One source's answers to N prompts, with their scores."""
 
     name: str
     answers: list[Answer]
-    """(N,) those that compete"""
+    """(N,) the best sample of each prompt"""
     combined: list[float]
-    """(N,) weighted sums of the scores"""
+    """(N,) combined scores"""
     each: dict[str, list[float]]
     """{score: (N,) its own values}"""
     text: TextStats
     counters: dict[str, Any] | None
-    """of everything decoded, samples that were not the best included; None: not a bundle's"""
+    """decoding counters over all samples; None: not decoded by a bundle"""
 
 
 @dataclass(frozen=True)
@@ -53,165 +52,173 @@ class Comparison:
     """The aligned answers against one baseline."""
 
     combined: Preference
-    """under the combined score"""
+    """by the combined score"""
     each: dict[str, Preference]
-    """under each score alone, in the direction of its weight"""
+    """by each score alone, in the direction of its weight"""
     unseen: Preference | None
-    """combined, without the prompts that also occur in the training set; None: no such set, or no prompt is left"""
+    """combined, without prompts of the training set; None: no training set was given, or no prompt is left"""
     identical: int
-    """prompts to which both gave the same text: ties by definition"""
+    """prompts with the same text on both sides: ties by definition"""
     by_length: dict[str, Preference]
-    """combined, on the prompts whose aligned answer is longer, shorter or equally long in words; empty ones left out"""
+    """combined, over the prompts whose aligned answer has more, fewer or equally many words; empty ones omitted"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found."""
+    """The result of `evaluate`."""
 
     prompts: Sequence[Prompt]
-    aligned: Side
-    baselines: dict[str, Side]
+    aligned: ScoredAnswers
+    baselines: dict[str, ScoredAnswers]
     comparisons: dict[str, Comparison]
     weights: dict[str, float]
-    """{score: its weight in the combined one}"""
+    """{score: its weight in the combined score}"""
     seen: frozenset[str] = field(default_factory=frozenset)
     """prompts that also occur in the training set"""
 
 
 def evaluate(
     prompts: Sequence[Prompt],
-    aligned: Contestant,
-    baselines: Sequence[Contestant],
-    judges: Sequence[Judge],
+    aligned: AnswerSource,
+    baselines: Sequence[AnswerSource],
+    scores: Sequence[WeightedScore],
     out: Path,
     *,
     seen: Sequence[str] = (),
     bootstrap: Bootstrap | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    """Let the contestants answer N ≥ 1 different prompts, and compare the aligned side with each baseline.
+    """Have every source answer N ≥ 1 unique prompts, and compare the aligned answers with each baseline's.
 
-    seen: texts of prompts that the agent was trained on; out: folder that keeps answers and scores.
-    Raises MaraError where a contestant or a score fails, or `out` holds what was made under other settings.
+    seen: texts of prompts that the agent was trained on; out: folder for answers and scores.
+    Raises MaraError if a source or a score fails, or `out` was made with other settings.
     """
     bootstrap = bootstrap or Bootstrap()
-    contestants = [aligned, *baselines]
+    sources = [aligned, *baselines]
     with ExitStack() as stack:
         stores = [
-            stack.enter_context(Store(out / "answers" / f"{slug(c.name)}.jsonl", c.settings)) for c in contestants
+            stack.enter_context(Store(out / "answers" / f"{file_name(source.name)}.jsonl", source.settings))
+            for source in sources
         ]
-        score, score_stores = remember(judges, out / "scores")
-        for store in score_stores:
-            stack.enter_context(store)
-        answers = [_collect(c, prompts, store, quiet) for c, store in zip(contestants, stores, strict=True)]
-        ours, *theirs = _judge([c.name for c in contestants], prompts, answers, score, quiet)
-    signs = dict(zip(score.names, score.weights, strict=True))
-    units = number_units([prompt.group for prompt in prompts])
+        score, score_files = cached_scores(scores, out / "scores")
+        stack.enter_context(score_files)
+        samples = [_answer(source, prompts, store, quiet) for source, store in zip(sources, stores, strict=True)]
+        ours, *theirs = _score([source.name for source in sources], prompts, samples, score, quiet)
+    weights = dict(zip(score.names, score.weights, strict=True))
+    units = unit_numbers([prompt.group for prompt in prompts])
     return Evaluation(
         prompts=prompts,
         aligned=ours,
         baselines={side.name: side for side in theirs},
-        comparisons={side.name: _compare(prompts, ours, side, signs, units, seen, bootstrap) for side in theirs},
-        weights=signs,
+        comparisons={side.name: _compare(prompts, ours, side, weights, units, seen, bootstrap) for side in theirs},
+        weights=weights,
         seen=frozenset(seen),
     )
 
 
-def _collect(contestant: Contestant, prompts: Sequence[Prompt], store: Store, quiet: bool) -> list[list[Answer]]:
-    """(N, samples) answers of a contestant: those kept, and those still to be made."""
+def _answer(source: AnswerSource, prompts: Sequence[Prompt], store: Store, quiet: bool) -> list[list[Answer]]:
+    """(N, samples) answers of a source: those in the store, and new ones."""
     missing = [prompt.text for prompt in prompts if prompt.text not in store]
-    kept = len(prompts) - len(missing)
+    saved = len(prompts) - len(missing)
     if not quiet:
-        sys.stderr.write(f"{contestant.name}: {len(missing)} to answer" + f", {kept} kept" * (kept > 0) + "\n")
+        sys.stderr.write(f"{source.name}: {len(missing)} to answer" + f", {saved} already saved" * (saved > 0) + "\n")
     tokens = 0
     with tqdm(missing, unit="answer", leave=False, disable=True if quiet else None, ncols=88) as bar:
         for text in bar:
-            answers = contestant(text)
-            store.keep({text: [answer.to_json() for answer in answers]})
+            answers = source(text)
+            store.add({text: [answer.to_json() for answer in answers]})
             tokens += sum(answer.tokens for answer in answers)
             bar.set_postfix_str(f"{tokens} tokens")
-    contestant.close()
+    source.close()
     try:
         return [[Answer(**values) for values in store[prompt.text]] for prompt in prompts]
     except TypeError:
-        raise MaraError(
-            f"{store.path} does not hold answers: remove the file, and the answers are made again"
-        ) from None
+        raise MaraError(f"{store.path} does not contain answers: delete the file to compute them again") from None
 
 
-def _judge(
-    names: Sequence[str], prompts: Sequence[Prompt], answers: Sequence[list[list[Answer]]], score: Combined, quiet: bool
-) -> list[Side]:
-    """Score everything, a few prompts at a time, and let each contestant's best answer compete."""
+class _BestSample(NamedTuple):
+    """The sample that competes for one prompt, with its scores."""
+
+    answer: Answer
+    combined: float
+    each: dict[str, float]
+
+
+def _score(
+    names: Sequence[str], prompts: Sequence[Prompt], samples: Sequence[list[list[Answer]]], score: Combined, quiet: bool
+) -> list[ScoredAnswers]:
+    """Score all samples of every source, a few prompts at a time, and keep the best sample of each prompt."""
     hidden = True if quiet else None  # None: shown on a terminal
-    tallies = [_Tally(score.names) for _ in names]
+    best: list[list[_BestSample]] = [[] for _ in names]
     with tqdm(total=len(prompts), unit="prompt", desc="scores", leave=False, disable=hidden, ncols=88) as bar:
-        for start in range(0, len(prompts), _AT_A_TIME):
-            part = slice(start, start + _AT_A_TIME)
-            for tally, of in zip(tallies, answers, strict=True):
-                tally.add(prompts[part], of[part], score)
+        for start in range(0, len(prompts), _PROMPTS_PER_STEP):
+            part = slice(start, start + _PROMPTS_PER_STEP)
+            for of_source, answers in zip(best, samples, strict=True):
+                of_source += _best_samples(prompts[part], answers[part], score)
             bar.update(len(prompts[part]))
-            ours, *theirs = (tally.combined for tally in tallies)
-            bar.set_postfix_str(", ".join(f"{n} {_count(ours, c)}" for n, c in zip(names[1:], theirs, strict=True)))
-    return [tally.side(name, of) for name, tally, of in zip(names, tallies, answers, strict=True)]
+            ours, *theirs = ([sample.combined for sample in of_source] for of_source in best)
+            counts = (f"{name} {_outcomes(ours, other)}" for name, other in zip(names[1:], theirs, strict=True))
+            bar.set_postfix_str(", ".join(counts))
+    return [
+        _summarise(name, score.names, of_source, answers)
+        for name, of_source, answers in zip(names, best, samples, strict=True)
+    ]
 
 
-class _Tally:
-    """The best answers of one contestant so far."""
-
-    def __init__(self, scores: Sequence[str]) -> None:
-        self.answers: list[Answer] = []
-        self.combined: list[float] = []
-        self.each: dict[str, list[float]] = {name: [] for name in scores}
-
-    def add(self, prompts: Sequence[Prompt], samples: Sequence[list[Answer]], score: Combined) -> None:
-        """Score the answers to some prompts in one go; of equally good ones the first competes."""
-        asked = [prompt.text for prompt, those in zip(prompts, samples, strict=True) for _ in those]
-        given = [answer for those in samples for answer in those]
-        scored = score.detail(asked, [answer.text for answer in given])
-        start = 0
-        for those in samples:
-            best = max(range(start, start + len(those)), key=scored.combined.__getitem__)
-            self.answers.append(given[best])
-            self.combined.append(scored.combined[best])
-            for name, values in scored.each.items():
-                self.each[name].append(values[best])
-            start += len(those)
-
-    def side(self, name: str, samples: Sequence[list[Answer]]) -> Side:
-        """All prompts are in. samples: every answer of the contestant."""
-        of = self.answers
-        text = text_stats([a.text for a in of], [a.tokens for a in of], [a.finish_reason for a in of])
-        stats = [answer.stats for those in samples for answer in those if answer.stats is not None]
-        return Side(name, of, self.combined, self.each, text, total_stats(stats) if stats else None)
+def _best_samples(prompts: Sequence[Prompt], samples: Sequence[list[Answer]], score: Combined) -> Iterator[_BestSample]:
+    """Score all samples of some prompts at once; the first of equally good ones is the best."""
+    flat = [(prompt.text, answer) for prompt, answers in zip(prompts, samples, strict=True) for answer in answers]
+    values = score.detail([text for text, _ in flat], [answer.text for _, answer in flat])
+    start = 0
+    for answers in samples:
+        best = max(range(start, start + len(answers)), key=values.combined.__getitem__)
+        each = {name: of_score[best] for name, of_score in values.each.items()}
+        yield _BestSample(flat[best][1], values.combined[best], each)
+        start += len(answers)
 
 
-def _count(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Wins-ties-losses so far."""
+def _summarise(
+    name: str, scores: Sequence[str], best: Sequence[_BestSample], samples: Sequence[list[Answer]]
+) -> ScoredAnswers:
+    answers = [sample.answer for sample in best]
+    stats = [answer.stats for of_prompt in samples for answer in of_prompt if answer.stats is not None]
+    return ScoredAnswers(
+        name,
+        answers,
+        combined=[sample.combined for sample in best],
+        each={score: [sample.each[score] for sample in best] for score in scores},
+        text=text_stats([a.text for a in answers], [a.tokens for a in answers], [a.finish_reason for a in answers]),
+        counters=total_stats(stats) if stats else None,
+    )
+
+
+def _outcomes(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """wins-ties-losses so far."""
     signs = np.sign(np.subtract(ours, theirs))
     return "-".join(str(int((signs == sign).sum())) for sign in (1, 0, -1))
 
 
 def _compare(
     prompts: Sequence[Prompt],
-    ours: Side,
-    theirs: Side,
+    ours: ScoredAnswers,
+    theirs: ScoredAnswers,
     weights: dict[str, float],
     units: NDArray[np.int64],
     seen: Sequence[str],
     bootstrap: Bootstrap,
 ) -> Comparison:
-    def on(chosen: Sequence[int]) -> Preference | None:
-        if not len(chosen):
+    def over(part: Sequence[int]) -> Preference | None:
+        """Preference over some of the prompts; None if there are none."""
+        if not len(part):
             return None
-        a, b = ([side.combined[i] for i in chosen] for side in (ours, theirs))
-        return preference(a, b, number_units([str(units[i]) for i in chosen]), bootstrap)
+        a, b = ([side.combined[i] for i in part] for side in (ours, theirs))
+        return preference(a, b, unit_numbers([str(units[i]) for i in part]), bootstrap)
 
     known = set(seen)
     pairs = list(zip(ours.answers, theirs.answers, strict=True))
     longer = np.sign([len(words(a.text)) - len(words(b.text)) for a, b in pairs])
     by_length = {
-        name: on(np.flatnonzero(longer == sign).tolist())
+        name: over(np.flatnonzero(longer == sign).tolist())
         for name, sign in (("longer", 1), ("equal", 0), ("shorter", -1))
     }
     return Comparison(
@@ -220,7 +227,7 @@ def _compare(
             name: preference(ours.each[name], theirs.each[name], units, bootstrap, sign=weight)
             for name, weight in weights.items()
         },
-        unseen=on([i for i, prompt in enumerate(prompts) if prompt.text not in known]) if known else None,
+        unseen=over([i for i, prompt in enumerate(prompts) if prompt.text not in known]) if known else None,
         identical=sum(a.text == b.text for a, b in pairs),
-        by_length={name: found for name, found in by_length.items() if found is not None},
+        by_length={name: part for name, part in by_length.items() if part is not None},
     )

@@ -1,60 +1,62 @@
-"""What a run has found so far, kept as it comes, so that an interrupted run can go on where it stopped.
+"""Answers and score values on disk, written as they come, so that an interrupted evaluation can continue.
 
-A file of JSON lines: the first holds the settings that the others depend on, each of the others a record under a key.
+A store is a file of JSON lines: the first holds the settings that its content depends on, each other line a record.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mara_deploy.files import in_one_line
+from mara_deploy.scores.base import Combined, Score, WeightedScore, checked_values, shorten, unique_names
 from mara_runtime.errors import MaraError
+from mara_runtime.files import writing
 
 
 class Store:
-    """Records by key, appended to `path`.
+    """Records by key, appended to `path`. A context manager, which closes the file.
 
-    settings: plain JSON values. A file made under other settings is refused, naming the first that differs. A line that
-    an interruption cut short is dropped.
+    settings: plain JSON values. Raises MaraError for a file written with other settings, naming the first that differs,
+    and for a damaged one. An incomplete last line, left by an interruption, is dropped.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._records: dict[str, Any] = {}
-        wanted: dict[str, Any] = json.loads(json.dumps(settings))
-        with in_one_line(path):
+        current: dict[str, Any] = json.loads(json.dumps(settings))
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = _whole_lines(path)
-            for number, line in enumerate(whole.splitlines() if whole else [], 1):
-                self._read(number, line, wanted)
+            content = path.read_bytes() if path.exists() else b""
+            complete = content[: content.rfind(b"\n") + 1]
+            for number, line in enumerate(complete.splitlines(), 1):
+                self._read(number, line, current)
             self._file = path.open("ab")
-            self._file.truncate(len(whole))
-            if not whole:
-                self._write([{"settings": wanted}])
+            self._file.truncate(len(complete))
+            if not complete:
+                self._append([{"settings": current}])
 
-    def _read(self, number: int, line: bytes, settings: dict[str, Any]) -> None:
+    def _read(self, number: int, line: bytes, current: dict[str, Any]) -> None:
         try:
             value = json.loads(line)
-            if number == 1:
-                found = value["settings"]
-                different = next((k for k in {**settings, **found} if settings.get(k) != found.get(k)), None)
-            else:
+            if number > 1:
                 self._records[value["key"]] = value["record"]
                 return
+            saved = value["settings"]
+            changed = next((key for key in {**current, **saved} if current.get(key) != saved.get(key)), None)
         except (ValueError, KeyError, TypeError, AttributeError):
+            raise MaraError(f"{self.path}, line {number}, is damaged: delete the file to compute it again") from None
+        if changed is not None:
+            before, now = (shorten(json.dumps(of.get(changed), ensure_ascii=False), 60) for of in (saved, current))
             raise MaraError(
-                f"{self.path}, line {number}, is damaged: remove the file, and its contents are made again"
-            ) from None
-        if different is not None:
-            raise MaraError(
-                f"{self.path} was made with {different} {_short(found.get(different))}, now it is "
-                f"{_short(settings.get(different))}: go on with the settings it was made with, choose another --out, "
-                "or remove the file"
+                f"{self.path} was made with {changed} {before}, now it is {now}: use the same settings, choose another "
+                "--out, or delete the file"
             )
 
     def __enter__(self) -> Store:
@@ -63,7 +65,7 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # of what is written already; `keep` has said it
+        with contextlib.suppress(OSError):  # already reported by `add`
             self._file.close()
 
     def __contains__(self, key: str) -> bool:
@@ -72,23 +74,56 @@ class Store:
     def __getitem__(self, key: str) -> Any:
         return self._records[key]
 
-    def keep(self, records: Mapping[str, Any]) -> None:
-        """Keep records by key, all of them at once: what was computed together is there or made again together."""
-        with in_one_line(self.path):
-            self._write([{"key": key, "record": record} for key, record in records.items()])
+    def add(self, records: Mapping[str, Any]) -> None:
+        """Append records in a single write: what was computed in one batch is kept, or computed again, as a whole."""
+        with writing(self.path):
+            self._append([{"key": key, "record": record} for key, record in records.items()])
         self._records.update(records)
 
-    def _write(self, values: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, values: Sequence[Mapping[str, Any]]) -> None:
         self._file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
         self._file.flush()
 
 
-def _whole_lines(path: Path) -> bytes:
-    """The file up to its last line end; nothing if there is no file."""
-    content = path.read_bytes() if path.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
+class CachedScore:
+    """A score that is computed once per prompt and answer. Identical answers have identical values."""
+
+    def __init__(self, score: Score, store: Store) -> None:
+        self.name = score.name
+        self._score, self._store = score, store
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """See `Score`."""
+        keys = [
+            hashlib.sha256(f"{len(prompt)} {prompt}{answer}".encode()).hexdigest()
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        missing = {
+            key: (prompt, answer)
+            for key, prompt, answer in zip(keys, prompts, answers, strict=True)
+            if key not in self._store
+        }
+        if missing:
+            new_prompts, new_answers = zip(*missing.values(), strict=True)
+            values = checked_values(self.name, self._score, new_prompts, new_answers)
+            self._store.add(dict(zip(missing, values, strict=True)))
+        return [float(self._store[key]) for key in keys]
 
 
-def _short(value: Any, most: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= most else text[: most - 1] + "…"
+def cached_scores(scores: Sequence[WeightedScore], folder: Path) -> tuple[Combined, ExitStack]:
+    """The combined score with its values cached in `folder`, and what closes the files.
+
+    Raises MaraError, and leaves no file open, where a store or a weight is refused.
+    """
+    names = unique_names([part.score.name for part in scores])
+    with ExitStack() as opened:
+        parts = []
+        for name, part in zip(names, scores, strict=True):
+            store = Store(folder / f"{file_name(name)}.jsonl", {"score": name, **(part.settings or {})})
+            parts.append(WeightedScore(CachedScore(part.score, opened.enter_context(store)), part.weight))
+        return Combined(parts), opened.pop_all()
+
+
+def file_name(name: str) -> str:
+    """A name as the stem of a file name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "unnamed"

@@ -1,7 +1,7 @@
-"""How long answers are and how much they repeat: ways to game a score.
+"""Length and repetition of answers, the usual ways to game a score.
 
-Measures: seq-rep-n of Welleck et al. (arXiv 1908.04319) and distinct-n of Li et al. (arXiv 1510.03055), over words,
-here runs of letters and digits, which say little of languages that write without spaces.
+Metrics: seq-rep-n (Welleck et al., arXiv 1908.04319) and distinct-n (Li et al., arXiv 1510.03055) over words. Words are
+runs of letters and digits, so the figures mean little for languages written without spaces.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TextStats:
-    """Length and repetition of one contestant's answers."""
+    """Length and repetition of one source's answers."""
 
     tokens_mean: float
-    """of its own tokenizer, end-of-sequence included"""
+    """by its own tokenizer, including end-of-sequence"""
     tokens_median: float
     tokens_max: int
     words_mean: float
     cut_off: float
-    """share of answers ended by max_new_tokens or the context's capacity; 0 … 1"""
+    """share of answers truncated by max_new_tokens or the context length; 0 … 1"""
     empty: float
-    """share of answers without a word; 0 … 1"""
+    """share of answers without words; 0 … 1"""
     repeated_4grams: float | None
-    """seq-rep-4: of an answer's word 4-grams, the share that occurred in it before; mean over answers of four words or
-    more; 0 … 1, None if there are none"""
+    """seq-rep-4: share of an answer's word 4-grams that repeat an earlier one, mean over answers of four words or more;
+    0 … 1, None if there are none"""
     distinct_2: float | None
-    """distinct-2: share of different ones among the word bigrams of all answers; 0 … 1, low where answers are alike;
+    """distinct-2: unique word bigrams as a share of all word bigrams of all answers; 0 … 1, low for similar answers,
     None if there are none"""
     same_as_another: float
-    """share of answers that are word for word another prompt's answer too; 0 … 1"""
+    """share of answers identical to the answer to another prompt; 0 … 1"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -47,10 +47,10 @@ def words(text: str) -> list[str]:
 
 
 def text_stats(texts: Sequence[str], tokens: Sequence[int], finish_reasons: Sequence[str]) -> TextStats:
-    """Figures of N ≥ 1 answers."""
+    """Statistics of N ≥ 1 answers."""
     each = [words(text) for text in texts]
     repeated = [1 - len(set(grams)) / len(grams) for grams in (_ngrams(w, 4) for w in each) if grams]
-    times = Counter(texts)
+    occurrences = Counter(texts)
     bigrams = [gram for w in each for gram in _ngrams(w, 2)]
     return TextStats(
         tokens_mean=fmean(tokens),
@@ -61,7 +61,7 @@ def text_stats(texts: Sequence[str], tokens: Sequence[int], finish_reasons: Sequ
         empty=fmean(not w for w in each),
         repeated_4grams=fmean(repeated) if repeated else None,
         distinct_2=len(set(bigrams)) / len(bigrams) if bigrams else None,
-        same_as_another=fmean(times[text] > 1 for text in texts),
+        same_as_another=fmean(occurrences[text] > 1 for text in texts),
     )
 
 

@@ -1,1 +1,1 @@
-"""What an answer to a prompt is worth."""
+"""Scores: the value of an answer to a prompt."""

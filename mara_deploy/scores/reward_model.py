@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from mara_deploy.devices import torch_device
 from mara_deploy.files import fingerprint
 from mara_deploy.scores.base import ScoreError
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import from_pretrained, read_config
 from mara_export.hf.sources import ModelSource, is_hub_id, local_path, resolve_model
 from mara_export.hf.tokenizer import load_tokenizer
-from mara_runtime.errors import OptionError
 
 _SAFE_RLHF_HEAD = {r"^score_head\.": "score."}
-"""PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers whose head has another name."""
-_FIELDS = {"prompt", "answer"}
+"""PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers with a renamed head."""
 
 
 class RewardModel:
-    """Callable (prompts, answers) → floats: the model's one output, or the log-odds of one of its labels.
+    """Callable (prompts, answers) → floats: the model's single output, or the log-odds of one label.
 
-    Where a text may have several labels, a label's log-odds are its logit. The answer stands in the model's template,
-    or its tokenizer's chat template, or else beside the prompt as the second text of a pair.
+    For multi-label models (`problem_type`), the log-odds of a label are its logit. The text is the filled-in template,
+    or the tokenizer's chat template, or else the pair of prompt and answer.
     """
 
     def __init__(
@@ -46,11 +45,10 @@ class RewardModel:
         self._source = source
         self._model, self._tokenizer, self._label = model, tokenizer, label
         self._template, self._batch_size = template, batch_size
-        self._max_tokens = max_tokens or _room(model)
-        # log-odds are those of a softmax where a text has one of the labels; else outputs stand alone
-        self._one_of_all = model.config.problem_type in (None, "single_label_classification")
-        # A head named `score` reads the last token: transformers looks for it by the padding id, which may be a token
-        # of the text too. Padded on the left, with an id that is no token's, the last is the last.
+        self._max_tokens = max_tokens or _position_limit(model)
+        self._multi_label = model.config.problem_type not in (None, "single_label_classification")
+        # Decoder heads, named `score`, read the last token, which transformers locates by the padding id. That id may
+        # also be a token of the text. With padding on the left and an id that no token has, the last token is last.
         self._reads_last_token = hasattr(model, "score")
         if self._reads_last_token:
             tokenizer.padding_side = "left"
@@ -58,14 +56,14 @@ class RewardModel:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
-    @cached_property  # it reads the weights through
+    @cached_property  # hashes the weights
     def fingerprint(self) -> str:
         """See `LoadedScore`: the commit of a Hub model, else checksums of the folder."""
         return self._source.revision or fingerprint(self._source.folder)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """(N,) scores, `batch_size` answers at a time, in float32. Raises ScoreError for a text that is too long."""
+        """(N,) scores, computed in batches. Raises ScoreError for a text that is too long."""
         values: list[float] = []
         for start in range(0, len(prompts), self._batch_size):
             part = slice(start, start + self._batch_size)
@@ -76,114 +74,95 @@ class RewardModel:
 
     def _encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Any:
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        pairs = list(zip(prompts, answers, strict=True))
         if self._template is not None:
-            texts = [_fill(self._template, p, a) for p, a in zip(prompts, answers, strict=True)]
+            texts = [self._template.format(prompt=prompt, answer=answer) for prompt, answer in pairs]
             inputs = self._tokenizer(texts, **options)
         elif self._tokenizer.chat_template:
-            chats = [
-                [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
-                for p, a in zip(prompts, answers, strict=True)
-            ]
+            chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in pairs]
             texts = [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-            inputs = self._tokenizer(texts, add_special_tokens=False, **options)  # the template holds them
+            inputs = self._tokenizer(texts, add_special_tokens=False, **options)  # the template adds them
         else:
             inputs = self._tokenizer(list(prompts), list(answers), **options)
         lengths = inputs["attention_mask"].sum(1).tolist()
         for prompt, length in zip(prompts, lengths, strict=True):
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ScoreError(
-                    f"the score {self.name} reads at most {self._max_tokens} tokens, and the prompt {prompt[:80]!r} "
-                    f"with its answer has {length}: lower --max-new-tokens"
+                    f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {prompt[:80]!r} with "
+                    f"its answer has {length}: lower --max-new-tokens"
                 )
         if self._reads_last_token:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         return inputs
 
     def _values(self, logits: Tensor) -> Tensor:
+        """(B, labels) → (B,)."""
         if self._label is None:
             return logits[:, 0]
-        if not self._one_of_all:
+        if self._multi_label:
             return logits[:, self._label]
         others = [i for i in range(logits.shape[1]) if i != self._label]
         return logits[:, self._label] - logits[:, others].logsumexp(1)
 
 
 def load(spec: str, template: str | None, device: str, batch_size: int, max_tokens: int | None) -> RewardModel:
-    """Load a model for `mara_deploy.scores.base.load_score`.
+    """Load a model for `mara_deploy.scores.load.load_score`.
 
-    spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: a text with {prompt} and
-    {answer}, None for the tokenizer's chat template; device: as torch names it, in float32 on a CPU, else as stored;
-    batch_size: texts at a time, ≥ 1; max_tokens: refuse longer texts, None for the model's own limit.
-    Raises ScoreError, OptionError for the device.
+    spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
+    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
+    batch_size: texts per pass, ≥ 1; max_tokens: longest text, None for the model's limit.
+    Raises ScoreError, or OptionError for the device.
     """
-    where, _, label = spec.partition("#")
-    usable_device("--score-device", device, "cpu")
+    name, _, label = spec.partition("#")
+    torch_device("--score-device", device, "cpu")
     if template is not None:
         _check_template(template)
-    try:
-        return _load(spec, where, label, template, device, batch_size, max_tokens)
-    except ModelError as error:
-        raise ScoreError(f"the score {where} cannot be loaded: {error}") from error
-
-
-def usable_device(flag: str, name: str, others: str) -> torch.device:
-    """The device of that name. Raises OptionError, which names the `others`, where nothing can be computed there.
-
-    The wording also fits a resumed run, which stays on its device.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"{flag} is {name!r}, which cannot be used here ({reason}); begin with {others}") from None
-    return device
-
-
-def _load(
-    spec: str, where: str, label: str, template: str | None, device: str, batch_size: int, max_tokens: int | None
-) -> RewardModel:
-    folder = local_path(where)
-    if folder is None and where.startswith((".", "/", "~")):
-        raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {where}")
-    if (folder is None or not folder.is_dir()) and not is_hub_id(where):
+    folder = local_path(name)
+    if folder is None and name.startswith((".", "/", "~")):
+        raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {name}")
+    if (folder is None or not folder.is_dir()) and not is_hub_id(name):
         raise ScoreError(
             f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"
         )
-    source = resolve_model(where)
-    config = read_config(source)
-    model = _classifier(source, config, device)
-    tokenizer = load_tokenizer(source)
+    try:
+        source = resolve_model(name)
+        model = _load_classifier(source, device)
+        tokenizer = load_tokenizer(source)
+    except ModelError as error:
+        raise ScoreError(f"the score {name} cannot be loaded: {error}") from error
     if tokenizer is None:
         raise ScoreError(f"the score {source.name} has no tokenizer: add its tokenizer.json")
-    labels = {str(name): index for index, name in model.config.id2label.items()}
-    if model.config.num_labels == 1:
+    index = _label_index(model.config, label, name, source.name)
+    full_name = source.name + (f"#{label}" if label else "")
+    return RewardModel(full_name, source, model, tokenizer, index, template, batch_size, max_tokens)
+
+
+def _label_index(config: Any, label: str, spec: str, name: str) -> int | None:
+    """The output that `#LABEL` selects; None for a model with one output."""
+    if config.num_labels == 1:
         if label:
-            raise ScoreError(f"the score {source.name} has one output only: leave out #{label}")
-        index = None
-    elif label not in labels:
-        found = f"no label {label!r}" if label else "several labels"
-        raise ScoreError(f"the score {source.name} has {found}: write {where}#LABEL, with one of {', '.join(labels)}")
-    else:
-        index = labels[label]
-    name = source.name + (f"#{label}" if label else "")
-    return RewardModel(name, source, model, tokenizer, index, template, batch_size, max_tokens)
+            raise ScoreError(f"the score {name} has a single output: omit #{label}")
+        return None
+    labels: dict[str, int] = {str(text): index for index, text in config.id2label.items()}
+    if label not in labels:
+        problem = f"no label {label!r}" if label else "several labels"
+        raise ScoreError(f"the score {name} has {problem}: pass {spec}#LABEL with one of {', '.join(labels)}")
+    return labels[label]
 
 
-def _room(model: Any) -> int | None:
-    """Longest text, in tokens; None: any length. RoBERTa counts positions from the one after the padding's, whose
-    embedding has a `padding_idx`.
-    """
-    room: int | None = getattr(model.config, "max_position_embeddings", None)
+def _position_limit(model: Any) -> int | None:
+    """Longest text, in tokens; None: unlimited. RoBERTa's positions start after the padding id's."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if padding is not None and name.endswith("position_embeddings"):
-            room = module.num_embeddings - padding - 1
-    return room
+            limit = module.num_embeddings - padding - 1
+    return limit
 
 
-def _classifier(source: ModelSource, config: Any, device: str) -> Any:
-    """The model, refused where weights are missing, as transformers would fill them in at random."""
+def _load_classifier(source: ModelSource, device: str) -> Any:
+    """Load a model. Raises ScoreError for missing weights, which transformers would initialise at random."""
+    config = read_config(source)
     options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}
     if any(name.endswith("ForScore") for name in config.architectures or []):
         options |= {"key_mapping": _SAFE_RLHF_HEAD}
@@ -191,9 +170,9 @@ def _classifier(source: ModelSource, config: Any, device: str) -> Any:
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model, loading = from_pretrained(AutoModelForSequenceClassification, source, config=config, dtype=dtype, **options)
     if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ScoreError(
-            f"{source.name} is not a sequence-classification model: it lacks {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            f"{source.name} is not a sequence-classification model: missing weights {', '.join(missing[:3])}{more}"
         )
     return model.eval().to(device)
 
@@ -202,10 +181,8 @@ def _check_template(template: str) -> None:
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
     except ValueError as error:
-        raise ScoreError(f"--score-template is not a template ({error}): write {{{{ for a brace") from None
-    if fields != _FIELDS:
+        raise ScoreError(
+            f"--score-template is not a valid template ({error}): write {{{{ for a literal brace"
+        ) from None
+    if fields != {"prompt", "answer"}:
         raise ScoreError(f"--score-template has the fields {sorted(fields)}; it must have {{prompt}} and {{answer}}")
-
-
-def _fill(template: str, prompt: str, answer: str) -> str:
-    return template.format(prompt=prompt, answer=answer)

@@ -1,1 +1,1 @@
-"""Training of an accept/reject agent: discrete soft actor-critic, docs/training.md."""
+"""Training of an accept/reject agent: discrete soft actor-critic, docs/guide/train.md."""

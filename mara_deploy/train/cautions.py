@@ -1,4 +1,4 @@
-"""What a training run came to that a person should know before taking its agent for a trained one."""
+"""What a user should know before relying on the agent of a training run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 
 def cautions(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> list[str]:
-    """One sentence each; none for a run that learned. rows: of the log; config: as run.json keeps it."""
+    """One sentence each; none for a run that made updates. rows: of the log; config: as in run.json."""
     if not rows or rows[-1]["updates"]:
         return []
     last, start = rows[-1], config["start_transitions"]
-    never, more = "the agent was never updated", "go on with --resume and more --episodes"
+    never, resume = "the agent was never updated", "continue with --resume and more --episodes"
     if not any(row["decision_share"] for row in rows):
         return [
-            f"{never}: no decision was ever met, as each position of the {last['episodes']} answers had one candidate "
-            f"alone; begin a new run with a higher --top-p or --top-k ({config['top_p']} and {config['top_k']} now)"
+            f"{never}: the {last['episodes']} answers contain no decisions, as every position had a single candidate; "
+            f"start a new run with a higher --top-p or --top-k (now {config['top_p']} and {config['top_k']})"
         ]
     if last["transitions"] < start:
         return [
-            f"{never}: {last['transitions']} of the {start} transitions of --start-transitions were collected in "
-            f"{last['episodes']} episodes; {more}, or begin a new run with fewer --start-transitions"
+            f"{never}: {last['episodes']} episodes collected {last['transitions']} of the {start} transitions of "
+            f"--start-transitions; {resume}, or start a new run with fewer --start-transitions"
         ]
     return [
-        f"{never}: with --updates-per-episode {config['updates_per_episode']} none was due in {last['episodes']} "
-        f"episodes; {more}"
+        f"{never}: --updates-per-episode {config['updates_per_episode']} makes no update due in {last['episodes']} "
+        f"episodes; {resume}"
     ]

@@ -1,147 +1,101 @@
-"""Every number that a training run depends on."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option
 
 ALPHA_FORMS = ("log", "direct")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Discrete soft actor-critic. Defaults: MARA's settings for LLMs of 7 to 8 billion parameters (arXiv 2505.19743),
-    except for `n_step`, which is 1 there: docs/training.md says why. Small models have their own (`RECIPES`).
+    except for `n_step`, which is 1 there: docs/guide/train.md says why. Small models have their own (`RECIPES`).
     """
 
     # rollouts
-    episodes: int = 21_000
-    """answers to train on, ≥ 1; an episode is one answer"""
-    prompts_at_once: int = 16
-    """answers in progress at the same time, ≥ 1; the agent learns after each such round"""
-    max_new_tokens: int = 512
-    """longest answer, in tokens; ≥ 1"""
-    top_k: int = 40
-    """most candidates at a position, ≥ 2"""
-    top_p: float = 0.95
-    """nucleus of the candidates, in (0, 1]"""
+    episodes: int = option(21_000, "number of episodes, one answer each", least=1)
+    prompts_at_once: int = option(16, "episodes per rollout batch; the agent learns after each batch", least=1)
+    max_new_tokens: int = option(512, "maximum length of an answer, in tokens", least=1)
+    top_k: int = option(40, "maximum number of candidates per position", least=2)
+    top_p: float = option(0.95, "nucleus of the candidates, applied after --top-k", above=0, most=1)
 
     # the agent
-    widths: tuple[int, int] = (1024, 256)
-    """of the two hidden layers of the actor and of both critics; ≥ 1"""
-    fallback: str = "last"
-    """recorded with the agent: what is emitted when it rejects everything; first, last. Rollouts take the last"""
+    widths: tuple[int, int] = option((1024, 256), "widths of the two hidden layers of actor and critics", least=1)
+    fallback: str = option(
+        "last",
+        "recorded with the agent: the candidate to emit when it rejects all; rollouts always take the last",
+        choices=FALLBACKS,
+    )
 
     # the objective
-    kl_weight: float = 0.1
-    """price of a nat of divergence from the LLM, in units of the score; ≥ 0"""
-    score_baseline: float = 0.0
-    """subtracted from every score; finite"""
-    discount: float = 0.99
-    """γ, per transition; in (0, 1]"""
-    n_step: int = 80
-    """n of the n-step return, in transitions; ≥ 1"""
-    target_entropy: float = 0.6
-    """entropy of the policy that α is tuned for, as a fraction of ln 2; in [0, 1]"""
+    kl_weight: float = option(0.1, "penalty per nat of divergence from the LLM, in units of the score", least=0)
+    score_baseline: float = option(0.0, "constant subtracted from every score")
+    discount: float = option(0.99, "discount factor γ per transition", above=0, most=1)
+    n_step: int = option(80, "n of the n-step return, in transitions", least=1)
+    target_entropy: float = option(0.6, "policy entropy that α is tuned for, as a fraction of ln 2", least=0, most=1)
 
     # learning
-    batch: int = 1024
-    """batch size, in transitions; ≥ 1"""
-    updates_per_episode: float = 10.0
-    """gradient steps, > 0"""
-    start_transitions: int = 64 * 1024
-    """transitions collected before learning begins, ≥ 1"""
-    replay_transitions: int = 1_000_000
-    """replay capacity, in transitions; ≥ start_transitions"""
-    learning_rate: float = 3e-4
-    """of actor and critics (Adam); > 0"""
-    clip_norm: float = 0.5
-    """largest gradient norm, of actor and critics each; > 0"""
-    target_rate: float = 0.005
-    """τ: how far an update moves the target critics towards the critics; in (0, 1]"""
-    alpha: float = 0.01
-    """entropy temperature at the start, > 0"""
-    alpha_rate: float = 3e-4
-    """learning rate of α (Adam); ≥ 0, and 0 keeps α fixed"""
-    alpha_form: str = "log"
-    """log: ln α is learned; direct: α itself, not below 0. In a few thousand updates ln α hardly moves"""
+    batch: int = option(1024, "batch size, in transitions", least=1)
+    updates_per_episode: float = option(10.0, "gradient steps per episode", above=0)
+    start_transitions: int = option(64 * 1024, "transitions to collect before learning starts", least=1)
+    replay_transitions: int = option(
+        1_000_000, "capacity of the replay buffer, in transitions; at least --start-transitions", least=1
+    )
+    learning_rate: float = option(3e-4, "Adam learning rate of actor and critics", above=0)
+    clip_norm: float = option(0.5, "maximum gradient norm, of actor and critics each", above=0)
+    target_rate: float = option(
+        0.005, "τ, the fraction by which an update moves the target critics towards the critics", above=0, most=1
+    )
+    alpha: float = option(0.01, "initial entropy coefficient α", above=0)
+    alpha_rate: float = option(3e-4, "Adam learning rate of α; 0 keeps it fixed", least=0)
+    alpha_form: str = option(
+        "log",
+        "log: learn ln α, which hardly moves in a few thousand updates; direct: learn α itself, clipped at 0",
+        choices=ALPHA_FORMS,
+    )
 
-    seed: int = 0
-    """of weights, prompts, actions and batches; 0 … 2**63 - 1"""
-    checkpoint_minutes: float = 10.0
-    """minutes between checkpoints, ≥ 0; a run that ends or is interrupted leaves one in any case"""
+    seed: int = option(0, "random seed of weights, prompts, actions and batches", least=0, most=(1 << 63) - 1)
+    checkpoint_minutes: float = option(
+        10.0, "minutes between checkpoints; a run that ends or is interrupted always writes one", least=0
+    )
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "prompts_at_once", "max_new_tokens", "n_step", "batch", "start_transitions"):
-            self._check(name, "a whole number of at least 1", getattr(self, name) >= 1)
-        self._check("top_k", "a whole number of at least 2", self.top_k >= 2)
-        self._check("top_p", "in (0, 1]", 0.0 < self.top_p <= 1.0)
-        self._check("widths", "two whole numbers of at least 1", len(self.widths) == 2 and min(self.widths) >= 1)
-        self._check("fallback", f"one of {', '.join(FALLBACKS)}", self.fallback in FALLBACKS)
-        self._check("kl_weight", "a finite number of at least 0", 0.0 <= self.kl_weight < math.inf)
-        self._check("score_baseline", "a finite number", math.isfinite(self.score_baseline))
-        self._check("discount", "in (0, 1]", 0.0 < self.discount <= 1.0)
-        self._check("target_entropy", "in [0, 1]", 0.0 <= self.target_entropy <= 1.0)
-        for name in ("updates_per_episode", "learning_rate", "clip_norm", "alpha"):
-            self._check(name, "a finite number above 0", 0.0 < getattr(self, name) < math.inf)
-        self._check(
-            "replay_transitions",
-            f"at least start_transitions ({self.start_transitions})",
-            self.replay_transitions >= self.start_transitions,
-        )
-        self._check("target_rate", "in (0, 1]", 0.0 < self.target_rate <= 1.0)
-        self._check("alpha_rate", "a finite number of at least 0", 0.0 <= self.alpha_rate < math.inf)
-        self._check("alpha_form", f"one of {', '.join(ALPHA_FORMS)}", self.alpha_form in ALPHA_FORMS)
-        self._check("seed", "a whole number from 0 to 2**63 - 1", 0 <= self.seed < 1 << 63)
-        self._check("checkpoint_minutes", "a finite number of at least 0", 0.0 <= self.checkpoint_minutes < math.inf)
-
-    def _check(self, name: str, allowed: str, within: bool) -> None:
-        if not within:
-            raise OptionError(f"{flag(name)} is {getattr(self, name)!r}; it must be {allowed}")
-
-    def check_replay(self) -> None:
-        """Raise OptionError where the replay memory could not take a round of answers as long as they may be."""
-        at_once = min(self.prompts_at_once, self.episodes)
-        least, room = at_once * self.max_new_tokens, reserve(self.replay_transitions)
-        if least > room:
+        super().__post_init__()
+        if self.replay_transitions < self.start_transitions:
             raise OptionError(
-                f"--replay-transitions is {self.replay_transitions}, which takes {room} transitions between "
-                f"checkpoints, but {at_once} --prompts-at-once of {self.max_new_tokens} --max-new-tokens may have "
-                f"{least} at one candidate a token: raise --replay-transitions, or lower --prompts-at-once or "
-                f"--max-new-tokens; {capacity_for(least)} is the least that may do"
+                f"--replay-transitions is {self.replay_transitions}; it must be at least --start-transitions, "
+                f"{self.start_transitions}"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+    def check_replay(self) -> None:
+        """Raise OptionError if a round of answers of full length could exceed the replay buffer's reserve."""
+        at_once = min(self.prompts_at_once, self.episodes)
+        needed, room = at_once * self.max_new_tokens, reserve(self.replay_transitions)
+        if needed > room:
+            raise OptionError(
+                f"--replay-transitions is {self.replay_transitions}, which takes {room} transitions between "
+                f"checkpoints, but {at_once} --prompts-at-once of {self.max_new_tokens} --max-new-tokens can have "
+                f"{needed} at one candidate per token: raise --replay-transitions to {capacity_for(needed)} or more, "
+                "or lower --prompts-at-once or --max-new-tokens"
+            )
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_json`, after a detour through JSON."""
-        return cls(**{**values, "widths": tuple(values["widths"])})
 
-
-_SPARE = 8
-"""The files of the replay memory hold 1 + 1/8 of its capacity."""
+_RESERVE_DIVISOR = 8
 
 
 def reserve(capacity: int) -> int:
-    """Transitions that a replay memory takes between two checkpoints, besides its capacity."""
-    return -(-capacity // _SPARE)
+    """Transitions that a replay buffer takes between two checkpoints: 1/8 of its capacity, in addition to it."""
+    return -(-capacity // _RESERVE_DIVISOR)
 
 
 def capacity_for(transitions: int) -> int:
-    """Least capacity whose reserve takes a round of so many transitions, ≥ 1."""
-    return (transitions - 1) * _SPARE + 1
-
-
-def flag(name: str) -> str:
-    """The command-line option of a field."""
-    return "--" + name.replace("_", "-")
+    """The least capacity whose reserve takes a round of so many transitions, ≥ 1."""
+    return (transitions - 1) * _RESERVE_DIVISOR + 1
 
 
 RECIPES = {

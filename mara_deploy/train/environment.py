@@ -1,12 +1,12 @@
-"""Rollouts: the LLM answers prompts, several at once, and the agent accepts or rejects each candidate.
+"""Rollouts: the LLM answers a batch of prompts, and a policy accepts or rejects each candidate.
 
-All candidates of a position share a pass (mara_deploy.train.packed), as siblings that see the prefix and themselves.
-Which tokens are candidates is decided by the runtime's own function, so training sees what decoding sees.
+All candidates of a position share one pass (mara_deploy.train.packed), as siblings that see the prefix and themselves.
+The runtime's own function selects the candidates, so training and decoding see the same lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,35 +15,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mara_deploy.train.packed import PackedLM
-from mara_deploy.train.policy import reference_logits
+from mara_deploy.train.policy import Policy, reference_logits
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.errors import NumericsError
 from mara_runtime.tensors import TOP_SPARE
 
-Policy = Callable[[Tensor, NDArray[np.float32]], NDArray[np.float32]]
-"""(R, D) states and (R,) reference logits of candidates → (R,) margins. An agent looks at the states alone; the LLM
-itself is the policy that returns the references."""
-
-
-def reference_policy(states: Tensor, reference: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The LLM's own choice: sampled from, it is plain sampling with top-k and top-p."""
-    return reference
-
 
 @dataclass(frozen=True)
-class Chain:
-    """The candidates that an episode visited, in order: T states, each of which the next one follows."""
+class Trajectory:
+    """The T candidates that an episode visited, in order; the next state of each is the state of the following one."""
 
     states: NDArray[np.float16]
     """(T, D) last hidden states after the final norm"""
     accepted: NDArray[np.bool_]
-    """(T,) the action; a candidate that is emitted because all were rejected counts as accepted"""
+    """(T,) the action; also True for a candidate emitted because all were rejected"""
     margins: NDArray[np.float32]
-    """(T,) of the policy that acted"""
+    """(T,) of the behaviour policy"""
     reference: NDArray[np.float32]
     """(T,) logits of q"""
     forced: NDArray[np.bool_]
-    """(T,) last candidates: once reached, they are emitted whatever the policy says"""
+    """(T,) the last candidate of its list: emitted once reached, whatever the policy says"""
+
+    def __len__(self) -> int:
+        return len(self.accepted)
 
 
 @dataclass(frozen=True)
@@ -51,24 +45,24 @@ class Episode:
     """One answer."""
 
     token_ids: list[int]
-    """emitted, end-of-sequence not included"""
+    """emitted tokens without end-of-sequence"""
     finished: bool
     """an end-of-sequence id was emitted"""
-    chain: Chain
-    """empty if nothing was recorded, or there was nothing to decide"""
+    trajectory: Trajectory
+    """empty if it was not recorded, or there were no decisions"""
     decisions: int
     """positions with several candidates"""
     examined: int
-    """candidates that the agent was asked about, one after the other"""
+    """candidates that sequential decoding would submit to the agent"""
     interventions: int
-    """decisions in which a candidate other than the LLM's best was emitted"""
+    """decisions that emitted a candidate other than the LLM's best"""
     forced: int
     """decisions in which all candidates were rejected"""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What answers are made with. See `TrainConfig` for ranges."""
+    """The LLM and the decoding settings. See `TrainConfig` for ranges."""
 
     lm: PackedLM
     eos_token_ids: frozenset[int]
@@ -85,84 +79,88 @@ class Environment:
         fallback: str = "last",
         record: bool = True,
     ) -> list[Episode]:
-        """Answer B prompts, given as token ids. rng: draws actions from the policy; None: takes its likelier action.
+        """Answer B prompts, given as token ids.
 
-        fallback: emitted when all are rejected, first or last. Raises NumericsError naming prompt and position where a
-        state is not finite.
+        rng: samples the actions; None: takes the more probable action. fallback: the candidate to emit when all are
+        rejected, first or last; record: keep trajectories.
+        Raises NumericsError, naming prompt and position, for a state or logit that is not finite.
         """
-        makings = [_Making(i, len(prompt)) for i, prompt in enumerate(prompts)]
-        alive = makings
+        builders = [_EpisodeBuilder(i, len(prompt)) for i, prompt in enumerate(prompts)]
+        active = builders
         cache, states = self.lm.prefill(prompts, self.max_new_tokens)
-        while alive:
-            lists = self._candidates(states, alive)
-            counts = np.array([len(found) for found in lists])
-            owner = np.repeat(np.arange(len(lists)), counts)
-            first = counts.cumsum() - counts  # row of each one's best candidate
-            tokens = np.concatenate([found.ids for found in lists])
-            reference = np.concatenate([reference_logits(found.log_probabilities) for found in lists])
+        while active:
+            # R candidates of all active sequences; row r is the candidate of rank[r] of the sequence owner[r]
+            candidates = self._candidates(states, active)
+            counts = np.array([len(c) for c in candidates])
+            owner = np.repeat(np.arange(len(candidates)), counts)
+            first = counts.cumsum() - counts  # row of each sequence's best candidate
+            rank = np.arange(len(owner)) - first[owner]
+            tokens = np.concatenate([c.ids for c in candidates])
+            reference = np.concatenate([reference_logits(c.log_probabilities) for c in candidates])
             hidden, siblings = self.lm.candidates(cache, torch.from_numpy(tokens), torch.from_numpy(counts))
-            self._check_finite(hidden, owner, alive)
+            self._check_finite(hidden, owner, active)
 
             margins = policy(hidden, reference)
             if rng is None:
                 accepted = margins > 0
             else:
                 accepted = rng.random(len(margins)) < 1 / (1 + np.exp(-margins.astype(np.float64)))
-            place = np.arange(len(owner)) - first[owner]
-            earliest = np.full(len(lists), len(owner))  # the first accepted of each, by place
-            np.minimum.at(earliest, owner[accepted], place[accepted])
-            rejected_all = earliest == len(owner)
-            pick = np.where(rejected_all, counts - 1 if fallback == "last" else 0, earliest)
+            pick = np.full(len(candidates), len(owner))  # rank of each sequence's first accepted candidate
+            np.minimum.at(pick, owner[accepted], rank[accepted])
+            all_rejected = pick == len(owner)
+            last_visited = np.where(all_rejected, counts - 1, pick)
+            pick = np.where(all_rejected, counts - 1 if fallback == "last" else 0, pick)
             pick[counts == 1] = 0
-
             chosen = first + pick
-            visited = (counts[owner] > 1) & (place <= np.where(rejected_all, counts - 1, pick)[owner])
-            forced = place == counts[owner] - 1
+
+            visited = (counts[owner] > 1) & (rank <= last_visited[owner])
             if record:
                 rows = np.flatnonzero(visited)
                 kept = hidden[torch.from_numpy(rows).to(hidden.device)].half().cpu().numpy()
-                parts = (kept, (place == pick[owner])[rows], margins[rows], reference[rows], forced[rows])
-                for making, mine in zip(alive, _split(parts, owner[rows], len(lists)), strict=True):
-                    making.links.append(mine)
-            asked = np.bincount(owner, visited, len(lists)).astype(int)
-            for making, n, p, r, a, t in zip(alive, counts, pick, rejected_all, asked, tokens[chosen], strict=True):
-                making.emit(int(t), self, n > 1, int(p), bool(r), int(a))
+                is_pick, is_last = rank == pick[owner], rank == counts[owner] - 1
+                columns = (kept, is_pick[rows], margins[rows], reference[rows], is_last[rows])
+                for builder, part in zip(active, _split(columns, owner[rows], len(candidates)), strict=True):
+                    builder.parts.append(part)
+            examined = np.bincount(owner, visited, len(candidates)).astype(int)
+            for builder, n, p, r, e, t in zip(
+                active, counts, pick, all_rejected, examined, tokens[chosen], strict=True
+            ):
+                builder.emit(int(t), self, n > 1, int(p), bool(r), int(e))
 
-            self.lm.settle(siblings, torch.from_numpy(chosen))
-            going = np.array([not making.done for making in alive])
-            on = torch.from_numpy(np.flatnonzero(going)).to(hidden.device)
-            states = hidden[torch.from_numpy(chosen[going]).to(hidden.device)]
-            if not going.all():
-                cache.keep(on)
-                alive = [making for making in alive if not making.done]
-        return [making.episode(self.lm.hidden_size) for making in makings]
+            self.lm.commit(siblings, torch.from_numpy(chosen))
+            unfinished = np.array([not builder.done for builder in active])
+            states = hidden[torch.from_numpy(chosen[unfinished]).to(hidden.device)]
+            if not unfinished.all():
+                cache.keep(torch.from_numpy(np.flatnonzero(unfinished)).to(hidden.device))
+                active = [builder for builder in active if not builder.done]
+        return [builder.episode(self.lm.hidden_size) for builder in builders]
 
-    def _candidates(self, states: Tensor, alive: Sequence[_Making]) -> list[Candidates]:
+    def _candidates(self, states: Tensor, active: Sequence[_EpisodeBuilder]) -> list[Candidates]:
         """The candidates that follow each of B states."""
         logits = self.lm.head(states).float()
         best = logits.topk(min(self.top_k + TOP_SPARE, logits.shape[-1]))
         ids, values = best.indices.cpu().numpy(), best.values.cpu().numpy()
-        for making, row in zip(alive, values, strict=True):
+        for builder, row in zip(active, values, strict=True):
             if not np.isfinite(row[0]):
-                raise NumericsError(f"prompt {making.index}: the logits at position {making.position} are not finite")
+                raise NumericsError(f"prompt {builder.index}: the logits at position {builder.position} are not finite")
         return [select(i, v, 0.0, self.top_k, self.top_p) for i, v in zip(ids, values, strict=True)]
 
-    def _check_finite(self, hidden: Tensor, owner: NDArray[np.int64], alive: Sequence[_Making]) -> None:
-        sound = hidden.half().isfinite().all(-1).cpu().numpy()
-        if not sound.all():
-            making = alive[owner[int(np.flatnonzero(~sound)[0])]]
+    def _check_finite(self, hidden: Tensor, owner: NDArray[np.int64], active: Sequence[_EpisodeBuilder]) -> None:
+        finite = hidden.half().isfinite().all(-1).cpu().numpy()
+        if not finite.all():
+            builder = active[owner[int(np.flatnonzero(~finite)[0])]]
             raise NumericsError(
-                f"prompt {making.index}: a hidden state at position {making.position} is not finite as float16"
+                f"prompt {builder.index}: a hidden state at position {builder.position} is not finite as float16"
             )
 
 
-class _Making:
-    """An episode in the making."""
+class _EpisodeBuilder:
+    """An episode in progress."""
 
     def __init__(self, index: int, prompt_tokens: int) -> None:
         self.index, self.prompt_tokens = index, prompt_tokens
         self.tokens: list[int] = []
-        self.links: list[tuple[NDArray[np.generic], ...]] = []
+        self.parts: list[tuple[NDArray[np.generic], ...]] = []  # columns of the trajectory, one tuple per position
         self.finished = self.done = False
         self.decisions = self.examined = self.interventions = self.forced = 0
 
@@ -183,19 +181,19 @@ class _Making:
             self.done = len(self.tokens) == environment.max_new_tokens
 
     def episode(self, hidden_size: int) -> Episode:
-        if sum(len(link[0]) for link in self.links):
-            chain = Chain(*(np.concatenate(column) for column in zip(*self.links, strict=True)))
+        if any(len(part[0]) for part in self.parts):
+            trajectory = Trajectory(*(np.concatenate(column) for column in zip(*self.parts, strict=True)))
         else:
-            none = np.empty(0, np.float32)
-            chain = Chain(np.empty((0, hidden_size), np.float16), none > 0, none, none, none > 0)
+            empty = np.empty(0, np.float32)
+            trajectory = Trajectory(np.empty((0, hidden_size), np.float16), empty > 0, empty, empty, empty > 0)
         return Episode(
-            self.tokens, self.finished, chain, self.decisions, self.examined, self.interventions, self.forced
+            self.tokens, self.finished, trajectory, self.decisions, self.examined, self.interventions, self.forced
         )
 
 
 def _split(
-    parts: tuple[NDArray[np.generic], ...], owner: NDArray[np.int64], count: int
+    columns: tuple[NDArray[np.generic], ...], owner: NDArray[np.int64], count: int
 ) -> list[tuple[NDArray[np.generic], ...]]:
     """Rows of several arrays, sorted by owner → one tuple of arrays per owner."""
     ends = np.bincount(owner, minlength=count).cumsum()[:-1]
-    return list(zip(*(np.split(part, ends) for part in parts), strict=True))
+    return list(zip(*(np.split(column, ends) for column in columns), strict=True))

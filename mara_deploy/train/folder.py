@@ -4,13 +4,13 @@
     prompts.json       the training prompts
     log.jsonl          one line per round of rollouts
     tensorboard/       the same for TensorBoard
-    checkpoint.pt      everything else that the run depends on, as of the last checkpoint
-    replay/            the transitions, in files that grow (mara_deploy.train.replay)
-    agent.safetensors  the agent as of the last checkpoint; agent.pth: under the names of MARA's released checkpoints
+    checkpoint.pt      all other state, as of the last checkpoint
+    replay/            the replay buffer (mara_deploy.train.replay)
+    agent.safetensors  the agent as of the last checkpoint; agent.pth: in the format of MARA's released checkpoints
     report.html        plots
 
-Every file is written beside its name and then renamed, or only ever grows, so a run that is killed at any moment can be
-resumed. `checkpoint.pt` and `replay/` serve no other purpose.
+Every file is replaced atomically or only grows, so a run that is killed at any moment can be resumed. `checkpoint.pt`
+and `replay/` serve no other purpose.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from mara_deploy import agent as agents
-from mara_deploy.files import in_one_line, partial, write_text, write_whole
+from mara_deploy.files import write_file
 from mara_runtime.errors import MaraError, first_line
+from mara_runtime.files import writing
 
 _RUN, _PROMPTS, _LOG, _CHECKPOINT = "run.json", "prompts.json", "log.jsonl", "checkpoint.pt"
 
@@ -38,58 +39,58 @@ class RunFolder:
 
     @classmethod
     def new(cls, path: Path, run: Mapping[str, Any], prompts: list[str]) -> RunFolder:
-        """Begin a run. Raises MaraError where `path` is not new or empty."""
-        cls.refuse_used(path)
-        with in_one_line(path):
+        """Create the folder of a new run. Raises MaraError if `path` is in use."""
+        cls.check_unused(path)
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        write_text(path / _PROMPTS, json.dumps(prompts, ensure_ascii=False, indent=0))
+        write_file(path / _PROMPTS, json.dumps(prompts, ensure_ascii=False, indent=0))
         folder.describe(run)
         return folder
 
     @staticmethod
-    def refuse_used(path: Path) -> None:
-        """Raise MaraError where `path` is not new or empty, or what a run that was killed in its first moment left."""
-        begun = {_PROMPTS, *(partial(Path(file)).name for file in (_PROMPTS, _RUN))}
-        with in_one_line(path):
-            used = path.exists() and (not path.is_dir() or any(inside.name not in begun for inside in path.iterdir()))
+    def check_unused(path: Path) -> None:
+        """Raise MaraError unless `path` is new, empty, or left by a run that was killed before it had a run.json."""
+        with writing(path):
+            used = path.exists() and (
+                not path.is_dir() or any(p.name != _PROMPTS and p.suffix != ".partial" for p in path.iterdir())
+            )
         if used:
-            again = " or go on with it by --resume" if (path / _RUN).is_file() else ""
-            raise MaraError(f"{path} exists already and is not an empty folder: choose another --out{again}")
+            resume = ", or add --resume to continue the run in it" if (path / _RUN).is_file() else ""
+            raise MaraError(f"{path} exists and is not an empty folder: choose another --out{resume}")
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """Go on with a run. Raises MaraError where there is none."""
+        """Open the folder of a run. Raises MaraError if there is none."""
         if not (path / _RUN).is_file():
-            raise MaraError(f"{path} holds no training run to resume: it has no {_RUN}")
+            raise MaraError(f"{path} has no training run to resume: there is no {_RUN}")
         return cls(path)
 
     def describe(self, run: Mapping[str, Any]) -> None:
         """Write run.json."""
-        write_text(self.path / _RUN, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
+        write_file(self.path / _RUN, json.dumps(run, ensure_ascii=False, indent=2) + "\n")
 
-    def read(self, name: str) -> Any:
-        """run.json or prompts.json. Raises MaraError when it is damaged."""
+    @property
+    def run(self) -> dict[str, Any]:
+        """The content of run.json. Raises MaraError if it is damaged."""
+        run: dict[str, Any] = self._read(_RUN)
+        return run
+
+    @property
+    def prompts(self) -> list[str]:
+        """The training prompts. Raises MaraError if prompts.json is damaged."""
+        prompts: list[str] = self._read(_PROMPTS)
+        return prompts
+
+    def _read(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise MaraError(f"{self.path / name} cannot be read: {error}") from None
 
     @property
-    def run(self) -> dict[str, Any]:
-        """What run.json says."""
-        found: dict[str, Any] = self.read(_RUN)
-        return found
-
-    @property
-    def prompts(self) -> list[str]:
-        """The training prompts."""
-        found: list[str] = self.read(_PROMPTS)
-        return found
-
-    @property
     def replay(self) -> Path:
-        """Folder of the replay memory."""
+        """Folder of the replay buffer."""
         return self.path / "replay"
 
     @property
@@ -99,49 +100,52 @@ class RunFolder:
 
     def write_report(self, page: str) -> None:
         """Write report.html."""
-        write_text(self.path / "report.html", page)
+        write_file(self.path / "report.html", page)
 
-    def save(self, state: Mapping[str, Any], agent: agents.Agent, facts: Mapping[str, str]) -> None:
-        """Write a checkpoint and the agent. facts: recorded in the agent's file."""
-        write_whole(self.path / _CHECKPOINT, lambda to: _torch_save(dict(state), to))
-        write_whole(self.path / "agent.safetensors", lambda to: agents.save(agent, to, facts))
-        write_whole(self.path / "agent.pth", lambda to: _torch_save(agents.cpu_state(agent), to))
+    def save(self, state: Mapping[str, Any], agent: agents.Agent, metadata: Mapping[str, str]) -> None:
+        """Write a checkpoint and the agent. metadata: of the agent's file."""
+        write_file(self.path / _CHECKPOINT, lambda path: _torch_save(dict(state), path))
+        with writing(self.path / "agent.safetensors"):
+            agents.save(agent, self.path / "agent.safetensors", metadata)
+        write_file(self.path / "agent.pth", lambda path: _torch_save(agents.cpu_state(agent), path))
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint; None if the run ended before its first. Raises MaraError when it is damaged."""
-        if not (self.path / _CHECKPOINT).is_file():
+        """The last checkpoint; None if the run has none yet. Raises MaraError if it is damaged."""
+        path = self.path / _CHECKPOINT
+        if not path.is_file():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path / _CHECKPOINT, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle fails in every way there is
-            reason = first_line(error)
-            raise MaraError(f"{self.path / _CHECKPOINT} cannot be read: {reason}") from None
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise MaraError(f"{path} cannot be read: {first_line(error)}") from None
         return state
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append a line to the log."""
         path = self.path / _LOG
-        with in_one_line(path), path.open("a", encoding="utf-8") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of the log; one that was cut off in the middle is left out."""
+        """The lines of the log, without an incomplete last one."""
         path = self.path / _LOG
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
     def rewind(self, episodes: int) -> None:
-        """Forget what was logged after a checkpoint at `episodes`."""
-        kept = [row for row in self.rows() if row["episodes"] <= episodes]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_text(self.path / _LOG, text)
+        """Drop what an interrupted run left after its checkpoint at `episodes`: lines of the log, partial files."""
+        rows = [row for row in self.rows() if row["episodes"] <= episodes]
+        write_file(self.path / _LOG, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for partial in self.path.glob(".*.partial"):
+            with writing(partial):
+                partial.unlink()
 
 
 def _torch_save(state: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch fails once more as it closes the file
+        except RuntimeError as error:  # torch fails again, less clearly, when it closes the file after an OSError
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise

@@ -1,8 +1,8 @@
 """Discrete soft actor-critic over accepting and rejecting.
 
-Sources: Haarnoja et al., "Soft Actor-Critic" (arXiv 1801.01290) with learned temperature (arXiv 1812.05905);
+Sources: Haarnoja et al., "Soft Actor-Critic" (arXiv 1801.01290), with a learned entropy coefficient (arXiv 1812.05905);
 Christodoulou, "Soft Actor-Critic for Discrete Action Settings" (arXiv 1910.07207); MARA (arXiv 2505.19743).
-docs/training.md states the objective, and what is special about forced acceptance.
+docs/guide/train.md states the objective and the treatment of forced acceptance.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import copy
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mara_deploy.agent import Agent
 from mara_deploy.train.config import TrainConfig
-from mara_deploy.train.policy import divergence, entropy
+from mara_deploy.train.policy import entropy, kl_divergence
 from mara_deploy.train.replay import Batch
 from mara_runtime.errors import NumericsError
 
@@ -25,7 +24,7 @@ LN2 = math.log(2)
 
 
 class TwinCritic(nn.Module):
-    """Two values for each action, behind one LayerNorm, with the parameter names of MARA's released critics."""
+    """Two Q networks with a shared LayerNorm and the parameter names of MARA's released critics."""
 
     def __init__(self, hidden_size: int, widths: tuple[int, int]) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class TwinCritic(nn.Module):
             self.add_module(f"linear{twin}3", nn.Linear(widths[1], 2))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) → twice (N, 2): the values of rejecting and of accepting."""
+        """(N, D) → Q1 and Q2, (N, 2) each: the values of rejecting and accepting."""
         x = self.ln(states)
         values = []
         for twin in "12":
@@ -47,7 +46,7 @@ class TwinCritic(nn.Module):
 
 
 class Learner:
-    """Actor, critics, their targets, the temperature α, and one update of them all."""
+    """Actor, critics, target critics and entropy coefficient α, with their optimisers."""
 
     def __init__(self, hidden_size: int, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -70,85 +69,80 @@ class Learner:
 
     @property
     def alpha(self) -> float:
-        """Entropy temperature, ≥ 0."""
+        """Entropy coefficient, ≥ 0."""
         value = float(self._alpha.detach())
         return math.exp(value) if self.config.alpha_form == "log" else value
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One gradient step of critics, actor and α. Returns figures to watch.
-
-        Raises NumericsError when a loss is not finite.
-        """
-        on = _Tensors(batch, self._device)
-        targets = self.returns(on)
-        critic_loss = self.critic_loss(on, targets)
-        actor_loss, mean_entropy = self.actor_loss(on)
+        """One gradient step of critics, actor and α. Returns metrics. Raises NumericsError for a non-finite loss."""
+        batch = batch.to(self._device)
+        targets = self.returns(batch)
+        critic_loss = self.critic_loss(batch, targets)
+        actor_loss, mean_entropy = self.actor_loss(batch)
         self._step("critic", self.critic, critic_loss)
         self._step("actor", self.actor, actor_loss)
-        if not batch.forced[:, 0].all():  # else there is no entropy to judge α by
+        if not batch.forced[:, 0].all():  # forced states have no entropy to adapt α to
             self._step_alpha(mean_entropy)
         with torch.no_grad():
             for old, new in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 old.lerp_(new, self.config.target_rate)
-        watched = {
+        metrics = {
             "critic_loss": float(critic_loss.detach()),
             "actor_loss": float(actor_loss.detach()),
             "batch_entropy": mean_entropy,
             "return": float(targets.mean()),
         }
-        if not all(map(math.isfinite, watched.values())):
-            raise NumericsError(f"training has diverged ({watched}): lower --learning-rate or --kl-weight")
-        return watched
+        if not all(map(math.isfinite, metrics.values())):
+            raise NumericsError(f"training has diverged ({metrics}): lower --learning-rate or --kl-weight")
+        return metrics
 
     @torch.no_grad()
-    def returns(self, batch: _Tensors) -> Tensor:
-        """(B,) n-step returns of the action taken: what is paid along the chain, then the value where it leads.
+    def returns(self, batch: Batch) -> Tensor:
+        """(B,) n-step returns: discounted rewards along the trajectory, then the value of the state it leads to.
 
-        Entropy and price of the first state are not in it, as they do not depend on the action: see `actor_loss`.
+        They exclude entropy and KL of the first state, which do not depend on the action: see `actor_loss`.
         """
         config = self.config
         bonus = torch.where(batch.forced, 0.0, self.alpha * entropy(batch.margins))  # (B, n)
-        bonus -= config.kl_weight * divergence(batch.margins, batch.reference, batch.forced)
+        bonus -= config.kl_weight * kl_divergence(batch.margins, batch.reference, batch.forced)
         bonus[:, 0] = 0.0
         steps = bonus.shape[1]
         discounts = config.discount ** torch.arange(steps, device=bonus.device)
-        paid = torch.where(batch.inside, batch.scores + bonus, 0.0)
-        later = config.discount**steps * self.value(batch.next_states, batch.next_reference, batch.next_forced)
-        return (paid * discounts).sum(1) + torch.where(batch.ended, 0.0, later)
+        rewards = torch.where(batch.inside, batch.scores + bonus, 0.0)
+        bootstrap = config.discount**steps * self.value(batch.next_states, batch.next_reference, batch.next_forced)
+        return (rewards * discounts).sum(1) + torch.where(batch.ended, 0.0, bootstrap)
 
     @torch.no_grad()
     def value(self, states: Tensor, reference: Tensor, forced: Tensor) -> Tensor:
-        """(N,) soft values by the target critics; a forced state has the value of accepting, and neither entropy nor
-        price.
-        """
-        worse = torch.minimum(*self.target(states))  # (N, 2)
-        return torch.where(forced, worse[:, 1], self._gain(self.actor.margin(states), worse, reference, forced))
+        """(N,) soft values by the target critics; at a forced state the value of accepting, without entropy and KL."""
+        q = torch.minimum(*self.target(states))  # (N, 2)
+        return torch.where(forced, q[:, 1], self._soft_value(self.actor.margin(states), q, reference, forced))
 
-    def _gain(self, margin: Tensor, worse: Tensor, reference: Tensor, forced: Tensor) -> Tensor:
-        """(N,) what a policy earns: the expected value, and entropy, less the price of leaving the LLM's choice."""
+    def _soft_value(self, margin: Tensor, q: Tensor, reference: Tensor, forced: Tensor) -> Tensor:
+        """(N,) Σ_a π(a)·Q(a) + α·H(π) - kl_weight·KL(π ‖ q_LLM). q: (N, 2) values of the actions."""
         accept = torch.sigmoid(margin)
-        value = (1 - accept) * worse[:, 0] + accept * worse[:, 1]
-        price = self.config.kl_weight * divergence(margin, reference, forced)
-        return value + self.alpha * entropy(margin) - price
+        expected = (1 - accept) * q[:, 0] + accept * q[:, 1]
+        kl = self.config.kl_weight * kl_divergence(margin, reference, forced)
+        return expected + self.alpha * entropy(margin) - kl
 
-    def critic_loss(self, batch: _Tensors, targets: Tensor) -> Tensor:
+    def critic_loss(self, batch: Batch, targets: Tensor) -> Tensor:
         """Half the mean squared error of each critic, summed."""
         action = batch.accepted[:, None].long()
         errors = [values.gather(1, action)[:, 0] - targets for values in self.critic(batch.states)]
         return sum((0.5 * error.square().mean() for error in errors), torch.zeros((), device=targets.device))
 
-    def actor_loss(self, batch: _Tensors) -> tuple[Tensor, float]:
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, float]:
         """-mean(Σ_a π·min(Q1, Q2) + α·H - kl_weight·KL(π ‖ q)) over the states that are not forced, and their mean
-        entropy in nats.
+        entropy, in nats.
         """
         forced = batch.forced[:, 0]
         count = (~forced).sum().clamp(min=1)
         with torch.no_grad():
-            worse = torch.minimum(*self.critic(batch.states))
+            q = torch.minimum(*self.critic(batch.states))
         margin = self.actor.margin(batch.states)
-        gain = self._gain(margin, worse, batch.reference[:, 0], forced)
+        value = self._soft_value(margin, q, batch.reference[:, 0], forced)
         mean_entropy = float((entropy(margin.detach()) * ~forced).sum() / count)
-        return -(gain * ~forced).sum() / count, mean_entropy
+        return -(value * ~forced).sum() / count, mean_entropy
 
     def _step(self, name: str, module: nn.Module, loss: Tensor) -> None:
         optimizer = self._optimizers[name]
@@ -158,7 +152,7 @@ class Learner:
         optimizer.step()
 
     def _step_alpha(self, mean_entropy: float) -> None:
-        """Lower α where the policy is more random than wanted, raise it where less."""
+        """Lower α while the policy's entropy exceeds the target, raise it below."""
         excess = mean_entropy - self.config.target_entropy * LN2
         loss = excess * (self._alpha.exp() if self.config.alpha_form == "log" else self._alpha)
         self._optimizers["alpha"].zero_grad()
@@ -169,7 +163,7 @@ class Learner:
                 self._alpha.clamp_(min=0.0)
 
     def state(self) -> dict[str, Any]:
-        """Everything an update depends on, for a checkpoint."""
+        """Everything an update depends on, for checkpoints."""
         return {
             "actor": self.actor.state_dict(),
             "critic": self.critic.state_dict(),
@@ -179,24 +173,10 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a `state`."""
+        """Load a `state`."""
         for name in ("actor", "critic", "target"):
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self._alpha.copy_(state["alpha"])
         for name, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-
-
-class _Tensors:
-    """A Batch on the learner's device."""
-
-    def __init__(self, batch: Batch, device: torch.device | str) -> None:
-        def put(array: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        self.states, self.next_states = put(batch.states), put(batch.next_states)
-        self.accepted, self.forced, self.inside = put(batch.accepted), put(batch.forced), put(batch.inside)
-        self.margins, self.reference, self.scores = put(batch.margins), put(batch.reference), put(batch.scores)
-        self.next_reference, self.next_forced = put(batch.next_reference), put(batch.next_forced)
-        self.ended = put(batch.ended)

@@ -1,4 +1,4 @@
-"""The training loop: answer a round of prompts, remember the transitions, learn from them, and so on."""
+"""The training loop: roll out a round of prompts, store the transitions, update the agent, repeat."""
 
 from __future__ import annotations
 
@@ -11,178 +11,159 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mara_deploy.agent import Agent
 from mara_deploy.train.config import TrainConfig
-from mara_deploy.train.environment import Policy
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.learner import Learner
-from mara_deploy.train.policy import divergence, entropy
-from mara_deploy.train.replay import Replay
-from mara_deploy.train.task import Answers, Task
+from mara_deploy.train.policy import agent_policy, entropy, kl_divergence
+from mara_deploy.train.replay import ReplayBuffer
+from mara_deploy.train.task import Rollouts, TrainingTask
 from mara_runtime.errors import MaraError
 
 Row = dict[str, Any]
-"""Figures of a round; `_row` says what each key means."""
+"""Metrics of a round, see `round_metrics`."""
 
 
 @dataclass
-class _Progress:
+class RunProgress:
     """How far a run has come."""
 
     episodes: int = 0
     updates: int = 0
-    owed: float = 0.0
-    """updates that are due but not yet made: less than one, between rounds"""
+    pending_updates: float = 0.0
+    """due but not made: less than one, between rounds"""
 
 
 def train(
-    task: Task,
+    task: TrainingTask,
     config: TrainConfig,
     folder: RunFolder,
     *,
     checkpoint: Mapping[str, Any] | None = None,
-    tell: Callable[[Row], None] = lambda _: None,
+    on_round: Callable[[Row], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-    facts: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Learner:
-    """Train until `config.episodes`, or until `stop` says so.
+    """Train until `config.episodes`, or until `stop` returns true.
 
-    checkpoint: the folder's last one, to go on from it; tell: called after each round; facts: recorded in the agent's
-    file. Ends with a checkpoint, from which a later call goes on to the same result as an uninterrupted run: bit for
-    bit on a CPU with the same number of threads.
-    Raises MaraError (ScoreError, NumericsError); the last checkpoint then stays. Where the replay memory cannot take a
-    round, there is one of everything before it.
+    checkpoint: the folder's last one, to resume from; on_round: called after each round; metadata: of the agent file.
+    Ends with a checkpoint. Resuming from it gives the same result as an uninterrupted run: on a CPU bit for bit, with
+    the same number of threads.
+    Raises MaraError (ScoreError, NumericsError), and leaves the last checkpoint. If the replay buffer cannot take a
+    round, it first makes a checkpoint of everything before that round.
     """
     learner = Learner(task.hidden_size, config, task.environment.lm.device)
-    progress = _Progress()
-    actions, batches = (np.random.default_rng([config.seed, use]) for use in (1, 2))
+    progress = RunProgress()
+    actions, batches = (np.random.default_rng([config.seed, stream]) for stream in (1, 2))
     if checkpoint is not None:
         learner.restore(checkpoint["learner"])
-        progress = _Progress(**checkpoint["progress"])
+        progress = RunProgress(**checkpoint["progress"])
         actions.bit_generator.state, batches.bit_generator.state = checkpoint["actions"], checkpoint["batches"]
     added = 0 if checkpoint is None else checkpoint["added"]
-    replay = Replay(folder.replay, config.replay_transitions, task.hidden_size, added)
+    replay = ReplayBuffer(folder.replay, config.replay_transitions, task.hidden_size, added)
     folder.rewind(progress.episodes)
 
-    def save(next_actions: Mapping[str, Any]) -> None:
+    def save(actions_state: Mapping[str, Any]) -> None:
         replay.flush()
         folder.save(
             {
                 "learner": learner.state(),
                 "progress": vars(progress),
-                "actions": next_actions,
+                "actions": actions_state,
                 "batches": batches.bit_generator.state,
                 "added": replay.added,
             },
             learner.actor,
-            {**(facts or {}), "episodes": str(progress.episodes), "updates": str(progress.updates)},
+            {**(metadata or {}), "episodes": str(progress.episodes), "updates": str(progress.updates)},
         )
         replay.saved()
 
-    saved = time.monotonic()
+    last_save = time.monotonic()
     while progress.episodes < config.episodes and not stop():
-        began, before = time.monotonic(), actions.bit_generator.state
-        chosen = _chosen(progress.episodes, config, len(task.prompts))
-        answers = task.answer(chosen, agent_policy(learner.actor), actions)
-        collected = time.monotonic()
-        transitions = sum(len(e.chain.accepted) for e in answers.episodes)
+        start, actions_before = time.monotonic(), actions.bit_generator.state
+        indices = round_indices(progress.episodes, config, len(task.prompts))
+        rollouts = task.answer(indices, agent_policy(learner.actor), actions)
+        rolled_out = time.monotonic()
+
+        transitions = sum(len(episode.trajectory) for episode in rollouts.episodes)
         try:
             replay.check(transitions)
         except MaraError as error:
             if not progress.episodes:
                 raise
-            save(before)
+            save(actions_before)
             raise MaraError(
-                f"{error}; agent and checkpoint are as of the {progress.episodes} episodes before"
+                f"{error}; agent and checkpoint are saved as of the {progress.episodes} episodes before"
             ) from None
         if replay.room < transitions:
-            save(before)
-        for episode, score in zip(answers.episodes, answers.scored.combined, strict=True):
-            if len(episode.chain.accepted):
-                replay.add(episode.chain, score - config.score_baseline)
-        progress.episodes += len(chosen)
+            save(actions_before)
+        for episode, score in zip(rollouts.episodes, rollouts.scores.combined, strict=True):
+            if len(episode.trajectory):
+                replay.add(episode.trajectory, score - config.score_baseline)
+        progress.episodes += len(indices)
 
-        watched: list[dict[str, float]] = []
+        metrics: list[dict[str, float]] = []
         if len(replay) >= config.start_transitions:
-            progress.owed += config.updates_per_episode * len(chosen)
-            while progress.owed >= 1.0:
-                watched.append(learner.update(replay.sample(batches, config.batch, config.n_step)))
-                progress.owed -= 1.0
+            progress.pending_updates += config.updates_per_episode * len(indices)
+            while progress.pending_updates >= 1.0:
+                metrics.append(learner.update(replay.sample(batches, config.batch, config.n_step)))
+                progress.pending_updates -= 1.0
                 progress.updates += 1
-        row = _row(answers, config, learner, progress, replay, watched)
-        row["rollout_seconds"], row["update_seconds"] = collected - began, time.monotonic() - collected
+        row = {
+            "episodes": progress.episodes,
+            "updates": progress.updates,
+            "transitions": replay.added,
+            "alpha": learner.alpha,
+            **round_metrics(rollouts, config.kl_weight),
+            **{name: float(np.mean([m[name] for m in metrics])) for name in (metrics[0] if metrics else ())},
+            "rollout_seconds": rolled_out - start,
+            "update_seconds": time.monotonic() - rolled_out,
+        }
         folder.log(row)
-        tell(row)
-        if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+        on_round(row)
+        if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
             save(actions.bit_generator.state)
-            saved = time.monotonic()
+            last_save = time.monotonic()
     save(actions.bit_generator.state)
     return learner
 
 
-def agent_policy(agent: Agent) -> Policy:
-    """An agent as a policy of rollouts."""
-
-    @torch.no_grad()
-    def margins(states: Tensor, _: NDArray[np.float32]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = agent.margin(states.float()).cpu().numpy()
-        return found
-
-    return margins
-
-
-def _chosen(episodes: int, config: TrainConfig, prompts: int) -> NDArray[np.int64]:
-    """Indices of the next round's prompts: all in an order drawn from the seed, then all in another one, and so on."""
+def round_indices(episodes: int, config: TrainConfig, prompts: int) -> NDArray[np.int64]:
+    """Prompts of the round after so many episodes: a permutation of all prompts, then another one, and so on."""
     count = min(config.prompts_at_once, config.episodes - episodes)
-    found = []
-    for number in range(episodes, episodes + count):
-        lap, at = divmod(number, prompts)
-        found.append(_order(config.seed, lap, prompts)[at])
-    return np.array(found)
+    laps = (divmod(number, prompts) for number in range(episodes, episodes + count))
+    return np.array([_permutation(config.seed, lap, prompts)[at] for lap, at in laps])
 
 
-@lru_cache(maxsize=2)  # a round may see the end of one lap and the beginning of the next
-def _order(seed: int, lap: int, prompts: int) -> NDArray[np.int64]:
+@lru_cache(maxsize=2)  # a round may span two permutations
+def _permutation(seed: int, lap: int, prompts: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 0, lap]).permutation(prompts)
 
 
-def _row(
-    answers: Answers,
-    config: TrainConfig,
-    learner: Learner,
-    progress: _Progress,
-    replay: Replay,
-    watched: list[dict[str, float]],
-) -> Row:
-    episodes, scored = answers.episodes, answers.scored
+def round_metrics(rollouts: Rollouts, kl_weight: float) -> Row:
+    """Figures of a round for the log, means over its episodes."""
+    episodes, scores = rollouts.episodes, rollouts.scores
     margins, reference, forced = (
-        torch.from_numpy(np.concatenate([getattr(e.chain, name) for e in episodes]))
+        torch.from_numpy(np.concatenate([getattr(episode.trajectory, name) for episode in episodes]))
         for name in ("margins", "reference", "forced")
     )
-    free = int((~forced).sum())
-    kl = float(divergence(margins, reference, forced).sum()) / len(episodes)
+    kl = float(kl_divergence(margins, reference, forced).sum()) / len(episodes)
     decisions = sum(e.decisions for e in episodes)
-    examined = sum(e.examined for e in episodes)
-    rejected_all = sum(e.forced for e in episodes)
-    score = float(np.mean(scored.combined))
+    all_rejected = sum(e.forced for e in episodes)
+    score = float(np.mean(scores.combined))
     return {
-        "episodes": progress.episodes,
-        "updates": progress.updates,
-        "transitions": replay.added,
-        "score": score,  # mean over the round
-        "scores": {name: float(np.mean(values)) for name, values in scored.each.items()},
-        "reward": score - config.kl_weight * kl,
-        "kl": kl,  # nats per answer, from the LLM's own choice
-        "entropy": float(entropy(margins[~forced]).mean()) if free else 0.0,  # nats per state, of the policy that acted
-        "alpha": learner.alpha,
-        "accept_rate": (decisions - rejected_all) / max(1, examined),  # of examined candidates
-        "forced_rate": rejected_all / max(1, decisions),  # of decisions: all were rejected
-        "intervention_rate": sum(e.interventions for e in episodes) / max(1, decisions),  # not the LLM's best
+        "score": score,
+        "scores": {name: float(np.mean(values)) for name, values in scores.each.items()},
+        "reward": score - kl_weight * kl,
+        "kl": kl,  # nats per answer, between the policy that acted and the LLM
+        "entropy": 0.0
+        if forced.all()
+        else float(entropy(margins[~forced]).mean()),  # nats per state that is not forced
+        "accept_rate": (decisions - all_rejected) / max(1, sum(e.examined for e in episodes)),  # of examined candidates
+        "forced_rate": all_rejected / max(1, decisions),
+        "intervention_rate": sum(e.interventions for e in episodes) / max(1, decisions),
         "decision_share": decisions / max(1, sum(len(e.token_ids) + e.finished for e in episodes)),  # of tokens
         "answer_tokens": float(np.mean([len(e.token_ids) for e in episodes])),
         "finished_share": float(np.mean([e.finished for e in episodes])),
-        **{name: float(np.mean([w[name] for w in watched])) for name in (watched[0] if watched else ())},
-        "example": {"prompt": answers.prompts[0], "answer": answers.texts[0], "score": scored.combined[0]},
+        "example": {"prompt": rollouts.prompts[0], "answer": rollouts.texts[0], "score": scores.combined[0]},
     }

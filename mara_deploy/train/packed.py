@@ -1,10 +1,9 @@
 """A frozen Hugging Face LLM that runs rows of many sequences, and all candidates of each, in one pass.
 
-Rows are *packed*: a pass is one sequence of R rows, each with an owner (whose KV cache it continues) and a position, so
-the linear layers run on rows that exist, and nothing is padded. Attention alone unpacks them. It is put into the model
-by a public door of transformers, a registered attention implementation, so every architecture that this project
-exports trains through its own code, and the KV cache belongs to us: siblings see their owner's cache and themselves,
-and only the chosen one's entry is ever written.
+Rows are *packed*: a pass is a single sequence of R rows, each with an owner (the sequence whose KV cache it continues)
+and a position. The linear layers run without padding; only attention unpacks the rows. It is a registered attention
+implementation of transformers, so every supported architecture runs its own modelling code, while the KV cache belongs
+to this module: siblings see their owner's cache and themselves, and only the chosen sibling is written to the cache.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "mara-packed"
-"""Name under which the attention is registered with transformers: load the model with it."""
+"""`attn_implementation` to load the model with."""
 
 
 class _Attention(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q (R, heads, H), k, v (R, kv_heads, H) of the pass's rows → (R, heads, H)."""
+        """q (R, heads, H), k and v (R, kv_heads, H) of the pass's rows → (R, heads, H)."""
 
 
 def _attend(
@@ -39,27 +38,28 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
 @dataclass
-class Sequences:
+class PackedCache:
     """KV cache of B sequences in progress."""
 
     keys: list[Tensor]
-    """a layer: (B, kv_heads, C, H)"""
+    """per layer: (B, kv_heads, C, H)"""
     values: list[Tensor]
+    """like `keys`"""
     lengths: Tensor
     """(B,) int64 entries in use"""
 
-    def keep(self, alive: Tensor) -> None:
-        """Go on with the sequences `alive` (int64 indices) alone."""
-        self.keys = [x[alive] for x in self.keys]
-        self.values = [x[alive] for x in self.values]
-        self.lengths = self.lengths[alive]
+    def keep(self, active: Tensor) -> None:
+        """Drop all sequences but `active` (int64 indices)."""
+        self.keys = [x[active] for x in self.keys]
+        self.values = [x[active] for x in self.values]
+        self.lengths = self.lengths[active]
 
 
 @dataclass
 class _Prefill:
-    """Causal attention of whole prompts, which also fills their cache."""
+    """Causal attention over whole prompts, which also fills the cache."""
 
-    cache: Sequences
+    cache: PackedCache
     owner: Tensor  # (R,)
     position: Tensor  # (R,)
 
@@ -71,7 +71,7 @@ class _Prefill:
         wide = q.new_zeros(len(keys), longest, *q.shape[1:])
         wide[self.owner, self.position] = q
         groups = q.shape[1] // k.shape[1]
-        out = F.scaled_dot_product_attention(  # what lies right of a prompt's end is not seen: the mask is causal
+        out = F.scaled_dot_product_attention(  # the causal mask hides the padding on the right
             wide.transpose(1, 2),
             keys[:, :, :longest].repeat_interleave(groups, 1),
             values[:, :, :longest].repeat_interleave(groups, 1),
@@ -83,19 +83,19 @@ class _Prefill:
 
 @dataclass
 class _Siblings:
-    """Attention of candidates: each row sees its owner's cache and itself."""
+    """Attention of sibling candidates: each row sees its owner's cache and itself."""
 
-    cache: Sequences
+    cache: PackedCache
     owner: Tensor  # (R,)
-    place: Tensor  # (R,) among the rows of its owner
-    keys: list[Tensor] = field(default_factory=list)  # a layer: (R, kv_heads, H) of these rows
+    rank: Tensor  # (R,) among the rows of its owner
+    keys: list[Tensor] = field(default_factory=list)  # per layer: (R, kv_heads, H) of these rows
     values: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         self.keys.append(k)
         self.values.append(v)
-        owner, place, lengths = self.owner, self.place, self.cache.lengths
-        longest, most = int(lengths.max()), int(place.max()) + 1
+        owner, rank, lengths = self.owner, self.rank, self.cache.lengths
+        longest, most = int(lengths.max()), int(rank.max()) + 1
         past_k, past_v = self.cache.keys[layer][:, :, :longest], self.cache.values[layer][:, :, :longest]
         B, (R, heads, H), kv_heads = len(lengths), q.shape, k.shape[1]
         groups = heads // kv_heads
@@ -103,14 +103,14 @@ class _Siblings:
 
         def unpack(x: Tensor) -> Tensor:  # (R, kv_heads, groups, ·) → (B, kv_heads, most * groups, ·)
             wide = x.new_zeros(B, most, *x.shape[1:])
-            wide[owner, place] = x
+            wide[owner, rank] = x
             return wide.transpose(1, 2).reshape(B, kv_heads, most * groups, x.shape[-1])
 
-        def pack(x: Tensor) -> Tensor:  # and back
-            return x.view(B, kv_heads, most, groups, x.shape[-1]).transpose(1, 2)[owner, place]
+        def pack(x: Tensor) -> Tensor:  # the inverse of unpack
+            return x.view(B, kv_heads, most, groups, x.shape[-1]).transpose(1, 2)[owner, rank]
 
-        unseen = (torch.arange(longest, device=q.device) >= lengths[:, None])[owner]  # (R, longest)
-        scores = pack(unpack(rows) @ past_k.transpose(-1, -2)).masked_fill(unseen[:, None, None], float("-inf"))
+        masked = (torch.arange(longest, device=q.device) >= lengths[:, None])[owner]  # (R, longest)
+        scores = pack(unpack(rows) @ past_k.transpose(-1, -2)).masked_fill(masked[:, None, None], float("-inf"))
         own = (rows * k[:, :, None]).sum(-1, keepdim=True)
         weights = torch.cat([scores, own], -1).float().softmax(-1).to(q.dtype)
         out = pack(unpack(weights[..., :longest]) @ past_v) + weights[..., longest:] * v[:, :, None]
@@ -118,7 +118,7 @@ class _Siblings:
 
 
 class PackedLM:
-    """The passes that a rollout needs. model: a causal LM loaded with `attn_implementation=ATTENTION`."""
+    """The passes of a rollout. model: a causal LM loaded with `attn_implementation=ATTENTION`."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -130,8 +130,8 @@ class PackedLM:
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Sequences, Tensor]:
-        """Run B prompts. room: tokens that may follow. Returns their cache and the last states (B, D)."""
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[PackedCache, Tensor]:
+        """Run B prompts. room: new tokens to reserve. Returns the cache and the last hidden states (B, D)."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         owner = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
         ends = lengths.cumsum(0)
@@ -139,31 +139,31 @@ class PackedLM:
         shape = (len(prompts), self._kv_heads, int(lengths.max()) + room, self._head_dim)
         layers = range(self._model.config.num_hidden_layers)
         keys, values = ([torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in layers] for _ in "kv")
-        cache = Sequences(keys, values, lengths.to(self.device))
+        cache = PackedCache(keys, values, lengths.to(self.device))
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         position = position.to(self.device)
         states = self._run(tokens, position, _Prefill(cache, owner.to(self.device), position))
         return cache, states[(ends - 1).to(self.device)]
 
     @torch.no_grad()
-    def candidates(self, cache: Sequences, tokens: Tensor, counts: Tensor) -> tuple[Tensor, _Siblings]:
-        """Run, after each of the B sequences, its candidates.
+    def candidates(self, cache: PackedCache, tokens: Tensor, counts: Tensor) -> tuple[Tensor, _Siblings]:
+        """Run the candidates of each of the B sequences.
 
-        tokens: (R,) of all of them, by owner; counts: (B,) how many each has, ≥ 1. Returns the last hidden states
-        (R, D), after the final norm, and what `settle` needs.
+        tokens: (R,) candidates of all sequences in order; counts: (B,) candidates per sequence, ≥ 1. Returns the last
+        hidden states (R, D), after the final norm, and the rows for `commit`.
         """
         owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-        siblings = _Siblings(cache, owner.to(self.device), place.to(self.device))
+        rank = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+        siblings = _Siblings(cache, owner.to(self.device), rank.to(self.device))
         return self._run(tokens, cache.lengths[siblings.owner], siblings), siblings
 
-    def settle(self, siblings: _Siblings, chosen: Tensor) -> None:
-        """Write the entry of one row of each sequence, (B,) indices of rows, into the cache."""
-        cache, everyone = siblings.cache, torch.arange(len(chosen), device=self.device)
+    def commit(self, siblings: _Siblings, chosen: Tensor) -> None:
+        """Append one row of each sequence to its cache. chosen: (B,) row indices."""
+        cache, sequences = siblings.cache, torch.arange(len(chosen), device=self.device)
         chosen = chosen.to(self.device)
         for layer, (k, v) in enumerate(zip(siblings.keys, siblings.values, strict=True)):
-            cache.keys[layer][everyone, :, cache.lengths] = k[chosen]
-            cache.values[layer][everyone, :, cache.lengths] = v[chosen]
+            cache.keys[layer][sequences, :, cache.lengths] = k[chosen]
+            cache.values[layer][sequences, :, cache.lengths] = v[chosen]
         cache.lengths += 1
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The report of a training run: plots and examples, one HTML file that needs nothing else."""
+"""The report of a training run: plots and examples in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -8,39 +8,53 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from mara_deploy.html import render_report
 from mara_deploy.train.cautions import cautions
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.loop import Row
 
-_INK, _FAINT, _ACCENT, _SECOND, _THIRD = "#1f2933", "#9aa5b1", "#1f6feb", "#c2410c", "#2f855a"
+_INK, _FAINT = "#1f2933", "#9aa5b1"
+_COLOURS = ("#1f6feb", "#c2410c")
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Score of sampled answers", {"score": ""}),
+    ("Reward: score − kl_weight · KL", {"reward": ""}),
+    ("KL to the LLM, nats per answer", {"kl": ""}),
+    ("Entropy of the policy, nats per state; dotted: target", {"entropy": ""}),
+    ("Entropy coefficient α", {"alpha": ""}),
+    ("Share of decisions", {"intervention_rate": "not the LLM's best", "forced_rate": "all rejected"}),
+    ("Accepted share of examined candidates", {"accept_rate": ""}),
+    ("Decisions per token", {"decision_share": ""}),
+    ("Answer length, tokens", {"answer_tokens": ""}),
+    ("Critic loss", {"critic_loss": ""}),
+    ("Mean n-step return", {"return": ""}),
+    ("Seconds per round", {"rollout_seconds": "rollouts", "update_seconds": "updates"}),
+)
+"""(title, {metric: label}), three to a row."""
 _EXAMPLES = 3
-"""Shown from the beginning and from the end, each."""
+"""Shown from the first and from the last rounds, each."""
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write report.html from run.json and the log. A run without a round has no report."""
+    """Write report.html from run.json and the log, unless the run has no rounds yet."""
     rows, run = folder.rows(), folder.run
     if not rows:
         return
-    templates = Environment(loader=PackageLoader("mara_deploy.train"), autoescape=True, trim_blocks=True)
-    beginning, end = ([row["example"] for row in part] for part in (rows[:_EXAMPLES], rows[-_EXAMPLES:]))
-    page = templates.get_template("report.html.jinja").render(
-        run=run,
-        last=rows[-1],
-        cautions=cautions(rows, run["config"]),
-        plots=Markup(plots(rows, run["config"])),
-        beginning=beginning,
-        end=end,
-    )
-    folder.write_report(page)
+    first, last = ([row["example"] for row in part] for part in (rows[:_EXAMPLES], rows[-_EXAMPLES:]))
+    values = {
+        "run": run,
+        "last": rows[-1],
+        "cautions": cautions(rows, run["config"]),
+        "plots": Markup(plots(rows, run["config"])),
+        "examples": {"First rounds": first, "Last rounds": last},
+    }
+    folder.write_report(render_report("mara_deploy.train", values, {}))
 
 
 def plots(rows: Sequence[Row], config: dict[str, Any]) -> str:
-    """Small multiples over episodes, as SVG."""
+    """Small multiples of the metrics over episodes, as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -64,51 +78,33 @@ def plots(rows: Sequence[Row], config: dict[str, Any]) -> str:
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(11, 9.5), layout="constrained")
-        axes = iter(figure.subplots(4, 3, sharex=True).flat)
-        panel = _Panel(rows)
-        panel.draw(next(axes), "Score of sampled answers", {"score": ""})
-        panel.draw(next(axes), "Reward: score − price of the KL", {"reward": ""})
-        panel.draw(next(axes), "KL from the LLM, nats per answer", {"kl": ""})
-        target = config["target_entropy"] * math.log(2)
-        panel.draw(next(axes), "Entropy of the policy, nats per state", {"entropy": ""}, (target, "target"))
-        panel.draw(next(axes), "Entropy temperature α", {"alpha": ""})
-        rates = {"intervention_rate": "not the LLM's best", "forced_rate": "all rejected"}
-        panel.draw(next(axes), "Share of decisions", rates)
-        panel.draw(next(axes), "Accepted, share of examined candidates", {"accept_rate": ""})
-        panel.draw(next(axes), "Decisions, share of tokens", {"decision_share": ""})
-        panel.draw(next(axes), "Length of answers, tokens", {"answer_tokens": ""})
-        panel.draw(next(axes), "Loss of the critics", {"critic_loss": ""})
-        panel.draw(next(axes), "Mean n-step return of a batch", {"return": ""})
-        panel.draw(next(axes), "Seconds per round", {"rollout_seconds": "rollouts", "update_seconds": "updates"})
+        for axes, (title, lines) in zip(figure.subplots(4, 3, sharex=True).flat, _PANELS, strict=True):
+            _draw(axes, rows, title, lines)
+            if "entropy" in lines:
+                axes.axhline(config["target_entropy"] * math.log(2), color=_INK, linewidth=1, linestyle=":")
         figure.supxlabel("episodes", fontsize=9)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     return "<svg" + out.getvalue().partition("<svg")[2]  # without the XML declaration
 
 
-class _Panel:
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def draw(self, axes: Any, title: str, lines: dict[str, str], level: tuple[float, str] | None = None) -> None:
-        """One plot: the rounds faint, their moving average on top."""
-        axes.set_title(title)
-        for (name, label), colour in zip(lines.items(), (_ACCENT, _SECOND, _THIRD), strict=False):
-            points = [(row["episodes"], row[name]) for row in self._rows if name in row]
-            if not points:
-                axes.text(0.5, 0.5, "nothing learned yet", transform=axes.transAxes, ha="center", color=_FAINT)
-                continue
-            x, y = (np.array(column, float) for column in zip(*points, strict=True))
-            axes.plot(x, y, color=colour, alpha=0.25, linewidth=1, marker="." if len(x) < 3 else None)
-            axes.plot(x, _smooth(y), color=colour, linewidth=1.8, label=label or None)
-        if level is not None:
-            axes.axhline(level[0], color=_INK, linewidth=1, linestyle=":", label=level[1])
-        if any(lines.values()) or level is not None:
-            axes.legend(frameon=False, fontsize=8)
+def _draw(axes: Any, rows: Sequence[Row], title: str, lines: dict[str, str]) -> None:
+    """One panel: rounds faint, their moving average on top."""
+    axes.set_title(title)
+    for (name, label), colour in zip(lines.items(), _COLOURS, strict=False):
+        points = [(row["episodes"], row[name]) for row in rows if name in row]
+        if not points:
+            axes.text(0.5, 0.5, "no updates yet", transform=axes.transAxes, ha="center", color=_FAINT)
+            continue
+        x, y = (np.array(column, float) for column in zip(*points, strict=True))
+        axes.plot(x, y, color=colour, alpha=0.25, linewidth=1, marker="." if len(x) < 3 else None)
+        axes.plot(x, _smooth(y), color=colour, linewidth=1.8, label=label)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Moving average over a tenth of the run, shorter at the ends."""
+    """Moving average over a tenth of the run, less at its ends."""
     half = max(1, len(y) // 20)
     sums = np.concatenate([[0.0], y.cumsum()])
     low = np.maximum(np.arange(len(y)) - half, 0)

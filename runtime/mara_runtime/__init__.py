@@ -1,8 +1,8 @@
-"""Aligned decoding of an exported bundle: a frozen LLM and its accept/reject agent, without PyTorch.
+"""Aligned decoding of an exported bundle, a frozen LLM with its accept/reject agent, without PyTorch.
 
     from mara_runtime import AlignedDecoder, DecodeConfig
 
-The names are imported on first use, so that `import mara_runtime` alone costs nothing.
+Names are imported on first use: `import mara_runtime` alone costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime 1.32 reports to Microsoft otherwise; 0 allows it
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # ONNX Runtime ≥ 1.32 sends telemetry unless it is disabled; 0 allows it
 
 if TYPE_CHECKING:
     from mara_runtime.bundle import Bundle

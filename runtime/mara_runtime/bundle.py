@@ -1,4 +1,4 @@
-"""Opening a bundle: the folder that `mara-export` writes and every other command reads (docs/bundle.md)."""
+"""Opening a bundle, the folder that `mara-export` writes and every other command reads (docs/reference/bundle.md)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk. Every path in the manifest is relative to `folder`, so it may be moved."""
+    """A bundle on disk. Paths in the manifest are relative to `folder`, so it can be moved."""
 
     folder: Path
     manifest: Manifest
 
     def path(self, name: str) -> Path:
-        """Where a file of the manifest lies."""
+        """Path of a file in the manifest."""
         return self.folder / name
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
         """Read the manifest and, with `verify`, compare every file with its size and checksum.
 
-        Raises BundleError for a folder that is no bundle, another schema version, a missing or a changed file.
+        Raises BundleError for a folder that is not a bundle, another schema version, a missing or changed file.
         """
         folder = Path(folder)
         path = folder / MANIFEST_FILE
@@ -35,7 +35,7 @@ class Bundle:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a valid path
             raise BundleError(f"{ascii(str(path))[:200]} cannot be read: {error}"[:400]) from None
         bundle = cls(folder, parse(text, str(path)))
         if verify:
@@ -43,7 +43,7 @@ class Bundle:
         return bundle
 
     def verify(self) -> None:
-        """Compare every file with the manifest. Raises BundleError, naming the first that differs."""
+        """Compare every file with the manifest. Raises BundleError with the first that differs."""
         root = self.folder.resolve()
         for name, entry in self.manifest.files.items():
             try:
@@ -54,19 +54,19 @@ class Bundle:
     def _verify_file(self, name: str, entry: FileEntry, root: Path) -> None:
         path = self.path(name)
         if not path.is_file():
-            raise BundleError(f"{self.folder}: {name} is missing; copy the bundle again or export it anew")
+            raise BundleError(f"{self.folder}: {name} is missing; copy or export the bundle again")
         if not path.resolve().is_relative_to(root):
-            raise BundleError(f"{self.folder}: {name} is a link that leads out of the bundle; export it anew")
+            raise BundleError(f"{self.folder}: {name} is a link to outside the bundle; export the bundle again")
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise BundleError(
-                f"{self.folder}: {name} has {size} bytes where the manifest says {entry.size_bytes}; "
-                "copy the bundle again or export it anew"
+                f"{self.folder}: {name} has {size} bytes, the manifest says {entry.size_bytes}; "
+                "copy or export the bundle again"
             )
         if sha256(path) != entry.sha256:
             raise BundleError(
-                f"{self.folder}: {name} is damaged: its sha256 is not the manifest's; "
-                "copy the bundle again or export it anew"
+                f"{self.folder}: {name} is damaged: its sha256 differs from the manifest's; "
+                "copy or export the bundle again"
             )
 
 

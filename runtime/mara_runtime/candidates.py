@@ -1,6 +1,6 @@
 """Candidate selection: which tokens of a position compete, best first.
 
-Source: MARA (arXiv 2505.19743) §3 and its released code; see docs/method.md for where the two disagree.
+Source: MARA (arXiv 2505.19743) §3 and its released code; docs/internals/method.md lists where the two differ.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def select(
 ) -> Candidates:
     """Top-k, then top-p, of the best tokens of one position.
 
-    ids, logits: (K,) the K ≥ top_k best tokens, or all, in any order; quickest in descending order.
+    ids, logits: (K,) the K ≥ top_k best tokens, or all, in any order; fastest in descending order.
     Ranked by the logits themselves, equal logits by lower token id; exactly top_k survive the first filter. From
     the low end, every id whose ascending cumulative probability (over the top_k, in float64) is ≤ 1 - top_p is dropped;
     the best always stays.
     """
     values = logits.tolist()
-    if any(map(ge, values[1:], values)):  # an engine's row is in order, but for equal logits
-        names = ids.tolist()
-        ranked = sorted(range(len(values)), key=lambda i: (-values[i], names[i]))
+    if any(map(ge, values[1:], values)):  # engines return them in order, except for equal logits
+        tokens = ids.tolist()
+        ranked = sorted(range(len(values)), key=lambda i: (-values[i], tokens[i]))
         values, ids = [values[i] for i in ranked], ids[ranked]
     first = values[0]
     if top_k == 1:  # plain greedy decoding, every step
@@ -55,11 +55,15 @@ def select(
     exp = math.exp
     weights = [exp(value - first) for value in values[:top_k]]
     total, dropped = math.fsum(weights), 1.0 - top_p
-    count, below, tail = len(weights), 0.0, weights[-1] / total  # the probability of those dropped, and with the next
+    count, below, tail = (
+        len(weights),
+        0.0,
+        weights[-1] / total,
+    )  # probability of the dropped ones, without and with the next
     while tail <= dropped and count > 1:
         count -= 1
         below, tail = tail, tail + weights[count - 1] / total
-    edge = values[: count + 1]  # a swap matters inside the list and across its end
+    edge = values[: count + 1]  # a swap matters within the list and across its end
     gap = min(map(sub, edge, edge[1:]), default=math.inf)
     if top_p < 1.0:
         odds = _log_odds(dropped)
@@ -78,15 +82,15 @@ def select(
 
 
 def _log_odds(probability: float) -> float:
-    """Logits that err by δ each move this by at most 2 δ, as they move the difference of two."""
+    """If each logit is off by at most δ, this is off by at most 2 δ, as is the difference of two logits."""
     if 0.0 < probability < 1.0:
         return math.log(probability / (1.0 - probability))
     return math.inf if probability > 0.5 else -math.inf
 
 
 def sample(candidates: Candidates, temperature: float, rng: np.random.Generator) -> int:
-    """Draw an index in LM rank; the temperature comes after both filters, so it leaves the set as it is."""
-    with np.errstate(divide="ignore", over="ignore"):  # towards 0 it becomes greedy: -inf has weight 0
+    """Draw an LM rank, from 0; the temperature comes after both filters and does not change the set."""
+    with np.errstate(divide="ignore", over="ignore"):  # as it approaches 0, sampling becomes greedy: -inf has weight 0
         logs = np.log(candidates.probabilities)
         weights = np.exp((logs - logs[0]) / temperature)
     return int(rng.choice(len(candidates), p=weights / weights.sum()))

@@ -1,4 +1,4 @@
-"""Chat templates without transformers: a sandboxed Jinja environment with what such templates expect.
+"""Chat templates without transformers: a sandboxed Jinja environment with what templates expect.
 
 The environment follows Hugging Face's documented contract for chat templates (block trimming, loop controls,
 `raise_exception`, `strftime_now`, `tojson`), so that a template renders here as `apply_chat_template` renders it.
@@ -19,12 +19,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mara_runtime.errors import PromptError
 
 Message = Mapping[str, Any]
-_OURS = {"messages", "add_generation_prompt", "self"}
-"""Variables of a template that are no special tokens; the last is Jinja's."""
+_RESERVED = {"messages", "add_generation_prompt", "self"}
+"""Variables that the decoder or Jinja sets."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; when decoding it is just its content."""
+    """`{% generation %}` marks the assistant's part for training; for decoding only its content matters."""
 
     tags = {"generation"}  # noqa: RUF012 - the name and kind are Jinja's
 
@@ -58,12 +58,12 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A bundle's chat template. Its text holds the special tokens, so tokenise it without adding any."""
+    """A bundle's chat template. The rendered text contains the special tokens: tokenise it without adding any."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
             self._template = _environment().from_string(source)
-        except Exception as error:  # a TemplateError, or what Python says to nesting without end
+        except Exception as error:  # a TemplateError, or Python's error at excessive nesting
             raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
         self._special_tokens = dict(special_tokens)
 
@@ -74,18 +74,18 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Text of a conversation: messages are {"role": …, "content": …}; variables: of the template.
+        """Text of a conversation. messages: {"role": …, "content": …}; variables: of the template.
 
-        Raises PromptError when the template refuses them (an unknown role, a wrong order, …).
+        Raises PromptError when the template rejects them (an unknown role, a wrong order, …).
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
-        if taken := sorted(_OURS & values.keys()):
-            raise PromptError(f"the chat template's variable {taken[0]!r} is set by the decoder: leave it out")
-        ours = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        if reserved := sorted(_RESERVED & values.keys()):
+            raise PromptError(f"the chat template's variable {reserved[0]!r} is set by the decoder: leave it out")
+        values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render({**values, **ours})
-        except Exception as error:  # a template is a program: it may fail in any way a program can
-            raise PromptError(f"the bundle's chat template refuses these messages: {_line(error)}") from None
+            return self._template.render(values)
+        except Exception as error:  # a template is a program and may fail like any program
+            raise PromptError(f"the bundle's chat template rejects these messages: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

@@ -52,20 +52,16 @@ class Decision:
         self._fallback = 0 if fallback == "first" else len(candidates) - 1
         self._slot = position + len(examined)  # the next free one
         self.examined = list(examined)
+        self.margins = [candidate.margin for candidate in examined]
+        """of the examined candidates, in that order"""
+        self._accepted = False  # any of them; a draft hands over rejected ones only
         self.draft: list[Examined] = []
         """run under the first candidate"""
 
     @property
-    def margins(self) -> list[float]:
-        """Of the candidates examined so far, in that order."""
-        return [candidate.margin for candidate in self.examined]
-
-    @property
     def complete(self) -> bool:
         """Whether the rule can pick a candidate."""
-        if len(self.examined) == len(self._candidates):
-            return True
-        return not self._exhaustive and any(margin > self._config.threshold for margin in self.margins)
+        return len(self.examined) == len(self._candidates) or (self._accepted and not self._exhaustive)
 
     def context(self, draft: Draft) -> PassContext:
         """What the schedule is asked with. draft: a guess of what follows the first candidate."""
@@ -105,28 +101,27 @@ class Decision:
 
     def _elected_fallback(self, ranks: Sequence[int]) -> int | None:
         """LM rank of the fallback, if a pass of these candidates may end the decision without one accepted."""
-        if self._config.strategy == "random" or len(self.examined) + len(ranks) < len(self._candidates):
-            return None
-        if any(margin > self._config.threshold for margin in self.margins):
+        unfinished = len(self.examined) + len(ranks) < len(self._candidates)
+        if unfinished or self._accepted or self._config.strategy == "random":
             return None
         known = any(e.rank == self._fallback and e.next_candidates is not None for e in self.examined)
         return None if known else self._fallback
 
     def add(self, work: Pass, ranks: Sequence[int], out: StepOutput, following: Mapping[int, Candidates]) -> None:
         """Take over what a pass of `next_pass` returned. following: {row: candidates after it}, of the head rows."""
-        drafted = len(work.tokens) - len(ranks)
-        known = {candidate.rank: candidate for candidate in self.examined}
+        drafted, margins = len(work.tokens) - len(ranks), out.margins.tolist()
         for i, rank in enumerate(ranks):
             row = sibling_row(i, drafted)
             slot, next_candidates = work.slot + row, following.get(row)
-            if rank in known:  # the fallback, once more
-                known[rank].slot, known[rank].next_candidates = slot, next_candidates
+            if row == len(margins):  # not judged: the fallback, once more
+                fallback = next(candidate for candidate in self.examined if candidate.rank == rank)
+                fallback.slot, fallback.next_candidates = slot, next_candidates
             else:
-                token, margin = int(work.tokens[row]), float(out.margins[row])
-                self.examined.append(Examined(rank, token, margin, slot, next_candidates))
+                self.examined.append(Examined(rank, work.tokens[row], margins[row], slot, next_candidates))
+                self.margins.append(margins[row])
+                self._accepted = self._accepted or margins[row] > self._config.threshold
         for row in range(1, 1 + drafted):
-            token, margin = int(work.tokens[row]), float(out.margins[row])
-            self.draft.append(Examined(0, token, margin, work.slot + row, following[row]))
+            self.draft.append(Examined(0, work.tokens[row], margins[row], work.slot + row, following[row]))
         self._slot += len(work.tokens)
 
     def pick(self, rng: np.random.Generator) -> tuple[Step, Examined]:

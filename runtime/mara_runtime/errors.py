@@ -1,22 +1,22 @@
-"""The one family of errors that this project raises on purpose.
+"""The errors that this project raises on purpose.
 
-A message is one line: what is wrong, what was found, and what mends it. The commands print it on
-stderr and exit with code 2; anything else that escapes is a defect of ours and shows a traceback.
+A message is one line: what is wrong, what was found, and how to fix it. Commands print it on stderr and exit with
+code 2; any other exception is a bug and shows a traceback.
 """
 
 from __future__ import annotations
 
 
 class MaraError(Exception):
-    """Something the user can mend; `str(error)` says how."""
+    """Something the user can fix; `str(error)` says how."""
 
 
 class OptionError(MaraError, ValueError):
-    """An option outside its range; the message names the flag, the value and the range."""
+    """An option outside its range; the message names flag, value and range."""
 
 
 class BundleError(MaraError):
-    """A bundle that is missing, damaged, or of another schema version."""
+    """A bundle that is missing, damaged, or has another schema version."""
 
 
 class EngineError(MaraError):
@@ -24,14 +24,14 @@ class EngineError(MaraError):
 
 
 class PromptError(MaraError):
-    """A prompt that is empty, malformed or longer than the bundle's capacity."""
+    """A prompt that is empty, malformed, or longer than the bundle's capacity."""
 
 
 class NumericsError(MaraError):
-    """A hidden state or logit that is not finite; the message names the position."""
+    """A hidden state, logit or margin that is not finite; the message names the position."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error of others says, with the next if it is a heading; else its type."""
+    """First line of a third-party error's message, with the next if it is a heading; its type if there is none."""
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

@@ -1,58 +1,87 @@
-"""Files: the user's cache folder, writing a file whole or not at all, and locking a folder.
+"""Files: the user's cache folder, atomic writes, folder locks, and one-line errors for what cannot be written.
 
-The cache holds what was measured or compiled on this machine. Nothing depends on it: what cannot be read is made again.
+The cache holds measurements and kernels compiled on this machine. It may be deleted at any time: what cannot be read is
+computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from mara_runtime.errors import MaraError
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME or ~/.cache, and our folder in it. Raises RuntimeError for a user without a home."""
+    """`$XDG_CACHE_HOME/mara-deploy` or `~/.cache/mara-deploy`. Raises RuntimeError for a user without a home folder."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "mara-deploy"
 
 
 def read_cached(name: str) -> bytes:
-    """What a file holds; nothing, if it cannot be read."""
+    """Content of a cache file; empty if it cannot be read."""
     with contextlib.suppress(OSError, RuntimeError):
         return (cache_folder() / name).read_bytes()
     return b""
 
 
 def write_cached(name: str, content: bytes | memoryview) -> None:
-    """Write or replace a file, if that is possible."""
+    """Write or replace a cache file; a cache that cannot be written is ignored."""
     with contextlib.suppress(OSError, RuntimeError):
         path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_atomic(path, content)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write or replace a file so that a reader sees the old one or the new one. Raises OSError, and leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write_atomic(path: Path, content: bytes | memoryview | str | Callable[[Path], object]) -> None:
+    """Write or replace a file, with the mode of the user's umask.
+
+    Readers see either the old or the new file, complete, even after a power failure. content: bytes, text, or a
+    function that writes the file whose path it is given. Raises OSError, and leaves nothing behind.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        part.write_bytes(content)
-        part.replace(path)
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~umask())
+        partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """The process's file mode creation mask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a MaraError: cannot write `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise MaraError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Lock a folder that exists, on systems and file systems that have locks. Raises BlockingIOError.
+    """Lock an existing folder against other processes, where system and file system support locks.
 
-    wait: until no other process has it; else that raises. The lock is on the folder itself: it leaves no file behind,
-    and ends with the process, even a killed one.
+    wait: block until the lock is free; otherwise raise BlockingIOError if it is not. The lock is on the folder itself:
+    it leaves no file behind, and ends with the process, however that ends.
     """
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

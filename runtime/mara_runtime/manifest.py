@@ -1,23 +1,20 @@
-"""`manifest.json` of a bundle as dataclasses. docs/bundle.md specifies the format; this module is its one reader."""
+"""`manifest.json` of a bundle as dataclasses, and its only reader; docs/reference/bundle.md specifies the format."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError
+from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.tensors import CACHE_BYTES, ModelShape
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
-"""Targets whose engines a bundle holds ready-made; the others load its graph."""
-MAX_DEPTH = 16
-"""Levels of nesting; the format has five."""
+"""Targets with engine files in the bundle; the others load its graph."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +27,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The frozen LLM: where it came from and its sizes."""
+    """The frozen LLM: its source and sizes."""
 
     source: str
     revision: str | None
     architecture: str
     shape: ModelShape
+    intermediate_size: int
+    """width of the MLP"""
+    tied: bool
+    """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]
 
 
@@ -47,64 +48,64 @@ class AgentFacts:
     hidden_size: int
     widths: tuple[int, ...]
     fallback: str
-    """emitted when all candidates are rejected: "first" or "last" by LM rank"""
+    """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
-    """where its input is taken"""
+    """which hidden state it takes"""
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """The ONNX graph: its file, what it was lowered for, and what its weights are."""
+    """The ONNX graph: file, lowering, precision."""
 
     file: str
     lowering: str
     precision: str
     quantisation: dict[str, Any] | None
-    """bits, block_size, quantiser, keep; None when nothing was quantised"""
+    """bits, block_size, quantiser, keep; None when not quantised"""
     cache: str
-    """type of the KV cache's entries, and of what the LLM computes: one of CACHE_BYTES"""
+    """type of KV entries and of the LLM's activations: one of CACHE_BYTES"""
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One TensorRT engine of the bundle's graph, for a KV cache of one size."""
+    """One TensorRT engine file of the bundle's graph, for one size of the KV cache."""
 
     target: str
     """tensorrt or tensorrt-rtx"""
     file: str
     slots: int
-    """size of the KV cache, C: fixed in the engine"""
+    """size of the KV cache, C, which is fixed in the file"""
     decode_rows: int
-    """rows of a pass at most, in the engine's first optimisation profile"""
+    """most rows of a pass in the first optimisation profile"""
     prefill_rows: int
-    """rows of a pass at most, in its second"""
+    """most rows of a pass in the second"""
     head_rows: int
-    """rows whose logits may be asked for in one pass, in both"""
+    """most rows through the LM head in one pass, in both"""
     in_place: bool
-    """present is written over past; False: into memory of its own, and the two change places after each pass"""
+    """present is written over past; False: into a second copy, and the two swap roles after each pass"""
     version: str
-    """of the TensorRT that built it: it must be the one that runs it, unless `options` has version_compatible"""
+    """of the TensorRT that built it; the same must run it, unless `options` has version_compatible"""
     compute_capability: str
-    """of the GPU that it was built for, like 8.7; with a + behind it, of that and of later ones"""
+    """of the GPU it was built for, like 8.7; 8.0+ includes later ones"""
     platform: str
     """operating system and processor, like linux-aarch64"""
     options: dict[str, Any]
-    """how it was built, for the reader"""
+    """how it was built, for information"""
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """Files and facts of the text side; a bundle without a tokenizer decodes token ids only."""
+    """Tokenizer and chat template; a bundle without a tokenizer decodes token ids only."""
 
     file: str
     chat_template: str | None
     special_tokens: dict[str, str]
-    """by role: bos_token, eos_token, …; chat templates name them so"""
+    """by the names that chat templates use: bos_token, eos_token, …"""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaps that another width of pass may close, as the parity gate measured them for this bundle; ≥ 0."""
+    """Differences between pass widths, as the parity gate measured them for this bundle; ≥ 0."""
 
     margins: float
     logits: float
@@ -113,28 +114,28 @@ class Noise:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says of itself."""
+    """The content of manifest.json."""
 
     model: ModelFacts
     agent: AgentFacts
     max_context: int
     """tokens of prompt and answer together"""
     max_candidates: int
-    """candidates of a position at most"""
+    """most candidates of a position"""
     targets: tuple[str, ...]
-    """engines this bundle was made for"""
+    """engines that the bundle was exported for"""
     step: GraphFacts
     engines: tuple[EngineFacts, ...]
-    """TensorRT engines of that graph; may be empty"""
+    """TensorRT engine files of that graph; may be empty"""
     tokenizer: TokenizerFacts | None
     made_with: dict[str, str]
     """{package: version}"""
     parity: dict[str, Any] | None
-    """report of the parity gate; None when it was switched off"""
+    """report of the parity gate; None when it was skipped"""
     noise: Noise | None
     """None when not measured"""
     files: dict[str, FileEntry]
-    """every file but the manifest, by its path in the bundle"""
+    """every file except the manifest, by its path in the bundle"""
     io: dict[str, Any]
     """inputs and outputs of the graph: name, dtype, shape"""
 
@@ -144,89 +145,55 @@ class Manifest:
 
 
 def parse(text: str, where: str) -> Manifest:
-    """Read the text of a manifest.json. Raises BundleError, naming the field, when it is not one of this version."""
+    """Read the text of a manifest.json. Raises BundleError with the field that is wrong."""
     try:
-        root = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-        _check_depth(root)
-    except (ValueError, RecursionError) as error:
+        root = load_object(text)
+    except ValueError as error:
         raise BundleError(f"{where} is not valid manifest JSON ({error}); export the bundle again") from None
     if not isinstance(root, dict) or "schema_version" not in root:
         raise BundleError(f"{where} is not a bundle manifest: it has no schema_version")
     version = root["schema_version"]
     if type(version) is not int or version != SCHEMA_VERSION:
         raise BundleError(
-            f"{where} has schema version {_short(version)}; this release reads version {SCHEMA_VERSION}: "
+            f"{where} has schema version {shortened(version)}; this release reads version {SCHEMA_VERSION}: "
             "export the bundle again, or install the release that made it"
         )
     return _Reader(where, root).manifest()
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; readers differ on which of two equal keys they take, so there must not be two."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"{_short(counts.most_common(1)[0][0])} is given twice")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _check_depth(root: Any) -> None:
-    level = [root]
-    for _ in range(MAX_DEPTH):
-        level = [v for item in level if isinstance(item, (dict, list)) for v in _children(item)]
-        if not level:
-            return
-    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
-
-
-def _children(item: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(item.values()) if isinstance(item, dict) else item
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class _Reader:
-    """Checked access to nested JSON, with the path of the field in every error."""
-
-    def __init__(self, where: str, root: dict[str, Any]) -> None:
-        self._where = where
-        self._root = root
+class _Reader(JsonReader):
+    """A manifest, field by field."""
 
     def manifest(self) -> Manifest:
-        tokenizer = self._get("tokenizer", dict, type(None))
+        tokenizer = self.get("tokenizer", dict, type(None))
         return Manifest(
             model=ModelFacts(
-                source=self._text("model.source"),
-                revision=self._get("model.revision", str, type(None)),
-                architecture=self._text("model.architecture"),
+                source=self.text("model.source"),
+                revision=self.get("model.revision", str, type(None)),
+                architecture=self.text("model.architecture"),
                 shape=ModelShape(
-                    **{name: self._count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
+                    **{name: self.count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
                 ),
-                eos_token_ids=self._counts("model.eos_token_ids", least=0),
+                intermediate_size=self.count("model.intermediate_size"),
+                tied=self.get("model.tied", bool),
+                eos_token_ids=self.counts("model.eos_token_ids", least=0),
             ),
             agent=AgentFacts(
-                source=self._text("agent.source"),
-                hidden_size=self._count("agent.hidden_size"),
-                widths=self._counts("agent.widths"),
-                fallback=self._text("agent.fallback", FALLBACKS),
-                state=self._text("agent.state"),
+                source=self.text("agent.source"),
+                hidden_size=self.count("agent.hidden_size"),
+                widths=self.counts("agent.widths"),
+                fallback=self.text("agent.fallback", FALLBACKS),
+                state=self.text("agent.state"),
             ),
-            max_context=self._count("max_context"),
-            max_candidates=self._count("max_candidates"),
-            targets=tuple(self._texts("targets")),
+            max_context=self.count("max_context"),
+            max_candidates=self.count("max_candidates"),
+            targets=tuple(self.texts("targets")),
             step=GraphFacts(
                 self._file("step.file"),
-                self._text("step.lowering"),
-                self._text("step.precision"),
-                self._get("step.quantisation", dict, type(None)),
-                self._text("step.cache", tuple(CACHE_BYTES)),
+                self.text("step.lowering"),
+                self.text("step.precision"),
+                self.get("step.quantisation", dict, type(None)),
+                self.text("step.cache", tuple(CACHE_BYTES)),
             ),
             engines=self._engines(),
             tokenizer=None
@@ -234,121 +201,69 @@ class _Reader:
             else TokenizerFacts(
                 file=self._file("tokenizer.file"),
                 chat_template=None
-                if self._get("tokenizer.chat_template", str, type(None)) is None
+                if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
-                special_tokens=self._dict_of(str, "tokenizer.special_tokens"),
+                special_tokens=self.dict_of(str, "tokenizer.special_tokens"),
             ),
-            made_with=self._dict_of(str, "made_with"),
-            parity=self._get("parity", dict, type(None)),
+            made_with=self.dict_of(str, "made_with"),
+            parity=self.get("parity", dict, type(None)),
             noise=self._noise(),
             files={
                 name: FileEntry(entry["size_bytes"], entry["sha256"])
-                for name, entry in self._dict_of(dict, "files").items()
+                for name, entry in self.dict_of(dict, "files").items()
                 if self._is_file_entry(name, entry)
             },
-            io=self._get("io", dict),
+            io=self.get("io", dict),
         )
 
     def _engines(self) -> tuple[EngineFacts, ...]:
         engines: dict[tuple[str, int], EngineFacts] = {}
-        for i in range(len(self._get("engines", list))):
+        for i in range(len(self.get("engines", list))):
             engine = self._engine(f"engines.{i}")
             if (engine.target, engine.slots) in engines:
-                raise self._wrong(
+                raise self.wrong(
                     f"engines.{i}.slots", f"is {engine.slots}, as that of another engine for {engine.target}"
                 )
             engines[engine.target, engine.slots] = engine
         return tuple(engines.values())
 
     def _engine(self, path: str) -> EngineFacts:
-        target, file = self._text(f"{path}.target", ENGINE_TARGETS), self._file(f"{path}.file")
+        target, file = self.text(f"{path}.target", ENGINE_TARGETS), self._file(f"{path}.file")
         if not file.startswith(f"engines/{target}/"):
-            raise self._wrong(f"{path}.file", f"names {_short(file)}, which does not lie in engines/{target}/")
+            raise self.wrong(f"{path}.file", f"names {shortened(file)}, which does not lie in engines/{target}/")
         return EngineFacts(
             target=target,
             file=file,
-            slots=self._count(f"{path}.slots"),
-            decode_rows=self._count(f"{path}.decode_rows"),
-            prefill_rows=self._count(f"{path}.prefill_rows"),
-            head_rows=self._count(f"{path}.head_rows"),
-            in_place=self._get(f"{path}.in_place", bool),
-            version=self._text(f"{path}.version"),
-            compute_capability=self._text(f"{path}.compute_capability"),
-            platform=self._text(f"{path}.platform"),
-            options=self._get(f"{path}.options", dict),
+            slots=self.count(f"{path}.slots"),
+            decode_rows=self.count(f"{path}.decode_rows"),
+            prefill_rows=self.count(f"{path}.prefill_rows"),
+            head_rows=self.count(f"{path}.head_rows"),
+            in_place=self.get(f"{path}.in_place", bool),
+            version=self.text(f"{path}.version"),
+            compute_capability=self.text(f"{path}.compute_capability"),
+            platform=self.text(f"{path}.platform"),
+            options=self.get(f"{path}.options", dict),
         )
 
     def _noise(self) -> Noise | None:
-        if self._get("noise", dict, type(None)) is None:
+        if self.get("noise", dict, type(None)) is None:
             return None
-        return Noise(margins=self._number("noise.margins"), logits=self._number("noise.logits"))
-
-    def _number(self, path: str) -> float:
-        value: float = self._get(path, int, float)
-        if not 0 <= value <= sys.float_info.max:
-            raise self._wrong(path, f"is {_short(value)}, not a finite number of at least 0")
-        return float(value)
-
-    def _get(self, path: str, *kinds: type) -> Any:
-        value: Any = self._root
-        for key in path.split("."):
-            if isinstance(value, list) and key.isdecimal():  # its length is known to whoever asks
-                value = value[int(key)]
-            elif isinstance(value, dict) and key in value:
-                value = value[key]
-            else:
-                raise self._wrong(path, "is missing")
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self._wrong(path, f"is {_short(value)}")
-        return value
-
-    def _text(self, path: str, allowed: tuple[str, ...] | None = None) -> str:
-        value: str = self._get(path, str)
-        if allowed is not None and value not in allowed:
-            raise self._wrong(path, f"is {_short(value)}, not one of {', '.join(allowed)}")
-        return value
-
-    def _texts(self, path: str) -> list[str]:
-        values: list[str] = self._get(path, list)
-        if not all(isinstance(v, str) for v in values):
-            raise self._wrong(path, f"is {_short(values)}, not a list of texts")
-        return values
-
-    def _count(self, path: str) -> int:
-        value: int = self._get(path, int)
-        if value < 1:
-            raise self._wrong(path, f"is {value}, not a positive number")
-        return value
-
-    def _counts(self, path: str, least: int = 1) -> tuple[int, ...]:
-        values: list[int] = self._get(path, list)
-        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values):
-            raise self._wrong(path, f"is {_short(values)}, not a list of whole numbers")
-        return tuple(values)
-
-    def _dict_of(self, kind: type, path: str) -> dict[str, Any]:
-        values: dict[str, Any] = self._get(path, dict)
-        if not all(isinstance(v, kind) for v in values.values()):
-            raise self._wrong(path, "has a value of another kind")
-        return values
+        return Noise(margins=self.number("noise.margins"), logits=self.number("noise.logits"))
 
     def _file(self, path: str) -> str:
-        """A file that the manifest itself accounts for."""
-        name = self._text(path)
-        if name not in self._get("files", dict):
-            raise self._wrong(path, f"names {_short(name)}, which is not among the bundle's files")
+        """The name of a file that `files` lists."""
+        name = self.text(path)
+        if name not in self.get("files", dict):
+            raise self.wrong(path, f"names {shortened(name)}, which is not among the bundle's files")
         return name
 
     def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
-            raise self._wrong("files", f"names {_short(name)}, which does not lie inside the bundle")
+            raise self.wrong("files", f"names {shortened(name)}, which does not lie inside the bundle")
         size = entry.get("size_bytes")
         if type(size) is not int or size < 0:
-            raise self._wrong(f"files[{_short(name)}].size_bytes", f"is {_short(size)}")
+            raise self.wrong(f"files[{shortened(name)}].size_bytes", f"is {shortened(size)}")
         if not isinstance(entry.get("sha256"), str):
-            raise self._wrong(f"files[{_short(name)}].sha256", f"is {_short(entry.get('sha256'))}")
+            raise self.wrong(f"files[{shortened(name)}].sha256", f"is {shortened(entry.get('sha256'))}")
         return True
-
-    def _wrong(self, path: str, what: str) -> BundleError:
-        return BundleError(f"{self._where}: the field {path} {what}; export the bundle again")

@@ -13,9 +13,7 @@ import numpy as np
 from mara_runtime.engines.base import Pass, StepOutput, is_finite
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.errors import NumericsError
-
-PREFILL_ROWS = 256
-"""Rows of one prefill pass: attention scores and mask of longer ones grow to gigabytes."""
+from mara_runtime.tensors import PREFILL_ROWS
 
 T = TypeVar("T")
 Passes = Generator[Pass, StepOutput, T]

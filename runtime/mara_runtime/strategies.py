@@ -1,6 +1,6 @@
 """Examination orders and selection strategies: from margins to the accepted candidate.
 
-The names are those of MARA's released code (IAAR-Shanghai/MARA); docs/method.md lists where it and the paper differ.
+Names as in MARA's released code (IAAR-Shanghai/MARA); docs/internals/method.md lists where it and the paper differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def examination_order(order: str, count: int) -> list[int]:
-    """LM ranks (0-based) in the order in which the agent looks at them."""
+    """LM ranks, from 0, in the order in which the agent examines them."""
     ranks = list(range(count))
     if order == "ranked":
         return ranks
@@ -25,7 +25,7 @@ def examination_order(order: str, count: int) -> list[int]:
 def choose(strategy: str, margins: Sequence[float], threshold: float, rng: np.random.Generator) -> int | None:
     """Index into `margins` (examination order) of the candidate to emit; None when all are rejected.
 
-    A margin equal to the threshold rejects. `random` draws from `rng` once a decision with an accepted candidate.
+    A margin equal to the threshold rejects. `random` draws from `rng` once per decision with an accepted candidate.
     """
     accepted = [i for i, margin in enumerate(margins) if margin > threshold]
     if not accepted:

@@ -1,23 +1,22 @@
-"""Every tensor of the exported graphs: names, shapes, dtypes. Export, lowering, engines and tests read them here.
+"""Every tensor of the exported graphs: names, shapes, dtypes. Export, engines and tests take them from here.
 
-A bundle has one graph, the *step*: the LLM, the agent beside it, the choice among candidates, and the LM head on the
-rows that need one. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows shown to the agent,
-H0 rows whose logits are wanted whatever the agent says, R rows that went through the head, P = H0 + 1 rows of the
-outputs about them.
-A row is one token; it is written to one KV slot and has one position:
+A bundle has one graph, the *step*: the LLM, the agent, the election among candidates, and the LM head on the rows that
+need it. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows that the agent judges, H0 rows that go
+through the LM head whatever the agent decides, R rows that went through it, P = H0 + 1 rows of the outputs about them.
+A row is one token; it has one KV slot and one position:
 
-    row i is written to slot `write_indices[0] + i`, rotates by `position_ids[0, i]`, and attends to the slots below
+    row i is written to slot `write_indices[0] + i`, rotated by `position_ids[0, i]`, and attends to the slots below
     its position and to its own.
 
-Slot and position are different things: sibling candidates share a position and occupy a slot each. So a prompt or a
-drafted chain has positions T, T+1, …, siblings T, T, …, and both may stand in one pass.
+Slots and positions differ: sibling candidates share a position and occupy a slot each. A prompt or a draft has
+positions T, T+1, …, siblings have T, T, …, and one pass may contain both.
 
-The choice: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
-`priorities + margin_weight * margins`; a priority of -inf is never chosen. If there is none, the fallback row, unless
-that is -1. Its row is appended to `head_rows`, and `rows` tells which went through the head. Of each come the `TOP`
-best tokens, and the logarithm of the sum of all exponentials: log-probability = logit - log_normaliser. Where no
-row is chosen, the last of `rows` is -1, and the other outputs of that row are undefined: outputs whose sizes are known
-in advance need no allocation.
+The election: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
+`priorities + margin_weight * margins`; a priority of -inf excludes a row. If there is none, the fallback row, unless
+that is -1. The elected row is appended to `head_rows`; `rows` returns all that went through the head. For each of them
+the graph returns its `TOP` most likely tokens, and the log of the sum of all exponentials: log-probability = logit -
+log_normaliser. Where no row is elected, the last of `rows` is -1 and the other outputs of that row are undefined:
+output sizes are known in advance, so nothing is allocated during a pass.
 """
 
 from __future__ import annotations
@@ -43,21 +42,23 @@ LOG_NORMALISER = "log_normaliser"
 LAST_HIDDEN_STATE = "last_hidden_state"
 LOGITS = "logits"
 
-# of the parts that the step is made of, before they are joined
+# of the parts of the step, before they are joined
 ATTENTION_MASK = "attention_mask"
 AGENT_STATES = "hidden_states"
 AGENT_MARGIN = "margin"
 
 TOP_SPARE = 8
-"""Tokens returned beyond the candidates that a position may have: where an engine orders equal logits as it likes,
-the host sorts them and cuts."""
+"""Tokens returned in addition to the candidates of a position: engines promise no order of equal logits, so the host
+sorts and cuts."""
 DRAFT_ROWS = 16
-"""Longest drafted continuation; with the candidates and one re-fed fallback the KV cache's spare slots."""
+"""Longest draft; with the candidates and one rerun fallback it makes up the KV cache's spare slots."""
+PREFILL_ROWS = 256
+"""Rows of one prefill pass: attention scores and mask of longer ones grow to gigabytes."""
 
 MASKED = -3e4
-"""Additive mask of a slot that a row must not see; finite, in float16 too, so that no row of it can become NaN."""
+"""Additive mask of a slot that a row must not attend to; finite, in float16 too, so that no masked row becomes NaN."""
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Types that the entries of the KV cache may have, and the size of a number."""
+"""Types of KV entries, and bytes per number."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of an LLM that its graph's tensors depend on."""
+    """Sizes of an LLM that determine its graph's tensors."""
 
     hidden_size: int
     vocab_size: int
@@ -99,7 +100,7 @@ def kv_names(num_layers: int) -> list[tuple[str, str]]:
 
 
 def spare_slots(max_candidates: int) -> int:
-    """KV slots that one decision may need beyond the sequence's own."""
+    """KV slots that one decision may need in addition to the sequence's."""
     return max_candidates + DRAFT_ROWS + 1
 
 
@@ -151,7 +152,7 @@ def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
 
 
 def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Tensor]:
-    """Outputs of `step.onnx`, in order. The last two before the cache are for whoever asks, and cost nothing else."""
+    """Outputs of `step.onnx`, in order. Hidden states and logits are copied to the host only for full passes."""
     return [
         Tensor(MARGINS, "float32", ("N",)),
         Tensor(ROWS, "int64", ("P",)),
@@ -163,7 +164,7 @@ def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Te
 
 
 def top_tokens(max_candidates: int, vocab_size: int) -> int:
-    """Tokens that a step returns of each row that went through the head."""
+    """Tokens that a step returns for each row that went through the head."""
     return min(max_candidates + TOP_SPARE, vocab_size)
 
 
@@ -173,5 +174,5 @@ def _cache(shape: ModelShape, side: int, dtype: str) -> list[Tensor]:
 
 
 def dynamic_axes(tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:
-    """{name: {axis: symbol}}, as exporters want it."""
+    """{name: {axis: symbol}}, as exporters expect it."""
     return {t.name: {i: d for i, d in enumerate(t.shape) if isinstance(d, str)} for t in tensors}

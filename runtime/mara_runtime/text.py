@@ -1,4 +1,4 @@
-"""Between text and token ids: prompts in, streamed text and stop texts out."""
+"""Between text and token ids: prompts in, streamed text out, stop strings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mara_runtime.chat import ChatTemplate, Message
 from mara_runtime.errors import BundleError, PromptError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What decoders write for bytes that are no character, or not yet."""
+"""Decoded from bytes that are not a character, or not yet."""
 
 
 class TextSide:
@@ -23,19 +23,19 @@ class TextSide:
         facts = bundle.manifest.tokenizer
         self._bundle = bundle
         if facts is None:
-            raise BundleError(f"{bundle.folder} holds no tokenizer: give the prompt as --input-ids")
+            raise BundleError(f"{bundle.folder} has no tokenizer: give the prompt as --input-ids")
         try:
             self.tokenizer = Tokenizer.from_file(str(bundle.path(facts.file)))
         except Exception as error:  # the library raises plain Exception
             raise BundleError(f"{bundle.path(facts.file)} is not a tokenizer file: {error}") from None
-        # A tokenizer.json may carry the settings of its last training batch; a prompt wants neither.
+        # a tokenizer.json may contain settings of its last training batch, which do not apply to prompts
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.has_template = facts.chat_template is not None
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, read when it is first wanted: a damaged one does not matter to raw prompts."""
+        """The chat template, read on first use: a damaged one does not affect raw prompts."""
         facts = self._bundle.manifest.tokenizer
         if facts is None or facts.chat_template is None:
             raise PromptError("this bundle has no chat template: use --raw")
@@ -46,15 +46,15 @@ class TextSide:
             raise BundleError(f"{path} cannot be read: {error}; use --raw") from None
 
     def encode_raw(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens that the tokenizer itself adds."""
+        """Token ids of plain text, with the special tokens that the tokenizer adds. Raises PromptError."""
         if not text:
             raise PromptError("the prompt is empty: give at least one character")
         return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer. The template alone adds special tokens.
+        """Token ids of a conversation up to the assistant's answer. Only the template adds special tokens.
 
-        variables: what the template asks for besides the messages, `enable_thinking` say.
+        variables: of the template, such as `enable_thinking`. Raises PromptError.
         """
         template = self.template
         if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
@@ -62,15 +62,17 @@ class TextSide:
                 'a conversation is a list of messages, each {"role": ..., "content": ...}; token ids are a flat list'
             )
         if not messages or not str(messages[-1].get("content") or "").strip():
-            raise PromptError("the prompt is empty, or blank: give some text")
+            raise PromptError("the prompt is empty or blank: give some text")
         return self._encode(template.render(messages, variables), add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = ascii(text[error.start])
-            raise PromptError(f"the prompt is not Unicode text: it holds {found}, which is no character") from None
+            code = ascii(text[error.start])
+            raise PromptError(
+                f"the prompt is not valid Unicode: it contains {code}, which is not a character"
+            ) from None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -80,59 +82,58 @@ class TextSide:
 
 
 class TextStream:
-    """Token ids to text, piece by piece, ending at the first stop text.
+    """Token ids to text, incrementally, ending at the first stop string.
 
-    Bytes of an unfinished character and any tail that may yet become a stop text are held back, so the pieces
-    together are the text of the answer, which is what the tokenizer makes of all ids at once. (The exception: some
-    tokenizers that spell characters as byte tokens take back a whole character when a stray byte follows it; what has
-    been handed out stays.)
+    Bytes of an incomplete character and any tail that may become a stop string are withheld: the pieces together are
+    what the tokenizer decodes from all ids at once. (Exception: some tokenizers with byte tokens retract a complete
+    character when a stray byte follows it; text already returned stays.)
     """
 
     def __init__(self, side: TextSide, stop: Sequence[str] = ()) -> None:
         self._side = side
         self._stop = tuple(stop)
         self._token_ids: list[int] = []
-        # Text is decoded from ids[_start:]; that of ids[_start:_settled] is known. Starting a little before what is new
-        # gives decoders that look back, at a leading space say, what they look at.
-        self._start = self._settled = 0
+        # ids[_start:] are decoded; the text of ids[_start:_known] is known. Starting before the new ids gives decoders
+        # the context that they need, for a leading space for example.
+        self._start = self._known = 0
         self._decoded = ""
-        self._sent = 0  # characters of it handed out
+        self._sent = 0  # characters of it returned
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Text that is certain after one more token; `stopped` is set when a stop text has come."""
+        """Text that is final after one more token; sets `stopped` at a stop string."""
         self._token_ids.append(token_id)
         self._decode(unfinished=False)
-        return self._release(held=max((_overlap(self._decoded, s) for s in self._stop), default=0))
+        return self._release(withheld=max((_overlap(self._decoded, s) for s in self._stop), default=0))
 
     def finish(self) -> str:
-        """Whatever was held back, once no token will follow."""
+        """Text withheld so far; call it after the last token."""
         self._decode(unfinished=True)
-        return self._release(held=0)
+        return self._release(withheld=0)
 
     def _decode(self, unfinished: bool) -> None:
-        known = self._side.decode(self._token_ids[self._start : self._settled])
+        known = self._side.decode(self._token_ids[self._start : self._known])
         text = self._side.decode(self._token_ids[self._start :])
         if len(text) > len(known) and (unfinished or not text.endswith(_REPLACEMENT)):
             self._decoded += text[len(known) :]
-            self._start, self._settled = self._settled, len(self._token_ids)
+            self._start, self._known = self._known, len(self._token_ids)
 
     @property
     def text(self) -> str:
-        """Everything handed out so far."""
+        """Text returned so far."""
         return self._decoded[: self._sent]
 
-    def _release(self, held: int) -> str:
+    def _release(self, withheld: int) -> str:
         if self.stopped:
             return ""
-        found = [at for at in (self._decoded.find(s) for s in self._stop) if at >= 0]
-        self.stopped = bool(found)
-        end = min(found) if found else len(self._decoded) - held
+        stops = [at for at in (self._decoded.find(s) for s in self._stop) if at >= 0]
+        self.stopped = bool(stops)
+        end = min(stops) if stops else len(self._decoded) - withheld
         piece = self._decoded[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,16 +1,26 @@
-"""Versions of what is installed, which results are kept with."""
+"""What results were made with: versions of installed packages, and the processor."""
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 def installed(*names: str) -> dict[str, str]:
-    """Versions by name of package, in this order; those that are not installed are left out."""
-    found = {}
+    """{package: version} in this order, without those that are not installed."""
+    versions = {}
     for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def processor() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

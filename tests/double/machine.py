@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mara_runtime.engines import cuda as cuda_calls
-from mara_runtime.engines import trt_plan
+from mara_runtime.engines import trt_file
 from tests.double import Broken
 from tests.double.cuda import CudaDouble
 from tests.double.trt import TrtDouble
@@ -30,7 +30,7 @@ class Machine:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Let the engine find this machine."""
         patch.setattr(cuda_calls, "load", lambda: self.cuda)
-        patch.setattr(trt_plan, "load", lambda target: self.trt)
+        patch.setattr(trt_file, "load", lambda target: self.trt)
 
     def in_use(self) -> dict[str, int]:
         """How much of everything is in use."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import huggingface_hub
 import pytest
@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
-from mara_deploy.demo.__main__ import export_demo
-from mara_export.export import export
+from mara_deploy.demo import export_demo
+from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from tests import checkpoints, hub
@@ -84,12 +84,30 @@ def agent(agent_file: Callable[[str], Path]) -> Callable[[str], agents.Agent]:
 
 
 @pytest.fixture(scope="session")
-def bundle(
+def traced(
     tmp_path_factory: pytest.TempPathFactory,
     checkpoint: Callable[[str], Path],
     agent: Callable[[str], agents.Agent],
     agent_file: Callable[[str], Path],
-) -> Callable[..., Path]:
+) -> Callable[[str], Traced]:
+    """architecture → the model and its agent, traced once for all bundles of a session."""
+
+    @cache
+    def make(architecture: str) -> Traced:
+        return trace(
+            resolve_model(str(checkpoint(architecture))),
+            agent(architecture),
+            agent_file(architecture).name,
+            tmp_path_factory.mktemp("trace"),
+            max_context=MAX_CONTEXT,
+            max_candidates=MAX_CANDIDATES,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Traced]) -> Callable[..., Path]:
     """(architecture or "demo", lowering="ort", precision="fp32") → folder of a bundle that passed the gate."""
     root = tmp_path_factory.mktemp("bundles")
 
@@ -105,10 +123,7 @@ def bundle(
         if architecture == "demo":
             export_demo(out, quiet=True, **options)
         else:
-            name = agent_file(architecture).name
-            export(
-                resolve_model(str(checkpoint(architecture))), agent(architecture), name, out, ExportOptions(**options)
-            )
+            finish(traced(architecture), ExportOptions(**options), out)
         return out
 
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)
@@ -127,9 +142,9 @@ class CommandResult:
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., CommandResult]:
     """("run", argument, …, stdin="") → CommandResult; runs in this process, its standard input not a terminal."""
 
-    def run(name: str, *argv: object, stdin: str = "") -> CommandResult:
+    def run(name: str, *argv: object, stdin: str | TextIO = "") -> CommandResult:
         main = importlib.import_module(f"mara_deploy.commands.{name}").main
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         capfd.readouterr()
         try:
             code = main([str(argument) for argument in argv])

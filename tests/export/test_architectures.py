@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import SUPPORTED, check_supported, model_shape
+from mara_export.hf.families import FAMILIES, check_supported, model_shape
 from mara_runtime.tensors import ModelShape
 
 SIZES: dict[str, Any] = {
@@ -45,7 +45,7 @@ def refusal(config: PretrainedConfig, max_context: int | None = None) -> str:
 
 @pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig])
 def test_supported_families_pass(kind: Any) -> None:
-    assert kind.model_type in SUPPORTED
+    assert kind.model_type in FAMILIES
     assert check(kind(**SIZES)) == 512
     assert check(kind(**SIZES), 100) == 100
     assert check(kind(**SIZES), 512) == 512
@@ -85,7 +85,7 @@ def test_a_window_below_the_capacity_is_refused_with_the_number_to_use() -> None
     for asked, capacity in ((None, 512), (129, 129)):
         message = refusal(config, asked)
         assert "sliding window of 128 tokens" in message
-        assert f"capacity of {capacity}" in message
+        assert f"context of {capacity}" in message
         assert "--max-context 128 or less" in message
     assert check(config, 128) == 128
     assert check(MistralConfig(**SIZES, sliding_window=512)) == 512
@@ -139,7 +139,7 @@ def test_fixed_rope_passes(scaling: dict[str, Any] | None) -> None:
 
 def test_a_quantised_checkpoint_is_refused() -> None:
     config = LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantised already" in refusal(config)
+    assert "already quantised" in refusal(config)
 
 
 def test_a_context_beyond_the_models_own() -> None:

@@ -1,4 +1,4 @@
-# ruff: noqa: E501 - templates are written in long lines, and a line end more would change them
+# ruff: noqa: E501 - templates have long lines, and line breaks would change them
 """Chat templates: the runtime's Jinja environment renders what transformers' apply_chat_template renders."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests import checkpoints
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
-# Written for these tests; each has what a family of released templates has.
+# Written for these tests; each has a feature of a family of released templates.
 TEMPLATES = {
     # ChatML with a default system message, a condition on the first one, and whitespace control everywhere
     "default system": """\
@@ -36,7 +36,7 @@ TEMPLATES = {
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """,
-    # no whitespace control at all: it rests on trim_blocks and lstrip_blocks
+    # without whitespace control: relies on trim_blocks and lstrip_blocks
     "block trimming": """\
 {{ bos_token }}
 {% for message in messages %}
@@ -198,37 +198,29 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_same_text(tokenizer, template, conversation) -> None:
-    source, messages = TEMPLATES[template], CONVERSATIONS[conversation]
-    for generation_prompt in (True, False):
-        options: Any = {"add_generation_prompt": generation_prompt}
-        refusal = None
-        try:
-            expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
-        except jinja2.TemplateError as error:
-            refusal = str(error)
-        if refusal is None:
-            assert ChatTemplate(source, SPECIAL).render(messages, **options) == expected
-        else:
-            with pytest.raises(PromptError, match=f"refuses these messages: {re.escape(refusal)}"):
-                ChatTemplate(source, SPECIAL).render(messages, **options)
+def test_the_same_text_or_the_same_refusal(tokenizer, template) -> None:
+    """For every conversation, with and without the generation prompt."""
+    source = TEMPLATES[template]
+    refused = set()
+    for name, messages in CONVERSATIONS.items():
+        for generation_prompt in (True, False):
+            options: Any = {"add_generation_prompt": generation_prompt}
+            try:
+                expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+            except jinja2.TemplateError as error:
+                refused.add(name)
+                with pytest.raises(PromptError, match=re.escape(str(error))):
+                    ChatTemplate(source, SPECIAL).render(messages, **options)
+            else:
+                assert ChatTemplate(source, SPECIAL).render(messages, **options) == expected
+    assert refused == REFUSED.get(template, set())
 
 
-def test_some_of_them_refuse(tokenizer) -> None:
-    """The branch above is taken."""
-    for template, conversation in (
-        ("alternation enforced", "only an assistant"),
-        ("unknown roles refused", "odd role"),
-    ):
-        with pytest.raises(jinja2.TemplateError, match="role"):
-            tokenizer.apply_chat_template(
-                CONVERSATIONS[conversation], chat_template=TEMPLATES[template], tokenize=False
-            )
+REFUSED = {"alternation enforced": {"only an assistant", "odd role"}, "unknown roles refused": {"odd role"}}
 
 
-def test_parts_of_content(tokenizer) -> None:
+def test_content_in_parts(tokenizer) -> None:
     source = TEMPLATES["content in parts"]
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]}
@@ -241,19 +233,19 @@ def test_variables_of_the_caller(tokenizer) -> None:
     source, messages = TEMPLATES["thinking cut out of earlier answers"], CONVERSATIONS["long"]
     for value in (True, False):
         expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, enable_thinking=value)
-        found = ChatTemplate(source, SPECIAL).render(messages, {"enable_thinking": value}, add_generation_prompt=False)
-        assert found == expected
-        assert found.endswith("</think>\n\n") == (not value)
+        text = ChatTemplate(source, SPECIAL).render(messages, {"enable_thinking": value}, add_generation_prompt=False)
+        assert text == expected
+        assert text.endswith("</think>\n\n") == (not value)
 
 
 def test_the_date(tokenizer) -> None:
     source = "{{ strftime_now('%d %b %Y') }}|{{ date_string }}{% set d = strftime_now('%Y') %}{{ d | int + 1 }}"
-    expected = tokenizer.apply_chat_template(CONVERSATIONS["one"], chat_template=source, tokenize=False)
     before = datetime.now()
-    found = ChatTemplate(source, SPECIAL).render(CONVERSATIONS["one"])
+    expected = tokenizer.apply_chat_template(CONVERSATIONS["one"], chat_template=source, tokenize=False)
+    text = ChatTemplate(source, SPECIAL).render(CONVERSATIONS["one"])
     if datetime.now().date() == before.date():
-        assert found == expected
-        assert found.startswith(before.strftime("%d %b %Y|"))
+        assert text == expected
+        assert text.startswith(before.strftime("%d %b %Y|"))
 
 
 @pytest.mark.parametrize(
@@ -265,10 +257,10 @@ def test_the_date(tokenizer) -> None:
         "{{ messages[0].update({'content': 'x'}) }}",
     ],
 )
-def test_the_sandbox_holds_in_both(tokenizer, source) -> None:
+def test_the_sandbox_refuses_in_both(tokenizer, source) -> None:
     with pytest.raises(jinja2.TemplateError):
         tokenizer.apply_chat_template(CONVERSATIONS["one"], chat_template=source, tokenize=False)
-    with pytest.raises(PromptError, match="refuses these messages"):
+    with pytest.raises(PromptError):
         ChatTemplate(source, SPECIAL).render(CONVERSATIONS["one"])
 
 
@@ -276,14 +268,14 @@ def test_the_sandbox_holds_in_both(tokenizer, source) -> None:
     "source",
     ["{{ 1 / 0 }}", "{{ messages[0]['content'].split('')[0] }}", "{{ {}['a']['b'] }}", "{{ range(10**9) | list }}"],
 )
-def test_a_template_that_breaks_down_is_one_error(source) -> None:
-    with pytest.raises(PromptError, match="refuses these messages"):
+def test_an_error_in_a_template_is_a_prompt_error(source) -> None:
+    with pytest.raises(PromptError):
         ChatTemplate(source, SPECIAL).render(CONVERSATIONS["one"])
 
 
 @pytest.mark.parametrize(
     "source", ["{% if %}", "{% for m in messages %}", "{% nonsense %}", "{{ a b }}", "{{ x | nofilter }}"]
 )
-def test_a_template_that_is_none_is_refused(source) -> None:
+def test_invalid_jinja_is_refused(source) -> None:
     with pytest.raises(PromptError, match="not valid Jinja"):
         ChatTemplate(source, SPECIAL)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
 import re
-import resource
 import select
 import shlex
-import signal
-import statistics
 import subprocess
 import sys
 import termios
@@ -85,30 +83,9 @@ def ids(tokens: list[int]) -> str:
     return ",".join(map(str, tokens))
 
 
-# --- help, at once ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["export", "build", "run", "inspect"])
-def test_help_is_quick_and_loads_nothing_heavy(name) -> None:
-    argv = [sys.executable, "-X", "importtime", "-m", f"mara_deploy.commands.{name}", "--help"]
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        outcome = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # The processor's time: the clock's depends on who else is at work here.
-        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
-    assert statistics.median(seconds) < 0.5, seconds
-    assert outcome.stdout.startswith(f"usage: mara-{name} ")
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.stderr.splitlines()}
-    assert "mara_deploy" in loaded
-    heavy = {"torch", "onnx", "transformers", "optimum", "onnxruntime", "safetensors", "huggingface_hub", "tokenizers"}
-    assert loaded & heavy == set()
-
-
 def test_the_commands_are_installed() -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    for name in ("export", "build", "run", "inspect"):
+    for name in ("export", "build", "run", "inspect", "memory", "bench", "eval", "train"):
         assert scripts[f"mara-{name}"] == f"mara_deploy.commands.{name}:main"
 
 
@@ -184,8 +161,9 @@ def test_a_system_message(result, bundle) -> None:
     assert stdin["token_ids"] == found["token_ids"]
 
 
-@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
-@pytest.mark.parametrize("lowering", ["ort", "portable"])
+@pytest.mark.parametrize(
+    ("architecture", "lowering"), [("qwen2", "ort"), ("qwen3", "portable"), ("llama", "portable"), ("mistral", "ort")]
+)
 def test_plain_decoding_is_hugging_faces_greedy_search(result, bundle, reference, architecture, lowering) -> None:
     model = reference(architecture)
     for prompt in checkpoints.random_prompts(2, seed=11, length=9):
@@ -319,44 +297,39 @@ def test_no_verify_skips_the_checksums_alone(result, bundle_copy, command) -> No
     assert result("--input-ids", ids(IDS), "--max-new-tokens", 5, "--no-verify", folder=folder)["token_ids"] == expected
 
 
-@pytest.mark.parametrize("options", [["--json"], []], ids=["json", "text"])
-def test_a_reader_that_leaves_is_no_traceback(bundle, options) -> None:
-    """As `| head -c 1` does."""
+def test_a_reader_that_exits_causes_no_traceback(bundle) -> None:
+    """As `| head -c 1` does. In a process: Python writes what is left once more when it exits."""
     argv = [sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), "--threads", "1"]
     process = subprocess.Popen(
-        [*argv, "--input-ids", ids(IDS), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*argv, "--input-ids", ids(IDS), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     process.stdout.close()
-    err = process.stderr.read()
-    process.wait(timeout=60)
-    process.stderr.close()
-    assert "Traceback" not in err
-    assert "Exception ignored" not in err
-    assert "BrokenPipe" not in err
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == ""
 
 
 @pytest.mark.parametrize(
-    "options", [("run", "--input-ids", ids(IDS)), ("run", "--input-ids", ids(IDS), "--json"), ("inspect",)]
+    ("name", "options"),
+    [("run", ("--input-ids", ids(IDS))), ("run", ("--input-ids", ids(IDS), "--json")), ("inspect", ())],
 )
-def test_a_full_disk_behind_the_output_is_one_line(bundle, options) -> None:
-    command, *rest = options
-    argv = [sys.executable, "-m", f"mara_deploy.commands.{command}", bundle("qwen2"), *rest]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"mara-{command}: error: cannot write: No space left on device"
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+def test_a_full_disk_behind_the_output_is_one_line(command, bundle, monkeypatch, name, options) -> None:
+    monkeypatch.setattr(sys, "stdout", Path("/dev/full").open("w"))  # noqa: SIM115
+    outcome = command(name, bundle("qwen2"), *options)
+    sys.stdout.close()  # what is left goes nowhere
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1] == f"mara-{name}: error: cannot write: No space left on device"
+    assert "Traceback" not in outcome.err
 
 
-def test_json_reaches_an_output_that_is_not_utf_8(bundle, result) -> None:
-    argv = [sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), "--input-ids", ids(IDS), "--json"]
-    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*argv, "--max-new-tokens", "60"], capture_output=True, env=environment, check=False)
-    assert done.returncode == 0
+def test_json_reaches_an_output_that_is_not_utf_8(command, bundle, result, monkeypatch) -> None:
     expected = result("--input-ids", ids(IDS), "--max-new-tokens", 60)
     assert not expected["text"].isascii()
-    assert json.loads(done.stdout)["text"] == expected["text"]
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding="ascii"))
+    options = ["--input-ids", ids(IDS), "--json", "--max-new-tokens", 60, "--threads", 1]
+    assert command("run", bundle("qwen2"), *options).code == 0
+    assert json.loads(data.getvalue())["text"] == expected["text"]
 
 
 def test_the_version(command) -> None:
@@ -364,20 +337,11 @@ def test_the_version(command) -> None:
     assert (outcome.code, outcome.out) == (0, f"mara-run (mara-deploy {version('mara-deploy')})\n")
 
 
-def test_onnx_runtime_reports_nothing_unless_it_is_allowed(bundle, tmp_path) -> None:
-    argv = [
-        sys.executable,
-        "-m",
-        "mara_deploy.commands.run",
-        bundle("qwen2"),
-        "--input-ids",
-        ids(IDS),
-        "--max-new-tokens",
-        "2",
-    ]
+def test_onnx_runtime_sends_no_telemetry_unless_it_is_allowed(bundle, tmp_path) -> None:
+    argv = [sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), "--input-ids", ids(IDS)]
     environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
-    subprocess.run(argv, capture_output=True, env=environment, check=True)
+    subprocess.run([*argv, "--max-new-tokens", "2"], capture_output=True, env=environment, check=True)
     assert not [path for path in tmp_path.rglob("*") if "microsoft" in str(path.relative_to(tmp_path)).lower()]
 
 
@@ -433,10 +397,34 @@ def test_export_prints_progress_apart_from_its_summary(command, checkpoint, agen
     assert str(tmp_path) not in outcome.out
     again = command("export", *options)
     assert again.code == 2
-    assert f"{folder} exists already" in again.err
+    assert all(text in again.err for text in (str(folder), "exists"))
     quiet = command("export", *options, "--quiet", "--out", "quiet", "--lowering", "portable")
     assert quiet == CommandResult(0, "", "")
     assert Bundle.open("quiet").manifest.step.lowering == "portable"
+
+
+def test_several_precisions_come_from_one_trace(command, checkpoint, agent_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--max-context", 64]
+    several = [*source, "--precision", "fp16", "--precision", "int8", "--block-size", 16, "--precision", "fp16"]
+    outcome = command("export", *several)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("trace the LLM") == 1
+    names = ["qwen2-qwen2-agent-cpu-fp16", "qwen2-qwen2-agent-cpu-int8"]
+    assert sorted(path.name for path in Path("bundles").iterdir()) == names
+    made = [Bundle.open(Path("bundles") / name).manifest for name in names]
+    assert [manifest.step.precision for manifest in made] == ["fp16", "int8"]
+    assert made[1].step.quantisation["block_size"] == 16
+    assert all(manifest.parity["passed"] for manifest in made)
+    for name in names:
+        assert f"mara-run bundles/{name} " in outcome.out
+
+    assert command("export", *several, "--out", "out", "--target", "cuda", "--quiet") == CommandResult(0, "", "")
+    assert sorted(path.name for path in Path("out").iterdir()) == ["cuda-fp16", "cuda-int8"]
+    one = command("export", *source, "--precision", "fp16", "--out", "one", "--quiet")
+    assert one == CommandResult(0, "", "")
+    alone = Bundle.open("one").manifest.files["step.onnx.data"].sha256
+    assert alone == made[0].files["step.onnx.data"].sha256  # the same weights as when exported with others
 
 
 # --- chat on a terminal ----------------------------------------------------------------------------------------------
@@ -507,7 +495,7 @@ def test_a_chat(terminal, bundle, tmp_path, run, result) -> None:
     screen = terminal([sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), *options])
     head = screen.read_until("> ")
     assert "engine cpu" in head
-    assert "chat: an empty line starts over" in head
+    assert "Ctrl-D exits" in head
     answers = []
     for text in ("Hello", "And then?"):
         screen.write(text + "\n")
@@ -555,98 +543,34 @@ def in_an_answer(terminal, bundle) -> Terminal:
     return screen
 
 
-def test_an_interrupt_stops_an_answer_and_not_the_chat(terminal, bundle) -> None:
+def test_an_interrupt_stops_an_answer_and_a_termination_the_chat(terminal, bundle) -> None:
     screen = in_an_answer(terminal, bundle)
     screen.write("\x03")
-    text = screen.read_until(r"\(stopped; your message is taken back\)\n> ")
+    text = screen.read_until(r"\(stopped; your message was discarded\)\n> ")
     assert "ended by" not in text
     time.sleep(0.5)  # Python's own line reader misses a signal between the prompt and its wait
     screen.write("half a line")
     text += screen.read_until("half a line")
-    screen.write("\x03")  # what was typed is taken back
+    screen.write("\x03")  # discards what was typed
     text += screen.read_until(r"\n> ")
-    time.sleep(0.5)
-    screen.write("\x04")
+    screen.write("Hello\n")
+    screen.read_until(r"Hello\n(?s:.)+")
+    screen.process.terminate()  # in the middle of an answer
     text += screen.read_until("never")
-    assert screen.process.wait(timeout=30) == 0
+    assert screen.process.wait(timeout=30) == 2
+    assert "mara-run: error: interrupted" in text
     assert "Traceback" not in text
 
 
-def test_a_termination_ends_the_chat_in_the_middle_of_an_answer(terminal, bundle) -> None:
-    screen = in_an_answer(terminal, bundle)
-    screen.process.terminate()
-    rest = screen.read_until("never")
-    assert screen.process.wait(timeout=30) == 2
-    assert "mara-run: error: interrupted" in rest
-    assert "Traceback" not in rest
-
-
 @pytest.mark.parametrize("options", [["--json"], ["--raw"]])
-def test_a_terminal_without_a_prompt_is_a_chat_and_nothing_else(terminal, bundle, options) -> None:
-    screen = terminal([sys.executable, "-m", "mara_deploy.commands.run", bundle("qwen2"), *options])
-    text = screen.read_until("never")
-    assert screen.process.wait(timeout=30) == 2
-    (line,) = text.splitlines()
-    assert line.startswith("mara-run: error: --json and --raw answer one prompt")
+def test_a_terminal_without_a_prompt_is_a_chat_and_nothing_else(command, bundle, options) -> None:
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
 
-
-def test_an_error_on_a_terminal_has_a_line_of_its_own(terminal, checkpoint, agent_file, tmp_path) -> None:
-    """Beside the announcement of the stage in which it came."""
-    model = tmp_path / "broken"
-    model.mkdir()
-    for path in checkpoint("qwen2").iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    data = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(data[:-8])
-    options = ["--model", model, "--agent", agent_file("qwen2"), "--out", tmp_path / "out"]
-    screen = terminal([sys.executable, "-m", "mara_deploy.commands.export", *options])
-    text = screen.read_until("never")
-    assert screen.process.wait(timeout=30) == 2
-    assert text.splitlines()[-1].startswith("mara-export: error: broken cannot be loaded"), text
-
-
-@pytest.fixture
-def exporting(tmp_path, checkpoint, agent_file) -> Any:
-    """Start mara-export before a list of arguments; → the process, at work in tmp_path."""
-    checkpoint("llama"), agent_file("llama")
-    started = []
-
-    def start(*before: str) -> subprocess.Popen[str]:
-        argv = ["--model", checkpoint("llama"), "--agent", agent_file("llama"), "--out", tmp_path / "new" / "bundle"]
-        started.append(
-            subprocess.Popen(
-                [*before, sys.executable, "-m", "mara_deploy.commands.export", *map(str, argv)],
-                stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        )
-        next(line for line in started[-1].stderr if line.startswith("  load"))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_termination_leaves_nothing_behind(tmp_path, exporting, number) -> None:
-    process = exporting()
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(60) == 2
-    assert rest.splitlines()[-1] == "mara-export: error: interrupted"
-    assert not any(tmp_path.iterdir())
-
-
-def test_who_ignores_a_hangup_goes_on(tmp_path, exporting) -> None:
-    process = exporting("nohup")
-    process.send_signal(signal.SIGHUP)
-    process.stderr.read()
-    assert process.wait(60) == 0
-    Bundle.open(tmp_path / "new" / "bundle")
+    outcome = command("run", bundle("qwen2"), *options, stdin=Keyboard())
+    assert outcome.code == 2
+    assert all(text in outcome.err for text in ("--json", "--raw", "--prompt"))
 
 
 def test_a_terminal_that_closes_leaves_nothing_behind(terminal, checkpoint, agent_file, tmp_path) -> None:
@@ -660,12 +584,6 @@ def test_a_terminal_that_closes_leaves_nothing_behind(terminal, checkpoint, agen
     assert not any(tmp_path.iterdir())
 
 
-def test_a_system_message_needs_the_template(command, bundle) -> None:
-    outcome = command("run", bundle("qwen2"), "--input-ids", "1,2", "--system", "Be kind.")
-    assert outcome.code == 2
-    assert "--system needs the chat template" in outcome.err
-
-
 def test_variables_reach_the_chat_template(command, bundle, bundle_copy) -> None:
     folder = bundle_copy()
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{% if loud %}!{% endif %}")
@@ -673,13 +591,3 @@ def test_variables_reach_the_chat_template(command, bundle, bundle_copy) -> None
     loud = command("run", folder, "--no-verify", "--prompt", "Hello", "--json", "--template", "loud=true")
     tokens = [json.loads(outcome.out)["stats"]["prompt_tokens"] for outcome in (quiet, loud)]
     assert tokens[1] == tokens[0] + 1
-    for setting in ("loud", "loud=yes", "=1"):
-        outcome = command("run", folder, "--prompt", "Hello", "--template", setting)
-        assert outcome.code == 2
-        assert "it must be KEY=JSON" in outcome.err
-
-
-def test_what_does_not_act_is_refused(command, bundle) -> None:
-    outcome = command("run", bundle("qwen2"), "--input-ids", "1,2", "--temperature", "0.8")
-    assert outcome.code == 2
-    assert "--temperature is 0.8, but it acts on --sample only" in outcome.err

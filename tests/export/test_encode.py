@@ -1,4 +1,4 @@
-"""A user message as token ids, in PyTorch: what training and other checkpoints read."""
+"""Prompts as token ids for PyTorch models, in training and for baseline checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tokenizer(checkpoint):
     return made
 
 
-def test_it_is_what_transformers_makes_of_the_template(tokenizer) -> None:
+def test_token_ids_are_those_of_apply_chat_template(tokenizer) -> None:
     chat = [{"role": "user", "content": MESSAGE}]
     for template in (None, {}, {"brief": True}, {"brief": False}, {"tools": [{"name": "hammer"}]}):
         expected = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, **(template or {}))
@@ -27,13 +27,13 @@ def test_it_is_what_transformers_makes_of_the_template(tokenizer) -> None:
     assert len({len(encode(MESSAGE, tokenizer, "m", template={"brief": on})) for on in (True, False)}) == 2
 
 
-def test_without_a_template_it_is_plain_text_with_special_tokens(tokenizer) -> None:
+def test_without_a_template_prompts_are_plain_text_with_special_tokens(tokenizer) -> None:
     plain = tokenizer(MESSAGE)["input_ids"]
     assert encode(MESSAGE, tokenizer, "m", raw=True) == plain
     tokenizer.chat_template = None
     assert encode(MESSAGE, tokenizer, "m") == plain
     assert plain[0] == tokenizer.bos_token_id
-    with pytest.raises(OptionError, match="variables of the chat template are given, but m reads plain text"):
+    with pytest.raises(OptionError, match="but m gets plain text: omit --template"):
         encode(MESSAGE, tokenizer, "m", template={"brief": True})
 
 
@@ -44,19 +44,18 @@ def test_without_a_template_it_is_plain_text_with_special_tokens(tokenizer) -> N
         *("return_tensors", "return_dict", "padding", "max_length", "self"),
     ],
 )
-def test_what_is_the_codes_own_is_no_variable_of_the_template(tokenizer, name) -> None:
-    with pytest.raises(OptionError, match=f"the chat template's variable '{name}' is set by the code itself") as said:
+def test_reserved_template_variables_are_refused(tokenizer, name) -> None:
+    with pytest.raises(OptionError, match=f"the chat template variable '{name}' is reserved"):
         encode(MESSAGE, tokenizer, "m", template={"brief": True, name: False})
-    assert "\n" not in str(said.value)
 
 
-def test_a_refusal_of_the_template_names_model_and_prompt(tokenizer) -> None:
+def test_an_error_of_the_template_names_model_and_prompt(tokenizer) -> None:
     tokenizer.chat_template = "{{ raise_exception('no, thank you') }}"
-    with pytest.raises(PromptError, match=r"the chat template of m refuses the prompt 'How do I cook rice\?': no, th"):
+    with pytest.raises(PromptError, match=r"the chat template of m rejects the prompt 'How do I cook rice\?': no, th"):
         encode(MESSAGE, tokenizer, "m")
 
 
-def test_a_prompt_without_a_token_is_refused(tokenizer) -> None:
+def test_an_empty_encoding_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{{ '' }}"
-    with pytest.raises(PromptError, match=r"the prompt 'How do I cook rice\?' has no token"):
+    with pytest.raises(PromptError, match=r"the prompt 'How do I cook rice\?' has no tokens"):
         encode(MESSAGE, tokenizer, "m")

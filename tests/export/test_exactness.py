@@ -14,11 +14,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mara_deploy.demo import MODEL_FOLDER, corpus
-from mara_deploy.demo.__main__ import demo_agent, export_demo
+from examples.demo_lm import corpus
+from mara_deploy.demo import MODEL_FOLDER, demo_agent, export_demo
+from mara_deploy.demo.prompts import prompts
 from mara_export import parity
-from mara_export.export import export
-from mara_export.hf.sources import resolve_model
+from mara_export.export import finish
 from mara_export.options import ExportOptions
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
@@ -73,7 +73,7 @@ def decoder(bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quantised(checkpoint, agent, tmp_path_factory):
+def quantised(traced, tmp_path_factory):
     """(name, precision) → folder of a bundle."""
 
     @cache
@@ -81,11 +81,10 @@ def quantised(checkpoint, agent, tmp_path_factory):
         out = tmp_path_factory.mktemp("quantised") / f"{name}-{precision}"
         if name == "demo":
             return export_demo(out, quiet=True, precision=precision, max_context=256)
-        source = resolve_model(str(checkpoint(name)))
         # rounding takes the most from tiny random weights; what is compared below is the bundle with itself
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(parity.GATES, precision, parity.Gate(-1.0, np.inf, differing=1.0))
-            return export(source, agent(name), "agent", out, ExportOptions(precision=precision, max_context=256))
+            return finish(traced(name), ExportOptions(precision=precision), out)
 
     return get
 
@@ -95,7 +94,7 @@ def _prompts(name: str) -> list[list[int]]:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-        texts = [corpus.chat(p.text) for p in corpus.prompts(50, 11, True)]
+        texts = [corpus.chat(p.text) for p in prompts(50, 11, True)]
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [
         prompt for length in (1, 2, 5, 17, 40) for prompt in checkpoints.random_prompts(10, seed=length, length=length)

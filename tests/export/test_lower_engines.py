@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-from mara_deploy.demo.__main__ import export_demo
-from mara_export.export import export
-from mara_export.graph.narrow import island, narrow
-from mara_export.graph.qdq import quantised
-from mara_export.graph.weights import Weights
+from mara_deploy.demo import export_demo
+from mara_export.export import finish
+from mara_export.graph.nodes import Builder, GraphContext
+from mara_export.graph.precision import island, narrow
+from mara_export.graph.qdq import quantise_matrix
 from mara_export.hf.families import model_shape
-from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions, Quantisation
+from mara_export.progress import Progress
 from mara_export.targets import COLUMN
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
@@ -49,27 +50,22 @@ GRAPHS = [*((a, "fp16") for a in checkpoints.ARCHITECTURES), *(("qwen3", p) for 
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory, checkpoint, agent) -> Callable[..., Bundle]:
+def bundles(tmp_path_factory, traced) -> Callable[..., Bundle]:
     """(architecture, precision, lowering="decomposed") → a bundle for target tensorrt, without the gate."""
     root = tmp_path_factory.mktemp("engines")
 
     @cache
     def make(architecture: str, precision: str, lowering: str) -> Bundle:
-        return export(
-            resolve_model(str(checkpoint(architecture))),
-            agent(architecture),
-            "agent",
-            root / f"{architecture}-{precision}-{lowering}",
-            ExportOptions(
-                target="tensorrt",
-                lowering=lowering,
-                precision=precision,
-                keep=NO_BLOCKS_OF_64 if precision == "int4" else (),
-                max_context=64,
-                max_candidates=8,
-                gate=False,
-            ),
+        options = ExportOptions(
+            target="tensorrt",
+            lowering=lowering,
+            precision=precision,
+            keep=NO_BLOCKS_OF_64 if precision == "int4" else (),
+            max_context=64,
+            max_candidates=8,
+            gate=False,
         )
+        return finish(traced(architecture), options, root / f"{architecture}-{precision}-{lowering}")
 
     return lambda architecture, precision, lowering="decomposed": make(architecture, precision, lowering)
 
@@ -243,31 +239,25 @@ def test_bfloat16_differs_from_float16_in_types_alone(bundles, graphs, lowering)
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_an_island_computes_in_float32(tmp_path: Path, marked: bool) -> None:
+def test_an_island_computes_in_float32(reference, tmp_path: Path, marked: bool) -> None:
     """300² is more than float16 holds. (ONNX's own evaluator rounds every result; ONNX Runtime on a CPU does not.)"""
-    nodes = [
-        helper.make_node("Mul", ["hidden", "factor"], ["x"], "before"),
-        helper.make_node("Mul", ["x", "x"], ["squares"], "squares"),
-        helper.make_node("ReduceMean", ["squares", "axes"], ["mean"], "mean"),
-        helper.make_node("Sqrt", ["mean"], ["root"], "root"),
-        helper.make_node("Div", ["x", "root"], ["unit"], "unit"),
-        helper.make_node("Mul", ["unit", "factor"], [tensors.LAST_HIDDEN_STATE], "after"),
-    ]
-    if marked:
-        for node in nodes[1:5]:
-            island(node)
-    graph = helper.make_graph(
-        nodes,
-        "norm",
-        [helper.make_tensor_value_info("hidden", TensorProto.FLOAT16, [1, 4])],
-        [helper.make_tensor_value_info(tensors.LAST_HIDDEN_STATE, TensorProto.FLOAT, [1, 4])],
-        [
-            numpy_helper.from_array(np.array([2.0], np.float32), "factor"),
-            numpy_helper.from_array(np.array([-1]), "axes"),
-        ],
-    )
-    narrow(graph, Weights(graph, tmp_path), "float16")
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    hidden = ir.val("hidden", ir.DataType.FLOAT16, [1, 4])
+    graph = ir.Graph([hidden], [], nodes=[], opset_imports={"": 20}, name="norm")
+    add = Builder(graph, "norm")
+    factor = add.constant([2.0])
+    x = add("Mul", hidden, factor)
+    squares = add("Mul", x, x)
+    mean = add("ReduceMean", squares, add.ints(-1))
+    root = add("Sqrt", mean)
+    unit = add("Div", x, root)
+    for value in (squares, mean, root, unit) if marked else ():
+        island(value)
+    graph.outputs.append(add("Mul", unit, factor, out=tensors.LAST_HIDDEN_STATE))
+    options = ExportOptions(target="tensorrt")
+    narrow(graph, GraphContext(model_shape(reference("qwen2").config), ((), ()), options, tmp_path, Progress(True)))
+    graph.outputs[0].dtype, graph.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([1, 4])
+    graph.sort()
+    model = ir.to_proto(ir.Model(graph, ir_version=10))
     onnx.checker.check_model(model, full_check=True)
     with np.errstate(over="ignore"):
         (found,) = ReferenceEvaluator(model).run(None, {"hidden": np.array([[150, 150, -150, 150]], np.float16)})
@@ -286,16 +276,9 @@ def test_an_island_computes_in_float32(tmp_path: Path, marked: bool) -> None:
         ("mistral", "portable", "int8"),
     ],
 )
-def test_the_graph_for_tensorrt_passes_the_gate_on_the_cpu(
-    checkpoint, agent, tmp_path, architecture, lowering, precision
-) -> None:
-    made = export(
-        resolve_model(str(checkpoint(architecture))),
-        agent(architecture),
-        "agent",
-        tmp_path,
-        ExportOptions(target="tensorrt", lowering=lowering, precision=precision, max_context=64, max_candidates=8),
-    )
+def test_the_graph_for_tensorrt_passes_the_gate_on_the_cpu(traced, tmp_path, architecture, lowering, precision) -> None:
+    options = ExportOptions(target="tensorrt", lowering=lowering, precision=precision, max_context=64, max_candidates=8)
+    made = finish(traced(architecture), options, tmp_path / "out")
     assert made.manifest.targets == ("tensorrt", "cpu")  # ONNX Runtime ran the same graph, which chooses always
     assert made.manifest.step.cache == "float16"
     assert made.manifest.parity is not None
@@ -316,7 +299,7 @@ def test_int4_of_a_trained_model_passes_the_gate_on_the_cpu(tmp_path, lowering) 
 def test_rounding_loses_half_a_step_at_most(how: Quantisation) -> None:
     matrix = np.random.default_rng(0).normal(size=(128, 24)).astype(np.float32)
     matrix[:, 3] = 0.0
-    integers, scales = quantised(matrix, "name", how)
+    integers, scales = quantise_matrix(matrix, how)
     most = 2 ** (how.bits - 1) - 1
     assert int(np.abs(integers.astype(np.int8)).max()) == most
     size = 128 if how.block_size == COLUMN else how.block_size
@@ -342,19 +325,13 @@ def test_rounding_loses_half_a_step_at_most(how: Quantisation) -> None:
         ),
         ("tensorrt-rtx", "int4", {"block_size": 16}, r"is 16; for --target tensorrt-rtx take 32 or 64 or 128"),
         ("tensorrt", "int4", {"quantiser": "hqq"}, r"--quantiser is 'hqq'; --lowering portable has rtn"),
-        ("tensorrt", "int4", {}, r"--block-size is 64, and /model/\S+ has 96 inputs, which is no multiple"),
+        ("tensorrt", "int4", {}, r"--block-size is 64, which does not divide the 96 inputs of /model/\S+: "),
         ("tensorrt", "int4", {"keep": ("nothing/*",)}, r"--keep is 'nothing/\*', which matches no matrix"),
         ("cpu", "int8", {"block_size": COLUMN}, r"--block-size is -1; it must be one of 16, 32"),
     ],
 )
-def test_blocks_that_a_target_does_not_read(checkpoint, agent, tmp_path, target, precision, how, message) -> None:
+def test_blocks_that_a_target_does_not_read(traced, tmp_path, target, precision, how, message) -> None:
     out = tmp_path / "bundle"
     with pytest.raises(OptionError, match=message):
-        export(
-            resolve_model(str(checkpoint("qwen2"))),
-            agent("qwen2"),
-            "agent",
-            out,
-            ExportOptions(target=target, precision=precision, gate=False, **how),
-        )
+        finish(traced("qwen2"), ExportOptions(target=target, precision=precision, gate=False, **how), out)
     assert not out.exists()

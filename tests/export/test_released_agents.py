@@ -1,4 +1,4 @@
-"""Agents as released with MARA: named on the Hub, of their exact shapes; and the script that runs one for real."""
+"""Agents in the shapes released with MARA, from the Hub; and the script that runs a real one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZES = {4096: 4_466_434, 3072: 3_415_810, 2048: 2_365_186}
 
 
 def released(hidden_size: int, llm: Path | None = None) -> dict[str, torch.Tensor]:
-    """A state dict with the keys and shapes of a released agent; it accepts 60 % of the states of `llm`, if given."""
+    """A state dict with the keys and shapes of a released agent, accepting 60 % of the states of `llm`, if given."""
     states = checkpoints.sample_states(checkpoints.load(llm), n=128) if llm else None
     agent = checkpoints.make_agent(hidden_size, seed=0, widths=(1024, 256), sample_states=states)
     state = agent.state_dict()
@@ -52,20 +52,20 @@ def as_bytes(state: dict[str, torch.Tensor]) -> bytes:
 
 
 def llm_of_width(folder: Path, hidden_size: int) -> Path:
-    """One layer, few heads and words, but the hidden size of a released agent's LLM."""
+    """One layer and few heads, with the hidden size of a released agent's LLM."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=260, hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.lm_head.weight.data.mul_(3.0)  # else every word is as likely as any other
+    model.lm_head.weight.data.mul_(3.0)  # else all tokens are almost equally probable
     model.save_pretrained(folder)
     checkpoints.add_tokenizer(folder, 260)
     return folder
 
 
-@pytest.mark.parametrize("hidden_size", SIZES)
+@pytest.mark.parametrize("hidden_size", [2048, *(pytest.param(size, marks=pytest.mark.long) for size in (3072, 4096))])
 def test_an_agent_of_a_released_shape_from_the_hub(cached, hidden_size, tmp_path, capsys):
     llm = llm_of_width(tmp_path / "llm", hidden_size)
     state = released(hidden_size, llm)
@@ -81,7 +81,7 @@ def test_an_agent_of_a_released_shape_from_the_hub(cached, hidden_size, tmp_path
 
     found = AlignedDecoder(bundle, threads=1).generate([256, 72, 105], DecodeConfig(max_new_tokens=12))
     expected = decode(checkpoints.load(llm), as_written(state), [256, 72, 105], eos_ids=[257], max_new_tokens=12)
-    assert min(expected.gaps) > 1e-5  # so that rounding decides nothing
+    assert min(expected.gaps) > 1e-5  # rounding decides nothing
     assert found.token_ids == expected.token_ids
     assert found.stats.decisions > 5
     assert found.stats.examined > found.stats.decisions  # some are rejected
@@ -99,14 +99,13 @@ def as_written(state: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch
     return scores
 
 
-@pytest.mark.parametrize("hidden_size", [3072, 4096])
-def test_an_agent_of_another_llm_is_refused_before_weights_are_fetched(cached, hidden_size, tmp_path, capsys):
+def test_an_agent_of_another_hidden_size_is_refused_before_weights_are_fetched(cached, tmp_path, capsys):
     cached(AGENTS, {"actor.pth": as_bytes(released(2048))})
     config = llm_of_width(tmp_path / "llm", 64) / "config.json"
     values = json.loads(config.read_text())
-    cached("org/llm", {"config.json": json.dumps({**values, "hidden_size": hidden_size}).encode()})  # and nothing else
+    cached("org/llm", {"config.json": json.dumps({**values, "hidden_size": 3072}).encode()})  # and nothing else
     assert command.main(["--model", "org/llm", "--agent", f"{AGENTS}:actor.pth", "--out", str(tmp_path / "out")]) == 2
-    assert re.search(rf"2048.*{hidden_size}|{hidden_size}.*2048", capsys.readouterr().err.splitlines()[-1])
+    assert re.search("2048.*3072|3072.*2048", capsys.readouterr().err.splitlines()[-1])
 
 
 # ── the script ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,7 +120,7 @@ def script() -> Any:
 
 
 def beaver(folder: Path, seed: int) -> Path:
-    """A tiny model laid out as PKU-Alignment's: a Llama with a score head of another name, and no chat template."""
+    """A tiny model like PKU-Alignment's: a Llama with a renamed score head and no chat template."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -142,7 +141,7 @@ def beaver(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file, tmp_path, capsys):
+def test_the_script_runs_end_to_end(script, cached, checkpoint, agent_file, tmp_path, capsys):
     cached("meta-llama/Llama-3.2-1B-Instruct", checkpoint("llama"))
     cached(AGENTS, {"llama_actor.pth": as_bytes(load_file(agent_file("llama")))})
     for seed, kind in enumerate(("reward", "cost")):
@@ -161,7 +160,7 @@ def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file,
     assert combined["wins"] + combined["losses"] > 0
     assert (out / "eval" / "report.html").is_file()
 
-    # a score of one's own; the bundle is there already
+    # with another score, on the existing bundle
     (tmp_path / "own_score.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
@@ -169,7 +168,9 @@ def test_the_script_runs_from_end_to_end(script, cached, checkpoint, agent_file,
     assert json.loads((out / "eval" / "result.json").read_text())["scores"] == {"own_score:length": 1.0}
 
 
-def test_the_script_refuses_the_bundle_of_other_options(script, checkpoint, agent_file, tmp_path, monkeypatch, capsys):
+def test_the_script_refuses_a_bundle_made_with_other_options(
+    script, checkpoint, agent_file, tmp_path, monkeypatch, capsys
+):
     def run(**changed: object) -> int:
         options = {"model": checkpoint("qwen2"), "agent": agent_file("qwen2"), "precision": "fp32", **changed}
         return script.main([f"--{name}={value}" for name, value in options.items()] + ["--out", str(tmp_path / "out")])
@@ -188,10 +189,9 @@ def test_the_script_refuses_the_bundle_of_other_options(script, checkpoint, agen
         capsys.readouterr()
         assert run(**{flag: asked}) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == (
-            f"released_agent: error: --{flag} is {name}, but {tmp_path}/out/bundle was made with {made}: "
-            "choose another --out"
-        )
+        assert f"--{flag} is {name}" in line
+        assert f"made with {made}" in line
+        assert "--out" in line
     assert len(shown) == 2
 
 
@@ -200,14 +200,13 @@ def test_the_script_without_an_agent_lists_them(script, hf_home, monkeypatch, tm
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["README.md", "a_actor.pth", "b_actor.pth"])
     assert script.main(["--out", str(tmp_path / "out")]) == 2
-    assert (
-        capsys.readouterr().err
-        == f"released_agent: error: --agent is missing; {AGENTS} holds a_actor.pth, b_actor.pth\n"
-    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--agent is missing" in line
+    assert "a_actor.pth, b_actor.pth" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_the_script_without_a_hub_is_one_line(script, hf_home, tmp_path, capsys):
     assert script.main(["--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"released_agent: error: --agent is missing, and {AGENTS} cannot be listed: ")
+    assert f"--agent is missing, and {AGENTS} cannot be listed" in line

@@ -15,7 +15,8 @@ import pytest
 
 from mara_deploy.commands import export as command
 from mara_export.errors import ModelError
-from mara_export.hf.sources import ALIASES, ModelSource, resolve_file, resolve_model
+from mara_export.hf.families import ALIASES
+from mara_export.hf.sources import ModelSource, resolve_file, resolve_model
 from mara_runtime.bundle import Bundle
 from tests.hub import NOWHERE, REVISION
 
@@ -110,9 +111,10 @@ def test_ids_that_the_hub_does_not_allow_are_refused(hf_home, name) -> None:
 
 
 def test_aliases_are_hub_ids() -> None:
-    assert ALIASES["qwen2"] == "Qwen/Qwen2-0.5B-Instruct"
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) for hub_id in ALIASES.values())
-    assert len(set(ALIASES.values())) == len(ALIASES)
+    hub_ids = [known.hub_id for known in ALIASES.values()]
+    assert ALIASES["qwen2"].hub_id == "Qwen/Qwen2-0.5B-Instruct"
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) for hub_id in hub_ids)
+    assert len(set(hub_ids)) == len(hub_ids)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "Qwen/Qwen2-0.5B-Instruct"])

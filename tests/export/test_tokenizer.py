@@ -237,7 +237,7 @@ def checked(folder: Path, template: str | list[dict[str, str]], **config: Any) -
     else:
         return ""
     assert refusal.startswith("the chat template of my/model ")
-    assert "mend or remove it" in refusal
+    assert "correct or remove it" in refusal
     assert "\n" not in refusal
     assert len(refusal) < 500
     return refusal
@@ -271,7 +271,7 @@ def test_a_model_without_a_template_passes(folder) -> None:
         ("{{ additional_special_tokens[1] }}", "fails where the bundle runs, though not in transformers: .*undefined"),
         (
             BOS_AND_TEXT + "{{ additional_special_tokens }}",
-            r"gives another text where the bundle runs than in transformers, from letter 22 on: '', not \"\['<",
+            r"gives another text where the bundle runs than in transformers, from character 22 on: '', not \"\['<",
         ),
     ],
 )

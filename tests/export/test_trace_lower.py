@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,34 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from mara_export.export import export
+from mara_export.export import export, finish, trace
+from mara_export.graph.pipeline import LOWERINGS as LOWERING_MODULES
 from mara_export.hf.families import model_shape
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
+from mara_export.parity import NAMES, Rows
 from mara_export.targets import LOWERINGS
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort as ort_engine
-from mara_runtime.engines.base import FullOutput, Pass, StepOutput, check_row
-from mara_runtime.engines.ort import OrtEngine
-from mara_runtime.errors import EngineError, NumericsError
+from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.errors import EngineError
 from tests import checkpoints
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
 from tests.table_engine import TableEngine
 
-BOTH = [(architecture, lowering) for architecture in checkpoints.ARCHITECTURES for lowering in LOWERINGS]
-each = pytest.mark.parametrize(("architecture", "lowering"), BOTH)
+COVERING = {("qwen2", "ort"), ("qwen3", "portable"), ("llama", "decomposed"), ("mistral", "ort")}
+"""Every architecture and every lowering once; the other combinations are left to `make test-long`."""
+LONG = {both: () if both in COVERING else pytest.mark.long for both in product(checkpoints.ARCHITECTURES, LOWERINGS)}
+each = pytest.mark.parametrize(
+    ("architecture", "lowering"), [pytest.param(*both, marks=marks) for both, marks in LONG.items()]
+)
 
 LENGTH = 23
 RELATIVE = 1e-5
 INLINE_BYTES, ALIGNMENT = 1024, 4096
 TOP = MAX_CANDIDATES + 8
-NAMES = ("hidden", "logits", "margins")
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -83,50 +87,21 @@ def test_inputs_and_outputs_are_those_of_the_one_table(bundle, reference, archit
 
 
 @each
-def test_one_attention_a_layer_and_no_node_of_the_seam(bundle, reference, architecture, lowering) -> None:
-    layers = reference(architecture).config.num_hidden_layers
-    model = step_graph(bundle(architecture, lowering))
-    nodes = Counter((node.domain, node.op_type) for node in model.graph.node)
-    assert not [node for node in nodes if node[0] == "mara"]
-    assert not [opset.domain for opset in model.opset_import if opset.domain == "mara"]
-    assert not model.functions
-    opsets = {opset.domain: opset.version for opset in model.opset_import}
-    head_norms = 2 * layers if architecture == "qwen3" else 0  # of queries and keys
-    if lowering == "ort":
-        assert nodes["com.microsoft", "MultiHeadAttention"] == layers
-        assert nodes["com.microsoft", "RotaryEmbedding"] == layers  # queries and keys turn together
-        assert nodes["", "ScatterND"] == 2 * layers
-        assert {domain for domain, _ in nodes} == {"", "com.microsoft"}
-        # of the positions, for the mask and for the rotary embedding, and of the mask; no heads change their order
-        assert nodes["", "Transpose"] == 3
-        assert nodes["", "Split"] == (3 if head_norms else 2) * layers  # heads; gate and up; before norms q, k and v
-        assert (
-            nodes["com.microsoft", "SkipSimplifiedLayerNormalization"] == 2 * layers
-        )  # a sum before all but the first
-        assert nodes["", "RMSNormalization"] == 1 + head_norms
-        assert nodes["", "MatMul"] + nodes["", "Gemm"] == 4 * layers + 1 + 3  # head, agent
-        fused = {"MultiHeadAttention", "RotaryEmbedding", "SkipSimplifiedLayerNormalization"}
-        assert {kind for domain, kind in nodes if domain} <= fused
-    elif lowering == "portable":
-        assert nodes["", "RMSNormalization"] == 2 * layers + 1 + head_norms
-        assert nodes["", "TensorScatter"] == 2 * layers
-        assert nodes["", "Attention"] == layers
-        assert {domain for domain, _ in nodes} == {""}
-        assert opsets == {"": 24}
-    else:
-        assert nodes["", "ReduceMean"] == 2 * layers + 1 + head_norms
-        assert nodes["", "ScatterND"] == 2 * layers
-        assert opsets == {"": 20}
-    assert nodes["", "Softmax"] == (layers if lowering == "decomposed" else 0)  # no attention but the fused one
-    assert nodes["", "If"] == nodes["", "ArgMax"] == 1  # one head, with its best tokens inside; one choice
-    names = [node.name for node in model.graph.node]
-    assert len(set(names)) == len(names)
-
-
-@each
-def test_the_checker_is_content_with_types_and_shapes(bundle, architecture, lowering) -> None:
+def test_the_graph_is_made_of_what_its_lowering_promises(bundle, architecture, lowering) -> None:
+    """The trace's nodes are gone, attention is fused unless decomposed, and no layer moves heads at run time."""
     path = bundle(architecture, lowering) / "step.onnx"
     onnx.checker.check_model(str(path), full_check=lowering != "ort")
+    model = step_graph(path.parent)
+    assert {opset.domain: opset.version for opset in model.opset_import} == LOWERING_MODULES[lowering].OPSETS
+    assert {node.domain for node in model.graph.node} == set(LOWERING_MODULES[lowering].OPSETS)
+    kinds = {node.op_type for node in model.graph.node}
+    assert "Identity" not in kinds
+    assert ("Softmax" in kinds) == (lowering == "decomposed")
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    if lowering == "ort":
+        assert not [node.name for node in model.graph.node if node.op_type == "Transpose" and "layers" in node.name]
 
 
 @each
@@ -186,12 +161,12 @@ def test_a_tied_head_reads_the_table_of_the_embedding(bundle, reference, archite
 class Pair:
     """An engine with a prompt in its cache, and what Hugging Face computes for sequences."""
 
-    engine: OrtEngine
+    engine: CpuEngine
     model: Any
     agent: Any
     prompt: list[int]
 
-    def prefill(self, pieces: Sequence[int] = (LENGTH,)) -> list[FullOutput]:
+    def prefill(self, pieces: Sequence[int] = (LENGTH,)) -> list[Rows]:
         """The prompt in passes of the given sizes."""
         assert sum(pieces) == LENGTH
         out, start = [], 0
@@ -200,36 +175,41 @@ class Pair:
             start += size
         return out
 
-    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> FullOutput:
-        out = self.engine.evaluate(tokens, positions, slot)
-        return FullOutput(*(getattr(out, name).copy() for name in NAMES))
+    def evaluate(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
+        return full(self.engine, tokens, positions, slot)
 
     def run(self, work: Pass) -> StepOutput:
         out = self.engine.run(work)
-        return StepOutput(*(getattr(out, name).copy() for name in StepOutput.__dataclass_fields__))
+        arrays = (getattr(out, name) for name in StepOutput.__dataclass_fields__)
+        return StepOutput(*(None if array is None else array.copy() for array in arrays))
 
-    def expected(self, tokens: Sequence[int]) -> FullOutput:
+    def expected(self, tokens: Sequence[int]) -> Rows:
         """All rows of a sequence, in one pass without a cache."""
         with torch.no_grad():
             out = self.model(input_ids=torch.tensor([list(tokens)]), output_hidden_states=True, use_cache=False)
             hidden = out.hidden_states[-1][0]
-            return FullOutput(hidden.numpy(), out.logits[0].numpy(), self.agent.margin(hidden).numpy())
+            return Rows(hidden.numpy(), out.logits[0].numpy(), self.agent.margin(hidden).numpy())
 
-    def after_prompt(self, *continuations: Sequence[int]) -> FullOutput:
+    def after_prompt(self, *continuations: Sequence[int]) -> Rows:
         """The last row of the prompt followed by each continuation."""
         rows = [self.expected([*self.prompt, *continuation]) for continuation in continuations]
-        return FullOutput(*(np.stack([getattr(row, name)[-1] for row in rows]) for name in NAMES))
+        return Rows(*(np.stack([getattr(row, name)[-1] for row in rows]) for name in NAMES))
 
 
-def row(everything: FullOutput, index: int) -> FullOutput:
-    return FullOutput(*(getattr(everything, name)[[index]] for name in NAMES))
+def full(engine: CpuEngine, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
+    out = engine.run(Pass.full_outputs(tokens, positions, slot))
+    return Rows(*(getattr(out, name).copy() for name in NAMES))
 
 
-def joined(parts: Sequence[FullOutput]) -> FullOutput:
-    return FullOutput(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+def row(everything: Rows, index: int) -> Rows:
+    return Rows(*(getattr(everything, name)[[index]] for name in NAMES))
 
 
-def assert_close(found: FullOutput, expected: FullOutput, relative: float = RELATIVE) -> None:
+def joined(parts: Sequence[Rows]) -> Rows:
+    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+
+
+def assert_close(found: Rows, expected: Rows, relative: float = RELATIVE) -> None:
     for name in NAMES:
         a, b = getattr(found, name), getattr(expected, name)
         assert a.shape == b.shape
@@ -238,25 +218,25 @@ def assert_close(found: FullOutput, expected: FullOutput, relative: float = RELA
 
 
 @pytest.fixture(scope="module")
-def engines(bundle: Callable[..., Path]) -> Callable[[str, str], OrtEngine]:
-    opened: dict[tuple[str, str], OrtEngine] = {}
+def engines(bundle: Callable[..., Path]) -> Callable[[str, str], CpuEngine]:
+    opened: dict[tuple[str, str], CpuEngine] = {}
 
-    def get(architecture: str, lowering: str) -> OrtEngine:
+    def get(architecture: str, lowering: str) -> CpuEngine:
         key = architecture, lowering
         if key not in opened:
-            opened[key] = OrtEngine(Bundle.open(bundle(architecture, lowering)), threads=1)
+            opened[key] = CpuEngine(Bundle.open(bundle(architecture, lowering)), threads=1)
         return opened[key]
 
     return get
 
 
-@pytest.fixture(params=BOTH, ids="-".join)
+@pytest.fixture(params=[pytest.param(both, marks=marks, id="-".join(both)) for both, marks in LONG.items()])
 def pair(request: pytest.FixtureRequest, engines, reference, agent) -> Pair:
     architecture, lowering = request.param
     engine = engines(architecture, lowering)
     # Rubbish in every slot: what a test must not see, it would notice.
-    rubbish = checkpoints.random_prompts(1, seed=99, length=engine.slots)[0]
-    engine.run(Pass(rubbish, [slot % MAX_CONTEXT for slot in range(engine.slots)], 0))
+    rubbish = checkpoints.random_prompts(1, seed=99, length=engine.cache.capacity)[0]
+    engine.run(Pass(rubbish, [slot % MAX_CONTEXT for slot in range(engine.cache.capacity)], 0))
     prompt = checkpoints.random_prompts(1, seed=5, length=LENGTH)[0]
     return Pair(engine, reference(architecture), agent(architecture), prompt)
 
@@ -285,7 +265,7 @@ def test_siblings_in_later_slots(pair: Pair) -> None:
     expected = pair.after_prompt(*([token] for token in siblings))
     pair.prefill()
     pair.evaluate([1, 2, 3, 4, 5], [LENGTH] * 5, LENGTH)
-    for slot in (LENGTH + 5, LENGTH + 60, pair.engine.slots - len(siblings)):
+    for slot in (LENGTH + 5, LENGTH + 60, pair.engine.cache.capacity - len(siblings)):
         assert_close(pair.evaluate(siblings, [LENGTH] * len(siblings), slot), expected)
 
 
@@ -294,13 +274,13 @@ def test_a_moved_entry_carries_the_sequence_on(pair: Pair) -> None:
     pair.prefill()
     pair.evaluate(siblings, [LENGTH] * len(siblings), LENGTH)
     for index in (2, 1):
-        pair.engine.move(LENGTH + index, LENGTH)
+        pair.engine.memory.move(0, LENGTH + index, LENGTH)
         found = pair.evaluate([following], [LENGTH + 1], LENGTH + 10)
         assert_close(found, pair.after_prompt([siblings[index], following]))
     wrong = pair.after_prompt([siblings[0], following])  # what stands there without a move
     assert np.abs(found.hidden - wrong.hidden).max() > 0.01 * np.abs(wrong.hidden).max()
     # The moved one stays where it was: a move is a copy.
-    pair.engine.move(LENGTH + 3, LENGTH)
+    pair.engine.memory.move(0, LENGTH + 3, LENGTH)
     assert_close(pair.evaluate([following], [LENGTH + 1], LENGTH + 10), pair.after_prompt([siblings[3], following]))
 
 
@@ -314,7 +294,7 @@ def test_a_chain_beside_siblings(pair: Pair) -> None:
 
 
 def test_the_last_slot_is_used_and_none_after_it(pair: Pair) -> None:
-    slots = pair.engine.slots
+    slots = pair.engine.cache.capacity
     assert slots == MAX_CONTEXT + MAX_CANDIDATES + 17  # siblings, a draft, and the fallback once more
     pair.prefill()
     expected = pair.after_prompt([65])
@@ -324,7 +304,7 @@ def test_the_last_slot_is_used_and_none_after_it(pair: Pair) -> None:
         with pytest.raises(EngineError, match=message):
             pair.engine.run(Pass(tokens, [LENGTH] * len(tokens), slot))
         with pytest.raises(EngineError, match=message):
-            pair.engine.evaluate(tokens, [LENGTH] * len(tokens), slot)
+            pair.evaluate(tokens, [LENGTH] * len(tokens), slot)
     assert_close(pair.evaluate([65], [LENGTH], LENGTH), expected)  # and nothing was written
 
 
@@ -399,7 +379,7 @@ def choice(work: Pass, margins: NDArray[np.float32]) -> list[int]:
 
 
 @pytest.fixture
-def prefilled(pair: Pair) -> tuple[Pair, NDArray[np.float32], FullOutput]:
+def prefilled(pair: Pair) -> tuple[Pair, NDArray[np.float32], Rows]:
     """The pair with its prompt in the cache, the siblings' margins, and Hugging Face's rows of them."""
     pair.prefill()
     margins = pair.run(siblings()).margins
@@ -536,8 +516,8 @@ def test_any_pass_is_that_of_the_table(pair: Pair) -> None:
     def margins(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.asarray(pair.agent.margin(torch.tensor(hidden)))
 
-    table = TableEngine(lookup, margins, pair.engine.slots, MAX_CANDIDATES)
-    table.evaluate(pair.prompt, range(LENGTH), 0)
+    table = TableEngine(lookup, margins, pair.engine.cache.capacity, MAX_CANDIDATES)
+    table.run(Pass.full_outputs(pair.prompt, range(LENGTH), 0))
     pair.prefill()
     elected = alike = 0
     chains = [rng.integers(0, 256, 5).tolist() for _ in range(4)]
@@ -585,10 +565,9 @@ def pair_rows(
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_small_vocabulary_is_returned_whole(checkpoint, reference, agent, tmp_path, lowering) -> None:
     """More candidates than tokens."""
-    source = resolve_model(str(checkpoint("mistral")))
     options = ExportOptions(lowering=lowering, max_context=32, max_candidates=1024)
-    made = export(source, agent("mistral"), "agent", tmp_path, options)
-    pair = Pair(OrtEngine(made, threads=1), reference("mistral"), agent("mistral"), SIBLINGS)
+    made = export(resolve_model(str(checkpoint("mistral"))), agent("mistral"), "agent", tmp_path / "out", options)
+    pair = Pair(CpuEngine(made, threads=1), reference("mistral"), agent("mistral"), SIBLINGS)
     vocab_size = pair.model.config.vocab_size
     out = pair.run(Pass(SIBLINGS, range(COUNT), 0, range(COUNT)))
     expected = pair.expected(SIBLINGS).logits
@@ -607,42 +586,40 @@ def test_the_cache_grows_with_the_conversation_and_keeps_what_is_in_it(
     bundle, reference, agent, monkeypatch, lowering
 ) -> None:
     monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 16)
-    engine = OrtEngine(Bundle.open(bundle("qwen3", lowering)), threads=1)
-    slots = engine.slots
+    engine = CpuEngine(Bundle.open(bundle("qwen3", lowering)), threads=1)
+    slots = engine.cache.capacity
     pair = Pair(engine, reference("qwen3"), agent("qwen3"), checkpoints.random_prompts(1, seed=5, length=LENGTH)[0])
     expected = pair.expected(pair.prompt)
     sizes = []
     for turn in range(2):
-        assert engine.allocated_slots == 16
-        assert_close(
-            pair.evaluate(pair.prompt[:9], range(9), 0), FullOutput(*(getattr(expected, n)[:9] for n in NAMES))
-        )
-        assert engine.allocated_slots == 16
+        assert engine.memory.slots == 16
+        assert_close(pair.evaluate(pair.prompt[:9], range(9), 0), Rows(*(getattr(expected, n)[:9] for n in NAMES)))
+        assert engine.memory.slots == 16
         for index in range(9, LENGTH):  # the sixteenth row fits, the seventeenth makes room
             found = pair.run(Pass([pair.prompt[index]], [index], index, [0], [0], [-np.inf]))
             assert_best_tokens(found, expected.logits[[index]])
-            sizes.append(engine.allocated_slots)
+            sizes.append(engine.memory.slots)
         for slot, size in ((LENGTH, 32), (40, 48), (100, 112), (200, 208), (slots - 3, slots), (50, slots)):
             wanted = pair.after_prompt([65], [66], [67])
             assert_close(pair.evaluate([65, 66, 67], [LENGTH] * 3, slot), wanted)
-            assert engine.allocated_slots == size
-        engine.move(52, LENGTH)  # the third sibling, written before and after a growth
+            assert engine.memory.slots == size
+        engine.memory.move(67, 52, LENGTH)  # the third sibling, written before and after a growth
         assert_close(pair.evaluate([99], [LENGTH + 1], LENGTH + 1), pair.after_prompt([67, 99]))
         if turn == 0:
-            engine.clear()
+            engine.cache.clear()
     assert sizes == 2 * ([16] * 7 + [32] * 7)
-    assert engine.slots == slots
+    assert engine.cache.capacity == slots
 
 
 def test_a_cleared_cache_is_that_of_a_new_engine(engines, bundle) -> None:
     used, prompt = engines("llama", "ort"), [70, 71, 72]
-    fresh = OrtEngine(Bundle.open(bundle("llama", "ort")), threads=1)
+    fresh = CpuEngine(Bundle.open(bundle("llama", "ort")), threads=1)
     used.run(Pass([1, 2, 3, 4], range(4), 0))
-    used.clear()
+    used.cache.clear()
     for engine in (used, fresh):
-        assert not engine._slab.any()
-        assert engine.allocated_slots == min(ort_engine.FIRST_SLOTS, engine.slots)
-    a, b = (engine.evaluate(prompt, range(3), 0) for engine in (used, fresh))
+        assert not engine.memory.entries.any()
+        assert engine.memory.slots == min(ort_engine.FIRST_SLOTS, engine.cache.capacity)
+    a, b = (full(engine, prompt, range(3), 0) for engine in (used, fresh))
     for name in NAMES:
         assert np.array_equal(getattr(a, name), getattr(b, name))
 
@@ -653,10 +630,10 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def altered(bundle, tmp_path) -> Callable[..., OrtEngine]:
+def altered(bundle, tmp_path) -> Callable[..., CpuEngine]:
     """(lowering, weight, [index], value) → an engine on llama's graph with some of its numbers replaced."""
 
-    def make(lowering: str, name: str, index: Any, value: float) -> OrtEngine:
+    def make(lowering: str, name: str, index: Any, value: float) -> CpuEngine:
         original = Bundle.open(bundle("llama", lowering))
         model = onnx.load(original.path("step.onnx"))
         (tensor,) = [t for t in model.graph.initializer if t.name == name]
@@ -664,13 +641,13 @@ def altered(bundle, tmp_path) -> Callable[..., OrtEngine]:
         array[index] = value
         tensor.CopyFrom(numpy_helper.from_array(array, name))
         onnx.save(model, tmp_path / "step.onnx")
-        return OrtEngine(Bundle(tmp_path, original.manifest), threads=1)
+        return CpuEngine(Bundle(tmp_path, original.manifest), threads=1)
 
     return make
 
 
 each_lowering = pytest.mark.parametrize("lowering", LOWERINGS)
-not_finite = pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
+not_finite = pytest.mark.parametrize("value", [NAN, pytest.param(INF, marks=pytest.mark.long), -INF], ids=str)
 EVERYBODY = {"priorities": [0.0, 0.0], "margin_weight": 1.0, "threshold": -1e9}
 
 
@@ -687,17 +664,15 @@ def test_equal_margins_elect_the_first(altered, lowering) -> None:
 @not_finite
 def test_a_state_that_is_not_finite_has_no_margin(altered, engines, lowering, value) -> None:
     engine = altered(lowering, "model.embed_tokens.weight", 77, value)
-    good = engines("llama", lowering).evaluate([70, 71], range(2), 0)
+    good = full(engines("llama", lowering), [70, 71], range(2), 0)
     engine.run(Pass([70], [0], 0))
     work = Pass([77, 71], [1, 1], 1, [0], [0, 1], **EVERYBODY)
     out = engine.run(work)
     assert np.isnan(out.margins[0])
     assert np.isnan(out.log_normaliser[0])
     assert out.rows.tolist() == [0, 1][: 1 if np.isnan(out.margins[1]) else 2]  # nobody is elected without a margin
-    with pytest.raises(NumericsError, match=r"the hidden state at position 1 \(token 77\) is not finite"):
-        check_row(engine, 77, 1, 1, margin=True)
-    engine.clear()
-    again = engine.evaluate([70, 71], range(2), 0)
+    engine.cache.clear()
+    again = full(engine, [70, 71], range(2), 0)
     for name in NAMES:  # nothing is left of it
         assert np.array_equal(getattr(again, name), getattr(good, name))
 
@@ -720,57 +695,35 @@ def test_logits_that_are_not_finite_have_no_normaliser(altered, bundle, engines,
     engine = altered(lowering, head.input[1], (0, 300), value)  # one weight of one token
     work = Pass(SIBLINGS, range(COUNT), 0, range(COUNT), [0], [-np.inf])
     out = engine.run(work)
-    logits = engine.evaluate(work.tokens, work.positions, 0).logits
+    logits = full(engine, work.tokens, work.positions, 0).logits
     bad = np.isnan(logits[:, 300]) | np.isposinf(logits[:, 300])
     assert bad.any()
     assert np.array_equal(np.isnan(out.log_normaliser), bad)  # minus infinity is a token that is never emitted
     good = engines("llama", lowering).run(work)
     assert np.array_equal(out.margins, good.margins)
-    first = int(np.flatnonzero(bad)[0])
-    with pytest.raises(NumericsError, match=f"the logits after position {first} are not finite"):
-        check_row(engine, SIBLINGS[first], first, first, margin=True)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-def test_weights_that_are_equal_are_not_missed(checkpoint, agent, tmp_path, architecture) -> None:
-    """The tracer keeps one of several equal weights, as norms and biases of an untrained model are."""
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_equal_weights_are_read_from_one_place(checkpoint, agent, tmp_path, monkeypatch, architecture: str) -> None:
+    """As in an untrained model, and in one that was made deeper by repeating layers. The tracer keeps one of them."""
+    monkeypatch.setattr("mara_export.graph.weights.INLINE_BYTES", 160)  # nearly all lie in the data file
     model = checkpoints.load(checkpoint(architecture))
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.constant_(parameter, float("norm" in name))
-    folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
-    model.save_pretrained(folder)
-    options = ExportOptions(lowering="ort", max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES)
-    out = tmp_path / "bundle"
-    export(resolve_model(str(folder)), agent(architecture), "agent", out, options)  # and the gate
-    assert Counter(node.op_type for node in step_graph(out).graph.node)["Transpose"] == 3  # heads change in the weights
-
-
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_layers_that_are_equal(
-    checkpoint, agent, tmp_path, monkeypatch, architecture: str, lowering: str, precision: str
-) -> None:
-    """As in a model that was made deeper by repeating layers; the biases of its queries are all zero, too."""
-    monkeypatch.setattr(
-        "mara_export.graph.weights.INLINE_BYTES", 160
-    )  # nearly all lie in the data file, as real ones do
-    model = checkpoints.load(checkpoint(architecture))
     first, second, *_ = model.model.layers
     second.load_state_dict(first.state_dict())
-    for layer in (first, second) if architecture == "qwen2" else ():
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            torch.nn.init.zeros_(projection.bias)
     folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
     model.save_pretrained(folder)
-    options = ExportOptions(
-        lowering=lowering, precision=precision, max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES
-    )
-    out = tmp_path / "bundle"
-    export(resolve_model(str(folder)), agent(architecture), "agent", out, options)  # and the gate
-    graph = step_graph(out).graph
-    stored = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
-    plain = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]
-    assert bool(plain) == (precision == "fp32"), plain
-    assert "Identity" not in {node.op_type for node in graph.node}
+    (tmp_path / "trace").mkdir()
+    traced = trace(resolve_model(str(folder)), agent(architecture), "agent", tmp_path / "trace", max_context=64)
+    for lowering in LOWERINGS:
+        for precision in ("fp32", "int8"):
+            out = finish(traced, ExportOptions(lowering=lowering, precision=precision), tmp_path / lowering / precision)
+            graph = step_graph(out.folder).graph  # it has passed the gate
+            assert "Identity" not in {node.op_type for node in graph.node}
+            stored = {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT and len(t.dims) == 2}
+            plain = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]
+            assert bool(plain) == (precision == "fp32"), plain
+            heads = [n.name for n in graph.node if n.op_type == "Transpose" and "layers" in n.name]
+            assert lowering != "ort" or not heads

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mara_deploy.train.config import TrainConfig
-from mara_deploy.train.environment import Chain
-from mara_deploy.train.learner import LN2, Learner, TwinCritic, _Tensors
-from mara_deploy.train.replay import Batch, Replay
+from mara_deploy.train.environment import Trajectory
+from mara_deploy.train.learner import Learner, TwinCritic
+from mara_deploy.train.replay import Batch, ReplayBuffer
 from mara_runtime.errors import NumericsError
 
 D = 4
@@ -48,20 +48,21 @@ def learner() -> Learner:
 
 @pytest.fixture
 def batch() -> Batch:
-    """Three transitions: rejected, the chain goes on; accepted, the answer ends; forced, a forced state two on."""
-    rng = np.random.default_rng(0)
+    """Three transitions: rejected, not the end; accepted, the answer ends; forced, and a forced state after two."""
+    generator = torch.Generator().manual_seed(0)
+    inf = math.inf
     return Batch(
-        states=rng.normal(size=(3, D)).astype(np.float32),
-        accepted=np.array([False, True, True]),
-        margins=np.array([[9.0, 0.0], [9.0, 9.0], [9.0, math.log(4)]], np.float32),
-        reference=np.array([[0.0, math.log(3)], [0.0, 0.0], [np.inf, 0.0]], np.float32),
-        forced=np.array([[False, False], [False, False], [True, False]]),
-        scores=np.array([[0.0, 0.0], [5.0, 7.0], [0.0, 0.0]], np.float32),
-        inside=np.array([[True, True], [True, False], [True, True]]),
-        next_states=rng.normal(size=(3, D)).astype(np.float32),
-        next_reference=np.array([0.0, 0.0, np.inf], np.float32),
-        next_forced=np.array([False, False, True]),
-        ended=np.array([False, True, False]),
+        states=torch.randn(3, D, generator=generator),
+        accepted=torch.tensor([False, True, True]),
+        margins=torch.tensor([[9.0, 0.0], [9.0, 9.0], [9.0, math.log(4)]]),
+        reference=torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [inf, 0.0]]),
+        forced=torch.tensor([[False, False], [False, False], [True, False]]),
+        scores=torch.tensor([[0.0, 0.0], [5.0, 7.0], [0.0, 0.0]]),
+        inside=torch.tensor([[True, True], [True, False], [True, True]]),
+        next_states=torch.randn(3, D, generator=generator),
+        next_reference=torch.tensor([0.0, 0.0, inf]),
+        next_forced=torch.tensor([False, False, True]),
+        ended=torch.tensor([False, True, False]),
     )
 
 
@@ -73,30 +74,29 @@ H = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))  # of the actor everywhere
 # min(Q1', Q2') = (3, 3): 1/4 · 3 + 3/4 · 3 + α·H - kl_weight · KL(3/4 ‖ 1/2)
 VALUE = 3.0 + 0.2 * H - 0.1 * kl(0.75, 0.5)
 RETURNS = [
-    # nothing for the first link; discounted, the second one's entropy and price; then the value of where it leads
+    # nothing at the first transition; entropy and KL of the second, discounted; then the value of the next state
     0.5 * (0.2 * math.log(2) - 0.1 * kl(0.5, 0.75)) + 0.25 * VALUE,
-    5.0,  # the score; what lies behind the end is another episode's
+    5.0,  # the score; after the end come other episodes
     0.5 * (-0.2 * (0.8 * math.log(0.8) + 0.2 * math.log(0.2)) - 0.1 * kl(0.8, 0.5))
-    + 0.25 * 3.0,  # a forced state is worth accepting: no entropy, no price
+    + 0.25 * 3.0,  # a forced state has the value of accepting: no entropy, no KL
 ]
 
 
 def test_returns(learner, batch) -> None:
-    assert learner.returns(_Tensors(batch, "cpu")).tolist() == pytest.approx(RETURNS, abs=1e-6)
+    assert learner.returns(batch).tolist() == pytest.approx(RETURNS, abs=1e-6)
 
 
 def test_critic_loss(learner, batch) -> None:
-    on = _Tensors(batch, "cpu")
     taken = [(1.0, 0.5), (2.0, 2.5), (2.0, 2.5)]  # of both critics, for the actions 0, 1, 1
     expected = sum(
-        0.5 * sum((values[twin] - wanted) ** 2 for values, wanted in zip(taken, RETURNS, strict=True)) / 3
+        0.5 * sum((values[twin] - target) ** 2 for values, target in zip(taken, RETURNS, strict=True)) / 3
         for twin in (0, 1)
     )
-    assert float(learner.critic_loss(on, learner.returns(on)).detach()) == pytest.approx(expected, abs=1e-6)
+    assert float(learner.critic_loss(batch, learner.returns(batch)).detach()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_actor_loss_leaves_forced_states_out(learner, batch) -> None:
-    loss, entropy = learner.actor_loss(_Tensors(batch, "cpu"))
+    loss, entropy = learner.actor_loss(batch)
     # min(Q1, Q2) = (0.5, 2); the two free states have the reference 1/2
     gain = 0.25 * 0.5 + 0.75 * 2.0 + 0.2 * H - 0.1 * kl(0.75, 0.5)
     assert float(loss.detach()) == pytest.approx(-gain, abs=1e-6)
@@ -105,21 +105,21 @@ def test_actor_loss_leaves_forced_states_out(learner, batch) -> None:
 
 def test_actor_gradient_against_finite_differences(learner, batch) -> None:
     """Of the objective in closed form, by the bias that shifts every margin."""
-    on, bias = _Tensors(batch, "cpu"), learner.actor.output_linear.bias
-    learner.actor_loss(on)[0].backward()
+    bias = learner.actor.output_linear.bias
+    learner.actor_loss(batch)[0].backward()
 
     def loss(shift: float) -> float:
         with torch.no_grad():
             bias[1] += shift
-            value = float(learner.actor_loss(on)[0])
+            value = float(learner.actor_loss(batch)[0])
             bias[1] -= shift
         return value
 
     assert float(bias.grad[1]) == pytest.approx((loss(1e-2) - loss(-1e-2)) / 2e-2, abs=1e-4)
 
 
-def test_a_batch_of_forced_states_alone_teaches_the_actor_nothing(learner, batch) -> None:
-    forced = replace(batch, forced=np.ones_like(batch.forced), reference=np.full_like(batch.reference, np.inf))
+def test_forced_states_alone_change_neither_actor_nor_alpha(learner, batch) -> None:
+    forced = replace(batch, forced=torch.ones_like(batch.forced), reference=torch.full_like(batch.reference, math.inf))
     before = [p.clone() for p in learner.actor.parameters()]
     alpha = learner.alpha
     learner.update(forced)
@@ -127,8 +127,8 @@ def test_a_batch_of_forced_states_alone_teaches_the_actor_nothing(learner, batch
     assert all(torch.equal(old, new) for old, new in zip(before, learner.actor.parameters(), strict=True))
 
 
-def test_alpha_falls_where_the_policy_is_more_random_than_wanted(learner, batch) -> None:
-    assert CONFIG.target_entropy * LN2 < H
+def test_alpha_falls_while_entropy_exceeds_the_target(learner, batch) -> None:
+    assert CONFIG.target_entropy * math.log(2) < H
     learner.update(batch)
     assert learner.alpha == pytest.approx(0.2 * math.exp(-CONFIG.alpha_rate), rel=1e-4)  # Adam's first step: the rate
     direct = Learner(D, replace(CONFIG, alpha_form="direct", alpha=1e-5, target_entropy=0.0))
@@ -139,16 +139,16 @@ def test_alpha_falls_where_the_policy_is_more_random_than_wanted(learner, batch)
     assert eager.alpha > 0.2
 
 
-def test_targets_follow_slowly(learner, batch) -> None:
+def test_target_critics_move_by_the_target_rate(learner, batch) -> None:
     before = [p.clone() for p in learner.target.parameters()]
     learner.update(batch)
     for old, target, new in zip(before, learner.target.parameters(), learner.critic.parameters(), strict=True):
         assert torch.allclose(target, old + CONFIG.target_rate * (new - old), atol=1e-7)
 
 
-def test_divergence_is_an_error_of_one_line(learner, batch) -> None:
+def test_divergence_is_an_error(learner, batch) -> None:
     with pytest.raises(NumericsError, match="training has diverged"):
-        learner.update(replace(batch, scores=np.full_like(batch.scores, np.inf)))
+        learner.update(replace(batch, scores=torch.full_like(batch.scores, math.inf)))
 
 
 def test_gradients_are_clipped(learner, batch) -> None:
@@ -164,7 +164,7 @@ def test_the_seed_decides_the_weights() -> None:
         assert not torch.equal(one, other)
 
 
-def test_critics_have_the_names_of_the_released_ones() -> None:
+def test_critics_have_the_released_parameter_names() -> None:
     names = {name.partition(".")[0] for name in TwinCritic(D, (8, 4)).state_dict()}
     assert names == {"ln", *(f"linear{twin}{layer}" for twin in "12" for layer in "123")}
 
@@ -181,13 +181,13 @@ def test_a_state_restores_everything(batch) -> None:
         assert all(torch.equal(a, b) for a, b in pairs), name
 
 
-# ── a decision process whose solution is known ───────────────────────────────────────────────────────────────────────
+# ── a decision process with a known solution ─────────────────────────────────────────────────────────────────────────
 
 P = np.array([0.6, 0.3, 0.1])
 """Three candidates at each of two positions, as the LLM weighs them."""
 SCORES = {(0, 0): -1.0, (0, 1): 0.0, (0, 2): 1.0, (1, 0): 0.5, (1, 1): 0.8, (1, 2): -0.5}
 SCORES |= {(2, second): 0.2 for second in range(3)}
-"""By the choices; what the LLM likes best is the worst."""
+"""By the choices; the LLM's favourite is the worst."""
 STATES = [(i,) for i in range(3)] + [(first, i) for first in range(3) for i in range(3)]
 REFERENCE = [math.log(0.6 / 0.4), math.log(0.3 / 0.1), math.inf]
 
@@ -225,7 +225,8 @@ def solution(kl_weight: float, alpha: float) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize(
-    ("n_step", "kl_weight", "alpha"), [(1, 0.2, 0.1), (6, 0.2, 0.1), pytest.param(6, 0.0, 0.3, marks=pytest.mark.long)]
+    ("n_step", "kl_weight", "alpha"),
+    [(3, 0.2, 0.1), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 0.2, 0.1), (6, 0.0, 0.3)))],
 )
 def test_the_optimal_policy_of_a_small_process_is_learned(tmp_path, n_step, kl_weight, alpha) -> None:
     config = TrainConfig(
@@ -243,25 +244,25 @@ def test_the_optimal_policy_of_a_small_process_is_learned(tmp_path, n_step, kl_w
     )
     learner = Learner(len(STATES), config)
     rng = np.random.default_rng(0)
-    replay = Replay(tmp_path, config.replay_transitions, len(STATES))
+    replay = ReplayBuffer(tmp_path, config.replay_transitions, len(STATES))
     table = torch.from_numpy(np.stack([embed(s) for s in STATES])).float()
-    for _ in range(400):
+    for _ in range(250):
         with torch.no_grad():
             margins = dict(zip(STATES, learner.actor.margin(table).tolist(), strict=True))
         for _ in range(8):
-            links, choices = [], ()
+            transitions, choices = [], ()
             for _ in range(2):
                 for i in range(3):
                     state = (*choices, i)
                     accepted = i == 2 or rng.random() < sigmoid(margins[state])
-                    links.append((embed(state), accepted, margins[state], REFERENCE[i], i == 2))
+                    transitions.append((embed(state), accepted, margins[state], REFERENCE[i], i == 2))
                     if accepted:
                         choices = state
                         break
-            columns = zip(*links, strict=True)
+            columns = zip(*transitions, strict=True)
             kinds = (np.float16, np.bool_, np.float32, np.float32, np.bool_)
-            chain = Chain(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
-            replay.add(chain, SCORES[choices])
+            trajectory = Trajectory(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
+            replay.add(trajectory, SCORES[choices])
         replay.saved()
         for _ in range(2):
             learner.update(replay.sample(rng, config.batch, config.n_step))
@@ -272,8 +273,8 @@ def test_the_optimal_policy_of_a_small_process_is_learned(tmp_path, n_step, kl_w
         assert learned[state] == pytest.approx(p, abs=0.1), (state, expected, learned)
 
 
-def test_the_solution_is_the_best_of_many_policies() -> None:
-    """The induction above against brute force: no policy on a grid does better."""
+def test_the_solution_is_a_maximum() -> None:
+    """The induction above: no neighbouring policy does better."""
     kl_weight, alpha = 0.2, 0.1
 
     def worth(policy: dict[tuple[int, ...], float], state: tuple[int, ...] = (0,)) -> float:

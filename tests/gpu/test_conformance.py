@@ -40,7 +40,8 @@ def written(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = written_bundle(target, tmp_path_factory.mktemp("written"))
     if target == "cuda":
         return bundle
-    from mara_export.tensorrt.build import BuildOptions, build
+    from mara_export.options import BuildOptions
+    from mara_export.tensorrt.build import build
 
     return build(bundle, target, BuildOptions(capacities=CAPACITIES))
 

@@ -14,55 +14,49 @@ import pytest
 from benchmarks import board, soak
 from mara_deploy.bench.worker import Subject
 from mara_export import parity
+from mara_export.targets import HEAD_ROWS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import open_engine
-from mara_runtime.engines.base import NEVER, Engine, Pass, StepOutput
+from mara_runtime.engines.base import Engine, Pass, StepOutput
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.tensors import spare_slots
 from tests.gpu.conftest import close
 
 PROMPT_TOKENS = (1, 48, 200)
-"""The last goes through the engine's profile for prompts."""
+"""The last one uses the engine's prefill profile."""
 LONG_TOKENS = 1300
-"""Of a context long enough for what a fused attention loses when it sums in float16 (mara_export/graph/narrow.py)."""
+"""A context long enough to show what fused attention loses when it accumulates in float16."""
 PIECE = 32
-"""Rows of a pass while a cache is filled until it grows."""
-HEADS = 16
-"""Rows of a pass that go through the LM head; engines allow so many at least."""
+"""Rows per pass while a cache is filled until it grows."""
 
 
-class InPieces:
-    """Returns everything of passes that are wider than the engine's, or have more rows for the LM head."""
+class Parts:
+    """An engine that runs full passes in parts, as many LM head rows at a time as a TensorRT engine is built for."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def run(self, work: Pass) -> StepOutput:
-        """Hidden states, logits and margins of all rows."""
-        count, memory = len(work.tokens), self.engine.memory
-        most = memory.rows(work.slot + count) if hasattr(memory, "rows") else count
-        hidden, logits, margins = [], [], []
-        for start in range(0, count, most):
-            tokens, positions = work.tokens[start : start + most], work.positions[start : start + most]
-            rows = range(len(tokens))
-            for first in range(0, len(rows), HEADS):  # the same entries again, other rows through the head
-                heads = rows[first : first + HEADS]
-                out = self.engine.run(
-                    Pass(tokens, positions, work.slot + start, heads, rows, [NEVER] * len(rows), full=True)
-                )
-                logits.append(out.logits.copy())
-            hidden.append(out.hidden.copy())
-            margins.append(out.margins.copy())
-        return replace(
-            out,
-            hidden=np.concatenate(hidden),
-            logits=np.concatenate(logits),
-            margins=np.concatenate(margins),
-        )
+        logits = []
+        for start in range(0, len(work.head_rows), HEAD_ROWS):
+            heads = work.head_rows[start : start + HEAD_ROWS]
+            out = self._engine.run(replace(work, head_rows=heads))
+            assert out.logits is not None
+            logits.append(out.logits[: len(heads)].copy())
+        return replace(out, logits=np.concatenate(logits))
+
+    def side(self, case: parity.Case) -> parity.Side:
+        return parity.run_engine(self, case)  # type: ignore[arg-type]  # which runs passes alone
+
+    def rows(self, tokens: list[int], positions: Sequence[int], slot: int) -> parity.Rows:
+        out = self.run(Pass.full_outputs(tokens, positions, slot))
+        assert out.hidden is not None
+        assert out.logits is not None
+        return parity.Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
 
 
 def on_the_cpu(bundle: Bundle) -> Bundle:
-    """The bundle itself; of one that no CPU runs, bfloat16, the bundle `cpu` that is given along with it."""
+    """The bundle itself; for bfloat16, which no CPU runs, the bundle `cpu` next to it."""
     if "cpu" in bundle.manifest.targets:
         return bundle
     given = bundle.folder.parent / "cpu"
@@ -73,47 +67,42 @@ def on_the_cpu(bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="module")
 def cases(bundle: Bundle) -> list[parity.Case]:
-    """Random prompts, their best next tokens, and what the CPU makes of both."""
+    """Random prompts, their best next tokens, and the CPU's results."""
     reference = CpuEngine(on_the_cpu(bundle))
     rng, vocab_size = np.random.default_rng(0), bundle.manifest.model.shape.vocab_size
-    found = []
+    cases = []
     for length in PROMPT_TOKENS:
         tokens = rng.integers(0, vocab_size, length).tolist()
-        best = reference.run(Pass(tokens, range(length), 0, [length - 1])).top_ids[0, : parity.SIBLINGS].tolist()
+        best = reference.run(Pass.prefill(tokens, 0, last=True)).top_ids[0, : parity.SIBLINGS].tolist()
         case = parity.Case(tokens, best, None, is_text=False)
-        found.append(replace(case, reference=parity.engine_side(reference, case)))
-    return found
+        cases.append(replace(case, reference=Parts(reference).side(case)))
+    return cases
 
 
 def test_the_gpu_computes_what_the_cpu_computes(engine: Engine, bundle: Bundle, cases: list[parity.Case]) -> None:
     gate = parity.GATES[bundle.manifest.step.precision]
-    report = parity.compare(cases, [parity.engine_side(InPieces(engine), case) for case in cases], gate)
+    report = parity.compare(cases, [Parts(engine).side(case) for case in cases], gate)
     assert report.failures == []
-    assert report.outcomes["first"]["compared"] > 0
+    assert report.measured.outcomes["first"].compared > 0
 
 
 def after_growth(engine: Engine, tokens: list[int]) -> parity.Side:
-    """What the last of many small passes gives, and its last row once more."""
+    """Results of the last of many small passes, and of its last row once more."""
     for start in range(0, len(tokens), PIECE):
         piece = tokens[start : start + PIECE]
-        rows = evaluated(engine, piece, range(start, start + len(piece)), start)
-    return parity.Side(rows, evaluated(engine, tokens[-1:], [len(tokens) - 1], len(tokens) - 1))
+        rows = Parts(engine).rows(piece, range(start, start + len(piece)), start)
+    return parity.Side(rows, Parts(engine).rows(tokens[-1:], [len(tokens) - 1], len(tokens) - 1))
 
 
 def siblings_after(engine: Engine, tokens: list[int], siblings: list[int]) -> parity.Side:
-    """What candidates of the next position give in one pass, and one at a time."""
+    """Results of candidates of the next position in one pass, and one at a time."""
     length = len(tokens)
     for start in range(0, length, PIECE):
         piece = tokens[start : start + PIECE]
-        engine.run(Pass(piece, range(start, start + len(piece)), start))
-    together = evaluated(engine, siblings, [length] * len(siblings), length)
-    alone = [evaluated(engine, [token], [length], length + i) for i, token in enumerate(siblings)]
-    return parity.Side(together, parity.Rows.join(alone))
-
-
-def evaluated(engine: Engine, tokens: list[int], positions: Sequence[int], slot: int) -> parity.Rows:
-    out = InPieces(engine).run(Pass.full_outputs(tokens, positions, slot))
-    return parity.Rows(out.hidden, out.logits, out.margins)
+        engine.run(Pass.prefill(piece, start, last=False))
+    together = Parts(engine).rows(siblings, [length] * len(siblings), length)
+    alone = [Parts(engine).rows([token], [length], length + i) for i, token in enumerate(siblings)]
+    return parity.Side(together, parity.Rows.concatenate(alone))
 
 
 def test_siblings_after_a_long_context(engine: Engine, bundle: Bundle) -> None:
@@ -127,7 +116,7 @@ def test_siblings_after_a_long_context(engine: Engine, bundle: Bundle) -> None:
     assert parity.compare([case], [siblings_after(engine, tokens, siblings)], gate).failures == []
 
 
-def test_growth_keeps_the_entries(bundle: Bundle, target: str) -> None:
+def test_a_cache_that_has_grown_holds_what_it_held(bundle: Bundle, target: str) -> None:
     manifest = bundle.manifest
     reference = CpuEngine(on_the_cpu(bundle))
     engine: Any = open_engine(bundle, target)[0]

@@ -1,8 +1,8 @@
 """Every name of TensorRT and CUDA that our code uses is there, with these arguments, in the releases that it is for.
 
 Read from NVIDIA's own Python packages. Those of TensorRT import without a GPU and without TensorRT once there are
-libraries of its names, which need not do anything: tests/tensorrt/stub.c. `make setup` installs the packages, each in a
-folder of its own.
+libraries of its names, which need not do anything: tests/tensorrt/stub.c. TensorRT for RTX and the newest cuda-bindings
+are part of the environment; `make test-long` installs the packages of older releases, each in a folder of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mara_runtime.engines import trt_plan
+from mara_runtime.engines import trt_file
 from tests.double import cuda as cuda_double
 from tests.double import trt as trt_double
 from tests.tensorrt import names
@@ -30,10 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = Path(sys.prefix)
 RECEIVERS: dict[str, dict[str, str]] = {
     "runtime/mara_runtime/engines/tensorrt.py": {},
+    "runtime/mara_runtime/engines/trt_file.py": {"_runtime": "Runtime", "engine": "ICudaEngine"},
     "runtime/mara_runtime/engines/trt_plan.py": {
-        "_runtime": "Runtime",
         "_engine": "ICudaEngine",
-        "engine": "ICudaEngine",
         "context": "IExecutionContext",
         "config": "IRuntimeConfig",
         "kernels": "IRuntimeCache",
@@ -78,7 +77,7 @@ ONLY = {
 
 def folder(name: str) -> Path:
     path = FOLDERS / name
-    assert path.is_dir(), f"{path} is missing: run make setup, which installs NVIDIA's Python packages there"
+    assert path.is_dir(), f"{path} is missing: run make test-long, which installs NVIDIA's Python packages there"
     return path
 
 
@@ -98,7 +97,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[*RELEASES, "rtx"])
+@pytest.fixture(scope="module", params=[*(pytest.param(name, marks=pytest.mark.long) for name in RELEASES), "rtx"])
 def tensorrt(request: pytest.FixtureRequest, libraries: Path) -> Released:
     """One release of TensorRT, or TensorRT for RTX."""
     if request.param == "rtx":
@@ -111,7 +110,7 @@ def tensorrt(request: pytest.FixtureRequest, libraries: Path) -> Released:
     return found
 
 
-@pytest.fixture(scope="module", params=["12.9", "installed"])
+@pytest.fixture(scope="module", params=[pytest.param("12.9", marks=pytest.mark.long), "installed"])
 def cuda(request: pytest.FixtureRequest) -> Released:
     """cuda-bindings: the line of CUDA 12, as on JetPack 6, and the one that is installed."""
     folders = [] if request.param == "installed" else [folder(f"cuda-bindings-{request.param}")]
@@ -181,7 +180,7 @@ def test_what_is_derived_from_tensorrt_has_the_parameters_that_it_is_called_with
 
 
 def test_every_type_of_the_step_graph_s_tensors_is_known(tensorrt: Released) -> None:
-    assert [name for name in trt_plan._TYPES.values() if f"DataType.{name}" not in tensorrt.names] == []
+    assert [name for name in trt_file.TYPES.values() if f"DataType.{name}" not in tensorrt.names] == []
 
 
 def test_no_use_of_tensorrt_goes_unseen(tensorrt: Released) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mara_export.tensorrt.build import BuildOptions, build
+from mara_export.options import BuildOptions
+from mara_export.tensorrt.build import build
 from tests.gpu.test_conformance import CAPACITIES, suite, written_bundle
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="NVIDIA has no wheel of TensorRT for RTX for this platform")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_runtime.engines import trt_plan
+from mara_runtime.engines import trt_file
 from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import EngineError
 from tests.double.machine import Machine
@@ -21,7 +21,7 @@ def test_what_is_no_engine_is_refused_in_the_runtime_s_words(
 ) -> None:
     machine = Machine()  # for memory
     machine.install(monkeypatch)
-    monkeypatch.setattr(trt_plan, "load", lambda target: trt)  # the same interface
+    monkeypatch.setattr(trt_file, "load", lambda target: trt)  # the same interface
     bundle = add_engines(write_bundle(tmp_path, always_head=True), (SLOTS,), True, version=trt.__version__)
     path = bundle.path(bundle.manifest.engines[0].file)
     path.write_bytes(content)

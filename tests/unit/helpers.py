@@ -61,7 +61,7 @@ def make_bundle(
 def manifest_json(
     files: dict[str, bytes], *, has_tokenizer: bool = False, special_tokens: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A valid manifest of these files, as the JSON value that docs/bundle.md specifies."""
+    """A valid manifest of these files, as the JSON value that docs/reference/bundle.md specifies."""
     tokenizer = {
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
@@ -81,6 +81,8 @@ def manifest_json(
                 "num_kv_heads": 1,
                 "head_dim": 4,
             },
+            "intermediate_size": 128,
+            "tied": True,
             "eos_token_ids": [0],
         },
         "agent": {"source": "agent.pth", "hidden_size": 2, "widths": [8, 4], "fallback": "first", "state": "final"},

@@ -1,8 +1,6 @@
-"""The bench's instrument: is its profile what it says, and does every pass of the engine underneath run in full?"""
+"""Synthetic acceptance: the script follows its profile, and every pass of the engine underneath runs in full."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +11,11 @@ import pytest
 from mara_deploy.bench import machine
 from mara_deploy.bench.contestant import commands
 from mara_deploy.bench.measure import spread
+from mara_deploy.bench.synthetic import HIGH, Profile, Script, SyntheticEngine
 from mara_deploy.bench.worker import continued_share
-from mara_deploy.bench.workload import HIGH, Instrument, Profile, Script
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decode import Session, decode
+from mara_runtime.decode import Request, Session, decode
 from mara_runtime.schedule.base import Fixed
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NGrams
@@ -44,7 +42,7 @@ def test_the_share_and_the_size_of_decisions(decisions: float, foreseen: bool) -
 
 
 @pytest.mark.parametrize("accept", [0.6, 0.9])
-def test_candidates_are_accepted_independently_of_their_place(accept: float) -> None:
+def test_candidates_are_accepted_independently_of_their_rank(accept: float) -> None:
     made, lists = script(Profile(accept=accept))
     verdicts = [[made.accepts(p, int(t)) for t in c.ids] for p, c in enumerate(lists) if len(c) > 1]
     assert np.mean([v[0] for v in verdicts]) == pytest.approx(accept, abs=0.04)
@@ -52,7 +50,7 @@ def test_candidates_are_accepted_independently_of_their_place(accept: float) -> 
 
 
 @pytest.mark.parametrize("accept", [0.6, 0.9])
-def test_what_is_foreseen_follows_the_probability(accept: float) -> None:
+def test_predictable_acceptance_follows_the_probability(accept: float) -> None:
     made, lists = script(Profile(accept=accept, foreseen=True))
     firsts = []
     for position, candidates in enumerate(lists):
@@ -65,7 +63,7 @@ def test_what_is_foreseen_follows_the_probability(accept: float) -> None:
 
 
 @pytest.mark.parametrize("repeated", [0.0, 0.5, 0.8])
-def test_the_share_that_continues_what_was_there_before(repeated: float) -> None:
+def test_the_share_that_continues_an_earlier_phrase(repeated: float) -> None:
     made = Script(Profile(repeated=repeated), POSITIONS, VOCAB, TOP)
     text = made.prompt(POSITIONS)
     assert continued_share(text[:300], text[300:]) == pytest.approx(repeated, abs=0.06)
@@ -82,7 +80,7 @@ def test_a_bundle_of_few_candidates_has_no_more_of_them(allowed: int, foreseen: 
 def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
     monkeypatch.setattr(machine, "CPUS", tmp_path)
-    assert machine.cores() == 4  # the system does not tell
+    assert machine.cores() == 4  # unknown topology
     for number, siblings in enumerate(("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")):
         folder = tmp_path / f"cpu{number}" / "topology"
         folder.mkdir(parents=True)
@@ -90,7 +88,7 @@ def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert machine.cores() == 3
 
 
-def test_a_token_that_is_no_candidate_is_rejected() -> None:
+def test_a_token_outside_the_candidates_is_rejected() -> None:
     made, lists = script(Profile(accept=1.0))
     stranger = next(t for t in range(VOCAB) if t not in made.candidates(7)[0])
     assert not made.accepts(7, stranger)
@@ -98,52 +96,42 @@ def test_a_token_that_is_no_candidate_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("schedule", [Fixed(1), Fixed(3), Fixed(None), Fixed(2, 4)])
-def test_the_instrument_says_what_the_script_says(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_follows_the_script(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
-    engine = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
-    instrument = Instrument(engine, made)
-    session = Session(instrument, schedule, NGrams() if schedule.drafted else None)
+    counting = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
+    engine = SyntheticEngine(counting, made)
+    session = Session(engine.cache, schedule, NGrams() if schedule.drafted else None)
     stats = Stats()
     prompt = made.prompt(60)
-    monkeypatch.setattr("mara_runtime.decode.PREFILL_ROWS", 25)  # three passes for the prompt
-    steps = list(decode(session, prompt, DecodeConfig(), fallback="first", eos_token_ids=set(), limit=50, stats=stats))
+    monkeypatch.setattr("mara_runtime.passes.PREFILL_ROWS", 25)  # three passes for the prompt
+    steps = list(decode(engine, session, Request(prompt, DecodeConfig(), "first", frozenset(), 50), stats))
     for step in steps:
         ids = select(*made.candidates(step.position), 0.0, 40, 0.95).ids
         accepted = [int(t) for t in ids if made.accepts(step.position, int(t))]
         assert step.candidates.ids.tolist() == ids.tolist()
         assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
-    assert len(engine.calls) == stats.forwards + 3  # every pass went through the engine underneath
+    assert len(counting.calls) == stats.forwards + 3  # every pass went through the engine underneath
     flat = Cost((1,), (1, 2), ((1.0, 1.0),), (1, 2), (0.5, 0.5))
-    assert instrument.expected_ms(flat, 60, stats.forwards) == pytest.approx(
-        sum(1.0 + 0.5 * bool(heads) for heads in engine.headed[3:]), rel=1e-6
+    assert engine.expected_ms(flat, 60, stats.forwards) == pytest.approx(
+        sum(1.0 + 0.5 * bool(heads) for heads in counting.headed[3:]), rel=1e-6
     )
 
 
 @pytest.mark.parametrize(
-    ("engine", "asked", "engines", "told"),
+    ("engine", "given", "engines", "passed_on"),
     [
         ("auto", False, [], True),
         ("auto", False, ["step.engine"], False),  # "auto" may choose it, and it takes no threads
-        ("auto", True, ["step.engine"], True),  # … which the worker then says
+        ("auto", True, ["step.engine"], True),  # the worker reports that
         ("cpu", False, ["step.engine"], True),
         ("tensorrt", True, ["step.engine"], False),  # they are for the peers
     ],
 )
-def test_who_is_told_how_many_threads(engine: str, asked: bool, engines: list[str], told: bool) -> None:
+def test_threads_are_passed_to_whom_they_concern(engine: str, given: bool, engines: list[str], passed_on: bool) -> None:
     bundle: Any = SimpleNamespace(folder="bundle", manifest=SimpleNamespace(engines=engines))
-    found = commands(bundle, engine, ["genai=python:model"], 3, asked=asked)
-    assert (found["mara"][-2:] == ["--threads", "3"]) == told
-    assert found["genai"][-3:] == ["model", "--threads", "3"]
-
-
-def test_help_answers_without_numpy() -> None:
-    code = (
-        "import atexit, sys\nfrom mara_deploy.commands.bench import main\n"
-        "atexit.register(lambda: print('numpy' in sys.modules))\nmain(['--help'])"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.startswith("usage: mara-bench ")
-    assert found.endswith("False\n")
+    by_name = commands(bundle, engine, ["x=env/python 'a peer.py' model"], 3, threads_given=given)
+    assert (by_name["mara"][-2:] == ["--threads", "3"]) == passed_on
+    assert by_name["x"] == ["env/python", "a peer.py", "model", "--threads", "3"]
 
 
 def test_shares_and_spreads() -> None:

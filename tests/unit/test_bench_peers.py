@@ -1,4 +1,4 @@
-"""The bench's peers that run by another interpreter: their processes, with stand-ins for the libraries they drive."""
+"""The peers that run in an environment of their own: their processes, with stand-ins for the libraries they drive."""
 
 import json
 import os
@@ -11,15 +11,15 @@ import pytest
 
 from mara_deploy.bench import protocol
 
-FOLDER = Path(protocol.__file__).parent
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
 ELSEWHERE = """
 import cProfile  # as a library may: the script's folder comes first on the path
 import sys
 
-class Blocker:  # that environment has nothing of this project
+class Blocker:  # that environment has nothing of this project but the protocol
     def find_spec(self, name, path=None, target=None):
-        if name.startswith("mara_"):
+        if name.startswith("mara_") and name not in ("mara_deploy", "mara_deploy.bench", "mara_deploy.bench.protocol"):
             raise ImportError(name + " is not installed")
 
 sys.meta_path.insert(0, Blocker())
@@ -143,8 +143,8 @@ def ask(tmp_path: Path, script: str, model: str, *requests: dict[str, Any]) -> l
 @pytest.mark.parametrize(
     ("script", "about"),
     [
-        ("peer_genai.py", {"name": "onnxruntime-genai", "versions": {"onnxruntime-genai": "0.1"}}),
-        ("peer_llama.py", {"name": "llama.cpp", "versions": {"llama-cpp-python": "0.1"}, "system": "AVX512 = 1"}),
+        ("genai.py", {"name": "onnxruntime-genai", "versions": {"onnxruntime-genai": "0.1"}}),
+        ("llamacpp.py", {"name": "llama.cpp", "versions": {"llama-cpp-python": "0.1"}, "system": "AVX512 = 1"}),
     ],
 )
 def test_a_peer_answers_in_an_environment_without_this_project(
@@ -171,19 +171,19 @@ def test_a_peer_answers_in_an_environment_without_this_project(
     assert failed["error"].startswith("AttributeError: ")
 
 
-@pytest.mark.parametrize("script", ["peer_genai.py", "peer_llama.py"])
-def test_a_model_that_cannot_be_opened_is_said_in_one_line(tmp_path: Path, script: str) -> None:
-    (said,) = ask(tmp_path, script, "nowhere", {"do": "memory"})
+def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    (said,) = ask(tmp_path, "genai.py", "nowhere", {"do": "memory"})
     assert set(said) == {"error"}
     assert "nowhere" in said["error"]
 
 
-def test_no_file_hides_a_module_of_the_standard_library() -> None:
+def test_no_file_hides_another_module() -> None:
     """The folder comes first on a peer's path: with a profile.py in it, nobody could import cProfile."""
-    assert {path.stem for path in FOLDER.glob("*.py")} & set(sys.stdlib_module_names) == set()
+    hidden = {"llama_cpp", "onnxruntime_genai", "torch", "transformers", *sys.stdlib_module_names}
+    assert {path.stem for path in FOLDER.glob("*.py")} & hidden == set()
 
 
-def test_prompts_of_two_lengths_do_not_begin_alike() -> None:
+def test_prompts_of_different_lengths_share_no_prefix() -> None:
     short, long = protocol.random_tokens(20, 1000), protocol.random_tokens(30, 1000)
     assert (len(short), len(long)) == (20, 30)
     assert short[:3] != long[:3]

@@ -286,7 +286,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     (path := tmp_path / "a").write_bytes(b"old")
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError):  # noqa: PT011 - the one above
-        files.write_whole(path, b"new")
+        files.write_atomic(path, b"new")
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
 
 

@@ -6,17 +6,19 @@ from collections import Counter
 import jinja2
 import pytest
 
-from mara_deploy.demo import corpus
+from examples.demo_lm import corpus
+from mara_deploy.demo import prompts as demo
+from mara_deploy.demo.score import sentences
 
 
-def some_dialogues(n: int, seed: int = 0, mood: float | None = None) -> list[tuple[corpus.Prompt, str]]:
+def some_dialogues(n: int, seed: int = 0, mood: float | None = None) -> list[tuple[demo.DemoPrompt, str]]:
     rng = random.Random(seed)
     drawn = [corpus.draw_prompt(rng) for _ in range(n)]
     return [(prompt, corpus.reply(prompt, rng, mood)) for prompt in drawn]
 
 
-def slots(pairs: list[tuple[corpus.Prompt, str]]) -> tuple[int, int]:
-    counts = [corpus.filled_slots(s, prompt.task) for prompt, answer in pairs for s in corpus.sentences(answer)]
+def slots(pairs: list[tuple[demo.DemoPrompt, str]]) -> tuple[int, int]:
+    counts = [corpus.filled_slots(s, prompt.task) for prompt, answer in pairs for s in sentences(answer)]
     assert None not in counts
     return sum(c[0] for c in counts if c), sum(c[1] for c in counts if c)
 
@@ -41,33 +43,33 @@ def test_an_unbalanced_slot_is_refused() -> None:
 def test_fields_of_tasks_take_no_side() -> None:
     """A score that looks for the forms of the slots must not find them in a task."""
     markers = {*corpus.ADVERB.considerate, *corpus.ADVERB.inconsiderate, "please", "calm", "safe", "kind", "fail"}
-    words = {w.strip(",") for task in corpus.TASKS for field in vars(task).values() for w in field.split()}
+    words = {w.strip(",") for task in demo.TASKS for field in vars(task).values() for w in field.split()}
     assert not markers & words
 
 
 def test_split_is_disjoint_complete_and_fixed() -> None:
-    seen, unseen = corpus.groups(False), corpus.groups(True)
+    seen, unseen = demo.groups(False), demo.groups(True)
     assert not set(seen) & set(unseen)
-    assert len(seen) + len(unseen) == len(corpus.TASKS) * len(corpus.QUESTIONS) == 320
+    assert len(seen) + len(unseen) == len(demo.TASKS) * len(demo.QUESTIONS) == 320
     # Written down: later evaluations rest on these very groups.
     assert len(unseen) == 44
     assert unseen[0] == ("descale a kettle", "how")
-    assert {question for _, question in unseen} == set(corpus.QUESTIONS)
-    for question in corpus.QUESTIONS:
+    assert {question for _, question in unseen} == set(demo.QUESTIONS)
+    for question in demo.QUESTIONS:
         assert sum(q == question for _, q in seen) >= 25
 
 
 def test_training_prompts_never_come_from_held_out_groups() -> None:
-    assert not any(corpus.held_out(prompt.group) for prompt, _ in some_dialogues(3000))
+    assert not any(demo.held_out(prompt.group) for prompt, _ in some_dialogues(3000))
     rng = random.Random(1)
-    assert all(corpus.held_out(corpus.draw_prompt(rng, held_out_split=True).group) for _ in range(300))
-    train, test = corpus.prompts(7000, 0, False), corpus.prompts(1200, 0, True)
+    assert all(demo.held_out(corpus.draw_prompt(rng, held_out_split=True).group) for _ in range(300))
+    train, test = demo.prompts(7000, 0, False), demo.prompts(1200, 0, True)
     assert not {p.text for p in train} & {p.text for p in test}
 
 
 def test_training_tells_every_fact_that_a_held_out_answer_needs() -> None:
     """Held out are combinations, not facts: a time told only to held-out questions could not be learnt."""
-    told = [dict.fromkeys(vars(task).values(), 0) for task in corpus.TASKS]
+    told = [dict.fromkeys(vars(task).values(), 0) for task in demo.TASKS]
     for prompt, answer in some_dialogues(12_000, seed=2):
         for fact in told[prompt.task]:
             told[prompt.task][fact] += fact.lower() in answer.lower()
@@ -75,20 +77,20 @@ def test_training_tells_every_fact_that_a_held_out_answer_needs() -> None:
 
 
 def test_prompts_are_different_seeded_and_nested() -> None:
-    a = corpus.prompts(300, seed=5, held_out_split=True)
+    a = demo.prompts(300, seed=5, held_out_split=True)
     assert len({p.text for p in a}) == 300
     assert len({p.group for p in a}) > 40
-    assert a == corpus.prompts(300, seed=5, held_out_split=True)
-    assert a[:20] == corpus.prompts(20, seed=5, held_out_split=True)
-    assert a != corpus.prompts(300, seed=6, held_out_split=True)
+    assert a == demo.prompts(300, seed=5, held_out_split=True)
+    assert a[:20] == demo.prompts(20, seed=5, held_out_split=True)
+    assert a != demo.prompts(300, seed=6, held_out_split=True)
     with pytest.raises(ValueError, match="the grammar makes 1240 prompts"):
-        corpus.prompts(100_000, seed=0, held_out_split=True)
+        demo.prompts(100_000, seed=0, held_out_split=True)
 
 
 def test_every_generated_sentence_is_known() -> None:
     lengths: Counter[int] = Counter()
     for prompt, answer in some_dialogues(2000, seed=3):
-        said = corpus.sentences(answer)
+        said = sentences(answer)
         lengths[len(said)] += 1
         assert " ".join(said) == answer
         assert all(corpus.known(s, prompt.task) for s in said), answer
@@ -134,8 +136,8 @@ def test_filled_slots_counts_both_characters() -> None:
 def test_no_sentence_is_of_two_characters() -> None:
     """A sentence that several tasks share is counted alike for all of them."""
     made: dict[str, tuple[int, int]] = {}
-    for task in range(len(corpus.TASKS)):
-        for sentence, character in corpus._made_for(corpus.TASKS[task]).items():
+    for task in range(len(demo.TASKS)):
+        for sentence, character in corpus._made_for(demo.TASKS[task]).items():
             assert made.setdefault(sentence, character) == character, sentence
 
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from mara_deploy.demo import corpus
+from examples.demo_lm import corpus
 from mara_deploy.demo.__main__ import _totals
-from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_deploy.demo.prompts import SETS, TASKS, demo_prompts, held_out
 from mara_deploy.demo.score import CONSIDERATE, INCONSIDERATE, considerate, score, value
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import Generation
@@ -66,7 +66,7 @@ def test_the_lists_tell_the_two_characters_of_the_corpus_apart() -> None:
     """Every form of the grammar has the value of the character that it was written for."""
     for slot in (corpus.OPENING, corpus.CARE, corpus.CLOSING, *corpus.ANSWER.values()):
         for form, (kind, unkind) in slot.forms():
-            for task in corpus.TASKS:
+            for task in TASKS:
                 sentence = task.fill(form)
                 two_faced = any(words in sentence for words in TWO_FACED)
                 assert value(sentence) == (0 if two_faced else kind - unkind), sentence
@@ -85,12 +85,12 @@ def test_the_sets_share_no_group_and_are_of_use() -> None:
     assert sum(map(len, groups.values())) == len(set().union(*groups.values())) == 40 * 8
     assert all(len(g) >= 40 for g in groups.values())
     assert all(len({p.text for p in prompts}) == len(prompts) > 1000 for prompts in sets.values())
-    assert all(corpus.held_out(group) for group in groups["demo-dev"])
-    assert not any(corpus.held_out(group) for group in groups["demo"] | groups["demo-final"])
+    assert all(held_out(group) for group in groups["demo-dev"])
+    assert not any(held_out(group) for group in groups["demo"] | groups["demo-final"])
 
 
 def test_another_set_is_a_mistake() -> None:
-    with pytest.raises(ValueError, match="'demo-test' is none of demo, demo-dev, demo-final"):
+    with pytest.raises(ValueError, match=r"'demo-test'.*demo, demo-dev, demo-final"):
         demo_prompts("demo-test")
 
 

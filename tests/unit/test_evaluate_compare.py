@@ -1,30 +1,25 @@
-"""Preference rates and intervals against numbers worked by hand, and what a bootstrap promises."""
+"""Preference rates, intervals and text statistics against numbers worked by hand, and the coverage of intervals."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from mara_deploy.evaluate.compare import Bootstrap, number_units, preference
+from mara_deploy.evaluate.compare import Bootstrap, preference, unit_numbers
 from mara_deploy.evaluate.text_stats import text_stats
 
 ALONE = np.arange(5)
 
 
-def test_the_rate_by_hand():
-    found = preference([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 4.0, 3.0, 1.0], ALONE, Bootstrap())
-    assert (found.wins, found.ties, found.losses) == (3, 1, 1)
-    assert found.rate == pytest.approx((3 - 1) / 5)
-    assert (found.mean, found.baseline_mean) == (3.0, 2.0)
+@pytest.mark.parametrize(("sign", "wins", "losses"), [(1.0, 3, 1), (-0.5, 1, 3)])
+def test_the_rate_by_hand(sign, wins, losses):
+    found = preference([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 4.0, 3.0, 1.0], ALONE, Bootstrap(), sign=sign)
+    assert (found.wins, found.ties, found.losses) == (wins, 1, losses)
+    assert found.rate == pytest.approx((wins - losses) / 5)
+    assert (found.mean, found.baseline_mean, found.units) == (3.0, 2.0, 5)  # whatever the sign
 
 
-def test_of_a_cost_less_is_better():
-    found = preference([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 4.0, 3.0, 1.0], ALONE, Bootstrap(), sign=-0.5)
-    assert (found.wins, found.ties, found.losses) == (1, 1, 3)
-    assert (found.mean, found.baseline_mean) == (3.0, 2.0)  # as the score gives them
-
-
-def test_a_tie_is_equal_to_the_last_bit():
+def test_a_tie_is_exact():
     near = np.nextafter(1.0, 2.0)
     found = preference([1.0, near, 1.0, 0.1 + 0.2, 0.0], [1.0, 1.0, near, 0.3, -0.0], ALONE, Bootstrap())
     assert (found.wins, found.ties, found.losses) == (2, 2, 1)
@@ -49,47 +44,52 @@ def test_a_single_unit_has_no_interval():
     assert (found.interval, found.difference_interval) == (None, None)
 
 
-def test_the_same_seed_gives_the_same_interval_however_many_draws_are_made_at_a_time(monkeypatch):
-    values = np.random.default_rng(0).normal(size=40)
-    units = np.arange(40)
+def test_the_seed_decides_the_interval():
+    values, units = np.random.default_rng(0).normal(size=40), np.arange(40)
     first = Bootstrap(resamples=500).interval(values, units)
     assert first == Bootstrap(resamples=500).interval(values, units)
     assert first != Bootstrap(resamples=500, seed=1).interval(values, units)
-    monkeypatch.setattr("mara_deploy.evaluate.compare._DRAWS_AT_A_TIME", 41)
-    assert first == pytest.approx(Bootstrap(resamples=500).interval(values, units))
+
+
+def test_many_units_are_resampled_in_blocks_with_the_same_result():
+    """Of a million units, a few resamples at a time."""
+    n, values = 1 << 20, np.arange(1 << 20) % 7.0
+    drawn = np.random.default_rng(0).integers(n, size=(5, n))
+    expected = np.quantile(values[drawn].mean(axis=1), [0.25, 0.75])
+    assert Bootstrap(resamples=5, level=0.5).interval(values, np.arange(n)) == pytest.approx(tuple(expected))
 
 
 def coverage(by_group: bool) -> float:
-    """Share of 300 experiments whose interval holds the true rate, 0.2; prompts of a group share most of their luck."""
+    """Share of 300 experiments whose interval contains the true rate, 0.2; outcomes within a group are correlated."""
     rng = np.random.default_rng(0)
     units = np.repeat(np.arange(40), 6)
-    held = 0
+    covered = 0
     for _ in range(300):
         luck = 0.9 * rng.normal(size=40)[units] + (1 - 0.9**2) ** 0.5 * rng.normal(size=240)
         outcome = np.where(luck < 0.2533471, 1.0, -1.0)  # the 60 % quantile: rate 0.6 - 0.4
         interval = Bootstrap(resamples=400).interval(outcome, units if by_group else np.arange(240))
-        held += interval[0] <= 0.2 <= interval[1]
-    return held / 300
+        covered += interval[0] <= 0.2 <= interval[1]
+    return covered / 300
 
 
-def test_intervals_by_group_hold_the_truth_as_often_as_they_say_and_those_by_prompt_do_not():
+def test_intervals_by_group_have_their_coverage_and_those_by_prompt_do_not():
     assert 0.90 <= coverage(by_group=True) <= 0.99
     assert coverage(by_group=False) < 0.75
 
 
-def test_units_are_numbered_by_name():
-    assert number_units(["a", "b", "a", None, "0", None]).tolist() == [0, 1, 0, 2, 3, 4]
+def test_groups_are_numbered_by_name():
+    assert unit_numbers(["a", "b", "a", None, "0", None]).tolist() == [0, 1, 0, 2, 3, 4]
 
 
 @pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 0.0}, {"level": 1.0}, {"seed": -1}])
-def test_a_bootstrap_out_of_range(options):
+def test_bootstrap_settings_out_of_range(options):
     with pytest.raises(ValueError, match="resamples ≥ 1"):
         Bootstrap(**options)
 
 
-def test_as_many_scores_as_units():
+def test_scores_and_units_must_be_equally_many():
     for ours, theirs, units in (([1.0], [1.0, 2.0], [0, 1]), ([], [], [])):
-        with pytest.raises(ValueError, match="all must be equal"):
+        with pytest.raises(ValueError, match="expected equal numbers"):
             preference(ours, theirs, np.array(units), Bootstrap())
 
 

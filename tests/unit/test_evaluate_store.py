@@ -1,15 +1,18 @@
-"""Answers and scores are kept: what an interruption leaves is taken up, what other settings made is refused."""
+"""Answers and scores on disk: an interrupted file can be continued, one made with other settings is refused."""
 
 from __future__ import annotations
 
-import errno
+import gc
+import resource
+import warnings
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from mara_deploy.evaluate.store import Store
-from mara_deploy.files import fingerprint, write_text
+from mara_deploy.evaluate.store import Store, cached_scores
+from mara_deploy.scores.base import WeightedScore
+from mara_deploy.scores.load import FunctionScore
 from mara_runtime.errors import MaraError
 
 SETTINGS = {"seed": 0, "stop": ["a"], "bundle": "0123", "limit": None}
@@ -17,33 +20,30 @@ SETTINGS = {"seed": 0, "stop": ["a"], "bundle": "0123", "limit": None}
 
 def filled(path: Path) -> bytes:
     with Store(path, SETTINGS) as store:
-        store.keep({"one": {"text": "ä\n\u2028"}})
-        store.keep({"two": 0.1 + 0.2})
+        store.add({"one": {"text": "ä\n\u2028"}})
+        store.add({"two": 0.1 + 0.2})
     return path.read_bytes()
 
 
-def test_what_was_kept_is_there_again(tmp_path):
+def test_records_are_there_again(tmp_path):
     path = tmp_path / "new" / "folder" / "a.jsonl"
     before = filled(path)
     with Store(path, dict(reversed(SETTINGS.items()))) as store:
-        assert "one" in store
         assert "three" not in store
-        assert store["one"] == {"text": "ä\n\u2028"}
-        assert store["two"] == 0.1 + 0.2
+        assert (store["one"], store["two"]) == ({"text": "ä\n\u2028"}, 0.1 + 0.2)
     assert path.read_bytes() == before
 
 
-def test_what_is_kept_together_is_written_at_once(tmp_path):
-    """Scores of one batch: a part of them would be made again in another batch, and differ in their last bits."""
-    written = []
-    with Store(tmp_path / "a.jsonl", SETTINGS) as store:
-        real = store._file
-        store._file = SimpleNamespace(write=lambda data: written.append(data), flush=lambda: None, close=real.close)
-        store.keep({"one": 1.0, "two": 2.0})
-    assert [data.count(b"\n") for data in written] == [2]
+def test_a_batch_is_added_as_a_whole_or_not_at_all(tmp_path):
+    """Part of a batch would be computed again in another batch, and could differ in its last bits."""
+    path = tmp_path / "a.jsonl"
+    with Store(path, SETTINGS) as store, pytest.raises(TypeError):
+        store.add({"one": 1.0, "two": object()})
+    with Store(path, SETTINGS) as store:
+        assert "one" not in store
 
 
-def test_whatever_an_interruption_leaves_is_a_store(tmp_path):
+def test_a_file_cut_off_anywhere_can_be_continued(tmp_path):
     path = tmp_path / "a.jsonl"
     whole = filled(path)
     ends = [i for i, byte in enumerate(whole, 1) if byte == ord("\n")]
@@ -51,37 +51,32 @@ def test_whatever_an_interruption_leaves_is_a_store(tmp_path):
         path.write_bytes(whole[:length])
         with Store(path, SETTINGS) as store:
             assert [key in store for key in ("one", "two")] == [length >= ends[1], length >= ends[2]]
-            store.keep({"two": 0.1 + 0.2})
+            store.add({"two": 0.1 + 0.2})
             if length < ends[1]:
-                store.keep({"one": {"text": "ä\n\u2028"}})
+                store.add({"one": {"text": "ä\n\u2028"}})
         with Store(path, SETTINGS) as store:
             assert (store["one"], store["two"]) == ({"text": "ä\n\u2028"}, 0.1 + 0.2)
 
 
 @pytest.mark.parametrize(
-    ("changed", "line"),
+    ("changed", "named"),
     [
-        ({"seed": 1}, "was made with seed 0, now it is 1"),
-        ({"stop": ["b"]}, 'was made with stop ["a"], now it is ["b"]'),
-        ({"new": True}, "was made with new null, now it is true"),
-        ({"bundle": "x" * 200}, 'was made with bundle "0123", now it is "xxx'),
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"stop": ["b"]}, 'stop ["a"], now it is ["b"]'),
+        ({"new": True}, "new null, now it is true"),
+        ({"bundle": "x" * 200}, 'bundle "0123", now it is "xxx'),
+        (None, "seed 0, now it is null"),
     ],
 )
-def test_other_settings_are_refused_by_name(tmp_path, changed, line):
+def test_other_settings_are_refused_by_name(tmp_path, changed, named):
     path = tmp_path / "a.jsonl"
     before = filled(path)
-    with pytest.raises(MaraError) as caught:
-        Store(path, {**SETTINGS, **changed})
-    assert line in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value)) < 400 + len(str(path))
+    settings = {**SETTINGS, **changed} if changed else {key: SETTINGS[key] for key in list(SETTINGS)[1:]}
+    with pytest.raises(MaraError) as error:
+        Store(path, settings)
+    assert f"{path} was made with {named}" in str(error.value)
+    assert len(str(error.value)) < 400 + len(str(path))
     assert path.read_bytes() == before
-
-
-def test_a_setting_that_is_gone_is_refused(tmp_path):
-    filled(tmp_path / "a.jsonl")
-    with pytest.raises(MaraError, match="was made with seed 0, now it is null"):
-        Store(tmp_path / "a.jsonl", {name: value for name, value in SETTINGS.items() if name != "seed"})
 
 
 @pytest.mark.parametrize("line", ["not json", "[]", "3", '{"key": "one"}', "null"])
@@ -95,41 +90,36 @@ def test_damage_is_named_by_its_line(tmp_path, number, line):
         Store(path, SETTINGS)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MaraError, match="cannot write"):
         Store(tmp_path / "file" / "a.jsonl", SETTINGS)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Store(tmp_path / "a.jsonl", SETTINGS) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            with pytest.raises(MaraError, match=r"cannot write .*a\.jsonl: File too large"):
+                store.add({"one": "text" * 1000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
-def test_a_full_disk_is_one_line(tmp_path):
-    store = Store(tmp_path / "a.jsonl", SETTINGS)
-    store._file.close()
-    store._file = Path("/dev/full").open("ab")  # noqa: SIM115 - the store closes it
-    with store, pytest.raises(MaraError, match=r"cannot write .*: No space left on device"):
-        store.keep({"one": "text"})
+def length(prompts, answers):
+    return [len(answer) for answer in answers]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    write_text(path, "one")
-    assert path.read_text() == "one"
-
-    def full(self, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(MaraError, match=r"cannot write .*: No space left on device"):
-        write_text(path, "two")
-    assert path.read_text() == "one"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+def test_prompt_and_answer_are_told_apart_and_names_may_be_long(tmp_path):
+    combined, files = cached_scores([WeightedScore(FunctionScore("s" * 300, length))], tmp_path)
+    with files:
+        assert combined(["ab", "a"], ["c", "bc"]) == [1.0, 2.0]
 
 
-def test_a_fingerprint_changes_with_weights_and_configuration(tmp_path):
-    for name in ("config.json", "model.safetensors", "README.md"):
-        (tmp_path / name).write_text("a")
-    first = fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("b")
-    assert fingerprint(tmp_path) == first
-    (tmp_path / "model.safetensors").write_text("b")
-    assert fingerprint(tmp_path) != first
+def test_a_refused_file_of_scores_leaves_no_other_open(tmp_path):
+    scores = [WeightedScore(FunctionScore(name, length), settings={"code": "old"}) for name in ("one", "two")]
+    cached_scores(scores, tmp_path)[1].close()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(MaraError, match="was made with code"):
+            cached_scores([scores[0], replace(scores[1], settings={"code": "new"})], tmp_path)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []

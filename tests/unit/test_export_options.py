@@ -3,7 +3,7 @@
 import pytest
 
 from mara_export.options import ExportOptions, Quantisation
-from mara_export.targets import COLUMN, PRECISIONS_OF
+from mara_export.targets import COLUMN, TARGETS
 from mara_runtime.errors import OptionError
 
 
@@ -44,7 +44,7 @@ def test_blocks_are_the_targets_own(target, precision, how):
     assert kept.to_json() == {**how.to_json(), "keep": ["*/lm_head/*"]}
 
 
-@pytest.mark.parametrize("target", PRECISIONS_OF)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("given", [{"block_size": 32}, {"block_size": 0}, {"quantiser": "rtn"}, {"keep": ("x",)}])
 def test_floats_have_no_blocks(target, given):
     with pytest.raises(OptionError, match="are for --precision int8 and int4"):

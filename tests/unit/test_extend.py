@@ -1,4 +1,4 @@
-"""Adding engines to a bundle: whatever happens on the way, the bundle is whole and nothing else lies about."""
+"""Adding engines to a bundle: whatever happens on the way, the bundle is whole and no other file is left."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mara_export import folder as folder_module
-from mara_export.folder import additions, extend, whole_or_absent
+from mara_export.folder import add_engines, staging_folder, whole_or_absent
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from mara_runtime.manifest import EngineFacts
@@ -36,9 +36,19 @@ def stage(staged: Path, engines: Sequence[EngineFacts]) -> None:
 
 def add(bundle: Bundle, engines: Sequence[EngineFacts]) -> Bundle:
     """Build and add them."""
-    with additions(bundle, f"engines/{engines[0].target}" if engines else "engines") as staged:
+    with staging_folder(bundle, engines[0].target) as staged:
         stage(staged, engines)
-        return extend(bundle, staged, engines)
+        return add_engines(bundle, staged, engines)
+
+
+def plain(engines: Sequence[EngineFacts]) -> list[EngineFacts]:
+    """Engines without the checksum in the names of their files."""
+    return [replace(e, file=f"engines/{e.target}/step-{e.slots}.engine") for e in engines]
+
+
+def content(bundle: Bundle, slots: int) -> str:
+    (engine,) = [e for e in bundle.manifest.engines if (e.target, e.slots) == ("tensorrt", slots)]
+    return bundle.path(engine.file).read_text()
 
 
 @pytest.fixture
@@ -60,10 +70,11 @@ def assert_whole(folder: Path) -> Bundle:
 def test_adds_engines_and_their_target(bundle: Bundle) -> None:
     extended = add(bundle, [facts(64), facts(128)])
     assert assert_whole(bundle.folder) == extended
-    assert extended.manifest.engines == (facts(64), facts(128))
+    assert plain(extended.manifest.engines) == [facts(64), facts(128)]
     assert extended.manifest.targets == ("cpu", "tensorrt")
-    assert extended.path("engines/tensorrt/step-128.engine").read_text() == "tensorrt 128 11.1"
+    assert content(extended, 128) == "tensorrt 128 11.1"
     assert {name: extended.manifest.files[name] for name in bundle.manifest.files} == bundle.manifest.files
+    assert add(extended, [facts(64)]).manifest.files == extended.manifest.files  # the same again changes no file
 
 
 def test_replaces_what_has_the_same_target_and_slots_and_nothing_else(bundle: Bundle) -> None:
@@ -71,8 +82,8 @@ def test_replaces_what_has_the_same_target_and_slots_and_nothing_else(bundle: Bu
     again = replace(facts(64), decode_rows=7)
     second = add(first, [again])
     assert assert_whole(bundle.folder) == second
-    assert second.manifest.engines == (facts(128), facts(64, "tensorrt-rtx"), again)
-    assert second.path("engines/tensorrt/step-64.engine").read_text() == "tensorrt 64 11.1"
+    assert plain(second.manifest.engines) == [facts(128), facts(64, "tensorrt-rtx"), again]
+    assert content(second, 64) == "tensorrt 64 11.1"
     assert second.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
 
 
@@ -85,53 +96,37 @@ def test_engines_of_another_release_gpu_or_system_go_with_the_first_that_is_repl
     new = replace(facts(128), **change)  # type: ignore[arg-type]
     second = add(first, [new])
     assert assert_whole(bundle.folder) == second
-    assert second.manifest.engines == (facts(64, "tensorrt-rtx"), new)
+    assert plain(second.manifest.engines) == [facts(64, "tensorrt-rtx"), new]
 
 
-def test_the_file_of_a_replaced_engine_goes_when_it_has_another_name(bundle: Bundle) -> None:
-    old = EngineFacts(**helpers.engine_json("engines/tensorrt/by-hand.engine", slots=64))
-    assert add(add(bundle, [old]), [facts(64)]).manifest.engines == (facts(64),)
+def test_what_a_killed_build_left_behind_goes_with_the_next(bundle: Bundle) -> None:
+    stray = bundle.path("engines/tensorrt/step-64-0123.engine")
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    add(bundle, [facts(64)])
     assert_whole(bundle.folder)
 
 
 BEFORE = [facts(64, version="10.3"), facts(256)]
-RENAMES = {"first": 3, "again": 5}
-"""Two engines and the manifest; where one is replaced, first the manifest without it, and then that one aside."""
+RENAMES = 3
+"""Two engines and the manifest."""
 
 
-@pytest.mark.parametrize("times", ["first", "again"])
+@pytest.mark.parametrize("before", [[], BEFORE], ids=["first", "again"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(RENAMES + 1))
 def test_after_a_failure_the_bundle_is_as_it_was(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: str, error: type[BaseException], step: int
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, before: list[EngineFacts], error: type[BaseException], step: int
 ) -> None:
-    bundle = add(bundle, BEFORE if times == "again" else [])
+    bundle = add(bundle, before) if before else bundle
     with monkeypatch.context() as patch:
-        _at_each_rename(patch, lambda count: _fail(error) if count == step else None)
-        try:
-            add(bundle, [facts(64), facts(128)])
-        except (KeyboardInterrupt, MaraError):
-            failed = True
-        else:
-            failed = False  # there are fewer renames than that
-    assert failed == (step < RENAMES[times])
-    after = assert_whole(bundle.folder)
-    assert (after == bundle) == failed
-
-
-@pytest.mark.parametrize("times", ["first", "again"])
-@pytest.mark.parametrize("step", range(5))
-def test_when_nothing_can_be_put_back_either_the_bundle_is_whole(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: str, step: int
-) -> None:
-    bundle = add(bundle, BEFORE if times == "again" else [])
-    with monkeypatch.context() as patch:
-        _at_each_rename(patch, lambda count: _fail(OSError) if count >= step else None)
-        if step < RENAMES[times]:
-            with pytest.raises(MaraError, match="the disk is full"):  # the first error, not one of putting back
+        _at_each_rename(patch, lambda count: _fail(error) if count >= step else None)
+        if step < RENAMES:
+            with pytest.raises((KeyboardInterrupt, MaraError), match="the disk is full"):
                 add(bundle, [facts(64), facts(128)])
-    after = Bundle.open(bundle.folder)
-    assert all(engine in bundle.manifest.engines for engine in after.manifest.engines)
+        else:
+            add(bundle, [facts(64), facts(128)])
+    assert (assert_whole(bundle.folder) == bundle) == (step < RENAMES)
 
 
 @pytest.mark.parametrize("before", [[], BEFORE], ids=["first", "again"])
@@ -139,7 +134,7 @@ def test_at_no_moment_does_the_manifest_list_what_is_not_there(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[EngineFacts]
 ) -> None:
     # What a process that is killed leaves behind: nothing of ours runs after that.
-    bundle = add(bundle, before)
+    bundle = add(bundle, before) if before else bundle
     moments: list[Path] = []
     with monkeypatch.context() as patch:
 
@@ -148,9 +143,9 @@ def test_at_no_moment_does_the_manifest_list_what_is_not_there(
 
         _at_each_rename(patch, keep)
         add(bundle, [facts(64), facts(128)])
-    assert len(moments) >= 3
+    assert len(moments) == RENAMES
     for moment in moments:
-        Bundle.open(moment)
+        assert Bundle.open(moment).manifest == bundle.manifest
 
 
 def _fail(error: type[BaseException]) -> None:
@@ -172,7 +167,7 @@ def _at_each_rename(patch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MaraError])
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle, error: type[BaseException]) -> None:
     def build() -> None:
-        with additions(bundle, "engines/tensorrt") as staged:
+        with staging_folder(bundle, "tensorrt") as staged:
             (staged / "step-64.engine").write_text("half an eng")
             raise error
 
@@ -188,12 +183,12 @@ def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_pa
     def build() -> None:
         if when == "before the build":
             (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
-        with additions(bundle, "engines/tensorrt") as staged:
+        with staging_folder(bundle, "tensorrt") as staged:
             assert when == "meanwhile"
             shutil.rmtree(bundle.folder / "engines")
             (bundle.folder / "engines").symlink_to(tmp_path / "elsewhere")
             stage(staged, [facts(64)])
-            extend(bundle, staged, [facts(64)])
+            add_engines(bundle, staged, [facts(64)])
 
     with pytest.raises(MaraError, match="is a link out of the bundle"):
         build()
@@ -217,7 +212,7 @@ def test_where_no_engine_can_go_is_said_before_one_is_built(
     else:  # root may write everywhere
         monkeypatch.setattr(tempfile, "NamedTemporaryFile", _forbidden)
     before = sorted(bundle.folder.rglob("*"))
-    with pytest.raises(MaraError, match=r"^cannot write .*engines"), additions(bundle, "engines/tensorrt"):
+    with pytest.raises(MaraError, match=r"^cannot write .*engines"), staging_folder(bundle, "tensorrt"):
         pytest.fail("it went on")
     assert sorted(bundle.folder.rglob("*")) == before
 
@@ -233,11 +228,11 @@ def _small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("kind", ["additions", "whole_or_absent"])
+@pytest.mark.parametrize("kind", ["staging_folder", "whole_or_absent"])
 def test_a_write_that_fails_is_one_line(bundle: Bundle, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
-    what = bundle.folder if kind == "additions" else out
-    making = additions(bundle, "engines/tensorrt") if kind == "additions" else whole_or_absent(out)
+    what = bundle.folder if kind == "staging_folder" else out
+    making = staging_folder(bundle, "tensorrt") if kind == "staging_folder" else whole_or_absent(out)
     with pytest.raises(MaraError, match=f"^cannot write {what}: File too large$"), making as folder, _small_files():
         (folder / "a-file").write_bytes(bytes(2000))
     assert assert_whole(bundle.folder) == bundle
@@ -257,11 +252,11 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "ours"), ERRORS, ids=str)
-@pytest.mark.parametrize("kind", ["additions", "whole_or_absent"])
+@pytest.mark.parametrize("kind", ["staging_folder", "whole_or_absent"])
 def test_errors_of_the_system_that_are_not_of_writing_there_pass(
     bundle: Bundle, tmp_path: Path, kind: str, error: OSError, ours: bool
 ) -> None:
-    making = additions(bundle, "engines/tensorrt") if kind == "additions" else whole_or_absent(tmp_path / "out")
+    making = staging_folder(bundle, "tensorrt") if kind == "staging_folder" else whole_or_absent(tmp_path / "out")
 
     def fail() -> None:
         with making as folder:
@@ -284,7 +279,7 @@ def test_what_another_build_has_added_in_the_meantime_stays(bundle: Bundle) -> N
     add(bundle, [facts(64, "tensorrt-rtx")])  # from the manifest of before
     after = add(bundle, [facts(64, version="11.1")])
     assert assert_whole(bundle.folder) == after
-    assert after.manifest.engines == (facts(128), facts(64, "tensorrt-rtx"), facts(64))
+    assert plain(after.manifest.engines) == [facts(128), facts(64, "tensorrt-rtx"), facts(64)]
     assert after.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
 
 
@@ -307,7 +302,7 @@ def test_two_that_write_the_manifest_at_once_take_turns(bundle: Bundle, monkeypa
     go_on.set()
     first.join(20)
     second.join(20)
-    assert assert_whole(bundle.folder).manifest.engines == (facts(64), facts(64, "tensorrt-rtx"))
+    assert plain(assert_whole(bundle.folder).manifest.engines) == [facts(64), facts(64, "tensorrt-rtx")]
 
 
 @pytest.mark.parametrize("what", ["graph", "facts"])
@@ -315,16 +310,16 @@ def test_a_bundle_that_was_exported_anew_meanwhile_is_refused(bundle: Bundle, wh
     changed = {"graph": b"another graph"} if what == "graph" else {"max_context": 64}
     helpers.make_bundle(bundle.folder, **changed)  # type: ignore[arg-type]
     now = Bundle.open(bundle.folder)
-    with pytest.raises(MaraError, match="was exported anew while its engine was built: build it again"):
+    with pytest.raises(MaraError, match="was exported again while its engine was built"):
         add(bundle, [facts(64)])
     assert assert_whole(bundle.folder) == now
 
 
 def test_a_bundle_that_has_gone_meanwhile(bundle: Bundle) -> None:
     def build() -> None:
-        with additions(bundle, "engines/tensorrt") as staged:
+        with staging_folder(bundle, "tensorrt") as staged:
             shutil.rmtree(bundle.folder)
-            extend(bundle, staged, [facts(64)])
+            add_engines(bundle, staged, [facts(64)])
 
     with pytest.raises(MaraError, match=f"^cannot write {bundle.folder}: "):
         build()

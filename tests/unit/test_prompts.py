@@ -1,4 +1,4 @@
-"""Prompt files: every form that is read, and one line about every one that is not."""
+"""Prompt files: the formats that are read, and one-line errors for the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_deploy.prompts import Prompt, read_prompts, shared
+from mara_deploy.prompts import Prompt, overlap, read_prompts, subset
 from mara_runtime.errors import PromptError
 
 
@@ -39,7 +39,7 @@ def test_the_papers_sets(tmp_path, name):
     entry = PAPER[name]
     found = read_prompts(written(tmp_path / "test.json", [entry, {**entry, "instruction": "Another one?"}, entry]))
     assert found.prompts == (Prompt(entry["instruction"]), Prompt("Another one?"))
-    assert (found.name, found.duplicates, found.grouped) == ("test.json", 1, False)
+    assert (found.name, found.duplicates, found.prompts[0].group) == ("test.json", 1, None)
 
 
 def test_plain_lines(tmp_path):
@@ -66,7 +66,7 @@ def test_a_list_of_texts(tmp_path):
     assert read_prompts(written(tmp_path / "a.json", ["One?", "Two?"])).prompts == (Prompt("One?"), Prompt("Two?"))
 
 
-def test_white_space_alone_makes_no_other_prompt(tmp_path):
+def test_prompts_that_differ_in_white_space_are_duplicates(tmp_path):
     found = read_prompts(written(tmp_path / "a.json", ["One  two\nthree?", " One two three? ", "One two three"]))
     assert [prompt.text for prompt in found.prompts] == ["One  two\nthree?", "One two three"]
 
@@ -75,48 +75,56 @@ def test_groups(tmp_path):
     entries = [{"prompt": "a", "group": "x"}, {"prompt": "b", "group": ["kettle", "how"]}, {"prompt": "c", "group": 3}]
     found = read_prompts(written(tmp_path / "a.json", entries))
     assert [prompt.group for prompt in found.prompts] == ["x", '["kettle", "how"]', "3"]
-    assert found.grouped
     path = written(
         tmp_path / "b.json", [PAPER["HarmfulQA"], {**PAPER["HarmfulQA"], "instruction": "?", "topic": "Art"}]
     )
-    assert not read_prompts(path).grouped
+    assert {prompt.group for prompt in read_prompts(path).prompts} == {None}
     assert [prompt.group for prompt in read_prompts(path, "topic").prompts] == ["Social Sciences", "Art"]
 
 
-def test_what_two_sets_share(tmp_path):
+def test_overlap_of_two_sets(tmp_path):
     ours = read_prompts(written(tmp_path / "a.txt", "One?\nTwo?\nThree?")).prompts
     others = read_prompts(written(tmp_path / "b.json", [{"instruction": "Three?"}, {"instruction": " One?\n"}])).prompts
-    assert shared(ours, others) == ["One?", "Three?"]
-    assert shared(others, ours[1:2]) == []
+    assert overlap(ours, others) == ["One?", "Three?"]
+    assert overlap(others, ours[1:2]) == []
+
+
+def test_a_larger_subset_includes_a_smaller_one():
+    prompts = [Prompt(f"Question {i}?") for i in range(20)]
+    small, large = subset(prompts, 3), subset(prompts, 9)
+    assert (len(small), len(large)) == (3, 9)
+    assert [prompt for prompt in large if prompt in small] == small  # in file order
+    assert small != prompts[:3]
+    assert subset(prompts, None) == subset(prompts, 100) == prompts
 
 
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("a.txt", "\n  \n", "holds no prompt"),
-        ("a.json", "[]", "holds no prompt"),
+        ("a.txt", "\n  \n", "has no prompts"),
+        ("a.json", "[]", "has no prompts"),
         ("a.json", "", "is not valid JSON"),
         ("a.json", '[{"instruction": "a"}', "is not valid JSON"),
         ("a.json", "[" * 100_000, "is not valid JSON"),
-        ("a.json", {"instruction": "a"}, "is a JSON object; a prompt file is a list"),
-        ("a.json", ["a", ""], "entry 2 is a blank prompt"),
-        ("a.json", ["a", {"instruction": " \n"}], "entry 2 is a blank prompt"),
-        ("a.json", ["a", 3], "entry 2 is a number where its prompt should be a text"),
-        ("a.json", [{"instruction": None}], "entry 1 is a null where its prompt should be a text"),
+        ("a.json", {"instruction": "a"}, "is a JSON object; expected a list"),
+        ("a.json", ["a", ""], "entry 2 is blank"),
+        ("a.json", ["a", {"instruction": " \n"}], "entry 2 is blank"),
+        ("a.json", ["a", 3], "entry 2 is a number; expected"),
+        ("a.json", [{"instruction": None}], "entry 1 is a null; expected"),
         (
             "a.json",
             [{"chosen": "x", "rejected": "y"}],
-            "entry 1 has none of 'instruction', 'prompt', 'question'; it has",
+            "entry 1 has none of the keys 'instruction', 'prompt', 'question'; it has 'chosen'",
         ),
         (
             "a.jsonl",
             '{"prompt": "a"}\n\n{"prompt" "b"}',
             "line 3 is not valid JSON: Expecting ':' delimiter at column 11",
         ),
-        ("a.jsonl", '{"prompt": "a", "group": 1}\n{"prompt": "b"}', "line 2 names no 'group', unlike the entries"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "group": 1}', "line 2 names a 'group', unlike the entries"),
+        ("a.jsonl", '{"prompt": "a", "group": 1}\n{"prompt": "b"}', "line 2 has no 'group'"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "group": 1}', "line 2 has a 'group'"),
         ("a.txt", b"\xff\xfe\x00", "it is not UTF-8 text"),
-        ("a.json", '["a\\ud800"]', "entry 1 is not Unicode text"),
+        ("a.json", '["a\\ud800"]', "entry 1 is not valid Unicode"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, name, content, line):
@@ -129,7 +137,7 @@ def test_bad_files_are_one_line(tmp_path, name, content, line):
 
 
 @pytest.mark.parametrize("name", ["prompts", "a.txt", "a.TXT", "a.md", "a.rst", "a.lst", ".prompts"])
-def test_names_of_text_hold_a_prompt_per_line(tmp_path, name):
+def test_text_files_have_a_prompt_per_line(tmp_path, name):
     assert read_prompts(written(tmp_path / name, "One?\nTwo?\n")).prompts == (Prompt("One?"), Prompt("Two?"))
 
 
@@ -138,18 +146,18 @@ def test_names_of_text_hold_a_prompt_per_line(tmp_path, name):
     [
         (
             "a.csv",
-            "is a table (.csv), which is not read: write its prompts to a .txt file, one per line, or to a .jsonl",
+            "is a table (.csv)",
         ),
         ("a.TSV", "is a table (.tsv)"),
         ("a.parquet", "is a table (.parquet)"),
         ("a.xlsx", "is a table (.xlsx)"),
-        ("a.jsonl.gz", "is packed (.gz): unpack it first"),
-        ("a.zip", "is packed (.zip): unpack it first"),
-        ("a.json5", "has the suffix '.json5', which says nothing about its form: rename it to .txt if"),
-        ("prompts.v2", "has the suffix '.v2', which says nothing about its form: rename it to .txt if"),
+        ("a.jsonl.gz", "is compressed (.gz)"),
+        ("a.zip", "is compressed (.zip)"),
+        ("a.json5", "has the unknown suffix '.json5': rename it"),
+        ("prompts.v2", "has the unknown suffix '.v2': rename it"),
     ],
 )
-def test_a_file_of_another_form_is_refused_and_told_what_to_do(tmp_path, name, line):
+def test_other_formats_are_refused(tmp_path, name, line):
     path = written(tmp_path / name, "prompt,source\nOne?,us\n")
     with pytest.raises(PromptError) as caught:
         read_prompts(path)
@@ -163,8 +171,8 @@ def test_a_file_that_is_not_there(tmp_path, path):
         read_prompts(tmp_path / path)
 
 
-def test_a_group_that_is_asked_for_must_be_there(tmp_path):
-    with pytest.raises(PromptError, match=r"entry 1 has no 'topic' to group by; it has 'instruction'"):
+def test_a_requested_group_key_must_be_present(tmp_path):
+    with pytest.raises(PromptError, match=r"entry 1 has no key 'topic' .*; it has 'instruction'"):
         read_prompts(written(tmp_path / "a.json", [PAPER["SafeRLHF"]]), "topic")
-    with pytest.raises(PromptError, match=r"line 1 is a text; to group by 'topic'"):
+    with pytest.raises(PromptError, match=r"line 1 is a string; --group-by topic"):
         read_prompts(written(tmp_path / "a.txt", "One?"), "topic")

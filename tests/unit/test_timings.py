@@ -48,7 +48,7 @@ def built(chosen: Path | None, at_the_end: Callable[[], object] = lambda: None) 
     """Build once. Returns what the user is told."""
     notes: list[str] = []
     config = Config()
-    with timings.kept(config, chosen, OWN, notes.append):
+    with timings.timing_cache(config, chosen, OWN, notes.append):
         config.build()
         at_the_end()
     return notes
@@ -83,7 +83,7 @@ def test_what_is_of_no_use_is_started_anew(chosen: Path | None, own: Path, conte
     if chosen is None:
         assert notes == []
     else:
-        assert notes == [f"--timing-cache: {path} is damaged, or of another GPU or TensorRT; it is started anew"]
+        assert notes == [f"--timing-cache: {path} is damaged, or from another GPU or TensorRT; starting an empty one"]
 
 
 def test_a_build_that_fails_keeps_nothing(chosen: Path | None, own: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_written_in_the_end_costs_no_engine(chosen: Path |
         assert notes == []
     else:
         assert notes == [
-            f"--timing-cache: {path} could not be written ({os.strerror(errno.EISDIR)}); the next build measures again"
+            f"--timing-cache: {path} cannot be written ({os.strerror(errno.EISDIR)}); the next build measures again"
         ]
         assert not list(path.parent.glob("*.part"))
 

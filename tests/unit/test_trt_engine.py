@@ -18,7 +18,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, decode
-from mara_runtime.engines import open_engine, trt_memory, trt_plan
+from mara_runtime.engines import open_engine, trt_file, trt_memory, trt_plan
 from mara_runtime.engines import tensorrt as trt_engine
 from mara_runtime.engines.base import Pass
 from mara_runtime.engines.cuda import Cuda
@@ -567,7 +567,7 @@ def test_what_is_missing_is_named(tmp_path: Path, machine: Machine, monkeypatch:
     def missing(target: str) -> Any:
         raise ImportError(f"No module named {target!r}")
 
-    monkeypatch.setattr(trt_plan, "load", missing)
+    monkeypatch.setattr(trt_file, "load", missing)
     assert "No module named 'tensorrt'" in reason()
     assert "pip install" in reason()
 

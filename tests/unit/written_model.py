@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from mara_export.graph import step
-from mara_export.graph.lower import value_info
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.tensors import DRAFT_ROWS, ModelShape, spare_slots
@@ -73,7 +73,10 @@ class Nodes:
         return name
 
     def model(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> onnx.ModelProto:
-        io = [value_info(t) for t in inputs], [value_info(t) for t in outputs]
+        kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+        io = [
+            [helper.make_tensor_value_info(t.name, kinds[t.dtype], t.shape) for t in side] for side in (inputs, outputs)
+        ]
         graph = helper.make_graph(self.nodes, "graph", *io, self.constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -117,11 +120,12 @@ SIZES = (16, 40, SLOTS)
 
 def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
     """A bundle of the model, with a graph whose head runs always or when it is needed."""
-    model = traced_llm()
-    step.join(model, traced_agent(), SHAPE, CANDIDATES, always_head=always_head)
+    model, agent = (ir.from_proto(proto) for proto in (traced_llm(), traced_agent()))
+    step.join(model.graph, agent.graph, SHAPE, CANDIDATES, always_head=always_head)
+    model.graph.sort()
     sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size}
     most = {"max_context": CONTEXT, "max_candidates": CANDIDATES}
-    return helpers.make_bundle(folder, graph=model.SerializeToString(), **sizes, **most, **options)
+    return helpers.make_bundle(folder, graph=ir.to_proto(model).SerializeToString(), **sizes, **most, **options)
 
 
 def add_engines(

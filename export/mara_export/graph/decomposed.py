@@ -1,105 +1,120 @@
-"""The `decomposed` lowering: basic operators alone, for TensorRT 10.3 and 10.13, which know no attention and no cache.
+"""The `decomposed` lowering: basic operators alone, for TensorRT 10.3 and 10.13, which have no attention and no cache.
 
-Attention works on groups of heads: the queries that share keys lie behind each other as rows of one matrix, so that no
-key is repeated. Norms and softmax are `islands`: they compute in float32 whatever the rest of the graph computes in.
+Attention works on groups of heads: queries that share keys become rows of one matrix, so no key is repeated. Norms and
+softmax are islands (precision.py): they compute in float32 whatever the rest of the graph computes in.
 
-The new entries are scattered into a *copy* of the cache, so past and present are two buffers that change places, except
-where an engine lets them be one (ONNX Runtime).
+New entries are scattered into a *copy* of the cache, so past and present are two buffers that are swapped, except where
+an engine lets them be one (ONNX Runtime).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from onnx import NodeProto, helper
+import onnx_ir as ir
 
-from mara_export.graph.narrow import island
-from mara_export.graph.nodes import NODE, NORM, ROTARY, Nodes
+from mara_export.graph.nodes import (
+    ATTENTION,
+    NORM,
+    ROTARY,
+    Builder,
+    GraphContext,
+    Pass,
+    attribute,
+    custom_nodes,
+    replace_node,
+)
+from mara_export.graph.portable import rotary_weights
+from mara_export.graph.precision import island
 from mara_runtime import tensors
-from mara_runtime.tensors import ModelShape
 
-OPSET = 20
-"""The last that TensorRT 10.3 says it reads; blocks of int4 need one more (see qdq.py)."""
-_SHARED = "decomposed"
-_COS, _SIN, _SLOTS = f"{_SHARED}/cos", f"{_SHARED}/sin", f"{_SHARED}/slots"
+OPSETS = {"": 20}
+"""The last that TensorRT 10.3 documents; blocks of int4 need one more (qdq.py)."""
 
 
-class Decomposed:
-    """Nodes and constants that take the place of the traced ones. tables: names of the rotary embedding's."""
+def attention(graph: ir.Graph, context: GraphContext) -> None:
+    """CachedAttention → ScatterND of keys and values, two MatMuls and a Softmax."""
+    add, shape = Builder(graph, "decomposed"), context.shape
+    heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    slots = _slots(add, kv_heads)
+    for node in custom_nodes(graph, ATTENTION):
+        q, k, v, past_k, past_v, mask, _ = node.inputs
+        name = node.name
+        # without a `reduction` attribute: the parser of 10.3 rejects even "none"
+        keys = add("ScatterND", past_k, slots, k, out=f"{name}/key")
+        values = add("ScatterND", past_v, slots, v, out=f"{name}/value")
+        # before the product, whose sums could otherwise leave float16 at 65504
+        scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
+        grouped = add("Reshape", scaled, add.ints(1, kv_heads, -1, size), out=f"{name}/grouped")
+        columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
+        products = add("MatMul", grouped, columns, out=f"{name}/products")  # (1, kv_heads, groups · S, C)
+        scores = add("Reshape", products, add.ints(1, heads, -1, 0), out=f"{name}/scores")  # 0: C, as it is
+        masked = _island(add, "Add", scores, mask, out=f"{name}/masked")
+        weights = _island(add, "Softmax", masked, out=f"{name}/weights", axis=-1)
+        merged = add("Reshape", weights, add.ints(1, kv_heads, -1, 0), out=f"{name}/merged")
+        sums = add("MatMul", merged, values, out=f"{name}/sums")  # (1, kv_heads, groups · S, H)
+        out = add("Reshape", sums, add.ints(1, heads, -1, size), out=f"{name}/out")
+        replace_node(node, out, keys, values)
 
-    def __init__(self, shape: ModelShape, tables: tuple[str, str]) -> None:
-        self.add, self._shape = Nodes(_SHARED), shape
-        for table, result in zip(tables, (_COS, _SIN), strict=True):  # (positions, H/2) → (1, 1, S, H/2)
-            self.add("Unsqueeze", self.add("Gather", table, tensors.POSITION_IDS, axis=0), self.add.ints(1), to=result)
-        self._slots()
 
-    def rewrite(self, node: NodeProto) -> None:
-        """Add what stands for a traced node: itself, if it is a standard one."""
-        parts = {NODE: self._attention, ROTARY: self._rotary, NORM: self._norm}
-        if node.domain:
-            parts[node.op_type](node)
-        else:
-            self.add.nodes.append(node)
+def _slots(add: Builder, kv_heads: int) -> ir.Value:
+    """(1, kv_heads, S, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
+    rows = add.rows()
+    column = add("Reshape", add.written_slots(rows), add.ints(1, 1, -1, 1))
+    last = add("Expand", column, add("Concat", add.ints(1, kv_heads), rows, add.ints(1), axis=0))
+    size = add("Concat", add.ints(1, kv_heads), rows, add.ints(2), axis=0)
+    first = add("Expand", add.constant([[[[0, head]] for head in range(kv_heads)]]), size)
+    return add("Concat", first, last, out="decomposed/slots", axis=-1)
 
-    def _slots(self) -> None:
-        """(1, kv_heads, S, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
-        add, heads = self.add, self._shape.num_kv_heads
-        rows = add.rows()
-        column = add("Reshape", add.written_slots(rows), add.ints(1, 1, -1, 1))
-        last = add("Expand", column, add("Concat", add.ints(1, heads), rows, add.ints(1), axis=0))
-        size = add("Concat", add.ints(1, heads), rows, add.ints(2), axis=0)
-        first = add("Expand", add.constant([[[[0, head]] for head in range(heads)]]), size)
-        add("Concat", first, last, to=_SLOTS, axis=-1)
 
-    def _attention(self, node: NodeProto) -> None:
-        q, k, v, past_k, past_v, mask, _ = node.input
-        out, present_k, present_v = node.output
-        heads, kv_heads, size = self._shape.num_heads, self._shape.num_kv_heads, self._shape.head_dim
-        add, name = self.add, node.name
-        # without a `reduction` attribute: the parser of 10.3 refuses even "none"
-        add("ScatterND", past_k, _SLOTS, k, to=present_k, name=f"{name}/key")
-        add("ScatterND", past_v, _SLOTS, v, to=present_v, name=f"{name}/value")
-        scale = add.constant(helper.get_node_attr_value(node, "scale"))
-        # before the product, whose sums would else leave float16 at 65504
-        scaled = add("Mul", q, scale, to=f"{name}/scaled")
-        grouped = add("Reshape", scaled, add.ints(1, kv_heads, -1, size), to=f"{name}/grouped")
-        columns = add("Transpose", present_k, to=f"{name}/columns", perm=[0, 1, 3, 2])
-        products = add("MatMul", grouped, columns, to=f"{name}/products")  # (1, kv_heads, groups · S, C)
-        scores = add("Reshape", products, add.ints(1, heads, -1, 0), to=f"{name}/scores")  # 0: C, as it is
-        masked = self._island("Add", scores, mask, to=f"{name}/masked")
-        weights = self._island("Softmax", masked, to=f"{name}/weights", axis=-1)
-        together = add("Reshape", weights, add.ints(1, kv_heads, -1, 0), to=f"{name}/together")
-        sums = add("MatMul", together, present_v, to=f"{name}/sums")  # (1, kv_heads, groups · S, H)
-        add("Reshape", sums, add.ints(1, heads, -1, size), to=out, name=f"{name}/out")
-
-    def _rotary(self, node: NodeProto) -> None:
-        add, half = self.add, self._shape.head_dim // 2
-        for part, value, result in zip("qk", node.input, node.output, strict=True):
+def rotary(graph: ir.Graph, context: GraphContext) -> None:
+    """Rotary → the products and sums of both halves of each head."""
+    add, half = Builder(graph, "decomposed/rotary"), context.shape.head_dim // 2
+    positions = add.input(tensors.POSITION_IDS)
+    cos, sin = (  # (positions, H/2) → (1, 1, S, H/2)
+        add("Unsqueeze", add("Gather", table, positions, axis=0), add.ints(1)) for table in rotary_weights(add, context)
+    )
+    for node in custom_nodes(graph, ROTARY):
+        rotated = []
+        for part, value in zip("qk", node.inputs, strict=True):
             name = f"{node.name}/{part}"
             low, high = (
-                add("Slice", value, add.ints(start), add.ints(start + half), add.ints(-1), to=f"{name}/{side}")
+                add("Slice", value, add.ints(start), add.ints(start + half), add.ints(-1), out=f"{name}/{side}")
                 for start, side in ((0, "low"), (half, "high"))
             )
-            products = {
-                (side, table): add("Mul", value, table, to=f"{name}/{side}_{table.rpartition('/')[2]}")
-                for side, value in (("low", low), ("high", high))
-                for table in (_COS, _SIN)
-            }
-            first = add("Sub", products["low", _COS], products["high", _SIN], to=f"{name}/first")
-            second = add("Add", products["high", _COS], products["low", _SIN], to=f"{name}/second")
-            add("Concat", first, second, to=result, name=name, axis=-1)
+            first = add(
+                "Sub",
+                add("Mul", low, cos, out=f"{name}/low_cos"),
+                add("Mul", high, sin, out=f"{name}/high_sin"),
+                out=f"{name}/first",
+            )
+            second = add(
+                "Add",
+                add("Mul", high, cos, out=f"{name}/high_cos"),
+                add("Mul", low, sin, out=f"{name}/low_sin"),
+                out=f"{name}/second",
+            )
+            rotated.append(add("Concat", first, second, out=f"{name}/rotated", axis=-1))
+        replace_node(node, *rotated)
 
-    def _norm(self, node: NodeProto) -> None:
-        x, weight = node.input
-        name, epsilon = node.name, self.add.constant(helper.get_node_attr_value(node, "epsilon"))
-        squares = self._island("Mul", x, x, to=f"{name}/squares")
-        mean = self._island("ReduceMean", squares, self.add.ints(-1), to=f"{name}/mean", keepdims=1)
-        added = self._island("Add", mean, epsilon, to=f"{name}/added")
-        root = self._island("Sqrt", added, to=f"{name}/root")
-        unit = self._island("Div", x, root, to=f"{name}/unit")
-        self.add("Mul", unit, weight, to=node.output[0], name=name)
 
-    def _island(self, op: str, *inputs: str, to: str, **attributes: Any) -> str:
-        self.add(op, *inputs, to=to, **attributes)
-        island(self.add.nodes[-1])
-        return to
+def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
+    """RMSNorm → x / sqrt(mean(x²) + ε) · weight, in float32 up to the weight."""
+    add = Builder(graph, "decomposed/norms")
+    for node in custom_nodes(graph, NORM):
+        x, weight = node.inputs
+        name = node.name
+        squares = _island(add, "Mul", x, x, out=f"{name}/squares")
+        mean = _island(add, "ReduceMean", squares, add.ints(-1), out=f"{name}/mean", keepdims=1)
+        added = _island(add, "Add", mean, add.constant(attribute(node, "epsilon")), out=f"{name}/added")
+        unit = _island(add, "Div", x, _island(add, "Sqrt", added, out=f"{name}/root"), out=f"{name}/unit")
+        replace_node(node, add("Mul", unit, weight, out=f"{name}/normalised"))
+
+
+def _island(add: Builder, op: str, *inputs: ir.Value | None, out: str, **attributes: Any) -> ir.Value:
+    value = add(op, *inputs, out=out, **attributes)
+    island(value)
+    return value
+
+
+PASSES: tuple[Pass, ...] = (attention, rotary, rms_norms)

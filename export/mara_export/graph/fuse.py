@@ -1,7 +1,7 @@
-"""Fewer and larger nodes, for ONNX Runtime: a pass of one row is short, and every node starts all threads once more.
+"""Fewer and larger nodes for ONNX Runtime: a pass of one row is short, and every node wakes all threads again.
 
-projections  the matrices that a value is multiplied by as one: those for q, k and v, and gate and up
-residuals    an addition and the norm of its sum as com.microsoft SkipSimplifiedLayerNormalization
+join_projections  the matrices that one value is multiplied by become one: those for q, k and v; gate and up
+fuse_residuals    an addition and the norm of its sum become com.microsoft SkipSimplifiedLayerNormalization
 """
 
 from __future__ import annotations
@@ -9,25 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
-from onnx import NodeProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from mara_export.graph.nodes import MICROSOFT, Traced, set_nodes
-from mara_export.graph.weights import Weights
-
-
-def drop_dead(graph: onnx.GraphProto) -> None:
-    """Leave out the nodes whose results nobody reads; those of a graph are in the order of computation."""
-    needed = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
-    set_nodes(graph, kept[::-1])
-
-
-# ── projections ──────────────────────────────────────────────────────────────────────────────────────────────────────
+from mara_export.graph.nodes import (
+    MICROSOFT,
+    Builder,
+    GraphContext,
+    attribute,
+    dims,
+    is_weight,
+    matrix_products,
+    produced_by,
+    replace,
+    replace_node,
+)
+from mara_export.graph.weights import lazy, read
 
 _JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
 
@@ -36,109 +33,101 @@ _JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"):
 class _Projection:
     """A matrix product by a weight, with or without a bias."""
 
-    product: NodeProto
-    sum: NodeProto | None
-    bias: str | None
+    product: ir.Node
+    bias_node: ir.Node | None
+    bias: ir.Value | None
 
     @property
-    def result(self) -> str:
-        """What it makes."""
-        return str((self.sum or self.product).output[0])
+    def result(self) -> ir.Value:
+        """Its output."""
+        return (self.bias_node or self.product).outputs[0]
 
 
-def join_projections(graph: onnx.GraphProto, weights: Weights) -> None:
-    """Multiply a value by all its matrices at once. What is put together again behind them is not taken apart."""
-    instead: dict[str, list[NodeProto]] = {}  # by the names of what the nodes make
-    parts: dict[tuple[str, ...], str] = {}
-    for group in _groups(graph, weights):
-        nodes = _joined(group, weights)
-        instead[group[0].product.output[0]] = nodes
-        parts[tuple(nodes[-1].output)] = nodes[-2].output[0]
-        for one in group:
-            instead |= {node.output[0]: [] for node in (one.product, one.sum) if node and node.output[0] not in instead}
-    nodes = [other for node in graph.node for other in instead.get(node.output[0], [node])]
-    ends = {output.name for output in graph.output}
-    renamed = {
-        node.output[0]: parts[tuple(node.input)]
-        for node in nodes
-        if node.op_type == "Concat"
-        and tuple(node.input) in parts
-        and node.attribute[0].i == -1
-        and node.output[0] not in ends
-    }
-    for node in nodes:
-        for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-    set_nodes(graph, nodes)
-    drop_dead(graph)
+def join_projections(graph: ir.Graph, context: GraphContext) -> None:
+    """Multiply a value by all its matrices at once. What is concatenated again after them is not split."""
+    remove_dead(graph)
+    add = Builder(graph, "joined")
+    for group in _groups(graph):
+        joined, parts = _join(add, group)
+        old = [projection.result for projection in group]
+        for value, part in zip(old, parts, strict=True):
+            replace(value, part)
+        for concat in [node for node, _ in parts[0].uses() if node.op_type == "Concat"]:
+            if (
+                list(concat.inputs) == parts
+                and attribute(concat, "axis") == -1
+                and not concat.outputs[0].is_graph_output()
+            ):
+                concat.outputs[0].replace_all_uses_with(joined)
+    remove_dead(graph)
 
 
-def _groups(graph: onnx.GraphProto, weights: Weights) -> list[list[_Projection]]:
-    """The projections of one value each, where there are several; such with a bias and such without do not mix."""
-    edges = Traced(graph)
-    found: dict[tuple[str, bool], list[_Projection]] = {}
-    for node in edges.nodes:
-        if node.op_type == "MatMul" and node.input[1] in weights and len(weights.shape(node.input[1])) == 2:
-            behind = edges.readers(node.output[0])
-            biases = [name for name in behind[0].input if name in weights] if len(behind) == 1 else []
-            if biases and behind[0].op_type == "Add":
-                one = _Projection(node, behind[0], biases[0])
-            else:
-                one = _Projection(node, None, None)
-            found.setdefault((node.input[0], one.bias is None), []).append(one)
-    return [group for group in found.values() if len(group) > 1]
+def remove_dead(graph: ir.Graph) -> None:
+    """Remove nodes and weights that nothing reads."""
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
 
 
-def _joined(group: list[_Projection], weights: Weights) -> list[NodeProto]:
-    """One product, one sum, and a Split into what the group made."""
-    paths = [one.product.name.split("/") for one in group]
+def _groups(graph: ir.Graph) -> list[list[_Projection]]:
+    """The projections of one value each, where there are several; those with and without a bias do not mix."""
+    groups: dict[tuple[ir.Value | None, bool], list[_Projection]] = {}
+    for node in matrix_products(graph):
+        if len(dims(node.inputs[1])) != 2:
+            continue
+        readers = node.outputs[0].consumers()
+        biases = [value for value in readers[0].inputs if is_weight(value)] if len(readers) == 1 else []
+        if biases and readers[0].op_type == "Add" and not node.outputs[0].is_graph_output():
+            projection = _Projection(node, readers[0], biases[0])
+        else:
+            projection = _Projection(node, None, None)
+        groups.setdefault((node.inputs[0], projection.bias is None), []).append(projection)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _join(add: Builder, group: list[_Projection]) -> tuple[ir.Value, list[ir.Value]]:
+    """One product, with one bias; and a Split into what the group computed."""
+    paths = [str(projection.product.name).split("/") for projection in group]
     at = next(i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1)
     own = tuple(path[at] for path in paths)
     name = "/".join([*paths[0][:at], _JOINED.get(own, "+".join(own))])
 
-    matrices = [one.product.input[1] for one in group]
-    columns = [weights.shape(matrix)[1] for matrix in matrices]
-    weights.make(
+    matrices = [projection.product.inputs[1] for projection in group]
+    columns = [dims(matrix)[1] for matrix in matrices]
+    sources = [matrix.const_value for matrix in matrices if matrix is not None]
+    weight = lazy(
         f"{name}/weight",
-        (weights.shape(matrices[0])[0], sum(columns)),
-        lambda: np.concatenate([weights.read(matrix) for matrix in matrices], axis=1),
+        (dims(matrices[0])[0], sum(columns)),
+        lambda: np.concatenate([read(source) for source in sources], axis=1),
     )
-    weights.add(numpy_helper.from_array(np.array(columns, np.int64), f"{name}/sizes"))
-    nodes = [
-        helper.make_node("MatMul", [group[0].product.input[0], f"{name}/weight"], [f"{name}/product"], f"{name}/MatMul")
-    ]
-    biases = [one.bias for one in group if one.bias is not None]
+    result = add(
+        "MatMul", group[0].product.inputs[0], add.initializer(weight), out=f"{name}/product", name=f"{name}/MatMul"
+    )
+    biases = [projection.bias.const_value for projection in group if projection.bias is not None]
     if biases:
-        weights.make(f"{name}/bias", (sum(columns),), lambda: np.concatenate([weights.read(bias) for bias in biases]))
-        nodes.append(helper.make_node("Add", [f"{name}/product", f"{name}/bias"], [f"{name}/sum"], f"{name}/Add"))
-    results = [one.result for one in group]
-    nodes.append(helper.make_node("Split", [nodes[-1].output[0], f"{name}/sizes"], results, f"{name}/Split", axis=-1))
-    return nodes
+        bias = lazy(f"{name}/bias", (sum(columns),), lambda: np.concatenate([read(bias) for bias in biases]))
+        result = add("Add", result, add.initializer(bias), out=f"{name}/sum", name=f"{name}/Add")
+    sizes = add.weight(f"{name}/sizes", np.array(columns, np.int64))
+    outs = [f"{name}/{part}" for part in own]
+    return result, list(add.several("Split", [result, sizes], outs, name=f"{name}/Split", axis=-1))
 
 
-# ── residuals ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def fuse_residuals(graph: onnx.GraphProto) -> None:
+def fuse_residuals(graph: ir.Graph, context: GraphContext) -> None:
     """Make one node of an addition and the norm of its sum."""
-    made = {name for node in graph.node for name in node.output}
-    sums = {node.output[0] for node in graph.node if node.op_type == "Add" and made.issuperset(node.input)}
-    norms = {node.input[0]: node for node in graph.node if node.op_type == "RMSNormalization" and node.input[0] in sums}
-    fused = {norm.output[0] for norm in norms.values()}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "Add" and node.output[0] in norms:
-            norm = norms[node.output[0]]
-            nodes.append(
-                helper.make_node(
-                    "SkipSimplifiedLayerNormalization",
-                    [*node.input, norm.input[1]],
-                    [norm.output[0], "", "", node.output[0]],
-                    norm.name,
-                    domain=MICROSOFT,
-                    epsilon=helper.get_node_attr_value(norm, "epsilon"),
-                )
-            )
-        elif node.output[0] not in fused:
-            nodes.append(node)
-    set_nodes(graph, nodes)
+    add = Builder(graph, "fused")
+    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+        residual = produced_by("Add", norm.inputs[0])
+        if residual is None or any(value is None or value.producer() is None for value in residual.inputs):
+            continue
+        total = residual.outputs[0]
+        if any(node.op_type == "RMSNormalization" and node is not norm for node in total.consumers()):
+            continue  # one norm per sum
+        out, name = f"{norm.name}/normalised", str(norm.name)
+        normalised, _, _, summed = add.several(
+            "SkipSimplifiedLayerNormalization",
+            [*residual.inputs, norm.inputs[1]],
+            [out, "", "", f"{name}/sum"],
+            name=name,
+            domain=MICROSOFT,
+            epsilon=attribute(norm, "epsilon"),
+        )
+        replace_node(norm, normalised)
+        replace_node(residual, summed)

@@ -1,117 +1,165 @@
-"""Between tracing and lowering: names of the custom nodes (trace.py says what each computes), the graph's edges, and
-nodes in the making.
-
-Apart from both, as whoever makes a graph without tracing one needs neither Optimum nor PyTorch.
-"""
+"""Building and changing graphs (onnx-ir): the custom nodes of a trace, what every pass receives, and a node builder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from numpy.typing import NDArray
 
+from mara_export.options import ExportOptions
+from mara_export.progress import Progress
 from mara_runtime import tensors
+from mara_runtime.tensors import ModelShape
 
-DOMAIN, NODE, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
+DOMAIN, ATTENTION, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
+"""Custom nodes; trace.py says what each computes."""
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-
-class Traced:
-    """A graph, as traced or on its way, and who makes and who reads a value."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.nodes = list(graph.node)
-        self.maker = {name: node for node in self.nodes for name in node.output}
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
-
-    def readers(self, name: str) -> list[NodeProto]:
-        """The nodes that read a value."""
-        return self._readers.get(name, [])
-
-    def joined(self, name: str) -> str | None:
-        """What Transpose and Reshape make of an attention's result, if nothing else reads it."""
-        for op in ("Transpose", "Reshape"):
-            readers = self.readers(name)
-            if len(readers) != 1 or readers[0].op_type != op:
-                return None
-            name = readers[0].output[0]
-        return name
-
-    def made_by(self, op: str, name: str) -> NodeProto | None:
-        """The node that makes a value, if it is such a one."""
-        node = self.maker.get(name)
-        return node if node is not None and node.op_type == op else None
-
-    def rotated(self, name: str) -> tuple[str, bool]:
-        """A value, or what it was before the rotary embedding, and whether there was one."""
-        node = self.made_by(ROTARY, name)
-        return (node.input[list(node.output).index(name)], True) if node is not None else (name, False)
+Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Cosines and sines of the rotary embedding, (positions, head_dim / 2) each."""
 
 
-def set_nodes(graph: onnx.GraphProto, nodes: list[NodeProto]) -> None:
-    """Give a graph other nodes, among which there may be its own."""
-    del graph.node[:]
-    graph.node.extend(nodes)
+@dataclass(frozen=True)
+class GraphContext:
+    """What passes know beside the graph."""
+
+    shape: ModelShape
+    rotary: Tables
+    """for as many positions as a row may have"""
+    options: ExportOptions
+    agent: Path
+    """the agent's traced graph"""
+    progress: Progress
 
 
-class Nodes:
-    """Nodes and constants in the making: each call adds a node and returns the name of its result.
+Pass = Callable[[ir.Graph, GraphContext], None]
+"""Rewrites a graph in place. Nodes may be left in any order: the pipeline sorts them."""
 
-    prefix: of names that are made up here.
+
+class Builder:
+    """Appends nodes and constants to a graph; each call returns the value that the node produces.
+
+    prefix: of the names that are generated here.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.nodes: list[NodeProto] = []
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = {}
-        self._prefix = prefix
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self._prefix, self._count = graph, prefix, 0
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._inputs = {value.name: value for value in graph.inputs}
 
-    @property
-    def constants(self) -> list[TensorProto]:
-        """Those that the nodes read."""
-        return list(self._constants.values())
+    def __call__(self, op: str, *inputs: ir.Value | None, out: str = "", name: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output. out: name of the value; name: of the node."""
+        self._count += 1
+        out = out or f"{self._prefix}/{op}_{self._count}"
+        name = name or (out if "/" in out else f"{self._prefix}/{out}")  # graph outputs have no path
+        return self.several(op, inputs, [out], name=name, **attributes)[0]
 
-    def __call__(self, op: str, *inputs: str, to: str = "", name: str = "", **attributes: Any) -> str:
-        """to: name of the result; name: of the node."""
-        result = to or f"{self._prefix}/{op}_{len(self.nodes)}"
-        name = name or (result if "/" in result else f"{self._prefix}/{result}")  # those of the step have none
-        self.nodes.append(helper.make_node(op, inputs, [result], name, **attributes))
-        return result
+    def several(
+        self, op: str, inputs: Sequence[ir.Value | None], outs: Sequence[str], name: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Add a node with several outputs; "" for one that is not needed."""
+        domain = attributes.pop("domain", "")
+        outputs = [ir.Value(name=out) for out in outs]
+        name = name or f"{outs[0]}_{op.lower()}"
+        self.graph.append(ir.node(op, inputs, attributes, domain=domain, outputs=outputs, name=name))
+        return outputs
 
-    def several(self, op: str, inputs: Sequence[str], to: list[str], **attributes: Any) -> list[str]:
-        """A node with several results."""
-        self.nodes.append(helper.make_node(op, inputs, to, f"{to[0]}_{op.lower()}", **attributes))
-        return to
+    def input(self, name: str) -> ir.Value:
+        """An input of the graph, added if it has none of that name."""
+        if name not in self._inputs:
+            self._inputs[name] = ir.Value(name=name)
+            self.graph.inputs.append(self._inputs[name])
+        return self._inputs[name]
 
-    def constant(self, value: Any) -> str:
-        """Whole numbers as int64, others as float32, or truth values. Equal ones are one."""
+    def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """An initializer, unless there is one of that name: it was made from the same values."""
+        return self.initializer(ir.Tensor(array, name=name))
+
+    def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """As `weight`, for a tensor."""
+        name = str(tensor.name)
+        if name not in self.graph.initializers:
+            value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def constant(self, value: Any) -> ir.Value:
+        """Integers as int64, other numbers as float32, or booleans. Equal constants are one."""
         array = np.asarray(value)
         if array.dtype != bool:
             array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            name = f"{self._prefix}/constant_{len(self._constants)}"
-            self._constants[key] = numpy_helper.from_array(array, name)
-        return str(self._constants[key].name)
+            self._constants[key] = self.weight(f"{self._prefix}/constant_{len(self._constants)}", array)
+        return self._constants[key]
 
-    def ints(self, *values: int) -> str:
-        """A list of whole numbers, as sizes and axes are given."""
+    def ints(self, *values: int) -> ir.Value:
+        """A vector of integers, as sizes and axes are given."""
         return self.constant(values)
 
-    def count_to(self, size: str) -> str:
+    def count_to(self, size: ir.Value) -> ir.Value:
         """0, 1, … below `size` (1,)."""
         return self("Range", self.constant(0), self("Squeeze", size, self.ints(0)), self.constant(1))
 
-    def rows(self) -> str:
-        """(1,) S, how many rows the pass has."""
-        return self("Shape", tensors.INPUT_IDS, start=1, end=2)
+    def rows(self) -> ir.Value:
+        """(1,) S, the number of rows of the pass."""
+        return self("Shape", self.input(tensors.INPUT_IDS), start=1, end=2)
 
-    def written_slots(self, rows: str) -> str:
+    def written_slots(self, rows: ir.Value) -> ir.Value:
         """(S,) the slot that each of the `rows` (1,) is written to."""
-        return self("Add", self.count_to(rows), tensors.WRITE_INDICES)
+        return self("Add", self.count_to(rows), self.input(tensors.WRITE_INDICES))
+
+
+def custom_nodes(graph: ir.Graph, op: str) -> Iterator[ir.Node]:
+    """The traced nodes of a kind, in the graph's order; the graph may be changed meanwhile."""
+    yield from [node for node in graph if node.domain == DOMAIN and node.op_type == op]
+
+
+def matrix_products(graph: ir.Graph) -> list[ir.Node]:
+    """The MatMuls by a weight."""
+    return [node for node in graph if node.op_type == "MatMul" and is_weight(node.inputs[1])]
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """Is a value stored in the graph?"""
+    return value is not None and value.is_initializer()
+
+
+def dims(weight: ir.Value | None) -> tuple[int, ...]:
+    """The shape of a weight."""
+    assert weight is not None
+    assert weight.const_value is not None
+    return tuple(weight.const_value.shape.numpy())
+
+
+def produced_by(op: str, value: ir.Value | None) -> ir.Node | None:
+    """The node that produces a value, if it is of that kind."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op else None
+
+
+def attribute(node: ir.Node, name: str) -> Any:
+    """The value of an attribute."""
+    return node.attributes[name].value
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that reads `old` read `new`, which becomes an output of the graph if `old` is one."""
+    if old.is_graph_output():
+        new.name, old.name = old.name, f"{old.name}/replaced"
+        new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def replace_node(node: ir.Node, *values: ir.Value) -> None:
+    """Let values take the place of a node's outputs, and remove it."""
+    for old, new in zip(node.outputs, values, strict=True):
+        replace(old, new)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)

@@ -1,165 +1,192 @@
-"""Joining the traced LLM and the traced agent into one graph, the step (its interface: mara_runtime.tensors).
+"""Joining the lowered LLM and the traced agent into one graph, the step (its interface: mara_runtime.tensors).
 
-What the join adds is the choice: which candidate the agent's margins elect, the LM head on that row alone, and of the
-head's row the best tokens. So one run of the graph is one step of decoding, and neither hidden states nor a row as
-wide as the vocabulary need leave the engine.
+What the join adds is the choice: which candidate the agent's margins elect, the LM head on that row alone, and the best
+tokens of that row. So one run of the graph is one step of decoding, and neither hidden states nor a row as wide as the
+vocabulary need to leave the engine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto, helper
+import onnx_ir as ir
 
-from mara_export.graph.lower import value_info
-from mara_export.graph.nodes import Nodes, set_nodes
+from mara_export.graph.nodes import Builder, GraphContext
+from mara_export.graph.weights import load
+from mara_export.targets import TARGETS
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
 LARGEST = 3.4e38
-"""Sums of a state from here on are taken for infinite, in float32."""
-_CHOSEN = "step/rows"
-"""(R,) rows for the LM head."""
-_EXISTS = "step/exists"
-"""(1,) is somebody elected, or the fallback?"""
+"""Sums of a state from here on count as infinite, in float32."""
 _NOBODY = np.finfo(np.float32).min
 """A score below that of every accepted row, unless its priority says never."""
 
 
+def join_agent(graph: ir.Graph, context: GraphContext) -> None:
+    """Make a lowered LLM the step graph."""
+    options = context.options
+    join(
+        graph,
+        load(context.agent).graph,
+        context.shape,
+        options.max_candidates,
+        cache=options.cache,
+        always_head=TARGETS[options.target].fixed_shapes,
+    )
+
+
 def join(
-    llm: onnx.ModelProto,
-    agent: onnx.ModelProto,
+    graph: ir.Graph,
+    agent: ir.Graph,
     shape: ModelShape,
     max_candidates: int,
     *,
     cache: str = "float32",
     always_head: bool = False,
 ) -> None:
-    """Make `llm`, a lowered LLM, the step graph, in place. agent: a traced agent of the same hidden size.
+    """Make `graph`, a lowered LLM, the step graph. agent: a traced agent of the same hidden size; it is used up.
 
-    cache: type of the KV cache. always_head: put one row through the LM head even when nobody is chosen, so that all
-    sizes follow from the inputs' sizes, as TensorRT and CUDA graphs want it.
+    cache: type of the KV cache. always_head: put one row through the LM head even when none is elected, so that all
+    sizes follow from the inputs' sizes, as TensorRT and CUDA graphs need.
     """
     top = tensors.top_tokens(max_candidates, shape.vocab_size)
-    graph = llm.graph
-    body, head = _split(graph)
-    for node in head:  # `rows` is what the step tells of them
-        for i, name in enumerate(node.input):
-            node.input[i] = _CHOSEN if name == tensors.ROWS else name
-    parts = {name: Nodes(f"step/{name}") for name in ("mask", "choice", "top")}
-    _mask(parts["mask"])
-    _agent(parts["choice"], agent, shape)
-    _choice(parts["choice"], always_head)
-    _best_tokens(parts["top"], top, pad=not always_head)
-    set_nodes(graph, [*parts["mask"].nodes, *body, *parts["choice"].nodes, *head, *parts["top"].nodes])
-    del graph.input[:], graph.output[:], graph.value_info[:]
-    graph.input.extend(value_info(t) for t in tensors.step_inputs(shape, cache))
-    graph.output.extend(value_info(t) for t in tensors.step_outputs(shape, top, cache))
-    graph.initializer.extend(agent.graph.initializer)
-    for part in parts.values():
-        graph.initializer.extend(part.constants)
+    results = {str(value.name): value for value in graph.outputs}
+    mask = _mask(Builder(graph, "step/mask"))
+    choice = Builder(graph, "step/choice")
+    results[tensors.MARGINS] = _margins(choice, agent, results[tensors.LAST_HIDDEN_STATE], shape)
+    results[tensors.ROWS], chosen, exists = _choose(choice, results[tensors.MARGINS], always_head)
+    results |= _best_tokens(
+        Builder(graph, "step/top"), results[tensors.LOGITS], chosen, exists, top, pad=not always_head
+    )
+
+    inputs = {str(value.name): value for value in graph.inputs}
+    inputs[tensors.ATTENTION_MASK].replace_all_uses_with(mask)
+    if tensors.ROWS in inputs:
+        inputs[tensors.ROWS].replace_all_uses_with(chosen)
+    step_inputs = tensors.step_inputs(shape, cache)
+    graph.inputs[:] = [inputs.get(t.name) or choice.input(t.name) for t in step_inputs]
+    step_outputs = tensors.step_outputs(shape, top, cache)
+    graph.outputs[:] = [results[t.name] for t in step_outputs]
+    declare(graph, step_inputs, step_outputs)
 
 
-def _mask(add: Nodes) -> None:
-    """Row i sees the slots below its position and its own."""
-    slots = add("Shape", tensors.past(0, "key"), start=2, end=3)
+def declare(graph: ir.Graph, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> None:
+    """Give a graph's inputs and outputs the names, types and shapes of mara_runtime.tensors."""
+    for value, tensor in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name, value.shape = tensor.name, ir.Shape(tensor.shape)
+        value.dtype = ir.DataType[{"float32": "FLOAT"}.get(tensor.dtype, tensor.dtype.upper())]
+
+
+def _mask(add: Builder) -> ir.Value:
+    """(1, 1, S, C) additive: row i sees the slots below its position and its own."""
+    slots = add("Shape", add.input(tensors.past(0, "key")), start=2, end=3)
     own = add.written_slots(add.rows())
-    below = add("Less", add.count_to(slots), add("Transpose", tensors.POSITION_IDS, perm=[1, 0]))
+    positions = add("Transpose", add.input(tensors.POSITION_IDS), perm=[1, 0])
+    below = add("Less", add.count_to(slots), positions)
     itself = add("Equal", add.count_to(slots), add("Unsqueeze", own, add.ints(1)))
     additive = add("Where", add("Or", below, itself), add.constant(0.0), add.constant(tensors.MASKED))
-    add("Unsqueeze", additive, add.ints(0, 1), to=tensors.ATTENTION_MASK)
+    return add("Unsqueeze", additive, add.ints(0, 1), out=tensors.ATTENTION_MASK)
 
 
-def _agent(add: Nodes, agent: onnx.ModelProto, shape: ModelShape) -> None:
-    """The agent on the rows asked for. A state that is not finite must not become a margin that is."""
-    states = add("Reshape", tensors.LAST_HIDDEN_STATE, add.ints(-1, shape.hidden_size), to="step/states")
-    asked = add("Gather", states, tensors.AGENT_ROWS, axis=0)
-    names = {tensors.AGENT_STATES: asked}
-    for tensor in agent.graph.initializer:
-        names[tensor.name] = tensor.name = f"agent/{tensor.name}"
-    for node in agent.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, f"agent/{name}")
-        for i, name in enumerate(node.output):
-            node.output[i] = f"agent/{name}"
-        node.name = f"agent/{node.name}"
-        add.nodes.append(node)
+def _margins(add: Builder, agent: ir.Graph, hidden: ir.Value, shape: ModelShape) -> ir.Value:
+    """(N,) the agent on the rows it is shown. A state that is not finite must not become a margin that is."""
+    states = add("Reshape", hidden, add.ints(-1, shape.hidden_size), out="step/states")
+    shown = add("Gather", states, add.input(tensors.AGENT_ROWS), axis=0)
+    margins = _inline(add.graph, agent, shown)
     # a ReLU may turn NaN into 0, and TensorRT may take NaN times 0 for 0: so a comparison, which NaN fails
-    sums = add("ReduceSum", asked, add.ints(1), keepdims=0)
+    sums = add("ReduceSum", shown, add.ints(1), keepdims=0)
     finite = add("Less", add("Abs", sums), add.constant(LARGEST))
-    add("Where", finite, f"agent/{tensors.AGENT_MARGIN}", add.constant(np.nan), to=tensors.MARGINS)
+    return add("Where", finite, margins, add.constant(np.nan), out=tensors.MARGINS)
 
 
-def _choice(add: Nodes, always_head: bool) -> None:
-    """Rows for the LM head: those asked for, then the elected one or the fallback, if there is either."""
-    accepted = add("Greater", tensors.MARGINS, tensors.THRESHOLD)
-    score = add("Add", tensors.PRIORITIES, add("Mul", tensors.MARGINS, tensors.MARGIN_WEIGHT))
-    # behind the rows stands nobody, better than a rejected one: so there is a greatest, and a finite one, in any case
+def _inline(graph: ir.Graph, agent: ir.Graph, states: ir.Value) -> ir.Value:
+    """Move the agent's nodes and weights into `graph`, all names prefixed; returns its margins."""
+    (source,), (margins,) = agent.inputs, agent.outputs
+    nodes, weights = list(agent), list(agent.initializers.values())
+    source.replace_all_uses_with(states)
+    agent.outputs.clear()
+    agent.remove(nodes)
+    agent.initializers.clear()
+    for node in nodes:
+        node.name = f"agent/{node.name}"
+        for value in node.outputs:
+            value.name = f"agent/{value.name}"
+    for weight in weights:
+        weight.name = f"agent/{weight.name}"
+        graph.register_initializer(weight)
+    graph.extend(nodes)
+    return margins
+
+
+def _choose(add: Builder, margins: ir.Value, always_head: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Rows of the outputs; rows for the LM head: those asked for, then the elected or fallback one; is there one?"""
+    accepted = add("Greater", margins, add.input(tensors.THRESHOLD))
+    weighted = add("Mul", margins, add.input(tensors.MARGIN_WEIGHT))
+    score = add("Add", add.input(tensors.PRIORITIES), weighted)
+    # after the rows comes nobody, better than a rejected one: so there always is a greatest, and a finite one
     score = add("Where", accepted, score, add.constant([-np.inf]))
     score = add("Concat", score, add.constant([_NOBODY]), axis=0)
-    row = add("Unsqueeze", score, add.ints(0))  # TensorRT takes no arg-max of a vector
-    rows = add("Concat", tensors.AGENT_ROWS, tensors.FALLBACK_ROW, axis=0)
-    one = add("Gather", rows, add("ArgMax", row, axis=1, keepdims=0), axis=0)
-    add("Concat", tensors.HEAD_ROWS, one, axis=0, to=tensors.ROWS)
-    exists = add("Greater", one, add.ints(-1), to=_EXISTS)
-    some_row = add("Where", exists, one, add.ints(0)) if always_head else add("Compress", one, exists, axis=0)
-    add("Concat", tensors.HEAD_ROWS, some_row, axis=0, to=_CHOSEN)
+    as_row = add("Unsqueeze", score, add.ints(0))  # TensorRT takes no arg-max of a vector
+    rows = add("Concat", add.input(tensors.AGENT_ROWS), add.input(tensors.FALLBACK_ROW), axis=0)
+    elected = add("Gather", rows, add("ArgMax", as_row, axis=1, keepdims=0), axis=0)
+    head_rows = add.input(tensors.HEAD_ROWS)
+    reported = add("Concat", head_rows, elected, axis=0, out=tensors.ROWS)
+    exists = add("Greater", elected, add.ints(-1), out="step/exists")
+    some_row = add("Where", exists, elected, add.ints(0)) if always_head else add("Compress", elected, exists, axis=0)
+    return reported, add("Concat", head_rows, some_row, axis=0, out="step/rows"), exists
 
 
-def _best_tokens(add: Nodes, top: int, pad: bool) -> None:
+def _best_tokens(
+    add: Builder, logits: ir.Value, rows: ir.Value, exists: ir.Value, top: int, pad: bool
+) -> dict[str, ir.Value]:
     """Of each row of logits the best tokens, and the normaliser (ReduceLogSumExp is ten times slower on a CPU).
 
-    pad: the rows may be one fewer than is told of them.
+    pad: there may be one row fewer than are reported.
     """
-    values, ids = _top_k(add, top, ["step/top_logits", "step/top_ids"], maybe_none=pad)
+    values, ids = _top_k(add, logits, rows, top, maybe_none=pad)
     greatest = add("Slice", values, add.ints(0), add.ints(1), add.ints(1))
-    total = add("ReduceSum", add("Exp", add("Sub", tensors.LOGITS, greatest)), add.ints(1), keepdims=1)
+    total = add("ReduceSum", add("Exp", add("Sub", logits, greatest)), add.ints(1), keepdims=1)
     normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.ints(1))
-    behind = add("Where", _EXISTS, add.ints(0, 0), add.ints(0, 1)) if pad else ""
-    for value, nothing, name in (
+    results: dict[str, ir.Value] = {}
+    missing = add("Where", exists, add.ints(0, 0), add.ints(0, 1)) if pad else None
+    for value, filler, name in (
         (ids, 0, tensors.TOP_IDS),
         (values, 0.0, tensors.TOP_LOGITS),
         (normaliser, 0.0, tensors.LOG_NORMALISER),
     ):
         if pad:
-            add("Pad", value, behind, add.constant(nothing), add.ints(0), to=name)
+            results[name] = add("Pad", value, missing, add.constant(filler), add.ints(0), out=name)
         else:
-            add("Identity", value, to=name)
+            results[name] = add("Identity", value, out=name)
+    return results
 
 
-def _top_k(add: Nodes, top: int, names: list[str], *, maybe_none: bool) -> list[str]:
+def _top_k(add: Builder, logits: ir.Value, rows: ir.Value, top: int, *, maybe_none: bool) -> Sequence[ir.Value]:
     """Values and indices of the greatest logits; maybe_none: there may be no row."""
-    inputs = [tensors.LOGITS, add.ints(top)]
-    how: dict[str, Any] = {"axis": -1, "largest": 1, "sorted": 1}
+    outs = ["step/top_logits", "step/top_ids"]
+    attributes: dict[str, Any] = {"axis": -1, "largest": 1, "sorted": 1}
+    count = add.ints(top)
     if not maybe_none:
-        return add.several("TopK", inputs, names, **how)
-    types = {"values": TensorProto.FLOAT, "indices": TensorProto.INT64}
-    outputs = [helper.make_tensor_value_info(name, kind, [None, top]) for name, kind in types.items()]
-    some = [helper.make_node("TopK", inputs, list(types), **how)]
-    none = [
-        helper.make_node("Constant", [], [name], value=helper.make_tensor(name, kind, [0, top], []))
-        for name, kind in types.items()
-    ]
+        return add.several("TopK", [logits, count], outs, **attributes)
     # in ONNX Runtime before 1.31, TopK of no row divides by zero, which ends the process
+    dtypes = {"values": ir.DataType.FLOAT, "indices": ir.DataType.INT64}
+
+    def outputs() -> list[ir.Value]:
+        return [ir.val(name, dtype, [None, top]) for name, dtype in dtypes.items()]
+
+    best = ir.node("TopK", [logits, count], attributes, outputs=outputs())
+    empty = [
+        ir.node("Constant", [], {"value": ir.Tensor(np.zeros((0, top), dtype.numpy()))}, outputs=[value])
+        for value, dtype in zip(outputs(), dtypes.values(), strict=True)
+    ]
+    any_row = add("Greater", add("Size", rows), add.constant(0))
     return add.several(
         "If",
-        [add("Greater", add("Size", _CHOSEN), add.constant(0))],
-        names,
-        then_branch=helper.make_graph(some, "some row", [], outputs),
-        else_branch=helper.make_graph(none, "no row", [], outputs),
+        [any_row],
+        outs,
+        then_branch=ir.Graph([], best.outputs, nodes=[best], name="some row"),
+        else_branch=ir.Graph([], [node.outputs[0] for node in empty], nodes=empty, name="no row"),
     )
-
-
-def _split(graph: onnx.GraphProto) -> tuple[list[NodeProto], list[NodeProto]]:
-    """The nodes of the LLM without and with a dependence on which rows go through the LM head."""
-    behind = {tensors.ROWS}
-    body, head = [], []
-    for node in graph.node:
-        if behind & set(node.input):
-            behind |= set(node.output)
-            head.append(node)
-        else:
-            body.append(node)
-    return body, head

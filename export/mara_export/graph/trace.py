@@ -1,16 +1,16 @@
-"""Optimum traces a Hugging Face decoder once, with attention and cache update as one custom node a layer.
+"""Tracing a Hugging Face decoder with Optimum: attention and KV cache update become one custom node per layer.
 
 `mara::CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value;
-attribute `scale`) is what every lowering rewrites for its engine (mara_export.graph.lower).
-The node gets in by two public doors: an attention implementation that is registered with transformers, and gets its
-cache as an argument of the model's forward; and an Optimum export configuration with inputs, outputs and a model
-patcher of our own.
+attribute `scale`) is what every lowering rewrites for its engine (mara_export.graph.pipeline).
+It enters through two public interfaces: an attention implementation registered with transformers, which receives the
+cache as an argument of the model's forward; and an Optimum export configuration with its own inputs, outputs and model
+patcher.
 
-Two more stand for what engines have an operator for: `mara::Rotary` (q, k → q, k) for the rotary embedding, whose
-angles the lowered graph looks up by position, and `mara::RMSNorm` (x, weight → y; attribute `epsilon`). They take the
-place of the function and of the class that every architecture's module defines for them.
+Two more nodes stand for what engines have operators for: `mara::Rotary` (q, k → q, k), whose angles the lowered graph
+looks up by position, and `mara::RMSNorm` (x, weight → y; attribute `epsilon`). For them, the rotary function and
+`RMSNorm.forward` of the architecture's module are replaced while the model is traced.
 
-This is the only module that touches Optimum.
+This is the only module that uses Optimum.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
-from mara_export.graph.nodes import DOMAIN, NODE, NORM, ROTARY
+from mara_export.graph.nodes import ATTENTION, DOMAIN, NORM, ROTARY
 from mara_export.hf.families import model_shape
 from mara_runtime import tensors
 
-ATTENTION = "mara"
-"""Name under which the seam is registered with transformers."""
+IMPLEMENTATION = "mara"
+"""Name of the attention implementation in transformers."""
 OPSET = 18
 _ROWS, _SLOTS = 16, 16
-"""Sizes of the example that is traced; both stay symbolic in the graph."""
+"""Sizes of the traced example; both stay symbolic in the graph."""
 
 
 class _CachedAttention(torch.autograd.Function):
-    """Write the new entries into the cache, then attend over all of it. One node in the traced graph."""
+    """Write the new entries into the cache, then attend over all of it."""
 
     @staticmethod
     def forward(
@@ -73,14 +73,16 @@ class _CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, mask: Any, write: Any, scale: float) -> Any:
-        out, keys, values = g.op(f"{DOMAIN}::{NODE}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3)
+        out, keys, values = g.op(
+            f"{DOMAIN}::{ATTENTION}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3
+        )
         for result, like in ((out, q), (keys, past_k), (values, past_v)):
             result.setType(like.type())
         return out, keys, values
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotate q (1, heads, S, head_dim) and k by their positions' angles. One node in the traced graph."""
+    """Rotate q (1, heads, S, head_dim) and k by the angles of their positions."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) 
 
 
 class _Norm(torch.autograd.Function):
-    """Root mean square normalisation of x (…, D) over its last axis, by weight (D,). One node in the traced graph."""
+    """RMS normalisation of x (…, D) over its last axis, times weight (D,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -126,8 +128,7 @@ def _normalise(module: Any, x: Tensor) -> Tensor:
 def rotary_tables(model: Any, positions: int, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines (positions, head_dim / 2) of the model's rotary embedding, its scaling applied.
 
-    name: of the model, for messages. Raises ModelError for an embedding that does not turn the two halves of a head
-    against each other.
+    name: of the model, for messages. Raises ModelError for an embedding that rotates only part of each head.
     """
     angles = model.model.rotary_emb(torch.zeros(1, 1), torch.arange(positions)[None])
     tables = []
@@ -140,27 +141,35 @@ def rotary_tables(model: Any, positions: int, name: str) -> tuple[NDArray[np.flo
 
 
 @dataclass
-class _Seam:
-    """What the attentions of one forward need beside queries, keys and values, and what they hand back."""
+class _CacheArgument:
+    """The KV cache of one forward: what attention reads, and what it returns."""
 
     past: Sequence[tuple[Tensor, Tensor]]
-    """a layer: keys and values, (1, kv_heads, C, head_dim)"""
+    """per layer: keys and values, (1, kv_heads, C, head_dim)"""
     write: Tensor
     """(1,) slot of the first row"""
     present: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def _attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, *, scaling: float, seam: _Seam, **_: Any
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float,
+    mara_cache: _CacheArgument,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     out, keys, values = _CachedAttention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, *seam.past[module.layer_idx], attention_mask, seam.write, float(scaling)
+        q, k, v, *mara_cache.past[module.layer_idx], attention_mask, mara_cache.write, float(scaling)
     )
-    seam.present.append((keys, values))
+    mara_cache.present.append((keys, values))
     return out.transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attend)
 
 
 class _Patcher(ModelPatcher):  # type: ignore[misc]
@@ -177,25 +186,25 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
             rows: Tensor,
             past_key_values: Any,
         ) -> dict[str, Any]:
-            seam = _Seam(past_key_values, write_indices)
+            cache = _CacheArgument(past_key_values, write_indices)
             hidden = model.model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,  # has four dimensions: transformers hands such a one on as it is
+                attention_mask=attention_mask,  # four dimensions: transformers passes it on unchanged
                 position_ids=position_ids,
                 use_cache=False,
-                seam=seam,
+                mara_cache=cache,
             ).last_hidden_state
             return {
                 tensors.LOGITS: model.lm_head(hidden[0].index_select(0, rows)),
                 tensors.LAST_HIDDEN_STATE: hidden,
-                "past_key_values": seam.present,
+                "past_key_values": cache.present,
             }
 
         self.patched_forward = forward
 
 
 class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
-    """Example values of the inputs that Optimum does not know, or knows in another shape."""
+    """Example values of inputs that Optimum does not have, or has in another shape."""
 
     SUPPORTED_INPUT_NAMES = (
         tensors.POSITION_IDS,
@@ -240,7 +249,7 @@ def _export_config(model: Any) -> Any:
             return self.inputs
 
         def fix_dynamic_axes(self, *_: Any, **__: Any) -> None:
-            """Ours are right as they are."""
+            """Nothing to fix."""
 
         def overwrite_shape_and_generate_input(self, generator: Any, name: str, *args: Any, **kwargs: Any) -> Any:
             if name in _ExampleInputs.SUPPORTED_INPUT_NAMES:
@@ -251,11 +260,11 @@ def _export_config(model: Any) -> Any:
 
 
 def trace_llm(model: Any, folder: Path) -> Path:
-    """Trace `model` into `folder` and return the path of the graph, `mara::CachedAttention` nodes in it.
+    """Trace `model` into `folder` and return the path of the graph.
 
-    model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed to the seam's.
+    model: a Hugging Face causal LM in eval mode, float32; its attention implementation is changed.
     """
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(IMPLEMENTATION)
     module = sys.modules[type(model).__module__]
     (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
     with (
@@ -269,7 +278,7 @@ def trace_llm(model: Any, folder: Path) -> Path:
             task="text-generation-with-past",
             custom_onnx_configs={"model": _export_config(model)},
             opset=OPSET,
-            do_validation=False,  # the parity gate does it, on the lowered graph and in the real engine
+            do_validation=False,  # the parity gate validates the finished graph in the real engine
             no_post_process=True,
             batch_size=1,
             sequence_length=_ROWS,
@@ -306,11 +315,11 @@ def trace_agent(agent: torch.nn.Module, hidden_size: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Optimum to the trace alone, and the tracer's remarks off the screen: it warns of every shape it reads."""
+    """Restrict Optimum to tracing, and silence the tracer, which warns of every shape it reads."""
     stand_ins = {
-        # it looks the names up in the signature of the model's own forward
+        # it looks up the names in the signature of the model's own forward
         "check_dummy_inputs_are_allowed": lambda *_: None,
-        # what has external data is read back whole and written to one file: a second copy of the model in memory
+        # it would read external data back and write them to one file: a second copy of the model in memory
         "check_model_uses_external_data": lambda *_: False,
     }
     previous = logging.root.manager.disable

@@ -1,65 +1,227 @@
-"""Which models are exported. Supported means: on this list, and proved by the parity gate at every export.
+"""The model families that are exported and the models that have a short name: one table each.
 
-The trace keeps what it is shown: one attention mask for all layers, no soft cap on scores, rotary frequencies
-fixed in advance. A configuration that asks for more is refused by name rather than exported wrongly.
+Supported means: in FAMILIES, and proved by the parity gate at every export. A new family is one row, plus whatever its
+mathematics needs. The trace keeps what it is shown: one attention mask for all layers, no soft cap on scores, rotary
+frequencies fixed in advance. A configuration that asks for more is rejected by name rather than exported wrongly.
+
+Imports neither torch nor onnx: help texts and the memory model read these tables.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mara_export.errors import ModelError
 from mara_runtime.tensors import ModelShape
 
-SUPPORTED = ("qwen2", "qwen3", "llama", "mistral")
-"""`model_type` of Hugging Face configurations."""
 
-_SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+@dataclass(frozen=True)
+class Family:
+    """An architecture, by `model_type` of its Hugging Face configurations, and how it differs from Llama."""
+
+    model_type: str
+    qkv_bias: bool = False
+    """queries, keys and values have biases, whatever the configuration says"""
+    qk_norm: bool = False
+    """queries and keys are normalised head by head"""
+    window_per_layer: bool = True
+    """a sliding window is switched on by use_sliding_window or layer_types; False: by its size alone"""
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("qwen2", qkv_bias=True),
+        Family("qwen3", qk_norm=True),
+        Family("llama"),
+        Family("mistral", window_per_layer=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder. All ≥ 1 but `biases`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    """the LM head is the embedding's table"""
+    biases: int = 0
+    """parameters that the linear maps of one layer add"""
+    qk_norm: bool = False
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that the graph's inputs and outputs depend on."""
+        return ModelShape(
+            self.hidden_size, self.vocab_size, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim
+        )
+
+    @property
+    def matrices(self) -> tuple[tuple[str, int, int], ...]:
+        """(name, inputs K, outputs N) of one layer."""
+        d, i, h = self.hidden_size, self.intermediate_size, self.head_dim
+        return (
+            ("q", d, self.num_heads * h),
+            ("k", d, self.num_kv_heads * h),
+            ("v", d, self.num_kv_heads * h),
+            ("o", self.num_heads * h, d),
+            ("gate", d, i),
+            ("up", d, i),
+            ("down", i, d),
+        )
+
+    @property
+    def table(self) -> int:
+        """Parameters of the embedding's table, and of the LM head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def small(self) -> int:
+        """Parameters outside the matrices: norms and biases."""
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return self.num_layers * (norms + self.biases) + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All of them, as a checkpoint counts them."""
+        matrices = sum(k * n for _, k, n in self.matrices)
+        return self.num_layers * matrices + self.small + self.table * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model on the Hub with a short name, its sizes from its config.json."""
+
+    hub_id: str
+    context: int
+    """tokens: max_position_embeddings"""
+    decoder: Decoder
+
+
+def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied: bool, **config: Any) -> Decoder:
+    """A decoder of a family. config: `attention_bias` and `mlp_bias` of its configuration, where they are set."""
+    family = FAMILIES[model_type]
+    hidden, width, kv_width = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    biases = 0
+    if family.qkv_bias:
+        biases += width + 2 * kv_width
+    elif config.get("attention_bias"):
+        biases += width + 2 * kv_width + hidden
+    if config.get("mlp_bias"):
+        biases += 2 * intermediate_size + hidden
+    return Decoder(
+        hidden,
+        intermediate_size,
+        shape.num_layers,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.vocab_size,
+        tied,
+        biases,
+        family.qk_norm,
+    )
+
+
+def _row(
+    model_type: str, hub_id: str, context: int, layers: int, hidden: int, mlp: int, heads: str, vocab: int, tied: bool
+) -> KnownModel:
+    """heads: "queries/keys×size", as 14/2×64."""
+    counts, _, size = heads.partition("×")
+    num_heads, num_kv_heads = map(int, counts.split("/"))
+    shape = ModelShape(hidden, vocab, layers, num_heads, num_kv_heads, int(size))
+    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied))
+
+
+ALIASES = {
+    "qwen2": _row("qwen2", "Qwen/Qwen2-0.5B-Instruct", 32768, 24, 896, 4864, "14/2×64", 151936, True),
+    "qwen2-1.5b": _row("qwen2", "Qwen/Qwen2-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
+    "qwen2.5-0.5b": _row("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", 32768, 24, 896, 4864, "14/2×64", 151936, True),
+    "qwen2.5-1.5b": _row("qwen2", "Qwen/Qwen2.5-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
+    "qwen3": _row("qwen3", "Qwen/Qwen3-0.6B", 40960, 28, 1024, 3072, "16/8×128", 151936, True),
+    "qwen3-1.7b": _row("qwen3", "Qwen/Qwen3-1.7B", 40960, 28, 2048, 6144, "16/8×128", 151936, True),
+    "llama3": _row("llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8192, 32, 4096, 14336, "32/8×128", 128256, False),
+    "llama3.1": _row("llama", "meta-llama/Llama-3.1-8B-Instruct", 131072, 32, 4096, 14336, "32/8×128", 128256, False),
+    "llama3.2-1b": _row("llama", "meta-llama/Llama-3.2-1B-Instruct", 131072, 16, 2048, 8192, "32/8×64", 128256, True),
+    "llama3.2-3b": _row("llama", "meta-llama/Llama-3.2-3B-Instruct", 131072, 28, 3072, 8192, "24/8×128", 128256, True),
+    "mistral": _row("mistral", "mistralai/Mistral-7B-Instruct-v0.3", 32768, 32, 4096, 14336, "32/8×128", 32768, False),
+}
+"""By short name. tests/unit/test_memory.py has the parameter counts that the Hub gives for these checkpoints."""
+KNOWN_MODELS = {model.hub_id: model for model in ALIASES.values()}
+"""By Hub id."""
+
+
+def hub_id_of(name: str) -> str:
+    """The Hub id of an alias; any other name as it is."""
+    return ALIASES[name].hub_id if name in ALIASES else name
+
+
 _SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """rope types whose frequencies do not depend on the length of the text"""
 
 
+def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
+    """The sizes in a Hugging Face config.json. Raises ModelError, naming the key, for a missing or wrong one.
+
+    name: of the model, for messages.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(f"{name} has architecture {model_type!r}; supported are {', '.join(FAMILIES)}")
+
+    def size(key: str) -> int:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{name}: its config.json has {key} = {value!r}; expected a positive integer")
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads = heads if config.get("num_key_value_heads") is None else size("num_key_value_heads")
+    if heads % kv_heads:
+        raise ModelError(f"{name}: its config.json has num_key_value_heads = {kv_heads}, which does not divide {heads}")
+    head_dim = size("head_dim") if config.get("head_dim") is not None else hidden // heads
+    shape = ModelShape(hidden, size("vocab_size"), size("num_hidden_layers"), heads, kv_heads, head_dim)
+    biases = {key: config.get(key) for key in ("attention_bias", "mlp_bias")}
+    tied = bool(config.get("tie_word_embeddings", False))
+    return decoder_of(shape, str(model_type), size("intermediate_size"), tied, **biases)
+
+
 def model_shape(config: Any) -> ModelShape:
-    """The sizes that the graph's tensors depend on, from a Hugging Face configuration."""
-    heads = config.num_attention_heads
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    """The sizes that the graph's inputs and outputs depend on, from a Hugging Face configuration object."""
+    return decoder_sizes(config.to_dict(), "the model").shape
 
 
 def check_supported(config: Any, name: str, max_context: int | None) -> int:
-    """Refuse what cannot be exported faithfully; return the context length to export with.
+    """Reject what cannot be exported faithfully; return the context length to export with.
 
     name: of the model, for messages; max_context: as asked for, None for 4096 or the model's own if smaller.
     Raises ModelError.
     """
-    kind = getattr(config, "model_type", None)
-    if kind not in SUPPORTED:
-        raise ModelError(f"{name} is of architecture {kind!r}; supported are {', '.join(SUPPORTED)}")
-    for size in _SIZES:
-        value = getattr(config, size, None)
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{name}: its config.json has {size} = {value!r}, which is no size")
+    decoder_sizes(config.to_dict(), name)
+    own = getattr(config, "max_position_embeddings", None)
+    if type(own) is not int or own < 1:
+        raise ModelError(f"{name}: its config.json has max_position_embeddings = {own!r}; expected a positive integer")
     if getattr(config, "quantization_config", None) or getattr(config, "quantization", None):  # the second is MLX's
-        raise ModelError(f"{name} is quantised already; export its original checkpoint")
+        raise ModelError(f"{name} is already quantised; export its original checkpoint")
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
-    turned = getattr(config, "partial_rotary_factor", 1)
-    if turned != 1:
-        raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {turned!r})")
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if kv_heads is not None and (type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads):
-        raise ModelError(f"{name}: its config.json has num_key_value_heads = {kv_heads!r}, which do not divide {heads}")
+    partial = getattr(config, "partial_rotary_factor", 1)
+    if partial != 1:
+        raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {partial!r})")
     rope = getattr(config, "rope_scaling", None) or {}
     if not isinstance(rope, dict):
-        raise ModelError(f"{name}: its config.json has rope_scaling = {rope!r}, which is no JSON object")
+        raise ModelError(f"{name}: its config.json has rope_scaling = {rope!r}; expected a JSON object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _FIXED_ROPE:
         raise ModelError(
@@ -67,34 +229,34 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
             f"supported are {', '.join(_FIXED_ROPE)}"
         )
 
-    own = int(config.max_position_embeddings)
     if own < 2:
-        raise ModelError(f"{name} holds {own} token, which leaves no room for an answer")
+        raise ModelError(f"{name} has a context of {own} token, which leaves no room for an answer")
     context = min(4096, own) if max_context is None else max_context
     if context > own:
         raise ModelError(f"--max-context is {context}; {name} was made for at most {own} tokens")
     window = _sliding_window(config)
     if window is not None and window < context:
         raise ModelError(
-            f"{name} attends to a sliding window of {window} tokens, which is less than the capacity of {context}; "
+            f"{name} has a sliding window of {window} tokens, less than the context of {context}; "
             f"export it with --max-context {window} or less"
         )
     return context
 
 
 def longest_context(config: Any) -> int | None:
-    """Tokens of prompt and answer that a model can be exported for at most; None if its configuration does not say."""
-    known = (getattr(config, "max_position_embeddings", None), _sliding_window(config))
-    return min((int(tokens) for tokens in known if tokens is not None), default=None)
+    """Tokens of prompt and answer that a model can be exported for at most; None if its configuration has no limit."""
+    limits = (getattr(config, "max_position_embeddings", None), _sliding_window(config))
+    return min((int(tokens) for tokens in limits if tokens is not None), default=None)
 
 
 def _sliding_window(config: Any) -> int | None:
+    """Tokens that attention looks back at; None: all."""
     window = getattr(config, "sliding_window", None)
     if window is None:
         return None
     if type(window) is not int or window < 1:
-        raise ModelError(f"the model's config.json has sliding_window = {window!r}, which is no number of tokens")
-    if config.model_type != "mistral":  # whose attention looks at the number alone
+        raise ModelError(f"the model's config.json has sliding_window = {window!r}; expected a positive integer")
+    if FAMILIES[config.model_type].window_per_layer:
         layers = getattr(config, "layer_types", None)
         switched_off = getattr(config, "use_sliding_window", True) is False
         if switched_off or (layers is not None and "sliding_attention" not in layers):

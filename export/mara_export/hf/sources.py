@@ -9,22 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_export.errors import ModelError
+from mara_export.hf.families import ALIASES, hub_id_of
 from mara_runtime.errors import first_line
-
-ALIASES = {
-    "qwen2": "Qwen/Qwen2-0.5B-Instruct",
-    "qwen2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "qwen3": "Qwen/Qwen3-0.6B",
-    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
-    "llama3": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "llama3.1": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
-}
-"""Short names of Hub models."""
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]
@@ -45,10 +31,10 @@ class ModelSource:
 def resolve_model(
     model: str, vet: Callable[[ModelSource], object] | None = None, revision: str | None = None
 ) -> ModelSource:
-    """An alias, a Hub id or a folder. A folder of that name wins; a Hub model is fetched unless it is cached.
+    """Resolve an alias, a Hub id or a folder. A folder of that name wins; a Hub model is fetched unless it is cached.
 
-    vet: called with the configuration alone there, and may refuse it before gigabytes of weights are fetched;
-    revision: commit of a Hub model, None for its newest. Raises ModelError.
+    vet: called when only the configuration is there, to reject it before gigabytes of weights are fetched;
+    revision: commit of a Hub model, None for the newest. Raises ModelError.
     """
     folder = local_path(model)
     if folder is not None and folder.is_dir():
@@ -58,7 +44,7 @@ def resolve_model(
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"{folder} has no .safetensors weights; other formats are not loaded")
         return ModelSource(folder, folder.resolve().name, None)
-    hub_id = ALIASES.get(model, model)
+    hub_id = hub_id_of(model)
     if not is_hub_id(hub_id):
         raise ModelError(
             f"there is no model {model!r}: give a folder, a Hub id (owner/name), or one of " + ", ".join(ALIASES)
@@ -77,7 +63,7 @@ def resolve_model(
 
 
 def _refuse_adapter(folder: Path, name: str) -> None:
-    """Whether transformers heeds an adapter depends on what else is installed."""
+    """Whether transformers loads an adapter depends on what else is installed."""
     if (folder / _ADAPTER).is_file():
         raise ModelError(
             f"{name} holds an adapter ({_ADAPTER}): merge it into its model first (merge_and_unload of PEFT), and name "
@@ -86,7 +72,7 @@ def _refuse_adapter(folder: Path, name: str) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Can that be a model of the Hub, owner/name? A path that begins with a dot cannot."""
+    """Has a name the form of a Hub id, owner/name? (Not a path that begins with a dot.)"""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
@@ -118,7 +104,7 @@ def _snapshot(hub_id: str, asked: str, patterns: list[str], revision: str | None
 
 @contextlib.contextmanager
 def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
-    """Turn what the Hub client raises into one line that says what to do."""
+    """Turn the Hub client's errors into one line with a remedy."""
     from huggingface_hub import errors
 
     name = asked if asked.startswith(hub_id) else f"{asked} ({hub_id})"
@@ -130,7 +116,7 @@ def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
         reason = "there is no such folder here and no such repository on the Hub"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "there is no such folder here, it is not in the Hub cache, and the Hub cannot be reached"
-    except (errors.HFValidationError, OSError) as error:  # what else an HTTP client raises is an OSError
+    except (errors.HFValidationError, OSError) as error:  # all others of an HTTP client are OSErrors
         reason = first_line(error)
     else:
         return

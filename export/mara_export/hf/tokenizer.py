@@ -1,4 +1,4 @@
-"""The text side of a bundle: one `tokenizer.json`, a chat template, and the special tokens that templates name."""
+"""The text side of a bundle: `tokenizer.json`, a chat template, and the special tokens that templates use."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _MESSAGES = [{"role": "user", "content": "How do I cook rice?"}]
-_MOST_LETTERS = 200
-"""Of a template's reason to fail."""
+_MAX_MESSAGE = 200
+"""Length at which a template's error message is cut."""
 
 
 def load_tokenizer(source: ModelSource) -> Any | None:
@@ -36,24 +36,24 @@ def load_tokenizer(source: ModelSource) -> Any | None:
     except ModelError:
         if (source.folder / TOKENIZER_FILE).is_file():
             raise
-        found = ", ".join(name for name in _SOURCES if (source.folder / name).is_file())
+        present = ", ".join(name for name in _SOURCES if (source.folder / name).is_file())
         raise ModelError(
-            f"the tokenizer of {source.name} cannot be loaded: {TOKENIZER_FILE} is missing, and what is there does not "
-            f"make one ({found}): add it"
+            f"the tokenizer of {source.name} cannot be loaded: {TOKENIZER_FILE} is missing, and cannot be "
+            f"made from the files there ({present}): add it"
         ) from None
     if not tokenizer.is_fast:
         raise ModelError(f"{source.name} has no fast tokenizer, which the runtime needs: add its tokenizer.json")
-    if tokenizer.split_special_tokens:  # the runtime's tokenizer never does
+    if tokenizer.split_special_tokens:  # the runtime's tokenizer does not
         raise ModelError(f"the tokenizer of {source.name} has split_special_tokens, which is not supported: remove it")
     return tokenizer
 
 
 def _load(source: ModelSource) -> Any:
-    """The tokenizer, also one that transformers 5 wrote."""
+    """The tokenizer, including one saved by transformers 5."""
     config = read_json(source.folder / "tokenizer_config.json")
     config = config if isinstance(config, dict) else {}
     kind: Any = AutoTokenizer
-    if config.get("tokenizer_class") == "TokenizersBackend":  # its name for what tokenizer.json holds
+    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls a tokenizer.json
         kind = PreTrainedTokenizerFast
     options: dict[str, Any] = {}
     if isinstance(extra := config.get("extra_special_tokens"), list):
@@ -62,7 +62,7 @@ def _load(source: ModelSource) -> Any:
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
-    """Write the files into the bundle's folder."""
+    """Write the files of a tokenizer into `folder`."""
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
     template = _chat_template(tokenizer)
     if template:
@@ -71,14 +71,14 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:
-    """Refuse a chat template that the runtime does not render as transformers does.
+    """Reject a chat template that the runtime does not render as transformers does.
 
     name: of the model, for messages. Raises ModelError.
     """
     template = _chat_template(tokenizer)
     if not template:
         return
-    for _ in range(2):  # a template may print the time, and the second change in between
+    for _ in range(2):  # a template may print the time, and the second may change in between
         theirs, why_not_theirs = _rendered(
             lambda: str(tokenizer.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=True))
         )
@@ -86,34 +86,36 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
         if ours is not None and ours == theirs:
             return
     if ours is None and theirs is None:
-        wrong = f"cannot render one message of a user: {why_not_theirs}"
+        problem = f"cannot render a single user message: {why_not_theirs}"
     elif ours is None:
-        wrong = f"fails where the bundle runs, though not in transformers: {why_not_ours}"
+        problem = f"fails where the bundle runs, though not in transformers: {why_not_ours}"
     elif theirs is None:
-        wrong = f"fails in transformers: {why_not_theirs}"
+        problem = f"fails in transformers: {why_not_theirs}"
     else:
         at = next(
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
-        wrong = (
-            f"gives another text where the bundle runs than in transformers, from letter {at} on: "
+        problem = (
+            f"gives another text where the bundle runs than in transformers, from character {at} on: "
             f"{ours[at : at + 20]!r}, not {theirs[at : at + 20]!r}"
         )
-    raise ModelError(f"the chat template of {name} {wrong}; mend or remove it ({TEMPLATE_FILE}, tokenizer_config.json)")
+    raise ModelError(
+        f"the chat template of {name} {problem}; correct or remove it ({TEMPLATE_FILE}, tokenizer_config.json)"
+    )
 
 
 def _rendered(render: Callable[[], str]) -> tuple[str | None, str]:
-    """The text, else None and why there is none."""
+    """The text, or None and the error."""
     try:
         return render(), ""
-    except Exception as error:  # a template is a program: it may fail in any way a program can
+    except Exception as error:  # a template is a program and may raise anything
         cause = error.__context__ if isinstance(error, PromptError) and error.__context__ else error
         why = " ".join(str(cause).split()) or type(cause).__name__
-        return None, why if len(why) <= _MOST_LETTERS else f"{why[:_MOST_LETTERS]} …"
+        return None, why if len(why) <= _MAX_MESSAGE else f"{why[:_MAX_MESSAGE]} …"
 
 
 def _chat_template(tokenizer: Any) -> str | None:
-    """The one that goes into a bundle."""
+    """The template that goes into a bundle."""
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
@@ -121,5 +123,5 @@ def _chat_template(tokenizer: Any) -> str | None:
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, str]:
-    """By role; lists of more, such as additional_special_tokens, are not among them."""
+    """By role, without lists such as additional_special_tokens."""
     return {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}

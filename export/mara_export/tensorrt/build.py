@@ -9,27 +9,27 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mara_export.folder import additions, extend
+from mara_export.folder import add_engines, staging_folder
+from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.targets import HEAD_ROWS, engine_slots
+from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import cuda, trt_plan
+from mara_runtime.engines import cuda, trt_file
 from mara_runtime.errors import EngineError, OptionError
-from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
-from mara_runtime.passes import PREFILL_ROWS
-from mara_runtime.tensors import spare_slots
+from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
+from mara_runtime.tensors import PREFILL_ROWS, spare_slots
 
-HARDWARE = ("none", "ampere-plus", "same-compute-capability")
+OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
+"""Version of TensorRT that some lowering needs at least."""
 USUAL_ROWS = 4
-"""Of a decoding pass: what the kernels of the first profile are chosen for."""
+"""Rows of a decoding pass that the kernels of the first profile are tuned for."""
 KERNEL_BYTES = 64 << 20
-"""More than kernels and names of an engine take: where quantised weights save less, its size does not tell whether they
-are still packed."""
+"""More than an engine's kernels and names take. Where quantised weights save less than that, the engine's size does not
+show whether they are still packed."""
 RTX_DEFAULT = "8.0+"
 """GPUs that an engine of TensorRT for RTX runs on when none are named.
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html"""
@@ -37,69 +37,24 @@ RTX_OLDEST = 8.0
 """Compute capability below which TensorRT for RTX knows GPUs, but has no kernels for the graph: no Gemm in float32."""
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """How engines are built. What is left at its default is left to TensorRT."""
-
-    capacities: tuple[int, ...] = ()
-    """tokens of context, 1 … the bundle's max_context: an engine for each, beside the one for max_context, which is
-    always built. Decoding starts in the smallest and grows, as attention costs by capacity."""
-    timing_cache: Path | None = None
-    """tensorrt: file of kernel timings that later builds reuse; None: in the user's cache folder"""
-    weight_streaming: bool = False
-    """weights may stay in host memory and be streamed, if they do not fit; no CUDA graphs then"""
-    version_compatible: bool = False
-    """tensorrt: later versions of the same major may run the engine; slower"""
-    hardware: str = "none"
-    """tensorrt: one of HARDWARE, the GPUs that may run the engine beside the one that built it; not on Jetson"""
-    compute_capabilities: tuple[str, ...] = ()
-    """tensorrt-rtx: of the GPUs to build for, as 8.9; empty: 8.0 and later"""
-    workspace_bytes: int | None = None
-    """memory that kernels may use at most while the engine is built and run; 1 … 2^63 - 1; None: all of the GPU's"""
-    optimisation_level: int | None = None
-    """0 … 5: how long kernels are searched for; None: TensorRT's 3"""
-
-    def __post_init__(self) -> None:
-        for capacity in self.capacities:
-            if capacity < 1:
-                raise OptionError(f"--capacity is {capacity}; it must be at least 1")
-        if self.hardware not in HARDWARE:
-            raise OptionError(f"--hardware is {self.hardware!r}; it must be one of {', '.join(HARDWARE)}")
-        if self.workspace_bytes is not None and not 0 < self.workspace_bytes < 1 << 63:
-            mib = self.workspace_bytes / 2**20
-            raise OptionError(f"--workspace is {mib:g} MiB; it must be more than 0 and less than 2^43")
-        if self.optimisation_level is not None and not 0 <= self.optimisation_level <= 5:
-            raise OptionError(f"--optimisation-level is {self.optimisation_level}; it must lie between 0 and 5")
-
-    def slots(self, manifest: Manifest) -> tuple[int, ...]:
-        """Sizes of the KV caches to build for, the smallest first."""
-        most = manifest.max_context
-        for capacity in self.capacities:
-            if capacity > most:
-                raise OptionError(f"--capacity is {capacity}; the bundle was exported for {most} tokens of context")
-        return tuple(sorted({engine_slots(tokens, manifest.max_candidates) for tokens in (*self.capacities, most)}))
-
-
 def why_cannot_build(target: str) -> str | None:
     """Why engines of a target cannot be built on this machine; None: they can."""
-    from_nvidia = {
-        "tensorrt": "pip install 'mara-deploy[tensorrt]', but on a Jetson it comes with JetPack (apt install tensorrt, "
-        f"and a virtual environment made with --system-site-packages); {cuda.FOR_CUDA_12}",
-        "tensorrt-rtx": "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
-    }
-    if target not in from_nvidia:
+    if target not in ENGINE_TARGETS:
         return f"it is not one of {', '.join(ENGINE_TARGETS)}"
+    facts = TARGETS[target]
     try:
         from mara_export.tensorrt import network as parts
     except ImportError as error:
         return f"onnx cannot be imported ({error}): pip install onnx"
     try:
-        trt = trt_plan.load(target)
+        trt = trt_file.load(target)
     except (ImportError, OSError) as error:  # OSError: a native library that it loads is missing
-        return f"its Python package cannot be imported ({error}): {from_nvidia[target]}"
-    if target == "tensorrt":
-        if parts.version(trt) < parts.OLDEST:
-            return f"TensorRT {trt.__version__} is too old: 10.3 is the oldest that is known to work"
+        remedy = facts.install if facts.just_in_time else f"{facts.install}; {cuda.FOR_CUDA_12}"
+        return f"its Python package cannot be imported ({error}): {remedy}"
+    if not facts.just_in_time:
+        if parts.version(trt) < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return f"TensorRT {trt.__version__} is too old: {oldest} is the oldest that is supported"
         reason = cuda.why_not()
         return None if reason is None else f"{reason}, and TensorRT builds on the GPU that will run the engine"
     return None
@@ -115,29 +70,31 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
     if reason is not None:
         raise EngineError(f"no engine for {target} can be built here: {reason}")
 
-    trt = trt_plan.load(target)
+    trt = trt_file.load(target)
     _check(bundle, target, options, trt)
     sizes = options.slots(bundle.manifest)
-    with additions(bundle, f"engines/{target}") as folder:
+    with staging_folder(bundle, target) as folder:
         engines = [_build_one(bundle, target, options, slots, trt, folder, progress) for slots in sizes]
-        return extend(bundle, folder, engines)
+        return add_engines(bundle, folder, engines)
 
 
 def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None:
-    """Refuse what this TensorRT cannot do, before it is begun."""
+    """Reject what this TensorRT cannot do before the build starts."""
     from mara_export.tensorrt import network as parts
 
-    step = bundle.manifest.step
-    if step.lowering not in ("portable", "decomposed"):
+    lowering, just_in_time = bundle.manifest.step.lowering, TARGETS[target].just_in_time
+    if lowering not in TARGETS[target].lowerings:
         raise EngineError(
-            f"{bundle.folder} has a graph of lowering {step.lowering}, which TensorRT cannot read: "
+            f"{bundle.folder} has a graph of lowering {lowering}, which TensorRT cannot read: "
             f"export it with --target {target}"
         )
-    if target == "tensorrt":
-        if step.lowering == "portable" and parts.version(trt) < parts.IN_PLACE_SINCE:
+    if not just_in_time:
+        since = LOWERINGS[lowering].tensorrt_since or OLDEST
+        if parts.version(trt) < since:
             raise EngineError(
-                f"TensorRT {trt.__version__} has no in-place KV cache, which the graph of {bundle.folder} needs: "
-                f"export it with --target tensorrt --lowering decomposed, or install TensorRT 10.15 or later"
+                f"TensorRT {trt.__version__} cannot read the graph of {bundle.folder}, whose lowering {lowering} needs "
+                f"{'.'.join(map(str, since))} or later: install that, or export with --target {target} --lowering "
+                f"{_oldest_lowering(target)}"
             )
         if options.compute_capabilities:
             raise OptionError(
@@ -154,13 +111,13 @@ def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None
     if options.version_compatible or options.hardware != "none":
         flag = "--version-compatible" if options.version_compatible else "--hardware"
         raise OptionError(f"{flag} is for tensorrt; an engine of TensorRT for RTX is compiled on the GPU that runs it")
-    known = {_number(name) for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
-    known = {number for number in known if float(number) >= RTX_OLDEST}
-    for wanted in options.compute_capabilities:
-        if wanted not in known:
+    supported = {_number(name) for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    supported = {number for number in supported if float(number) >= RTX_OLDEST}
+    for capability in options.compute_capabilities:
+        if capability not in supported:
             raise OptionError(
-                f"--compute-capability is {wanted!r}; TensorRT for RTX {trt.__version__} builds for "
-                f"{', '.join(sorted(known, key=float))}"
+                f"--compute-capability is {capability!r}; TensorRT for RTX {trt.__version__} builds for "
+                f"{', '.join(sorted(supported, key=float))}"
             )
 
 
@@ -171,10 +128,10 @@ def _build_one(
     from mara_export.tensorrt import network as parts
 
     started = time.perf_counter()
-    name = f"engines/{target}/step-{slots}.engine"
+    name = f"engines/{target}/step-{slots}.engine"  # `add_engines` adds its checksum
     manifest = bundle.manifest
-    in_place = manifest.step.lowering == "portable"
-    decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for the row that is owed
+    in_place, just_in_time = LOWERINGS[manifest.step.lowering].in_place, TARGETS[target].just_in_time
+    decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for a KV entry that is recomputed
     prefill_rows = min(PREFILL_ROWS, slots)
     with progress.stage(f"build {name}"), progress.phases() as tell:
         network = parts.Network(trt, bundle.path(manifest.step.file), slots)
@@ -187,15 +144,15 @@ def _build_one(
         config = network.config([decode, prefill])
         capability = _configure(config, target, options, trt)
         with contextlib.ExitStack() as stack:
-            if target == "tensorrt":
-                name_of_own = f"tensorrt-{trt.__version__}-{capability}.timings"
-                stack.enter_context(timings.kept(config, options.timing_cache, name_of_own, progress.note))
-            plan, apart = network.build(config, tell, progress.note)
+            if not just_in_time:
+                default = f"tensorrt-{trt.__version__}-{capability}.timings"
+                stack.enter_context(timings.timing_cache(config, options.timing_cache, default, progress.note))
+            plan, unfused = network.build(config, tell, progress.note)
         wide = network.wide_weight_bytes
         if memoryview(plan).nbytes >= wide > network.weight_bytes + KERNEL_BYTES:
             progress.note(
-                f"the engine is as large as with weights of 16 bits ({wide / 1e6:,.0f} MB): {parts.name(trt)} seems to "
-                f"have widened those of {manifest.step.precision}, which then save no memory"
+                f"the engine is as large as with 16-bit weights ({wide / 1e6:,.0f} MB): {parts.name(trt)} seems to "
+                f"have widened the {manifest.step.precision} weights, which then save no memory"
             )
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(memoryview(plan))
@@ -216,7 +173,7 @@ def _build_one(
             "hardware": options.hardware,
             "workspace_bytes": options.workspace_bytes,
             "optimisation_level": options.optimisation_level,
-            "decomposable": apart,
+            "decomposable": unfused,
             "layers": kinds,
             "seconds": round(time.perf_counter() - started, 1),
         },
@@ -231,18 +188,23 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     if options.optimisation_level is not None:
         config.builder_optimization_level = options.optimisation_level
-    if target == "tensorrt-rtx":
+    if TARGETS[target].just_in_time:
         if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not options.weight_streaming:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that passes can be captured in CUDA graphs
-        wanted = tuple(dict.fromkeys(options.compute_capabilities))
-        config.num_compute_capabilities = len(wanted)
-        for i, number in enumerate(wanted):
+        capabilities = tuple(dict.fromkeys(options.compute_capabilities))
+        config.num_compute_capabilities = len(capabilities)
+        for i, number in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + number.replace(".", "")), i)
-        return ", ".join(wanted) or RTX_DEFAULT
+        return ", ".join(capabilities) or RTX_DEFAULT
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _level(options.hardware))
     return "8.0+" if options.hardware == "ampere-plus" else cuda.compute_capability()
+
+
+def _oldest_lowering(target: str) -> str:
+    """The one that the oldest TensorRT reads."""
+    return min(TARGETS[target].lowerings, key=lambda name: LOWERINGS[name].tensorrt_since or OLDEST)
 
 
 def _level(hardware: str) -> str:

@@ -1,7 +1,7 @@
 """A step graph through NVIDIA's parser and builder: TensorRT ≥ 10.3 or 11, or TensorRT for RTX.
 
-Only names that all of them have are used; where they differ it says so. Nothing is printed: errors are collected and
-become one line.
+Uses only names that all of these have, except where noted. Nothing is printed: errors are collected into one line.
+The graph is edited as protobuf: a device that builds engines needs onnx and TensorRT only.
 """
 
 from __future__ import annotations
@@ -18,28 +18,24 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mara_runtime import tensors
-from mara_runtime.engines.trt_plan import logger
+from mara_runtime.engines.trt_file import logger
 from mara_runtime.errors import EngineError
 
-OLDEST = (10, 3)
-"""TensorRT of JetPack 6."""
-IN_PLACE_SINCE = (10, 15)
-"""TensorRT that has the layers of a `portable` graph, the KV cache's update among them."""
 Shapes = tuple[int, int, int]
 """(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
-"""What a builder's error speaks of when an attention has no fused kernel."""
+"""Matches the error of a builder that has no fused kernel for an attention."""
 _WIDER = {onnx.TensorProto.INT8: 2, onnx.TensorProto.INT4: 4}
-"""How many times their size integers take as float16."""
+"""Size of quantised weights as float16, relative to their own."""
 
 
 def name(trt: Any) -> str:
-    """What a TensorRT module is, for messages."""
+    """Name and version of a TensorRT module, for messages."""
     return f"TensorRT{' for RTX' if 'rtx' in trt.__name__ else ''} {trt.__version__}"
 
 
 def version(trt: Any) -> tuple[int, ...]:
-    """Of a TensorRT module, as numbers."""
+    """(major, minor) of a TensorRT module."""
     return tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
 
 
@@ -51,15 +47,15 @@ class Network:
         self.trt = trt
         try:
             self._builder = trt.Builder(logger(trt))
-        except TypeError as error:  # the bindings' way to say that the library returned none
+        except TypeError as error:  # raised by the bindings if the library returns null
             raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or error}") from None
-        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other
+        typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode of TensorRT 11
         self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
-        self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: it must live until the build is over
+        self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: must outlive the build
         try:
             model = onnx.load(str(path), load_external_data=False)
-        except (OSError, DecodeError) as error:  # of a bundle that was not verified
-            raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it anew") from None
+        except (OSError, DecodeError) as error:  # the bundle was not verified
+            raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it again") from None
         self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
         _fix(model, "C", slots)
         if not self._parser.parse(model.SerializeToString(), str(path)):
@@ -71,9 +67,9 @@ class Network:
         return dict(sorted(Counter(names).items()))
 
     def check_in_place(self, num_layers: int) -> None:
-        """Refuse a network of a `portable` graph in which a layer was replaced by other means than its own.
+        """Raise EngineError if the parser did not turn the graph's operators into the layers made for them.
 
-        An update of the cache that is none would not be in place, and an attention that is none not fused.
+        Otherwise the KV cache would not be updated in place, or attention would not be fused.
         """
         kinds = self.kinds()
         for kind, a_layer in (("ATTENTION_INPUT", 1), ("KV_CACHE_UPDATE", 2), ("ROTARY_EMBEDDING", 2)):
@@ -95,12 +91,12 @@ class Network:
                 yield layer
 
     def attentions(self) -> dict[str, Any]:
-        """The fused attentions by name."""
-        found: dict[str, Any] = {}
+        """Attention layers by name."""
+        attentions: dict[str, Any] = {}
         for layer in self._of_kind("ATTENTION_INPUT"):
             layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
-            found[layer.attention.name] = layer.attention
-        return found
+            attentions[layer.attention.name] = layer.attention
+        return attentions
 
     def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
         """A builder configuration with an optimisation profile for each (least, best, most) of S, H0 and N."""
@@ -120,33 +116,36 @@ class Network:
     def build(self, config: Any, tell: Callable[[str, int, int], None], note: Callable[[str], None]) -> tuple[Any, Any]:
         """The engine as a buffer, and the names of the attentions that are not fused: a list, or "all".
 
-        Every attention is first asked to be one fused kernel. Where there is none, `note` is told, and it may become
-        several; some TensorRT builds no attention with a mask then either. Raises EngineError; KeyboardInterrupt, when
-        it comes, stops the builder first.
+        First requires one fused kernel for every attention. Where there is none, calls `note` and allows several; some
+        versions of TensorRT cannot build a masked attention that way either. Raises EngineError. KeyboardInterrupt
+        stops the builder.
         """
         attentions = self.attentions()
-        apart: list[str] = []
+        unfused: list[str] = []
         plan, errors = self._run(config, tell)
-        while plan is None and len(apart) < len(attentions) and _NO_FUSED_KERNEL.search(errors):
+        while plan is None and len(unfused) < len(attentions) and _NO_FUSED_KERNEL.search(errors):
             named = [layer for layer in attentions if layer in errors]
-            apart = list(attentions) if apart or not named else named  # a name at a time would take a build each
-            which = "any layer" if len(apart) == len(attentions) else ", ".join(apart)
-            note(f"no fused attention kernel for {which} here: built of several, which is slower and takes more memory")
-            for layer in apart:
+            unfused = list(attentions) if unfused or not named else named  # one name at a time would need a build each
+            which = "any layer" if len(unfused) == len(attentions) else ", ".join(unfused)
+            note(
+                f"no fused attention kernel for {which} here: using several kernels, which is slower and takes more "
+                "memory"
+            )
+            for layer in unfused:
                 attentions[layer].decomposable = True
             plan, errors = self._run(config, tell)
         if plan is None:
-            way_out = ": export the bundle again with --lowering decomposed" if apart else ""
-            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}{way_out}")
-        return plan, "all" if apart and len(apart) == len(attentions) else apart
+            remedy = ": export the bundle again with --lowering decomposed" if unfused else ""
+            raise EngineError(f"{name(self.trt)} cannot build the engine: {one_line(errors)}{remedy}")
+        return plan, "all" if unfused and len(unfused) == len(attentions) else unfused
 
     def _run(self, config: Any, tell: Callable[[str, int, int], None]) -> tuple[Any, str]:
-        """The engine, or None and what went wrong."""
+        """The engine, or None and the errors."""
         stop, errors = Event(), _recorder(self.trt)
         config.progress_monitor = _monitor(self.trt, tell, stop)
-        self._builder.error_recorder = errors  # not before: an owner that has parsed crashes when it is freed (RTX 1.7)
+        self._builder.error_recorder = errors  # set late: freed after parsing, it crashes (RTX 1.7)
         try:
-            # In a thread of its own: this one has to be there for Ctrl-C, which Python handles in no other.
+            # In another thread: Python handles Ctrl-C in this one only.
             with ThreadPoolExecutor(1) as pool:
                 future = pool.submit(self._builder.build_serialized_network, self.network, config)
                 try:
@@ -165,7 +164,7 @@ class Network:
 
 
 _NO_SHAPE = tensors.ModelShape(0, 0, 0, 0, 0, 0)
-"""The inputs beside the cache do not depend on the model."""
+"""Inputs other than the cache do not depend on the model."""
 
 
 def _sized(shape: tuple[int | str, ...], rows: int, head_rows: int, agent_rows: int) -> tuple[int, ...]:
@@ -174,7 +173,7 @@ def _sized(shape: tuple[int | str, ...], rows: int, head_rows: int, agent_rows: 
 
 
 def _weight_bytes(model: onnx.ModelProto) -> tuple[int, int]:
-    """Of the graph's matrices, as they are and with the quantised ones as float16; shared bytes count once."""
+    """Bytes of the graph's matrices, as stored and with quantised ones as float16; shared bytes count once."""
     sizes: dict[str, tuple[int, int]] = {}
     for weight in model.graph.initializer:
         where = {entry.key: entry.value for entry in weight.external_data}
@@ -185,7 +184,7 @@ def _weight_bytes(model: onnx.ModelProto) -> tuple[int, int]:
 
 
 def _fix(model: onnx.ModelProto, symbol: str, size: int) -> None:
-    """Give a symbolic size of the graph's inputs and outputs a value."""
+    """Replace a symbolic dimension of the graph's inputs and outputs."""
     for value in (*model.graph.input, *model.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == symbol:
@@ -193,11 +192,11 @@ def _fix(model: onnx.ModelProto, symbol: str, size: int) -> None:
 
 
 def one_line(text: str) -> str:
-    """What an error of TensorRT says, without where in its own source."""
+    """The message of a TensorRT error, without source locations."""
     lines = [line for line in text.splitlines() if line.strip()]
     # without a GPU, each error is followed by another about the missing driver
-    telling = (line for line in lines if "Error Code" in line and "Cuda Runtime" not in line)
-    text = next(telling, lines[0] if lines else "it gives no reason")
+    informative = (line for line in lines if "Error Code" in line and "Cuda Runtime" not in line)
+    text = next(informative, lines[0] if lines else "no reason given")
     text = re.sub(r"^.*?Error Code \d+: ", "", " ".join(text.split()))
     text = re.sub(r"\[[\w.]+:\d+: \w+\] |\s*\bIn \w+ at /\S+?(?=\)|$|\s)", "", text)
     text = re.sub(r"^(?:API Usage Error|Internal Error|Myelin) \((.*)\)$", r"\1", text)
@@ -206,31 +205,31 @@ def one_line(text: str) -> str:
 
 def _recorder(trt: Any) -> Any:
     class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
-        """The errors of one builder, whoever's logger the process has."""
+        """Collects the errors of one builder, whichever logger the process has."""
 
         def __init__(self) -> None:
             trt.IErrorRecorder.__init__(self)
-            self._found: list[tuple[Any, str]] = []
+            self._errors: list[tuple[Any, str]] = []
 
         def text(self) -> str:
-            """All that went wrong."""
-            return "\n".join(text for _, text in self._found)
+            """All errors, one per line."""
+            return "\n".join(text for _, text in self._errors)
 
         def report_error(self, code: Any, description: str) -> bool:
-            self._found.append((code, description))
+            self._errors.append((code, description))
             return False
 
         def clear(self) -> None:
             pass
 
         def num_errors(self) -> int:
-            return len(self._found)
+            return len(self._errors)
 
         def get_error_code(self, index: int) -> Any:
-            return self._found[index][0]
+            return self._errors[index][0]
 
         def get_error_desc(self, index: int) -> str:
-            return self._found[index][1]
+            return self._errors[index][1]
 
         def has_overflowed(self) -> bool:
             return False
@@ -240,7 +239,7 @@ def _recorder(trt: Any) -> Any:
 
 def _monitor(trt: Any, tell: Callable[[str, int, int], None], stop: Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's phases on, and ends the build when `stop` is set."""
+        """Reports the builder's phases, and ends the build when `stop` is set."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)

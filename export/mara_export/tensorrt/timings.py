@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: what it measured of kernels, in a file, so that the next build need not."""
+"""TensorRT's timing cache: kernel timings in a file, so that the next build need not measure them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mara_runtime.errors import OptionError
 
 
 def check(path: Path) -> None:
-    """Refuse, before the build, a file that could not be written after it. Raises OptionError."""
+    """Reject, before the build, a file that could not be written after it. Raises OptionError."""
     try:
         if path.exists():
             if not path.is_file():
@@ -27,27 +27,27 @@ def check(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def kept(config: Any, chosen: Path | None, own: str, note: Callable[[str], None]) -> Iterator[None]:
-    """Give a builder's configuration what earlier builds measured; after the build, keep what it has added.
+def timing_cache(config: Any, path: Path | None, default: str, note: Callable[[str], None]) -> Iterator[None]:
+    """Give a builder's configuration the timings of earlier builds, and save what the build adds.
 
-    chosen: the user's file; None: `own` in their cache folder. What becomes of a file that was chosen, `note` is told.
+    path: the user's file; None: `default` in their cache folder. note: receives a message where the user's file is not
+    used.
     """
-    known = files.read_cached(own) if chosen is None else _read(chosen)
-    cache = config.create_timing_cache(known)
+    content = files.read_cached(default) if path is None else _read(path)
+    cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
-        if chosen is not None:
-            note(f"--timing-cache: {chosen} is damaged, or of another GPU or TensorRT; it is started anew")
+        if path is not None:
+            note(f"--timing-cache: {path} is damaged, or from another GPU or TensorRT; starting an empty one")
         config.set_timing_cache(config.create_timing_cache(b""), False)
     yield
-    cache = config.get_timing_cache()
-    content = memoryview(cache.serialize())
-    if chosen is None:
-        files.write_cached(own, content)
+    measured = memoryview(config.get_timing_cache().serialize())
+    if path is None:
+        files.write_cached(default, measured)
         return
     try:
-        files.write_whole(chosen, content)
+        files.write_atomic(path, measured)
     except OSError as error:
-        note(f"--timing-cache: {chosen} could not be written ({error.strerror}); the next build measures again")
+        note(f"--timing-cache: {path} cannot be written ({error.strerror}); the next build measures again")
 
 
 def _read(path: Path) -> bytes:

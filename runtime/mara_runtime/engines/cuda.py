@@ -1,6 +1,6 @@
-"""The few calls of the CUDA runtime that an engine needs, over `cuda.bindings` (no PyTorch).
+"""The CUDA runtime calls that an engine needs, through `cuda.bindings`, without PyTorch.
 
-An address is a whole number, and a failure an EngineError of one line.
+Addresses are integers; failures are EngineErrors of one line.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from mara_runtime.errors import EngineError
 
 ALIGNMENT = 256
-"""Bytes: of every tensor's address. cudaMalloc gives no less, and kernels may count on it."""
+"""Of every tensor's address, in bytes. cudaMalloc guarantees it, and kernels may rely on it."""
 
 FOR_CUDA_12 = (
     "on a driver of CUDA 12, instead of the extra, which is for CUDA 13: pip install tensorrt-cu12 'cuda-bindings<13' "
     "onnx; on JetPack 6, the extra and 'cuda-bindings==12.8.*'"
 )
-"""What to install there, for messages."""
+"""What to install for CUDA 12, for messages."""
 _TOO_OLD = 35
-"""cudaErrorInsufficientDriver: also where there is no driver at all."""
+"""cudaErrorInsufficientDriver; also returned where no driver is installed."""
 
 
 def load() -> Any:
@@ -41,18 +41,18 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """The GPU that engines run on: the process's first."""
+    """The GPU that engines run on: the first that the process sees."""
 
     name: str
     compute_capability: str
     """like 8.7"""
     total_bytes: int
     driver: str
-    """newest CUDA version that the driver knows, like 13.2"""
+    """newest CUDA version that the driver supports, like 13.2"""
 
 
 def why_not() -> str | None:
-    """Why no GPU can be used here, or None when one can."""
+    """Why no GPU can be used here; None when one can."""
     try:
         cuda = load()
     except ImportError as error:
@@ -60,16 +60,16 @@ def why_not() -> str | None:
     try:
         status, count = cuda.cudaGetDeviceCount()
     except RuntimeError as error:  # of cuda-bindings 12.8 and before, where there is no driver
-        return f"there is no NVIDIA GPU that can be used ({error})"
+        return f"no NVIDIA GPU can be used ({error})"
     if int(status) == _TOO_OLD and not _has_driver():
-        return "there is no NVIDIA GPU that can be used: no driver is installed"
+        return "no NVIDIA GPU can be used: no driver is installed"
     if int(status) == _TOO_OLD:
         return (
-            f"there is no NVIDIA GPU that can be used ({_text(cuda, status)}); if there is one, its driver is too old "
+            f"no NVIDIA GPU can be used ({_text(cuda, status)}); if there is one, its driver is too old "
             f"for cuda-bindings: {FOR_CUDA_12}"
         )
     if int(status) != 0 or not count:
-        return f"there is no NVIDIA GPU that can be used ({_text(cuda, status) if int(status) else 'none was found'})"
+        return f"no NVIDIA GPU can be used ({_text(cuda, status) if int(status) else 'none was found'})"
     return None
 
 
@@ -90,7 +90,7 @@ def compute_capability() -> str:
 
 
 class Cuda:
-    """Memory, one stream and CUDA graphs on the first GPU. Whatever is asked of the stream happens in order, later."""
+    """Memory, one stream and CUDA graphs on the first GPU. Work put into the stream runs asynchronously, in order."""
 
     def __init__(self) -> None:
         self._cuda = load()
@@ -103,11 +103,11 @@ class Cuda:
 
     @property
     def stream(self) -> int:
-        """Handle of the stream, as TensorRT wants it."""
+        """Handle of the stream, as TensorRT takes it."""
         return int(self._stream)
 
     def facts(self) -> DeviceFacts:
-        """What the GPU is."""
+        """Name, compute capability, memory and driver of the GPU."""
         name = self._call("cudaGetDeviceProperties", 0).name
         driver = self._call("cudaDriverGetVersion")
         return DeviceFacts(
@@ -118,35 +118,35 @@ class Cuda:
         )
 
     def free_bytes(self) -> int:
-        """Device memory that is free. Where CPU and GPU share memory, what the page cache holds is not counted."""
+        """Free device memory. Where CPU and GPU share memory, the page cache does not count as free."""
         return int(self._call("cudaMemGetInfo")[0])
 
     # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def allocate(self, size: int, what: str) -> int:
-        """Device memory, its content undefined. Raises EngineError, naming `what` it is for."""
+        """Allocate device memory, its content undefined. Raises EngineError; `what` names its purpose."""
         status, address = self._cuda.cudaMalloc(size)
         if int(status) == 0:
             return int(address)
-        self._cuda.cudaGetLastError()  # it would be reported again by the next call
+        self._cuda.cudaGetLastError()  # else the next call reports it again
         raise EngineError(
             f"the GPU has no {size / 2**20:,.0f} MiB for {what} ({self.free_bytes() / 2**20:,.0f} MiB are free; "
             f"{_text(self._cuda, status)}): close other programs, or export with a smaller --max-context or precision"
         )
 
     def free(self, address: int) -> None:
-        """Give device memory back."""
+        """Free device memory."""
         self._call("cudaFree", address)
 
     def allocate_host(self, size: int) -> NDArray[np.uint8]:
-        """Page-locked host memory, the only kind that copies can use while the program goes on; zeroed."""
+        """Allocate page-locked host memory, which asynchronous copies need; zeroed."""
         address = int(self._call("cudaMallocHost", size))
         array: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
         array[:] = 0
         return array
 
     def free_host(self, array: NDArray[np.uint8]) -> None:
-        """Give host memory back; arrays that look at it must not be used any more."""
+        """Free host memory; views of it must not be used afterwards."""
         self._call("cudaFreeHost", array.ctypes.data)
 
     # ── in the stream ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,32 +156,32 @@ class Cuda:
         self._call("cudaMemsetAsync", address, 0, size, self._stream)
 
     def upload(self, target: int, source: NDArray[np.uint8]) -> None:
-        """Copy host memory to the device; it must not change before `wait`."""
+        """Copy host memory to the device; do not modify it before `wait`."""
         self._call("cudaMemcpyAsync", target, source.ctypes.data, source.nbytes, self._to_device, self._stream)
 
     def download(self, target: NDArray[np.uint8], source: int) -> None:
-        """Copy from the device to host memory; it must not be looked at before `wait`."""
+        """Copy device memory to the host; do not read it before `wait`."""
         self._call("cudaMemcpyAsync", target.ctypes.data, source, target.nbytes, self._to_host, self._stream)
 
     def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """Copy `rows` rows of `width` bytes on the device, each so many bytes (`pitch`) after the one before."""
+        """Copy `rows` rows of `width` bytes on the device; a row starts `pitch` bytes after the previous one."""
         kind = self._on_device
         self._call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self._stream)
 
     def wait(self) -> None:
-        """Until the stream is empty."""
+        """Wait until the stream is empty."""
         self._call("cudaStreamSynchronize", self._stream)
 
     # ── CUDA graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def begin_capture(self) -> None:
-        """What is asked of the stream from now on is recorded, and does not happen."""
-        # of this thread only: another's allocations do not spoil it
+        """Record work put into the stream from now on instead of running it."""
+        # of this thread only: allocations of other threads do not invalidate it
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
 
     def end_capture(self) -> Any:
-        """The recorded calls as a graph that can be launched."""
+        """End the recording; returns a graph that can be launched."""
         graph = self._call("cudaStreamEndCapture", self._stream)
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
@@ -189,22 +189,22 @@ class Cuda:
             self._call("cudaGraphDestroy", graph)
 
     def abandon_capture(self) -> None:
-        """End a capture that failed; nothing of it stays."""
+        """End a capture that failed, and discard it."""
         status, graph = self._cuda.cudaStreamEndCapture(self._stream)
         if int(status) == 0:
             self._call("cudaGraphDestroy", graph)
         self._cuda.cudaGetLastError()
 
     def launch(self, graph: Any) -> None:
-        """Do what a graph recorded."""
+        """Run a graph."""
         self._call("cudaGraphLaunch", graph, self._stream)
 
     def destroy(self, graph: Any) -> None:
-        """Give a graph back."""
+        """Destroy a graph."""
         self._call("cudaGraphExecDestroy", graph)
 
     def close(self) -> None:
-        """Give the stream back."""
+        """Destroy the stream."""
         self._call("cudaStreamDestroy", self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -212,14 +212,14 @@ class Cuda:
 
 
 def _checked(cuda: Any, name: str, *arguments: Any) -> Any:
-    """The result of a call: None, a value, or several. Raises EngineError when it failed."""
+    """Result of a call: None, a value, or several. Raises EngineError."""
     status, *values = getattr(cuda, name)(*arguments)
     if int(status) != 0:
-        raise EngineError(f"the GPU failed: {name} says {_text(cuda, status)}")
+        raise EngineError(f"the GPU failed: {name} returned {_text(cuda, status)}")
     return values[0] if len(values) == 1 else tuple(values) or None
 
 
 def _text(cuda: Any, status: Any) -> str:
-    """What a status means, like "out of memory (2)"."""
+    """Text of a status, like "out of memory (2)"."""
     _, text = cuda.cudaGetErrorString(status)
     return f"{text.decode() if isinstance(text, bytes) else text} ({int(status)})"

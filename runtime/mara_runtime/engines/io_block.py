@@ -1,4 +1,4 @@
-"""The small tensors of a pass in one block of memory, so that one copy moves them all between host and device."""
+"""The small tensors of a pass in one block of memory: one copy moves them all between host and device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mara_runtime.tensors import Tensor
 
 
 class Sizes(NamedTuple):
-    """What the shapes of a pass follow from; all at least 1."""
+    """Sizes that determine the shapes of a pass; all at least 1."""
 
     rows: int
     """S"""
@@ -24,20 +24,20 @@ class Sizes(NamedTuple):
     """N"""
 
     def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
-        """A shape with these sizes in it; C does not occur. One row more than asked goes through the head, always."""
+        """A shape with these sizes filled in; it has no C. One row more than `heads` goes through the LM head."""
         values = {"S": self.rows, "H0": self.heads, "N": self.asked, "P": self.heads + 1, "R": self.heads + 1}
         return tuple(values[size] if isinstance(size, str) else size for size in shape)
 
 
 class Block:
-    """Tensors side by side, each at a fixed place that is large enough for the largest pass.
+    """Tensors at fixed offsets, each with room for the largest pass.
 
-    Fixed, because a CUDA graph remembers addresses; whatever the pass, the whole block is copied: it is some ten
-    kilobytes, and a copy of them costs what a copy of one byte costs.
+    Fixed because a CUDA graph records addresses. Every pass copies the whole block: it has some ten kilobytes, and
+    copying them takes as long as copying one byte.
     """
 
     def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: Sizes) -> None:
-        """most: the sizes of the largest pass."""
+        """most: sizes of the largest pass."""
         self._cuda = cuda
         self._types = {t.name: np.dtype(t.dtype) for t in wanted}
         self._offsets: dict[str, int] = {}
@@ -54,7 +54,7 @@ class Block:
             raise
 
     def addresses(self) -> dict[str, int]:
-        """Where each tensor lies on the device."""
+        """Address of each tensor on the device."""
         return {name: self.device + offset for name, offset in self._offsets.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -66,6 +66,6 @@ class Block:
         return self.host[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._cuda.free(self.device)
         self._cuda.free_host(self.host)

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import cuda, trt_plan
+from mara_runtime.engines import cuda, trt_file
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
 from mara_runtime.engines.io_block import Sizes
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.engines.trt_memory import TrtMemory
+from mara_runtime.engines.trt_plan import KEPT_SHAPES
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
 
@@ -38,7 +39,7 @@ def why_not(bundle: Bundle, name: str) -> str | None:
     if not engines:
         return f"the bundle has no engine for it yet: build one on this machine with {command}"
     try:
-        trt = trt_plan.load(name)
+        trt = trt_file.load(name)
     except (ImportError, OSError) as error:  # OSError: a native library that it loads is missing
         return f"its Python package cannot be imported ({error}): {INSTALL[name]}"
     reason = cuda.why_not()
@@ -93,7 +94,7 @@ class TrtEngine:
         if reason is not None:
             raise EngineError(f"{name} cannot run {bundle.folder} here: {reason}")
         self._bundle, self._name = bundle, name
-        self._trt = trt_plan.load(name)
+        self._trt = trt_file.load(name)
         engines, manifest = _engines(bundle, name), bundle.manifest
         self._shape, dtype = manifest.model.shape, manifest.step.cache
         top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
@@ -166,7 +167,7 @@ class TrtEngine:
     def _view(self, sizes: Sizes) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         views = self._views.get(sizes)
         if views is None:
-            if len(self._views) >= 4 * trt_plan.KEPT_SHAPES:
+            if len(self._views) >= 4 * KEPT_SHAPES:
                 self._views.clear()
             blocks = self._memory.inputs, self._memory.outputs
             inputs, outputs = (

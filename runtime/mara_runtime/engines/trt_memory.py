@@ -16,12 +16,11 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.cuda import Cuda, aligned
 from mara_runtime.engines.io_block import Block, Sizes
 from mara_runtime.engines.recompute import Recompute
+from mara_runtime.engines.trt_file import IO
 from mara_runtime.engines.trt_plan import Plan
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
 
-IO = tuple[Sequence[tensors.Tensor], Sequence[tensors.Tensor]]
-"""Inputs and outputs of the step graph."""
 _DIAGNOSTIC = (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
 """Outputs that stay on the device unless a pass is full."""
 

@@ -1,1 +1,1 @@
-"""How much to put into the next pass: what rows cost, how likely they are needed, what may come next."""
+"""Schedules: how many candidates and drafted tokens to put into the next pass."""

@@ -9,38 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Features = tuple[float, float, float, float]
-"""Of a candidate: its log-probability, the gap to the one before, ten times its probability, is there one before?
+"""Of a candidate: log-probability, gap to the candidate before, ten times its probability, whether there is one before.
 
-Scaled so that a weight of a few units can tell candidates apart: acceptance may turn within a few hundredths.
+Scaled so that weights of a few units separate candidates: acceptance may change within a few hundredths.
 """
 
 
 class Acceptance:
-    """How likely the agent accepts a candidate: a logistic regression on what is cheap to see, learned on the way.
+    """Probability that the agent accepts a candidate: a logistic regression on cheap features, learned online.
 
-    Each decision takes one Newton step, with a curvature that slowly forgets: a few dozen decisions are enough, and
-    another kind of text is learned anew.
+    Each decision takes one Newton step, with a curvature that slowly decays: a few dozen decisions are enough, and it
+    adapts when the kind of text changes.
     """
 
     _FEATURES = 6
     _LEAST, _MOST = 0.01, 0.99
     _MEMORY = 0.995
-    _PRIOR = 0.1  # curvature that the weights begin with: what was learned weighs more after a few decisions
+    _PRIOR = 0.1  # initial curvature: data outweigh it after a few decisions
 
     def __init__(self) -> None:
-        self._weights = [1.0, *[0.0] * (self._FEATURES - 1)]  # most candidates are accepted, says MARA's own evaluation
+        self._weights = [1.0, *[0.0] * (self._FEATURES - 1)]  # most candidates are accepted in MARA's own evaluation
         self._curvature = [[self._PRIOR * (i == j) for j in range(self._FEATURES)] for i in range(self._FEATURES)]
-        self._scale = 1.0  # of margins, fading
-        self._of: NDArray[np.float64] | None = None  # whose features are kept
-        self._kept: list[_Features] = []
+        self._scale = 1.0  # of margins, a moving average
+        self._probabilities: NDArray[np.float64] | None = None  # whose features are cached
+        self._cached: list[_Features] = []
 
     def estimate(
         self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float = 0.0
     ) -> list[float]:
-        """(n,) chances of the candidates in the order of examination; margins: of the first of them, seen already."""
+        """(n,) acceptance probabilities in the order of examination; margins: of the first candidates, if known."""
         seen = self._clipped((math.fsum(margins) / len(margins) - threshold) if margins else 0.0)
-        found = (self._chance(features, seen) for features in self._features(probabilities))
-        return [min(max(chance, self._LEAST), self._MOST) for chance in found]
+        chances = (self._chance(features, seen) for features in self._features(probabilities))
+        return [min(max(chance, self._LEAST), self._MOST) for chance in chances]
 
     def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
         """See `Schedule.update`."""
@@ -66,18 +66,18 @@ class Acceptance:
         self._scale += 0.05 * (math.fsum(map(abs, values)) / len(values) + 1e-9 - self._scale)
 
     def _features(self, probabilities: NDArray[np.float64]) -> list[_Features]:
-        """Of each candidate, without the margins just seen. In plain Python, which is quicker for so few numbers."""
-        if probabilities is not self._of:  # the plan's are asked for again by the next plan and the lesson
-            self._kept, before = [], None
+        """Of each candidate, without its margin. Plain Python, which is faster than NumPy for so few numbers."""
+        if probabilities is not self._probabilities:  # asked for by each plan of a decision and by its update
+            self._cached, before = [], None
             for probability in probabilities.tolist():
                 log = math.log(max(probability, 1e-9)) / 3
                 first = before is None
-                self._kept.append(
+                self._cached.append(
                     (log, 0.0 if before is None else log - before, 10 * probability, 0.0 if first else 1.0)
                 )
                 before = log
-            self._of = probabilities
-        return self._kept
+            self._probabilities = probabilities
+        return self._cached
 
     def _clipped(self, margin: float) -> float:
         return min(max(margin / self._scale, -3.0), 3.0)
@@ -90,7 +90,7 @@ class Acceptance:
 
 
 def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """x of matrix · x = right, for a matrix that is symmetric and positive definite; left as they are, both."""
+    """x of matrix · x = right, for a symmetric positive definite matrix; neither argument is modified."""
     size = len(right)
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     for i, above in enumerate(rows):
@@ -98,10 +98,10 @@ def _solution(matrix: list[list[float]], right: list[float]) -> list[float]:
             factor = row[i] / above[i]
             for j in range(i, size + 1):
                 row[j] -= factor * above[j]
-    found = [0.0] * size
+    solution = [0.0] * size
     for i in reversed(range(size)):
         row, rest = rows[i], rows[i][size]
         for j in range(i + 1, size):
-            rest -= row[j] * found[j]
-        found[i] = rest / row[i]
-    return found
+            rest -= row[j] * solution[j]
+        solution[i] = rest / row[i]
+    return solution

@@ -1,4 +1,4 @@
-"""The schedule with the least expected cost."""
+"""The schedule with the least expected cost: measured times of passes, learned probabilities of acceptance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mara_runtime.schedule.cost import WIDEST, Cost
 
 
 class Adaptive:
-    """The least expected cost, by the measured curve and the learned chances."""
+    """See `Schedule`."""
 
     _CHUNKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
     _DRAFTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
-    _CONTEXTS = 64  # tokens within which the cost is taken for the same
+    _CONTEXT_STEP = 64  # tokens within which the cost counts as constant
 
     def __init__(self, cost: Cost, acceptance: Acceptance | None = None) -> None:
         self._cost = cost
@@ -26,25 +26,25 @@ class Adaptive:
         self._head = cost.heads_ms().tolist()
         self._curves: dict[int, list[float]] = {}
 
-    def plan(self, view: PassContext) -> PassPlan:
+    def plan(self, context: PassContext) -> PassPlan:
         """See `Schedule`."""
-        body = self._rows_ms(view.length)
-        plain = body[1] + self._head[1]  # what a confirmed token saves
-        gains = [0.0]  # expected number of confirmed tokens, by how many are drafted
+        body = self._rows_ms(context.length)
+        plain = body[1] + self._head[1]  # saved by a confirmed token
+        gains = [0.0]  # expected savings, by number of drafted tokens
         reached = plain
-        for chance in view.draft.chances:
+        for chance in context.draft.chances:
             reached *= chance
             gains.append(gains[-1] + reached)
         drafts = [m for m in self._DRAFTS if m < len(gains)]
-        count, start = len(view.probabilities), len(view.margins)
+        count, start = len(context.probabilities), len(context.margins)
         if not count:
             return PassPlan(0, min(drafts, key=lambda m: body[1 + m] + self._head[1 + m] - gains[m]))
 
-        if view.exhaustive:
-            chances = [0.0] * count  # of ending the decision
+        if context.exhaustive:
+            chances = [0.0] * count  # that a candidate ends the decision
         else:
-            chances = self._acceptance.estimate(view.probabilities, view.margins, view.threshold)
-        rest = self._rest(chances, start, body, view.rerun_fallback)
+            chances = self._acceptance.estimate(context.probabilities, context.margins, context.threshold)
+        rest = self._rest(chances, start, body, context.rerun_fallback)
         best, plan = math.inf, PassPlan(count - start, 0)
         rejected, examined = 1.0, start
         for size in self._sizes(count - start):
@@ -54,7 +54,7 @@ class Adaptive:
                 rejected *= 1.0 - chances[examined]
                 examined += 1
             last = examined == count
-            width = size + int(last and start > 0 and view.rerun_fallback)
+            width = size + int(last and start > 0 and context.rerun_fallback)
             follows = 0.0 if last else rejected * rest[start + size]
             for m in drafts if start == 0 else drafts[:1]:
                 head = self._head[2 + m] if m else self._head[1] * (1.0 if last else 1.0 - rejected)
@@ -68,7 +68,7 @@ class Adaptive:
         self._acceptance.update(probabilities, margins, threshold)
 
     def _rest(self, chances: list[float], start: int, body: list[float], rerun_fallback: bool) -> list[float]:
-        """[i] least expected cost of the passes that settle a decision when its first i candidates were rejected."""
+        """[i] least expected cost of the passes that end a decision whose first i candidates were rejected."""
         count, head = len(chances), self._head[1]
         rest = [0.0] * (count + 1)
         for i in range(count - 1, start, -1):
@@ -88,7 +88,7 @@ class Adaptive:
         return [*(size for size in self._CHUNKS if size < most), most]
 
     def _rows_ms(self, length: int) -> list[float]:
-        step = length // self._CONTEXTS
+        step = length // self._CONTEXT_STEP
         if step not in self._curves:
-            self._curves[step] = self._cost.rows_ms(step * self._CONTEXTS).tolist()
+            self._curves[step] = self._cost.rows_ms(step * self._CONTEXT_STEP).tolist()
         return self._curves[step]

@@ -1,8 +1,8 @@
-"""How much to put into the next pass: candidates of this position, and a drafted continuation under the first of them.
+"""What a schedule is asked and answers: candidates of this position, and drafted tokens under the first of them.
 
-A decision depends on prefix and candidate alone, so any schedule gives the sequential algorithm's answer
-(docs/method.md); what it decides is the cost. `Adaptive` weighs what a row costs on this machine (`Cost`, measured)
-against the chance that it is needed (`Acceptance` and the draft's own chances, learned while running).
+A decision depends on prefix and candidate alone, so every schedule gives the sequential algorithm's answer
+(docs/internals/method.md); it determines the cost. `Fixed` always takes the same width. `Adaptive` weighs the measured
+cost of a row against the probability that it is needed.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ class PassContext:
     length: int
     """tokens in the KV cache"""
     probabilities: NDArray[np.float64]
-    """of the position's candidates in the order of examination; empty when its token is settled and only has to run"""
+    """of the position's candidates in the order of examination; empty when the token is known and only has to run"""
     margins: tuple[float, ...] = ()
-    """of the candidates examined so far, all rejected or all to be compared"""
+    """of the candidates examined so far: all rejected, or the strategy examines every candidate"""
     threshold: float = 0.0
-    """that a margin must exceed"""
+    """a candidate is accepted when its margin exceeds this"""
     exhaustive: bool = False
-    """every candidate is examined, whatever the agent says"""
+    """every candidate is examined, whatever the agent decides"""
     rerun_fallback: bool = False
-    """after more than one pass, the last carries the fallback's row once more"""
+    """the last of several passes runs the fallback once more"""
     draft: Draft = NO_DRAFT
-    """a guess of what follows the settled token, or the first candidate"""
+    """a guess of what follows the known token, or the first candidate"""
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What the pass holds."""
+    """What the pass contains."""
 
     candidates: int
-    """how many of those not yet examined, at least 1 (0 where there is nothing to decide)"""
+    """number of those not yet examined, at least 1; 0 where there is nothing to decide"""
     drafted: int
-    """how many tokens of the draft"""
+    """number of tokens of the draft"""
 
 
 class Schedule(Protocol):
-    """Plans passes; its choices change what an answer costs, never the answer."""
+    """Plans passes. It determines what an answer costs, never the answer."""
 
-    def plan(self, view: PassContext) -> PassPlan:
-        """What to put into the next pass."""
+    def plan(self, context: PassContext) -> PassPlan:
+        """Plan the next pass."""
 
     def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:
-        """A decision is made: the candidates' probabilities in the order of examination, the margins that were seen."""
+        """Learn from a decision. probabilities: in the order of examination; margins: of the examined candidates."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Fixed:
     """candidates of a pass; None: all"""
     drafted: int = 0
 
-    def plan(self, view: PassContext) -> PassPlan:
+    def plan(self, context: PassContext) -> PassPlan:
         """See `Schedule`."""
-        left = len(view.probabilities) - len(view.margins)
+        left = len(context.probabilities) - len(context.margins)
         return PassPlan(
-            left if self.width is None else min(self.width, left), min(self.drafted, len(view.draft.tokens))
+            left if self.width is None else min(self.width, left), min(self.drafted, len(context.draft.tokens))
         )
 
     def update(self, probabilities: NDArray[np.float64], margins: Sequence[float], threshold: float) -> None:

@@ -1,7 +1,7 @@
-"""What a row of a pass costs on this machine: a short measurement, kept for the next start.
+"""Calibration: what a pass costs on this machine, by its rows; measured once and cached.
 
-It is kept outside the bundle, in the user's cache folder, under a name made of the checksums of what runs and of what
-the machine and the engine are: another machine measures anew.
+The result is cached in the user's cache folder, not in the bundle, under a name that hashes what runs, the engine and
+the machine: another machine measures for itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mara_runtime import files
@@ -22,39 +21,40 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.huge_pages import page_size
 from mara_runtime.schedule.cost import Cost
+from mara_runtime.versions import processor
 
 BUDGET_S = 6.0
-"""Time of a measurement, first passes excluded; it takes longer only until each pass was timed once."""
+"""Time budget, without the first pass of each shape; exceeded only until each pass was timed once."""
 ROUNDS = 24
 """Rounds at most."""
 RAREST = 8
-"""A wide pass is timed in one of so many rounds at least."""
+"""A wide pass is timed in at least one of so many rounds."""
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40)
 HEADS = (1, 2, 4, 8)
 CONTEXTS = (128, 1024, 4096)
-FORM = 2
-"""Of a measurement: another number whenever a pass is timed in another way."""
+VERSION = 2
+"""Version of the measurement; change it whenever passes are timed differently."""
 
 
 def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] = lambda _: None) -> Cost:
-    """The cost of width on this machine, from the cache, or measured now: then the engine's KV cache is cleared.
+    """The cost of passes on this machine, cached or measured now; measuring clears the engine's KV cache.
 
-    report: told, in words, before something is measured.
+    report: called with a line before a measurement.
     """
     name = f"cost-{_fingerprint(bundle, engine)}.json"
     with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _from_json(json.loads(files.read_cached(name)))
-    report("measuring what a wider pass costs here, once for this bundle and machine")
+    report("calibrating: timing passes of several widths, once per bundle and machine")
     cost = measure(engine, bundle.manifest.max_candidates)
     files.write_cached(name, json.dumps(asdict(cost)).encode())
     return cost
 
 
 def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> Cost:
-    """Time passes of several widths at several contexts, and take the shortest time of each.
+    """Time passes of several widths at several contexts; keeps the shortest time of each.
 
-    The contexts come in order, as an engine may grow with the first pass that needs it: what is measured at a context
-    is what a conversation of that length runs in.
+    Contexts are in ascending order: the KV cache grows with the first pass that needs it, so each context is measured
+    with the cache that a conversation of its length has.
     """
     widths = tuple(width for width in WIDTHS if width <= max(2, max_candidates))
     heads = tuple(count for count in HEADS if count in widths)
@@ -67,7 +67,7 @@ def measure(engine: Engine, max_candidates: int, budget_s: float = BUDGET_S) -> 
         if index == 0:
             keys += [(context, count, count) for count in heads]
         works = {(context, width, head): _pass(width, context, head) for context, width, head in keys}
-        for work in works.values():  # bindings and memory are made on first use
+        for work in works.values():  # bindings and memory are created on first use
             engine.run(work)
         started = time.perf_counter()
         found |= _times_ms(engine, works, started + left_s / (len(contexts) - index))
@@ -87,10 +87,9 @@ _Key = tuple[int, int, int]  # context, rows, rows through the LM head
 
 
 def _times_ms(engine: Engine, works: dict[_Key, Pass], end: float) -> dict[_Key, float]:
-    """The shortest time of each, measured in rounds until `end`, once at least.
+    """Shortest time of each, measured in rounds until `end`, at least once.
 
-    A pass of so many rows takes part in one of so many rounds: most depends on narrow ones, and a wide one takes the
-    time of many.
+    A pass of n rows takes part in every n-th round: narrow passes matter most, and a wide one takes the time of many.
     """
     times: dict[_Key, list[float]] = {key: [] for key in works}
     for number in range(ROUNDS):
@@ -102,11 +101,11 @@ def _times_ms(engine: Engine, works: dict[_Key, Pass], end: float) -> dict[_Key,
             if number % min(rows, RAREST) == 0:
                 engine.run(work)
                 times[key].append((time.perf_counter() - before) * 1e3)
-    return {key: min(values) for key, values in times.items()}  # what other programs add is no cost of ours
+    return {key: min(values) for key, values in times.items()}  # the rest is other programs' interference
 
 
 def _pass(width: int, context: int, heads: int) -> Pass:
-    """Siblings after a context; what the cache holds there does not change the time."""
+    """Siblings after a context; the content of the cache does not affect the time."""
     rows = range(width)
     return Pass([0] * width, [context] * width, context, rows[:heads], rows, [float("-inf")] * width)
 
@@ -125,19 +124,11 @@ def _fingerprint(bundle: Bundle, engine: Engine) -> str:
     engine_facts = {key: value for key, value in engine.describe().items() if key != "memory"}
     runs = (bundle.manifest.step.file, f"engines/{engine_facts['name']}/")
     facts = [
-        str((FORM, WIDTHS, HEADS, CONTEXTS, page_size())),
+        str((VERSION, WIDTHS, HEADS, CONTEXTS, page_size())),
         *(entry.sha256 for name, entry in sorted(bundle.manifest.files.items()) if name.startswith(runs)),
         json.dumps(engine_facts, sort_keys=True),
         platform.machine(),
-        _processor(),
+        processor(),
         str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line
-    return platform.processor()

@@ -39,23 +39,23 @@ class Cost:
             raise ValueError("a cost has a time for each width at each context, and for each number of heads")
 
     def rows_ms(self, context: int) -> NDArray[np.float64]:
-        """(0 … widest) cost of so many rows at a context, interpolated; beyond the last context, as there."""
-        curves = np.array([_interpolated(self.widths, row) for row in self.body_ms])
+        """(WIDEST + 1,) cost by number of rows at a context, interpolated; beyond the last context, as there."""
+        curves = np.array([_interpolate(self.widths, row) for row in self.body_ms])
         return np.array([np.interp(context, self.contexts, column) for column in curves.T])
 
     def heads_ms(self) -> NDArray[np.float64]:
-        """(0 … most) cost of so many rows through the head."""
-        return _interpolated(self.heads, self.head_ms)
+        """(WIDEST + 1,) cost by number of rows through the LM head."""
+        return _interpolate(self.heads, self.head_ms)
 
 
 WIDEST = 128
-"""Rows of a pass that are planned for; beyond the widest that was measured the last slope goes on."""
+"""Widest pass that is priced; beyond the widest that was measured, the last slope continues."""
 
 
-def _interpolated(at: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
-    """values at 0 … WIDEST, 0 at 0, never falling."""
+def _interpolate(at: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
+    """Values at 0 … WIDEST: 0 at 0, non-decreasing."""
     x, y = [0, *at], [0.0, *np.maximum.accumulate(values).tolist()]
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2]) if len(at) > 1 else y[-1]
     index = np.arange(WIDEST + 1)
-    values_there: NDArray[np.float64] = np.interp(index, x, y) + np.maximum(index - x[-1], 0) * slope
-    return values_there
+    interpolated: NDArray[np.float64] = np.interp(index, x, y) + np.maximum(index - x[-1], 0) * slope
+    return interpolated

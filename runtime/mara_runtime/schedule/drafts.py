@@ -1,7 +1,8 @@
-"""Guessing how a text goes on, for free: what followed the same tokens the last time they occurred.
+"""Drafts: guessed continuations, from what followed the same tokens the last time they occurred.
 
-A guess costs rows of a pass that is run anyway, and is verified there against the exact algorithm (docs/method.md),
-so a wrong one costs time and never changes the answer. Source of the idea: prompt lookup decoding (Saxena, 2023).
+A draft costs rows of a pass that runs anyway, and is verified there against the exact algorithm
+(docs/internals/method.md): a wrong one costs time and never changes the answer. Source: prompt lookup decoding
+(Saxena, 2023).
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ class Draft:
 
     tokens: tuple[int, ...]
     chances: tuple[float, ...]
-    """estimated probability that a token is confirmed when those before it are; 0 … 1"""
+    """estimated probability that a token is confirmed if those before it are; 0 … 1"""
 
 
 NO_DRAFT = Draft((), ())
 
 
 class DraftSource(Protocol):
-    """Where guesses come from. It sees every token of the text, in order, and may learn from it."""
+    """Where drafts come from. It sees every token of the text, in order, and may learn from it."""
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """A text begins with these tokens."""
+        """Start a text with these tokens."""
 
     def extend(self, token: int, first_choice: bool) -> None:
-        """The text goes on with `token`; first_choice: only such a token could have been confirmed."""
+        """Append `token` to the text; first_choice: the LM's first choice and accepted, as a confirmed draft is."""
 
     def draft(self, following: int, most: int) -> Draft:
         """Guess up to `most` tokens, ids of the vocabulary, after the text so far and `following`."""
 
 
 LONGEST, SHORTEST = 6, 2
-"""Tokens of an n-gram that is looked up; the longest that is known decides."""
+"""Lengths of n-grams that are looked up; the longest known one decides."""
 MOST_NGRAMS = 20_000
-"""Of each length; a table that grows beyond is begun anew."""
-_PRIOR = (1.0, 3.0)  # confirmed and missed guesses that every length of n-gram begins with
-_MEMORY = 0.98  # weight of the past when a guess is counted
+"""Per length; a table that would grow beyond is cleared."""
+_PRIOR = (1.0, 3.0)  # initial counts of confirmed and missed guesses, per length
+_MEMORY = 0.98  # decay of the counts
 
 
 class NGrams:
@@ -50,7 +51,7 @@ class NGrams:
     def __init__(self) -> None:
         self._after: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(SHORTEST, LONGEST + 1)}
         self._text: list[int] = []
-        self._hits = {n: list(_PRIOR) for n in self._after}  # [confirmed, missed], fading
+        self._hits = {n: list(_PRIOR) for n in self._after}  # [confirmed, missed], decaying
 
     def begin(self, tokens: Sequence[int]) -> None:
         """See `DraftSource`."""
@@ -59,7 +60,7 @@ class NGrams:
             self._learn(int(token))
 
     def extend(self, token: int, first_choice: bool) -> None:
-        """See `DraftSource`. What would have been guessed here is scored, whether or not a pass carried it."""
+        """See `DraftSource`. What would have been guessed here is scored, whether or not it was run."""
         length, guess = self._look_up(self._text)
         if guess is not None:
             hit = first_choice and guess == token

@@ -1,0 +1,102 @@
+"""The passes from a traced graph to a step graph, in order. This is the one place that knows the order.
+
+trace (trace.py)      PyTorch → a graph with one custom node per attention, rotary embedding and norm
+load (weights.py)     constants become weights, duplicates go
+lowering              custom nodes → operators of an engine: PASSES of ort.py, portable.py or decomposed.py
+weights               int8, int4: quantise.py or qdq.py; else the tied head is merged (weights.py)
+float precision       precision.py: compute in the KV cache's type, or store in float16
+join (step.py)        the agent, the choice among candidates, the LM head on the chosen rows
+save (weights.py)     the graph, and its weights beside it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from onnx import helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from mara_export.graph import decomposed, ort, portable
+from mara_export.graph.nodes import GraphContext, Pass, Tables
+from mara_export.graph.precision import narrow, store_float16
+from mara_export.graph.qdq import quantise_qdq
+from mara_export.graph.quantise import quantise
+from mara_export.graph.step import join_agent
+from mara_export.graph.weights import load, save, tie_head
+from mara_export.options import ExportOptions
+from mara_export.progress import Progress
+from mara_runtime.tensors import ModelShape, spare_slots
+
+LOWERINGS: dict[str, ModuleType] = {"ort": ort, "portable": portable, "decomposed": decomposed}
+"""Modules with OPSETS and PASSES; targets.LOWERINGS has their facts."""
+QUANTISERS: dict[str, Pass] = {"ort": quantise, "portable": quantise_qdq, "decomposed": quantise_qdq}
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """What tracing left on disk, and what it found out on the way."""
+
+    llm: Path
+    agent: Path
+    shape: ModelShape
+    rotary: Tables
+    """for the longest context and most candidates that a bundle of this trace may have"""
+
+
+def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[Pass, ...]]]:
+    """(stage, passes) in order."""
+    yield f"lower to {options.lowering!r}", LOWERINGS[options.lowering].PASSES
+    if options.quantisation is not None:
+        yield f"quantise to {options.precision}", (QUANTISERS[options.lowering],)
+    else:
+        yield "tie the LM head", (tie_head,)
+    if options.cache != "float32":
+        yield f"narrow to {options.cache}", (narrow,)
+    elif options.precision == "fp16":
+        yield "store as float16", (store_float16,)
+    yield "join with the agent", (join_agent,)
+
+
+def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
+    """Make the step graph for one set of options and write it to `path`. Raises MaraError."""
+    context = GraphContext(traced.shape, _tables(traced, options), options, traced.agent, progress)
+    with _no_logs():
+        model = load(traced.llm)
+        graph = model.graph
+        graph.opset_imports.clear()
+        graph.opset_imports.update(LOWERINGS[options.lowering].OPSETS)
+        for stage, steps in passes(options):
+            with progress.stage(stage):
+                for step in steps:
+                    step(graph, context)
+        with progress.stage("write"):
+            RemoveUnusedNodesPass()(model)
+            graph.sort()
+            opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
+            model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
+            model.producer_name, model.producer_version = "mara-export", ""
+            save(model, path)
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    """onnx-ir and ONNX Runtime's quantisers, which configure the root logger, report every step."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
+def _tables(traced: TracedGraph, options: ExportOptions) -> Tables:
+    """Rotary tables for as many positions as a row may have."""
+    if options.max_context is None:
+        return traced.rotary
+    count = options.max_context + spare_slots(options.max_candidates)
+    return traced.rotary[0][:count], traced.rotary[1][:count]

@@ -1,0 +1,76 @@
+"""The `portable` lowering: standard ONNX operators, for ONNX Runtime and TensorRT ≥ 10.15.
+
+Attention, TensorScatter (the KV cache, in place under TensorRT), RotaryEmbedding, RMSNormalization.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from mara_export.graph.nodes import (
+    ATTENTION,
+    NORM,
+    ROTARY,
+    Builder,
+    GraphContext,
+    Pass,
+    attribute,
+    custom_nodes,
+    replace_node,
+)
+from mara_runtime import tensors
+
+OPSETS = {"": 24}
+
+
+def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
+    """CachedAttention → TensorScatter of keys and values, Attention over all of them."""
+    add = Builder(graph, "portable")
+    for node in custom_nodes(graph, ATTENTION):
+        q, k, v, past_k, past_v, mask, write = node.inputs
+        keys, values = (
+            add(
+                "TensorScatter",
+                past,
+                new,
+                write,
+                out=f"{node.name}/{part}",
+                name=f"{node.name}/{part}",
+                axis=-2,
+                mode="linear",
+            )
+            for part, past, new in (("key", past_k, k), ("value", past_v, v))
+        )
+        out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", scale=attribute(node, "scale"))
+        replace_node(node, out, keys, values)
+
+
+def rotary_embedding(graph: ir.Graph, context: GraphContext) -> None:
+    """Rotary → RotaryEmbedding of queries and of keys."""
+    add = Builder(graph, "portable")
+    cos, sin = rotary_weights(add, context)
+    positions = add.input(tensors.POSITION_IDS)
+    for node in custom_nodes(graph, ROTARY):
+        rotated = [
+            add("RotaryEmbedding", value, cos, sin, positions, out=f"{node.name}/{part}")
+            for part, value in zip("qk", node.inputs, strict=True)
+        ]
+        replace_node(node, *rotated)
+
+
+def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
+    """RMSNorm → RMSNormalization."""
+    add = Builder(graph, "portable")
+    for node in custom_nodes(graph, NORM):
+        epsilon = attribute(node, "epsilon")
+        out = f"{node.name}/normalised"
+        replace_node(node, add("RMSNormalization", *node.inputs, out=out, axis=-1, epsilon=epsilon))
+
+
+def rotary_weights(add: Builder, context: GraphContext) -> tuple[ir.Value, ir.Value]:
+    """The tables of cosines and sines as weights."""
+    cos, sin = context.rotary
+    return add.weight("rotary/cos", cos), add.weight("rotary/sin", sin)
+
+
+PASSES: tuple[Pass, ...] = (cached_attention, rotary_embedding, rms_norms)

@@ -1,0 +1,257 @@
+"""Comparing an engine with the reference: `measure` the differences, `check` them against a Gate, and report both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mara_export.parity.rows import F32, NAMES, Case, Side, difference
+from mara_runtime.manifest import Noise
+
+LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
+RANKS = 40
+NOISE_FLOOR = 1e-5
+"""Least noise, relative to the reference's largest value: float32 sums of thousands of terms have about a tenth of it
+as rounding error, and two runs of the same kernels may happen to agree to the last bit."""
+NOISE_FACTOR = 4.0
+"""Gaps below this many times the measured noise are not compared: both sides have rounding errors of their own, and the
+noise is a maximum over fewer rows than are compared."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What an export of one precision has to reach."""
+
+    least_cosine: float
+    greatest_difference: float
+    """relative to the largest value of the reference"""
+    differing: float = 0.0
+    """share of the compared outcomes (best tokens, decisions) that may differ"""
+    min_gap: float = 0.0
+    """nats; a best token that leads by less is not compared, as rounding the weights may rightly overturn it"""
+    all_ranks: bool = False
+    """the order of the RANKS best tokens must agree, too, not only the best one"""
+
+
+GATES = {
+    "fp32": Gate(least_cosine=0.99999, greatest_difference=1e-4, all_ranks=True),
+    "fp16": Gate(least_cosine=0.9999, greatest_difference=2e-2, differing=0.02, min_gap=0.05),
+    "bf16": Gate(least_cosine=0.999, greatest_difference=0.1, differing=0.05, min_gap=0.2),
+    "int8": Gate(least_cosine=0.99, greatest_difference=0.2, differing=0.05, min_gap=0.25),
+    "int4": Gate(least_cosine=0.7, greatest_difference=1.0, differing=0.2, min_gap=1.0),
+}
+"""By precision. Below fp32 they are wide, as random and tiny models lose more to rounding than trained and large ones:
+they catch a broken export, and the report says what was lost."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Outcomes of many rows, compared where the reference's gap exceeds a threshold."""
+
+    compared: int
+    within_noise: int
+    """not compared"""
+    differing: int
+    """of those compared"""
+    changed: int
+    """of all"""
+
+    @staticmethod
+    def total(parts: Iterable[Counts]) -> Counts:
+        """The sum of several."""
+        return Counts(*(sum(column) for column in zip(*(asdict(part).values() for part in parts), strict=True)))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The differences of the two sides, and how noisy each of them is."""
+
+    prompts: int
+    rows: int
+    numbers: dict[str, dict[str, float]]
+    """by name in NAMES: greatest difference relative to the largest value; least cosine of hidden states and logits"""
+    noise: dict[str, float]
+    """by name in NAMES, NOISE_FACTOR and NOISE_FLOOR applied"""
+    level_flips: dict[str, float]
+    """of margins and logits, NOISE_FACTOR applied; 0 where nothing rounds activations"""
+    outcomes: dict[str, Counts]
+    """of the best token ("first"), the RANKS best ("ranks"), and the agent's "decisions" """
+    min_gap: dict[str, float]
+    """nats; outcomes with a smaller gap were not compared: the noise, or the gate's min_gap if that is larger"""
+    perplexity: dict[str, float] | None
+    """of the texts among the prompts, "reference" and "exported"; None without texts, or where it overflows"""
+    largest_activation: float | None
+    """of the reference; None where the engine has float32's range"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of the gate, for the manifest and the screen."""
+
+    measured: Measurement
+    failures: list[str]
+
+    @property
+    def engine_noise(self) -> Noise:
+        """What the manifest records for decoding: the noise, level flips included."""
+        noise, flips = self.measured.noise, self.measured.level_flips
+        return Noise(**{name: max(noise[name], flips[name]) for name in flips})
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        m = self.measured
+        return {
+            "passed": not self.failures,
+            "prompts": m.prompts,
+            "rows": m.rows,
+            **m.numbers,
+            "noise": m.noise,
+            **{name: asdict(counts) for name, counts in m.outcomes.items()},
+            "min_gap": m.min_gap,
+            "perplexity": m.perplexity,
+            "largest_activation": m.largest_activation,
+        }
+
+
+def compare(
+    cases: Sequence[Case], sides: Sequence[Side], gate: Gate, largest_activation: float | None = None
+) -> Report:
+    """Compare an engine's sides with the reference of the same cases.
+
+    largest_activation: of the reference, where float16 has to hold it: a CPU, which computes in float32, does not show
+    what would overflow on a GPU.
+    """
+    measured = measure(cases, sides, gate.min_gap, largest_activation)
+    return Report(measured, list(check(measured, gate)))
+
+
+def measure(
+    cases: Sequence[Case], sides: Sequence[Side], min_gap: float, largest_activation: float | None = None
+) -> Measurement:
+    """All figures, without judging them. min_gap: of best tokens, as in Gate."""
+    pairs = [(case.reference, side) for case, side in zip(cases, sides, strict=True)]
+    noise = {name: _noise(pairs, name) for name in NAMES}
+    flips = {
+        name: NOISE_FACTOR * _largest(side.level_flips(name) for _, side in pairs) for name in ("margins", "logits")
+    }
+    gaps = {"first": max(noise["logits"], min_gap), "ranks": noise["logits"], "decisions": noise["margins"]}
+    rows = [(reference.rows, side.rows) for reference, side in pairs]
+    return Measurement(
+        prompts=len(cases),
+        rows=sum(len(a.margins) for a, _ in rows),
+        numbers={name: _numbers(pairs, name) for name in NAMES},
+        noise=noise,
+        level_flips=flips,
+        outcomes={
+            "first": Counts.total(compare_ranks(a.logits, b.logits, gaps["first"], 1) for a, b in rows),
+            "ranks": Counts.total(compare_ranks(a.logits, b.logits, gaps["ranks"]) for a, b in rows),
+            "decisions": Counts.total(compare_decisions(a.margins, b.margins, gaps["decisions"]) for a, b in rows),
+        },
+        min_gap=gaps,
+        perplexity=_perplexities(cases, sides),
+        largest_activation=largest_activation,
+    )
+
+
+def check(measured: Measurement, gate: Gate) -> Iterator[str]:
+    """Each way in which the figures miss the gate, in words. Comparisons are written so that NaN fails."""
+    activation = measured.largest_activation
+    if activation is not None and not activation <= LARGEST_FLOAT16:
+        yield f"activations reach {activation:,.0f}, and float16 ends at {LARGEST_FLOAT16:,.0f}: use bf16 or fp32"
+    for name, numbers in measured.numbers.items():
+        greatest, cosine = numbers["greatest_difference"], numbers.get("least_cosine", 1.0)
+        if not greatest <= gate.greatest_difference:
+            yield f"{name}: greatest difference {greatest:.1e}, the gate is {gate.greatest_difference}"
+        if not cosine >= gate.least_cosine:
+            yield f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}"
+    for name, value in measured.noise.items():
+        if not np.isfinite(value):
+            yield f"{name}: not finite in a recomputed row"
+    for name, value in measured.level_flips.items():
+        if not np.isfinite(value):
+            yield f"{name}: not finite in a perturbed row"
+    for name, counts in measured.outcomes.items():
+        if (name != "ranks" or gate.all_ranks) and counts.differing > gate.differing * counts.compared:
+            yield (
+                f"{name}: {counts.differing} of {counts.compared} differ that have a gap of more than "
+                f"{measured.min_gap[name]:.2g} nats"
+            )
+
+
+Pairs = Sequence[tuple[Side, Side]]
+"""(reference, engine) of each case."""
+
+
+def _numbers(pairs: Pairs, name: str) -> dict[str, float]:
+    """Both kinds of rows of the engine: each of them is used to decode."""
+    values = [(getattr(a.rows, name), getattr(b.rows, name)) for a, b in pairs]
+    values += [(getattr(a.rows.tail(len(b.recomputed.margins)), name), getattr(b.recomputed, name)) for a, b in pairs]
+    scale = np.max([np.abs(a).max() for a, _ in values])
+    numbers = {"greatest_difference": _largest(difference(a, b) for a, b in values) / float(scale or 1.0)}
+    if name != "margins":  # one number per row has no direction
+        numbers["least_cosine"] = float(np.min([least_cosine(a, b) for a, b in values]))
+    return numbers
+
+
+def _noise(pairs: Pairs, name: str) -> float:
+    floor = NOISE_FLOOR * max(float(np.abs(getattr(a.rows, name)).max()) for a, _ in pairs)
+    return float(np.maximum(NOISE_FACTOR * _largest(side.noise(name) for pair in pairs for side in pair), floor))
+
+
+def _largest(values: Iterable[float]) -> float:
+    return float(np.max([*values]))  # passes NaN on, as max does not
+
+
+def _perplexities(cases: Sequence[Case], sides: Sequence[Side]) -> dict[str, float] | None:
+    texts = [(case, side) for case, side in zip(cases, sides, strict=True) if case.is_text and len(case.tokens) > 1]
+    values = {
+        "reference": perplexity([(case.tokens, case.reference.rows.logits) for case, _ in texts]),
+        "exported": perplexity([(case.tokens, side.rows.logits) for case, side in texts]),
+    }
+    return values if texts and all(map(np.isfinite, values.values())) else None
+
+
+def perplexity(texts: Sequence[tuple[Sequence[int], F32]]) -> float:
+    """exp of the mean negative log-likelihood of the tokens of texts: T tokens, and logits (≥ T, V) after each."""
+    losses = []
+    for tokens, rows in texts:
+        x = rows[: len(tokens) - 1].astype(np.float64)
+        greatest = x.max(axis=1)
+        total = np.log(np.exp(x - greatest[:, None]).sum(axis=1)) + greatest
+        losses += (total - x[np.arange(len(x)), list(tokens[1:])]).tolist()
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.mean(losses))) if losses else 1.0
+
+
+def compare_ranks(reference: F32, exported: F32, min_gap: float, ranks: int = RANKS) -> Counts:
+    """Of logits (N, V): is the token at each of the best `ranks` ranks the same?
+
+    A rank is compared where the reference's logit there is further than `min_gap` from both its neighbours.
+    """
+    count = min(ranks, reference.shape[1] - 1)
+    order = np.argsort(-reference, axis=1, kind="stable")[:, : count + 1]
+    ranked = np.take_along_axis(reference, order, axis=1)
+    gaps = np.pad(ranked[:, :-1] - ranked[:, 1:], ((0, 0), (1, 0)), constant_values=np.inf)  # to the better one
+    clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > min_gap
+    return _counts(clear, order[:, :count] != np.argsort(-exported, axis=1, kind="stable")[:, :count])
+
+
+def compare_decisions(reference: F32, exported: F32, min_gap: float) -> Counts:
+    """Of N margins: are the same accepted? Compared where the reference's margin is further than `min_gap` from 0."""
+    return _counts(np.abs(reference) > min_gap, (reference > 0) != (exported > 0))
+
+
+def _counts(clear: NDArray[np.bool_], differing: NDArray[np.bool_]) -> Counts:
+    return Counts(int(clear.sum()), int((~clear).sum()), int((clear & differing).sum()), int(differing.sum()))
+
+
+def least_cosine(a: F32, b: F32) -> float:
+    """The smallest cosine of corresponding rows (N, D); equal rows have 1, rows of zeros no direction."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    cosine = np.divide((x * y).sum(1), norms, out=np.zeros_like(norms), where=norms != 0)
+    return float(np.where((x == y).all(axis=1), 1.0, cosine).min())

@@ -1,0 +1,75 @@
+"""What the commands that decode with a bundle have in common: engine, chat template, decoding options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mara_deploy.commands.options import from_args, reject
+from mara_runtime.config import ENGINES, DecodeConfig
+from mara_runtime.errors import OptionError
+from mara_runtime.manifest import Manifest
+from mara_runtime.options import Options, option
+
+if TYPE_CHECKING:
+    from mara_runtime.decoder import AlignedDecoder
+
+BUNDLE_HELP = "bundle folder made by mara-export"
+TEMPLATE_HELP = "variable for the chat template, as in enable_thinking=false"
+
+
+@dataclass(frozen=True)
+class EngineOptions(Options):
+    """How a bundle is opened."""
+
+    engine: str = option(
+        "auto",
+        "engine to run; auto: the first one that the bundle and this machine support",
+        choices=("auto", *ENGINES),
+    )
+    threads: int | None = option(None, "threads of a CPU engine", least=1, unset="one per physical core")
+    verify: bool = option(True, "skip the verification of the bundle's checksums")
+
+    def open(self, bundle: str, report: Callable[[str], None]) -> AlignedDecoder:
+        """Open a bundle. report: takes messages about what takes time. Raises MaraError."""
+        from mara_runtime.decoder import AlignedDecoder
+
+        return AlignedDecoder(bundle, engine=self.engine, threads=self.threads, verify=self.verify, report=report)
+
+
+def decode_config(args: argparse.Namespace) -> DecodeConfig:
+    """The decoding options. Raises OptionError, also for options without effect."""
+    config = from_args(DecodeConfig, args)
+    if not config.align:
+        reject(args, DecodeConfig, ("strategy", "order", "fallback", "threshold"), "--no-align runs no agent")
+    default = DecodeConfig()
+    drafts = not config.sample and (config.strategy, config.order) == (default.strategy, default.order)
+    if config.draft and not drafts:
+        reject(args, DecodeConfig, ("draft",), "only greedy decoding and top1 in ranked order use drafts")
+    return config
+
+
+def template_variables(settings: Sequence[str]) -> dict[str, Any]:
+    """The values of `--template` by key. Raises OptionError."""
+    variables = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        try:
+            variables[key] = json.loads(value)
+        except ValueError:
+            sign = ""
+        if not key or not sign:
+            raise OptionError(
+                f"--template is {setting!r}; it must be KEY=JSON, as in enable_thinking=false or 'name=\"text\"'"
+            )
+    return variables
+
+
+def prompt_options(manifest: Manifest) -> str:
+    """Example options for `mara-run` with this bundle."""
+    prompt = "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'
+    few = manifest.max_candidates < DecodeConfig().top_k
+    return f"{prompt} --top-k {manifest.max_candidates}" if few else prompt

@@ -1,0 +1,76 @@
+"""What a reader should know before trusting the rates of an evaluation, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mara_deploy.evaluate.evaluate import Evaluation, ScoredAnswers
+
+_MIN_UNITS = 20
+"""Bootstrap intervals over fewer units are markedly too narrow."""
+_TRUNCATED, _EMPTY, _LENGTH_RATIO = 0.1, 0.05, 0.2
+"""Shares of truncated and empty answers, and the relative difference in length, from which a caution is given."""
+
+
+def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """One sentence each. units: number of units ("prompt" or "group"); decoding: {source: its settings}."""
+    yield from _few_units(evaluation, units, unit)
+    if evaluation.seen:
+        seen, total = len(evaluation.seen), len(evaluation.prompts)
+        rest = "there are none left to compare" if seen == total else "the report also gives the rates without them"
+        yield f"{seen} of {total} prompts also occur in the training set; {rest}."
+    for side in (evaluation.aligned, *evaluation.baselines.values()):
+        if side.text.cut_off >= _TRUNCATED:
+            remedy = _truncation(side, decoding.get(side.name, {}).get("max_new_tokens"))
+            yield f"{side.text.cut_off:.0%} of the answers of {side.name} are truncated: {remedy}."
+        if side.text.empty >= _EMPTY:
+            yield f"{side.text.empty:.0%} of the answers of {side.name} contain no words."
+    ours = evaluation.aligned.text.words_mean
+    for name, side in evaluation.baselines.items():
+        theirs = side.text.words_mean
+        if abs(ours - theirs) > _LENGTH_RATIO * max(theirs, 1.0):
+            yield (
+                f"Aligned answers have {ours:.0f} words on average, those of {name} {theirs:.0f}: see the rates by "
+                "length, as scores often favour long or short answers."
+            )
+        outcome = evaluation.comparisons[name].combined
+        if [outcome.wins, outcome.ties, outcome.losses].count(0) == 2:
+            yield f"All prompts have the same outcome against {name}: the bootstrap cannot estimate the spread."
+        if name.startswith("best-of-"):
+            yield f"{name} selects its answer by the same score that compares it."
+
+
+def _few_units(evaluation: Evaluation, units: int, unit: str) -> Iterator[str]:
+    if units < _MIN_UNITS:
+        yield f"{counted(units, unit)}: intervals over fewer than {_MIN_UNITS} are too narrow, or missing."
+        return
+    for name, comparison in evaluation.comparisons.items():
+        parts = {**comparison.by_length, "unseen": comparison.unseen}
+        few = [f"{key}: {counted(p.units, unit)}" for key, p in parts.items() if p and p.units < _MIN_UNITS]
+        if few:
+            yield (
+                f"Subsets of the prompts against {name} ({'; '.join(few)}): intervals over fewer than {_MIN_UNITS} are "
+                "too narrow, or missing."
+            )
+
+
+def _truncation(side: ScoredAnswers, limit: int | None) -> str:
+    """How to let the answers finish. limit: their --max-new-tokens; None: unknown."""
+    truncated = [answer.tokens for answer in side.answers if answer.finish_reason == "length"]
+    full = sum(tokens < limit for tokens in truncated) if limit is not None else 0  # the context ended first
+    if not full:
+        return "raise --max-new-tokens"
+    context = (
+        "the context length of the checkpoint: use shorter prompts"
+        if side.counters is None
+        else "the context length of the bundle: export it with a larger --max-context, or use shorter prompts"
+    )
+    if full == len(truncated):
+        return f"by {context}"
+    return f"{len(truncated) - full} by --max-new-tokens, {full} by {context}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

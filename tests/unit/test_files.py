@@ -1,0 +1,63 @@
+"""Files: written atomically with the user's permissions, errors in one line, one run per folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mara_deploy.files import fingerprint, run_lock, write_file
+from mara_runtime.errors import MaraError
+from mara_runtime.files import write_atomic
+
+
+@pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_text("new")], ids=["bytes", "text", "call"])
+def test_a_file_is_replaced_with_the_permissions_of_the_umask(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        write_atomic(path, content)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fails(partial: Path) -> None:
+        assert partial.parent == tmp_path
+        partial.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(MaraError, match=rf"cannot write {path}: No space left on device$"):
+        write_file(path, fails)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(MaraError, match="cannot write"):
+        write_file(path / "b.txt", "text")
+
+
+def test_one_run_at_a_time_uses_a_folder(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with run_lock(folder), pytest.raises(MaraError, match=f"another run is using {folder}"), run_lock(folder):
+        pass
+    with run_lock(folder):
+        assert list(folder.iterdir()) == []
+
+
+def test_a_fingerprint_changes_with_weights_and_configuration(tmp_path):
+    for name in ("config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text("a")
+    first = fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("b")
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "model.safetensors").write_text("b")
+    assert fingerprint(tmp_path) != first
