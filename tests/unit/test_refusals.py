@@ -151,6 +151,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EVAL + "--limit 0", ("--limit is 0", WHOLE_1)),
     (EVAL + "--examples -1", ("--examples is -1", "at least 0")),
     (EVAL + "--out=", ("--out is empty",)),
+    (EVAL + "--training-prompts=", ("--training-prompts is empty",)),
     (EVAL + "--sample-checkpoint", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--sample-checkpoint --baseline greedy --baseline sample", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--temperature 0.5", ("--temperature is 0.5", "leave it out")),
