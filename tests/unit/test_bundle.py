@@ -70,13 +70,13 @@ def flip_a_bit(path: Path) -> str:
 def shorten(path: Path) -> str:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    return f"{size - 1} bytes .* {size}"
+    return f"{size - 1} bytes.* {size}"
 
 
 def lengthen(path: Path) -> str:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"x")
-    return f"{size + 1} bytes .* {size}"
+    return f"{size + 1} bytes.* {size}"
 
 
 def remove(path: Path) -> str:
