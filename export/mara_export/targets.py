@@ -28,15 +28,15 @@ class Lowering:
     """default first"""
     in_place: bool
     """the engine writes new KV entries into its cache; False: TensorRT needs a second cache, and the two are swapped"""
-    tensorrt_since: tuple[int, int] | None
+    tensorrt_since: tuple[int, int] | None = None
     """oldest TensorRT that reads it; None: TensorRT does not"""
-    fused_attention: bool
+    fused_attention: bool = False
     """TensorRT runs attention as one kernel, without its scores in memory (not in float32)"""
-    grouped_attention: bool
+    grouped_attention: bool = False
     """queries that share keys are rows of one matrix, so the mask is repeated for each query of a group"""
-    quantised_table: bool
+    quantised_table: bool = False
     """int8 and int4 quantise the embedding table, too"""
-    fused_projections: bool
+    fused_projections: bool = False
     """q, k, v are one matrix, and gate and up another"""
 
 
@@ -48,8 +48,6 @@ LOWERINGS = {
             summary="ONNX Runtime's fused attention",
             quantisers=QUANTISERS,
             in_place=True,
-            tensorrt_since=None,
-            fused_attention=False,
             grouped_attention=True,
             quantised_table=True,
             fused_projections=True,
@@ -61,9 +59,6 @@ LOWERINGS = {
             in_place=True,
             tensorrt_since=(10, 15),
             fused_attention=True,
-            grouped_attention=False,
-            quantised_table=False,
-            fused_projections=False,
         ),
         Lowering(
             name="decomposed",
@@ -71,10 +66,6 @@ LOWERINGS = {
             quantisers=("rtn",),
             in_place=False,
             tensorrt_since=(10, 3),
-            fused_attention=False,
-            grouped_attention=False,
-            quantised_table=False,
-            fused_projections=False,
         ),
     )
 }

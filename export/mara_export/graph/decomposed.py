@@ -26,6 +26,7 @@ from mara_export.graph.nodes import (
 )
 from mara_export.graph.portable import rotary_weights
 from mara_export.graph.precision import island
+from mara_export.graph.qdq import quantise_qdq
 from mara_runtime import tensors
 
 OPSETS = {"": 20}
@@ -117,4 +118,5 @@ def _island(add: Builder, op: str, *inputs: ir.Value | None, out: str, **attribu
     return value
 
 
+QUANTISE: Pass = quantise_qdq
 PASSES: tuple[Pass, ...] = (attention, rotary, rms_norms)

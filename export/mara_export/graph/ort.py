@@ -37,6 +37,7 @@ from mara_export.graph.nodes import (
     replace_node,
 )
 from mara_export.graph.portable import rms_norms
+from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
@@ -242,4 +243,5 @@ def _merged_heads(out: ir.Value) -> ir.Value | None:
     return out
 
 
+QUANTISE: Pass = quantise
 PASSES: tuple[Pass, ...] = (grouped_attention, rms_norms, join_projections, fuse_residuals)

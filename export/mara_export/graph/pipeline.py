@@ -3,7 +3,7 @@
 trace (trace.py)      PyTorch → a graph with one custom node per attention, rotary embedding and norm
 load (weights.py)     constants become weights, duplicates go
 lowering              custom nodes → operators of an engine: PASSES of ort.py, portable.py or decomposed.py
-weights               int8, int4: quantise.py or qdq.py; else the tied head is merged (weights.py)
+weights               int8, int4: QUANTISE of the lowering (quantise.py, qdq.py); else tie_head (weights.py)
 float precision       precision.py: compute in the KV cache's type, or store in float16
 join (step.py)        the agent, the choice among candidates, the LM head on the chosen rows
 save (weights.py)     the graph, and its weights beside it
@@ -24,8 +24,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mara_export.graph import decomposed, ort, portable
 from mara_export.graph.nodes import GraphContext, Pass, Tables
 from mara_export.graph.precision import narrow, store_float16
-from mara_export.graph.qdq import quantise_qdq
-from mara_export.graph.quantise import quantise
 from mara_export.graph.step import join_agent
 from mara_export.graph.weights import load, save, tie_head
 from mara_export.options import ExportOptions
@@ -33,8 +31,7 @@ from mara_export.progress import Progress
 from mara_runtime.tensors import ModelShape, spare_slots
 
 LOWERINGS: dict[str, ModuleType] = {"ort": ort, "portable": portable, "decomposed": decomposed}
-"""Modules with OPSETS and PASSES; targets.LOWERINGS has their facts."""
-QUANTISERS: dict[str, Pass] = {"ort": quantise, "portable": quantise_qdq, "decomposed": quantise_qdq}
+"""Modules with OPSETS, PASSES and QUANTISE; targets.LOWERINGS has their facts."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,10 @@ class TracedGraph:
 
 def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[Pass, ...]]]:
     """(stage, passes) in order."""
-    yield f"lower to {options.lowering!r}", LOWERINGS[options.lowering].PASSES
+    lowering = LOWERINGS[options.lowering]
+    yield f"lower to {options.lowering!r}", lowering.PASSES
     if options.quantisation is not None:
-        yield f"quantise to {options.precision}", (QUANTISERS[options.lowering],)
+        yield f"quantise to {options.precision}", (lowering.QUANTISE,)
     else:
         yield "tie the LM head", (tie_head,)
     if options.cache != "float32":

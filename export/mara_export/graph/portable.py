@@ -18,6 +18,7 @@ from mara_export.graph.nodes import (
     custom_nodes,
     replace_node,
 )
+from mara_export.graph.qdq import quantise_qdq
 from mara_runtime import tensors
 
 OPSETS = {"": 24}
@@ -73,4 +74,5 @@ def rotary_weights(add: Builder, context: GraphContext) -> tuple[ir.Value, ir.Va
     return add.weight("rotary/cos", cos), add.weight("rotary/sin", sin)
 
 
+QUANTISE: Pass = quantise_qdq
 PASSES: tuple[Pass, ...] = (cached_attention, rotary_embedding, rms_norms)
