@@ -267,6 +267,7 @@ def test_a_refusal_is_one_line_that_names_what_is_wrong(
     assert sorted(bundle.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_demo_needs_both_its_halves(capsys: pytest.CaptureFixture[str]) -> None:
     from mara_deploy.models import find_agent
     from mara_runtime.errors import MaraError

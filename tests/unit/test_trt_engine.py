@@ -233,6 +233,7 @@ def prefer_the_last_of_equals(folder: Path) -> None:
     onnx.save(model, folder / "step.onnx")
 
 
+@pytest.mark.slow
 def test_the_device_suite_asks_for_no_order_of_equal_numbers(tmp_path: Path, machine: Machine) -> None:
     made = bundle(tmp_path)
     prefer_the_last_of_equals(tmp_path)
