@@ -1,10 +1,10 @@
-"""A released MARA agent on its LLM, for real: export, ten prompts plain and aligned, evaluation.
+"""A released MARA agent on its LLM: export, ten prompts plain and aligned, evaluation.
 
     python examples/released_agent.py --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth
 
 needs a login at the Hugging Face Hub with access to the LLM; docs/guide/released-agents.md says which agent goes with
 which model.
-Without --agent it lists what the repository holds. The evaluation takes the reward and the cost model of the paper
+Without --agent it lists the repository's agents. The evaluation takes the reward and the cost model of the paper
 (PKU-Alignment/beaver-7b-v1.0-reward and -cost, 7B parameters each, for non-commercial use). Options after `--` are
 those of mara-eval and may name other scores:
 
@@ -13,15 +13,18 @@ those of mara-eval and may name other scores:
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mara_deploy.commands import eval, export
+from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded
+from mara_export.targets import PRECISIONS
 from mara_runtime.errors import OptionError
+from mara_runtime.options import Options, option
 
 AGENTS = "IAAR-Shanghai/MARA_AGENTS"
 BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
@@ -31,14 +34,21 @@ SCORES = (
 )
 
 
+@dataclass(frozen=True)
+class ReleasedAgentArguments(Options):
+    """What to try."""
+
+    model: str = option("llama3.2-1b", "model, as in mara-export", metavar="MODEL")
+    agent: str | None = option(None, f"{AGENTS}:FILE.pth; without it, the files are listed", metavar="AGENT")
+    precision: str = option("fp32", "data type of the stored LLM weights, as in mara-export", choices=PRECISIONS)
+    prompts: str = option(str(Path(__file__).with_name("prompts.txt")), "prompts, as in mara-eval", metavar="FILE")
+    max_new_tokens: int = option(256, "maximum number of tokens per answer", least=1)
+    out: Path = option(Path("released-agent"), "folder to write", metavar="DIR")
+
+
 def parser() -> Parser:
     options = Parser("released_agent", __doc__.split("\n\n")[0])
-    options.add_argument("--model", default="llama3.2-1b", metavar="M", help="as of mara-export (default llama3.2-1b)")
-    options.add_argument("--agent", metavar="A", help=f"{AGENTS}:FILE.pth; left out: list the files")
-    options.add_argument("--precision", default="fp32", help="as of mara-export (default fp32)")
-    options.add_argument("--prompts", default=str(Path(__file__).with_name("prompts.txt")), metavar="FILE")
-    options.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default 256)")
-    options.add_argument("--out", type=Path, default=Path("released-agent"), metavar="DIR", help="folder to write")
+    add_options(options, ReleasedAgentArguments)
     return options
 
 
@@ -48,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for_eval = given[cut + 1 :]
     if "--score" not in for_eval:
         for_eval += SCORES
-    return guarded(parser(), lambda args: run(args, for_eval), given[:cut])
+    return guarded(parser(), lambda args: run(from_args(ReleasedAgentArguments, args), for_eval), given[:cut])
 
 
-def run(args: argparse.Namespace, for_eval: list[str]) -> None:
+def run(args: ReleasedAgentArguments, for_eval: list[str]) -> None:
     if args.agent is None:
-        raise OptionError(f"--agent is missing; {AGENTS} holds {', '.join(released_files())}")
+        raise OptionError(f"--agent is missing; {AGENTS} has {', '.join(released_files())}")
     bundle = args.out / "bundle"
     if bundle.exists():
         require_same(bundle, args)
@@ -65,21 +75,21 @@ def run(args: argparse.Namespace, for_eval: list[str]) -> None:
     call("mara-eval", eval.main, [str(bundle), *options, *for_eval])
 
 
-def require_same(bundle: Path, args: argparse.Namespace) -> None:
-    """Refuse the bundle of an earlier run with other options."""
+def require_same(bundle: Path, args: ReleasedAgentArguments) -> None:
+    """Reject a bundle that an earlier run made with other options."""
     from mara_export.hf.families import hub_id_of
     from mara_export.hf.sources import local_path
     from mara_runtime import Bundle
 
     model, agent = local_path(args.model), local_path(args.agent)
     made = Bundle.open(bundle, verify=False).manifest
-    for flag, found, asked in (
+    for flag, recorded, asked in (
         ("model", made.model.source, model.resolve().name if model else hub_id_of(args.model)),
         ("agent", made.agent.source, agent.name if agent else args.agent),
         ("precision", made.step.precision, args.precision),
     ):
-        if found != asked:
-            raise OptionError(f"--{flag} is {asked}, but {bundle} was made with {found}: choose another --out")
+        if recorded != asked:
+            raise OptionError(f"--{flag} is {asked}, but {bundle} was made with {recorded}: choose another --out")
 
 
 def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:
@@ -96,7 +106,7 @@ def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:
             answer = decoder.generate(prompt.text, config)
             s = answer.stats
             verdicts = f", {s.decisions} decisions, {s.forced} with every candidate rejected" if config.align else ""
-            print(f"\n[{name}: {s.tokens} tokens, {s.tokens_per_second:.1f} a second{verdicts}]\n{answer.text}")
+            print(f"\n[{name}: {s.tokens} tokens, {s.tokens_per_second:.1f} per second{verdicts}]\n{answer.text}")
     print()
 
 
@@ -110,7 +120,7 @@ def released_files() -> list[str]:
 
 
 def call(name: str, command: Callable[[Sequence[str]], int], options: list[str]) -> None:
-    """Run a command and show it; leave with its exit code if it fails."""
+    """Print and run a command; exit with its code if it fails."""
     print("$", shlex.join([name, *options]), flush=True)
     if code := command(options):
         sys.exit(code)

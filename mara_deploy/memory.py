@@ -36,8 +36,8 @@ PLAN_BYTES, PLAN_BYTES_A_LAYER = 4_800_000, 710_000
 """Kernels and names in a TensorRT engine, besides its weights."""
 SCRATCH_BYTES = 8_270_000
 """Workspace of any TensorRT engine for choosing among candidates and finding the best tokens."""
-HOST_BYTES = {"cpu": 60_000_000, "cuda": 60_000_000, "tensorrt": 145_000_000, "tensorrt-rtx": 145_000_000}
-"""A process that has imported the runtime, the tokenizer and the engine's package, and has opened nothing."""
+ORT_HOST_BYTES, TENSORRT_HOST_BYTES = 60_000_000, 145_000_000
+"""A process that has imported the runtime, the tokenizer and ONNX Runtime or TensorRT, and has opened nothing."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,13 @@ def estimate(model: Decoder, setting: Setting, engine_bytes: int | None = None) 
         engine_memory_bytes(model, setting) if engine_bytes is None else engine_bytes,
         kv_bytes(model, setting),
         workspace_bytes(model, setting),
-        HOST_BYTES[setting.target] + _outgrown_bytes(model, setting),
+        host_bytes(setting) + _outgrown_bytes(model, setting),
     )
+
+
+def host_bytes(setting: Setting) -> int:
+    """Host memory of the process before it opens an engine."""
+    return TENSORRT_HOST_BYTES if TARGETS[setting.target].is_tensorrt else ORT_HOST_BYTES
 
 
 def weight_bytes(model: Decoder, setting: Setting) -> int:

@@ -1,7 +1,7 @@
 """An engine without a transformer: logits and hidden states come from a table of the caller's.
 
-It tests everything above engines. Its cache holds what the real one holds, an entry per slot, and a row's prefix is
-read from the slots that it may see: a decode loop that places, moves or counts a slot wrongly gets other numbers.
+It tests everything above engines. Its cache has an entry per slot, as a real one has, and a row's prefix is read from
+the slots that it attends to: a decode loop that places, moves or counts a slot wrongly gets other numbers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TableMemory:
         return len(self.entries)
 
     def resize(self, slots: int, kept: int) -> None:
-        """The others are gone: whoever needs one of them is found out."""
+        """Drops all other entries, so that a pass that needs one of them fails."""
         self.entries[kept:] = [None] * (len(self.entries) - kept)
 
     def grow(self, slots: int) -> None:
@@ -53,8 +53,7 @@ class TableMemory:
 class TableEngine:
     """Looks up (logits (V,), hidden state (D,)) by the tokens up to and including a row's own.
 
-    agent: hidden states (N, D) to margins (N,). Rows must be written at a slot not below their position, as every
-    sequence has its first `position` slots filled before it.
+    agent: hidden states (N, D) to margins (N,). A row's slot is never below its position.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class TableEngine:
         return self._cache
 
     def run(self, work: Pass) -> StepOutput:
-        """See `Engine.run`; an entry that does not belong to the prefix it stands in is an IndexError."""
+        """See `Engine.run`. Raises IndexError where a row would attend to an entry of another sequence."""
         self._cache.reserve(work.slot, len(work.tokens))
         hidden, logits = self._rows(work.tokens, work.positions, work.slot)
         judged = list(work.agent_rows)

@@ -40,10 +40,12 @@ def from_args(config: type[T], args: argparse.Namespace, **values: Any) -> T:
 
 def given(config: type[Options], args: argparse.Namespace) -> dict[str, Any]:
     """The fields whose flag was given, with the values."""
-    found = {
-        each: getattr(args, _dest(config, each)) for each in options_of(config) if hasattr(args, _dest(config, each))
-    }
-    return {each.name: tuple(value) if each.count is not None else value for each, value in found.items()}
+    values = {}
+    for each in options_of(config):
+        if hasattr(args, dest := _dest(config, each)):
+            value = getattr(args, dest)
+            values[each.name] = value if each.count is None else tuple(value)
+    return values
 
 
 def values_of(config: type[Options], name: str, args: argparse.Namespace) -> tuple[Any, ...]:
@@ -67,7 +69,7 @@ def reject(args: argparse.Namespace, config: type[Options], names: Sequence[str]
 
 
 def _dest(config: type[Options], each: Option) -> str:
-    """Names of different dataclasses may coincide."""
+    """Unique, as dataclasses may have fields of the same name."""
     return f"{config.__name__}.{each.name}"
 
 
@@ -117,7 +119,7 @@ def _shown(value: Any) -> str:
 
 
 def _converted(kind: type, text: str) -> Any:
-    """The value; text that is none is left as it is, and the dataclass rejects it with the range."""
+    """The value. Text that cannot be converted stays as it is: the dataclass rejects it, naming the range."""
     try:
         return kind(text) if text else text
     except ValueError:

@@ -74,7 +74,7 @@ class CudaDouble:
 
     # ── for the double of TensorRT, and for tests ────────────────────────────────────────────────────────────────────
 
-    def held(self) -> dict[str, int]:
+    def in_use(self) -> dict[str, int]:
         return {
             "device bytes": sum(len(memory) for memory in self._device.values()),
             "device blocks": len(self._device),
@@ -135,7 +135,7 @@ class CudaDouble:
         return OK, 13020
 
     def cudaMemGetInfo(self) -> tuple[cudaError_t, int, int]:
-        return OK, self.total_bytes - self.held()["device bytes"], self.total_bytes
+        return OK, self.total_bytes - self.in_use()["device bytes"], self.total_bytes
 
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[cudaError_t, bytes]:
         return OK, error.name.encode()

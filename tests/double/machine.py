@@ -32,12 +32,12 @@ class Machine:
         patch.setattr(cuda_calls, "load", lambda: self.cuda)
         patch.setattr(trt_file, "load", lambda target: self.trt)
 
-    def held(self) -> dict[str, int]:
+    def in_use(self) -> dict[str, int]:
         """How much of everything is in use."""
-        return {**self.cuda.held(), **self.trt.held()}
+        return {**self.cuda.in_use(), **self.trt.in_use()}
 
     def check_given_back(self) -> None:
-        left = {name: count for name, count in self.held().items() if count}
+        left = {name: count for name, count in self.in_use().items() if count}
         if left:
             raise Broken("all given back", str(left))
 

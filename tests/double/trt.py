@@ -85,7 +85,7 @@ class TrtDouble:
     def Runtime(self, logger: ILogger) -> Runtime:
         return Runtime(self, logger)
 
-    def held(self) -> dict[str, int]:
+    def in_use(self) -> dict[str, int]:
         return {"runtimes": len(self.runtimes), "engines": len(self.engines), "contexts": len(self.contexts)}
 
 

@@ -63,7 +63,7 @@ def test_it_aligns_and_stays_within_the_grammar(trained, contest) -> None:
 
 
 def test_an_untrained_agent_does_not(contest) -> None:
-    """The instrument: of the same prompts and the same plain answers."""
+    """A control, on the same prompts with the same plain answers."""
     rates = [
         contest.measure(f"untrained {seed}", agents.untrained(128, seed, RECIPES["demo"].widths))["vs_greedy"][0]
         for seed in range(3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import re
@@ -22,7 +22,6 @@ from mara_runtime.bundle import Bundle
 from tests import checkpoints
 from tests.oracle import decode
 
-ROOT = Path(__file__).resolve().parents[2]
 AGENTS = "IAAR-Shanghai/MARA_AGENTS"
 SIZES = {4096: 4_466_434, 3072: 3_415_810, 2048: 2_365_186}
 
@@ -113,10 +112,7 @@ def test_an_agent_of_another_hidden_size_is_refused_before_weights_are_fetched(c
 
 @pytest.fixture
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("released_agent", ROOT / "examples" / "released_agent.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("examples.released_agent")
 
 
 def beaver(folder: Path, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""What several unit tests share: bundles of dummy files, tokenizers made on the spot, tables for TableEngine."""
+"""Shared by the unit tests: bundles of dummy files, small tokenizers, tables for TableEngine."""
 
 import hashlib
 import json
@@ -137,7 +137,7 @@ def write_manifest(folder: Path, manifest: object) -> None:
 
 
 def add_file(folder: Path, name: str, content: bytes) -> None:
-    """Enter a file in the manifest and, where its name allows that, write it."""
+    """Write a file and enter it in the manifest."""
     manifest = read_manifest(folder)
     manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_manifest(folder, manifest)
@@ -168,7 +168,7 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """SentencePiece style, as Llama 2 and Mistral have it: ▁ for spaces, a token a byte for what it does not know."""
+    """SentencePiece style, as Llama 2 and Mistral have it: ▁ for spaces, one token per byte of unknown characters."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁▁", "é", "中"]
     tokenizer = Tokenizer(
         models.BPE(
@@ -188,15 +188,15 @@ def byte_fallback_tokenizer() -> Tokenizer:
 COST = Cost(
     contexts=(16, 64), widths=(1, 2, 8), body_ms=((1.0, 1.5, 3.0), (1.5, 2.0, 4.0)), heads=(1, 4), head_ms=(0.25, 0.5)
 )
-"""Of no machine; whoever decodes with the adaptive schedule over a table hands it over, as nothing can be measured."""
+"""Made up: the adaptive schedule needs one over a table, where nothing can be measured."""
 
 
 def hash_table(seed: int, vocab_size: int, levels: int, peak: float, memory: int | None = None) -> Lookup:
     """A language model of its own for every seed: logits (V,) and a hidden state (2,) by prefix, from a hash.
 
-    levels: the logits take so many values, so few levels mean ties; peak: their spread, so a large one means
-    positions with a single candidate; memory: only so many tokens are looked at, so few mean a text that repeats
-    itself. Hidden states are multiples of 1/4: margins are exact, and meet thresholds.
+    levels: number of values that logits take; few mean ties. peak: their spread; a large one means positions with a
+    single candidate. memory: only so many last tokens matter; few mean a repetitive text. Hidden states are multiples
+    of 1/4, so margins are exact, and may equal a threshold.
     """
 
     @cache
@@ -252,9 +252,9 @@ def sequential(
 
 
 class CountingEngine(TableEngine):
-    """A TableEngine that records its calls, and that takes every liberty which the protocol allows an engine.
+    """A TableEngine that records its calls, and does what the protocol allows any engine to do.
 
-    It overwrites what it returned as soon as it is called again, and returns equal logits with the higher id first.
+    It overwrites returned arrays in the next pass, and returns equal logits with the higher id first.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ class CountingEngine(TableEngine):
         return self.memory.moves
 
     def extend_slots(self, slots: int) -> None:
-        """Have at least so many slots."""
+        """Add slots up to so many."""
         self.memory.entries += [None] * (slots - self.cache.capacity)
 
     def entries(self, count: int) -> list[tuple[int, int] | None]:

@@ -279,17 +279,6 @@ def test_where_measurements_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert files.cache_folder() == tmp_path / "home" / ".cache" / "mara-deploy"
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError
-
-    (path := tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError):  # noqa: PT011 - the one above
-        files.write_atomic(path, b"new")
-    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
-
-
 # ── what a measurement belongs to ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -344,11 +333,11 @@ def test_a_measurement_belongs_to_an_engine(
         (Path, "read_text", lambda *_, **__: "model name : another processor"),
         (calibrate.platform, "machine", lambda: "another machine"),
         (calibrate.os, "sched_getaffinity", lambda _: {0, 1, 2}),
-        (calibrate, "FORM", 0),
+        (calibrate, "VERSION", 0),
         (calibrate, "WIDTHS", (1, 2)),
         (calibrate, "page_size", lambda: 12345),
     ],
-    ids=["processor", "machine", "cores", "form", "widths", "huge pages"],
+    ids=["processor", "machine", "cores", "version", "widths", "huge pages"],
 )
 def test_a_measurement_belongs_to_a_machine_and_a_way_of_measuring(
     bundle: Bundle, folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, module: Any, name: str, value: Any

@@ -1,6 +1,5 @@
 """Chat templates without transformers: what such templates may use, and what a hostile one may not."""
 
-import re
 from datetime import datetime
 from typing import Any
 
@@ -133,13 +132,6 @@ def test_generation_marks_render_as_their_content() -> None:
     assert render(source, TALK) == "[Be kind.]\n[Hi]\nHello!<end>[Bye]\n"
 
 
-def test_one_template_renders_many_conversations() -> None:
-    template = ChatTemplate(
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", {}
-    )
-    assert [template.render(TALK), template.render(HELLO), template.render(TALK)] == ["4", "1", "4"]
-
-
 def test_the_messages_of_the_caller_are_not_touched() -> None:
     messages = ({"role": "user", "content": "x"},)  # any sequence
     assert (
@@ -154,72 +146,64 @@ def test_the_messages_of_the_caller_are_not_touched() -> None:
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_raise_exception_is_the_template_s_own_refusal() -> None:
+def test_raise_exception_is_the_template_s_own_refusal_in_one_line() -> None:
     source = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('Only user, found ' + messages[0].role) }}{% endif %}ok"
+        "{% if messages[0].role != 'user' %}{{ raise_exception('Only\nuser, not ' + messages[0].role) }}{% endif %}ok"
     )
     assert render(source, HELLO) == "ok"
-    assert "Only user, found system" in refused(source, TALK)
+    assert "Only user, not system" in refused(source, TALK)
 
 
-def test_a_message_of_the_template_in_several_lines_is_one_line() -> None:
-    assert "two lines" in refused("{{ raise_exception('two\nlines') }}")
+SYNTAX = [
+    "{% if %}",
+    "{{ messages[0 }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% unknown %}",
+    "{{ x | nofilter }}",
+    "{{",
+    "{% generation %}x",
+    "{% include 'file' %}",
+    "{% import 'file' as f %}",
+    "{% extends '/etc/passwd' %}",
+]
+FAILING = [
+    "{{ missing.attribute }}",
+    "{{ messages[0].nothing.more }}",
+    "{{ messages[7].content }}",
+    "{{ 1 + 'a' }}",
+    "{{ 1 / 0 }}",
+    "{{ messages[0].content.nothing() }}",
+    "{{ x | tojson }}",
+    "{{ '%d' % 'x' }}",
+    "{{ [].pop() }}",
+    "{{ 'a'.encode('nothing') }}",
+    "{{ 2.0 ** 5000 }}",
+]
+HOSTILE = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ messages[0].__init__.__globals__ }}",
+    "{{ raise_exception.__globals__['json'] }}",
+    "{{ strftime_now.__code__.co_code }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{{ (messages | map(attribute='__class__') | list)[0].__mro__ }}",
+]
+TOO_MUCH = [
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "{{ cycle | tojson }}",
+]
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% if %}",
-        "{{ messages[0 }}",
-        "{% for m in messages %}",
-        "{% endfor %}",
-        "{% unknown %}",
-        "{{ x | nofilter }}",
-        "{{",
-        "{% generation %}x",
-    ],
-)
-def test_invalid_syntax(source: str) -> None:
-    assert "--raw" in refused(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ missing.attribute }}",
-        "{{ messages[0].nothing.more }}",
-        "{{ messages[7].content }}",
-        "{{ 1 + 'a' }}",
-        "{{ 1 / 0 }}",
-        "{{ 'abc'.index('x') }}",
-        "{{ messages[0].content.nothing() }}",
-        "{{ x | tojson }}",
-        "{{ {}['a'].b }}",
-        "{{ '%d' % 'x' }}",
-        "{{ [].pop() }}",
-        "{{ 'a'.encode('nothing') }}",
-        "{{ 2.0 ** 5000 }}",
-    ],
-)
-def test_a_template_that_fails_on_the_messages(source: str) -> None:
-    refused(source, x=object())
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{{ messages[0].__init__.__globals__ }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ strftime_now.__code__.co_code }}",
-        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
-        "{{ '{0.__class__.__mro__}'.format(messages) }}",
-        "{{ (messages | map(attribute='__class__') | list)[0].__mro__ }}",
-    ],
-)
-def test_the_sandbox_refuses_the_inside_of_objects(source: str) -> None:
-    refused(source)
+@pytest.mark.parametrize("source", [*SYNTAX, *FAILING, *HOSTILE, *TOO_MUCH], ids=lambda source: source[:60])
+def test_a_template_that_fails_is_refused_in_one_line(source: str) -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    message = refused(source, x=object(), cycle=cycle)
+    assert "--raw" in message or source not in SYNTAX[:8]
 
 
 @pytest.mark.parametrize(
@@ -228,12 +212,11 @@ def test_the_sandbox_refuses_the_inside_of_objects(source: str) -> None:
         "{{ messages.__class__ }}",
         "{{ raise_exception.__globals__ }}",
         "{{ raise_exception.__code__ }}",
-        "{{ messages | attr('__class__') }}",
         "{{ messages | attr('__class__') | attr('__mro__') }}",
         "{{ messages | map(attribute='__class__') | join }}",
     ],
 )
-def test_the_sandbox_shows_nothing_of_the_inside_of_objects(source: str) -> None:
+def test_the_sandbox_hides_the_inside_of_objects(source: str) -> None:
     assert render(source) == ""
 
 
@@ -242,48 +225,22 @@ def test_the_sandbox_shows_nothing_of_the_inside_of_objects(source: str) -> None
     [
         "{% set _ = messages.append({}) %}",
         "{% set _ = messages.clear() %}",
-        "{% set _ = messages.pop() %}",
         "{% do messages.append({}) %}",
         "{% set _ = messages[0].update({'content': 'other'}) %}",
         "{% set _ = messages[0].pop('content') %}",
         "{% set _ = messages.sort() %}",
     ],
 )
-def test_the_sandbox_refuses_to_change_the_messages(source: str) -> None:
+def test_the_sandbox_leaves_the_messages_as_they_are(source: str) -> None:
     messages = [{"role": "user", "content": "x"}]
     refused(source, messages)
     assert messages == [{"role": "user", "content": "x"}]
 
 
-@pytest.mark.parametrize("source", ["{% include 'file' %}", "{% import 'file' as f %}", "{% extends '/etc/passwd' %}"])
-def test_a_template_reads_no_files(source: str) -> None:
-    refused(source)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
-        "{{ x | tojson }}",
-    ],
-    ids=["range", "recursion", "parentheses", "cycle"],
-)
-def test_a_template_that_asks_for_too_much(source: str) -> None:
-    cycle: list[Any] = []
-    cycle.append(cycle)
-    refused(source, x=cycle)
-
-
-@pytest.mark.parametrize("role", ["messages", "self", "add_generation_prompt"])
-def test_a_special_token_that_takes_the_name_of_another_variable(role: str) -> None:
-    source = "{{ messages[0].content }}{{ add_generation_prompt }}"
-    with pytest.raises(PromptError, match=re.compile("chat template")):
-        render(source, special={role: "x"})
-
-
 @pytest.mark.parametrize("name", ["messages", "self", "add_generation_prompt"])
-def test_a_variable_that_is_the_decoder_s_own(name: str) -> None:
-    with pytest.raises(PromptError, match=f"variable '{name}' is set by the decoder: leave it out"):
-        ChatTemplate("{{ messages[0].content }}", {}).render(HELLO, {name: 1})
+def test_the_decoder_s_own_variables_cannot_be_replaced(name: str) -> None:
+    source = "{{ messages[0].content }}{{ add_generation_prompt }}"
+    with pytest.raises(PromptError, match="chat template"):
+        render(source, special={name: "x"})
+    with pytest.raises(PromptError, match=f"'{name}'"):
+        ChatTemplate(source, {}).render(HELLO, {name: 1})

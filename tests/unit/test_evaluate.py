@@ -80,6 +80,8 @@ def test_combined_and_each_score(tmp_path):
     assert (number.wins, number.ties, number.losses) == (2, 3, 2)
     assert (cost.wins, cost.ties, cost.losses) == (1, 5, 1)  # the shorter answer wins
     assert comparison.identical == 2
+    worse = compared(tmp_path / "b", ours=("7",) * 7, theirs=("10",) * 7).comparisons["other"].each
+    assert (worse["number"].losses, worse["length"].wins) == (7, 7)
     sizes = {name: part.wins + part.ties + part.losses for name, part in comparison.by_length.items()}
     assert sizes == {"longer": 1, "equal": 5, "shorter": 1}
 

@@ -108,10 +108,13 @@ def length(prompts, answers):
     return [len(answer) for answer in answers]
 
 
-def test_prompt_and_answer_are_told_apart_and_names_may_be_long(tmp_path):
-    combined, files = cached_scores([WeightedScore(FunctionScore("s" * 300, length))], tmp_path)
+def test_a_value_belongs_to_a_prompt_and_an_answer_and_names_may_be_long(tmp_path):
+    def both(prompts, answers):
+        return [10 * len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    combined, files = cached_scores([WeightedScore(FunctionScore("s" * 300, both))], tmp_path)
     with files:
-        assert combined(["ab", "a"], ["c", "bc"]) == [1.0, 2.0]
+        assert combined(["ab", "a", "a", "abc"], ["c", "bc", "c", "c"]) == [21.0, 12.0, 11.0, 31.0]
 
 
 def test_a_refused_file_of_scores_leaves_no_other_open(tmp_path):

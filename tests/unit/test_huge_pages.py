@@ -32,7 +32,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked
         ([(1, 4)], [(4, 6)], [(4, 6)]),
     ],
 )
-def test_what_was_added(
+def test_memory_that_was_added_between_two_listings(
     before: list[tuple[int, int]], after: list[tuple[int, int]], found: list[tuple[int, int]]
 ) -> None:
     assert list(added(before, after)) == found
@@ -67,7 +67,7 @@ def filled(made: list[mmap.mmap], size: int) -> int:
 
 
 @linux
-def test_what_is_allocated_meanwhile_lies_in_huge_pages_and_keeps_its_content(memory: list[mmap.mmap]) -> None:
+def test_memory_allocated_inside_lies_in_huge_pages_and_keeps_its_content(memory: list[mmap.mmap]) -> None:
     if not huge_pages.page_size():
         pytest.skip("this system gives no huge pages")
     if tuple(int(n) for n in re.findall(r"\d+", platform.release())[:2]) < (6, 1):
@@ -121,7 +121,7 @@ def test_the_system_s_setting_is_respected(
 
 
 @linux
-def test_where_mappings_are_not_told_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_list_of_mappings_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "MAPPINGS", tmp_path / "maps")
     assert huge_pages.private_memory() == []
 

@@ -119,12 +119,10 @@ def test_no_circles() -> None:
     assert HOUSE.circles() == []
 
 
-@pytest.mark.xfail(reason="until the whole renovation is merged")
 def test_no_class_name_stands_for_two_things() -> None:
     assert HOUSE.repeated_classes() == {}
 
 
-@pytest.mark.xfail(reason="until the whole renovation is merged")
 def test_no_file_is_too_long_to_read() -> None:
     assert {file: n for file, n in HOUSE.lines.items() if n > MOST_LINES and file not in LONG_FILES} == {}
     assert {file for file in LONG_FILES if HOUSE.lines.get(file, 0) <= MOST_LINES} == set()

@@ -19,17 +19,18 @@ FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENG
 VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
 VALID["engines"] = [helpers.engine_json(ENGINE)]
 MISSING = object()
+Path = tuple[str, ...]
 
 
-def at(holder: Any, path: tuple[str, ...]) -> Any:
-    """The value at a place; in a list, keys are numbers."""
+def at(holder: Any, path: Path) -> Any:
+    """The value at a path; in a list, keys are numbers."""
     for key in path:
         holder = holder[int(key) if isinstance(holder, list) else key]
     return holder
 
 
-def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
-    """The valid manifest with one value replaced, or taken out."""
+def changed(path: Path, value: object) -> dict[str, Any]:
+    """The valid manifest with one value replaced, or removed."""
     manifest = copy.deepcopy(VALID)
     holder = at(manifest, path[:-1])
     key = int(path[-1]) if isinstance(holder, list) else path[-1]
@@ -40,35 +41,30 @@ def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
     return manifest
 
 
-def paths(value: object, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every place of the valid manifest, except inside what the format leaves open."""
+OPEN = {
+    ("parity",), ("io",), ("made_with",), ("tokenizer", "special_tokens"), ("step", "quantisation"),
+    ("engines", "0", "options"),
+}  # fmt: skip
+"""Whose content the format leaves open."""
+NULLABLE = {
+    ("model", "revision"), ("step", "quantisation"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",),
+    ("noise",),
+}  # fmt: skip
+
+
+def paths(value: object, prefix: Path = ()) -> Iterator[Path]:
+    """Every field of the valid manifest."""
     if prefix:
         yield prefix
-    if isinstance(value, dict) and prefix not in {
-        ("parity",),
-        ("io",),
-        ("made_with",),
-        ("tokenizer", "special_tokens"),
-        ("step", "quantisation"),
-        ("engines", "0", "options"),
-    }:
+    if isinstance(value, dict) and prefix not in OPEN:
         for key, inner in value.items():
             yield from paths(inner, (*prefix, key))
     if prefix == ("engines",):
-        for key in value[0]:
-            yield (*prefix, "0", key)
+        yield from ((*prefix, "0", key) for key in VALID["engines"][0])
 
 
-ALL_PATHS = [path for path in paths(VALID) if path != ("files",) and path[:1] != ("files",)]
-FILE_PATHS = [path for path in paths(VALID) if path[:1] == ("files",)]
-NULLABLE = {
-    ("model", "revision"),
-    ("step", "quantisation"),
-    ("tokenizer",),
-    ("tokenizer", "chat_template"),
-    ("parity",),
-    ("noise",),
-}
+FIELDS = [path for path in paths(VALID) if path[0] != "files"]
+FILE_FIELDS = [path for path in paths(VALID) if path[0] == "files"]
 
 
 def refused(text: str) -> str:
@@ -77,13 +73,13 @@ def refused(text: str) -> str:
         parse(text, "somewhere/manifest.json")
     message = str(caught.value)
     assert message.startswith("somewhere/manifest.json")
-    assert "\n" not in message
+    assert message.isprintable()  # so it is one line
     assert len(message) < 1000
     return message
 
 
 def read_or_refused(text: str) -> Manifest | None:
-    """A manifest that can be written and read again, or None where `refused` holds."""
+    """A manifest that survives a round trip, or None where `refused` holds."""
     try:
         manifest = parse(text, "here")
     except BundleError:
@@ -93,7 +89,7 @@ def read_or_refused(text: str) -> Manifest | None:
     return manifest
 
 
-def test_reads_every_field() -> None:
+def test_every_field_is_read() -> None:
     manifest = parse(json.dumps(VALID), "here")
     assert manifest.model.shape.num_kv_heads == 1
     assert (manifest.model.source, manifest.model.revision) == ("example/tiny", "0123abc")
@@ -103,58 +99,14 @@ def test_reads_every_field() -> None:
     assert manifest.tokenizer.special_tokens == {"bos_token": "<bos>"}
     assert (manifest.step.file, manifest.step.lowering, manifest.step.precision) == ("step.onnx", "ort", "int4")
     assert manifest.step.quantisation == {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []}
-    assert manifest.noise == Noise(margins=0.001, logits=0.0025)
-    assert manifest.step.cache == "float32"
+    assert (manifest.noise, manifest.step.cache) == (Noise(margins=0.001, logits=0.0025), "float32")
     (engine,) = manifest.engines
-    assert (engine.target, engine.file, engine.slots, engine.in_place) == ("tensorrt", ENGINE, 64, True)
-    assert (engine.decode_rows, engine.prefill_rows, engine.head_rows) == (26, 64, 17)
-    assert (engine.version, engine.compute_capability, engine.platform) == ("10.16.1.11", "8.7", "linux-aarch64")
-    assert engine.options == {"decomposable": "all"}
+    assert dataclasses.asdict(engine) == VALID["engines"][0]
     assert manifest.files["step.onnx"].size_bytes == 1
     assert json.loads(manifest.to_json()) == VALID
 
 
-def test_the_round_trip_of_every_optional_part() -> None:
-    for path in NULLABLE:
-        manifest = parse(json.dumps(changed(path, None)), "here")
-        assert parse(manifest.to_json(), "there") == manifest
-        assert json.loads(manifest.to_json()) == changed(path, None)
-
-
-texts = st.text(max_size=20)
-counts = st.integers(1, 10**12)
-amounts = st.floats(0, allow_nan=False, allow_infinity=False)
-
-
-@given(
-    st.builds(
-        dict,
-        source=texts,
-        revision=st.none() | texts,
-        architecture=texts,
-        eos=st.lists(st.integers(0, 10**6), max_size=4),
-        size=counts,
-        special=st.dictionaries(texts, texts, max_size=3),
-        noise=st.none() | st.fixed_dictionaries({"margins": amounts, "logits": amounts}),
-        quantisation=st.none() | st.dictionaries(texts, counts | texts, max_size=3),
-        parity=st.none() | st.dictionaries(texts, st.floats(allow_nan=False, allow_infinity=False) | texts, max_size=3),
-    )
-)
-def test_round_trip(drawn: dict[str, Any]) -> None:
-    value = copy.deepcopy(VALID)
-    value["model"].update(source=drawn["source"], revision=drawn["revision"], architecture=drawn["architecture"])
-    value["model"].update(eos_token_ids=drawn["eos"])
-    value["files"]["step.onnx"]["size_bytes"] = value["max_context"] = drawn["size"]
-    value["tokenizer"]["special_tokens"] = drawn["special"]
-    value["parity"], value["noise"] = drawn["parity"], drawn["noise"]
-    value["step"]["quantisation"] = drawn["quantisation"]
-    manifest = parse(json.dumps(value), "here")
-    assert json.loads(manifest.to_json()) == value
-    assert parse(manifest.to_json(), "there") == manifest
-
-
-def test_the_valid_manifest_has_every_field_of_the_dataclasses() -> None:
-    # So that the parametrised tests below miss none.
+def test_the_tests_below_miss_no_field() -> None:
     assert {f.name for f in dataclasses.fields(Manifest)} == set(VALID) - {"schema_version"}
     for name in ("model", "agent", "step", "tokenizer"):
         kind = type(getattr(parse(json.dumps(VALID), "here"), name))
@@ -162,33 +114,55 @@ def test_the_valid_manifest_has_every_field_of_the_dataclasses() -> None:
     assert {f.name for f in dataclasses.fields(EngineFacts)} == set(VALID["engines"][0])
 
 
-@pytest.mark.parametrize("path", ALL_PATHS, ids=".".join)
-def test_a_missing_field_is_named(path: tuple[str, ...]) -> None:
-    message = refused(json.dumps(changed(path, MISSING)))
-    assert ".".join(path) in message
+texts = st.text(max_size=20)
+counts = st.integers(1, 10**12)
+amounts = st.floats(0, allow_nan=False, allow_infinity=False)
+VALUES: dict[Path, st.SearchStrategy[Any]] = {
+    ("model", "source"): texts,
+    ("model", "revision"): st.none() | texts,
+    ("model", "eos_token_ids"): st.lists(st.integers(0, 10**6), max_size=4),
+    ("max_context",): counts,
+    ("files", "step.onnx", "size_bytes"): counts,
+    ("tokenizer", "special_tokens"): st.dictionaries(texts, texts, max_size=3),
+    ("noise",): st.none() | st.fixed_dictionaries({"margins": amounts, "logits": amounts}),
+    ("step", "quantisation"): st.none() | st.dictionaries(texts, counts | texts, max_size=3),
+    ("parity",): st.none() | st.dictionaries(texts, amounts | texts, max_size=3),
+}
 
 
-def wrong_values() -> Iterator[tuple[tuple[str, ...], object]]:
-    for path in ALL_PATHS:
-        if path == ("schema_version",):
-            continue  # has a test of its own
-        value = at(VALID, path)
-        for other in (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []}):
-            if other is None and path in NULLABLE:
-                continue
-            if type(other) is type(value) and type(value) not in (list, int):
-                continue  # another text, another mapping: the tests below
-            if other == [] and isinstance(value, list):
-                continue  # empty lists are allowed
-            yield path, other
+@given(st.sampled_from(sorted(VALUES)), st.data())
+def test_round_trip(path: Path, data: st.DataObject) -> None:
+    value = changed(path, data.draw(VALUES[path]))
+    manifest = parse(json.dumps(value), "here")
+    assert json.loads(manifest.to_json()) == value
+    assert parse(manifest.to_json(), "there") == manifest
 
 
-@pytest.mark.parametrize(
-    ("path", "other"), list(wrong_values()), ids=lambda x: ".".join(x) if isinstance(x, tuple) else repr(x)
-)
-def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) -> None:
-    # A group that is none is named by the first field that it lacks.
-    assert f"field {'.'.join(path)}" in refused(json.dumps(changed(path, other)))
+def test_null_where_the_format_allows_it() -> None:
+    for path in NULLABLE:
+        manifest = parse(json.dumps(changed(path, None)), "here")
+        assert json.loads(manifest.to_json()) == changed(path, None)
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OTHERS = (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []})
+
+
+def is_allowed(path: Path, other: object) -> bool:
+    """Whether a value may be one of the field's own kind."""
+    value = at(VALID, path)
+    if other is None:
+        return path in NULLABLE
+    return (type(other) is type(value) and type(value) not in (list, int)) or (other == [] and isinstance(value, list))
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=".".join)
+def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None:
+    assert ".".join(path) in refused(json.dumps(changed(path, MISSING)))
+    for other in OTHERS:
+        if path != ("schema_version",) and not is_allowed(path, other):
+            assert f"field {'.'.join(path)}" in refused(json.dumps(changed(path, other)))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +185,7 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
         (("engines", "0", "target"), "cpu"),
         (("engines", "0", "file"), "engines/tensorrt/other.engine"),
         (("engines", "0", "file"), "../../secret"),
-        (("engines", "0", "file"), "step.onnx"),
+        (("engines", "0", "file"), "step.onnx"),  # whoever replaces an engine deletes its file
         (("engines", "0", "file"), "/etc/passwd"),
         (("engines", "0", "slots"), 0),
         (("engines", "0", "decode_rows"), -1),
@@ -225,175 +199,89 @@ def test_a_field_of_another_kind_is_named(path: tuple[str, ...], other: object) 
     ],
     ids=str,
 )
-def test_a_value_out_of_range_is_named(path: tuple[str, ...], value: object) -> None:
-    message = refused(json.dumps(changed(path, value)))
-    assert f"field {'.'.join(path)} " in message
+def test_a_value_out_of_range_is_named(path: Path, value: object) -> None:
+    assert f"field {'.'.join(path)} " in refused(json.dumps(changed(path, value)))
 
 
-def test_an_engine_lies_in_the_folder_of_its_target() -> None:
-    # What replaces an engine deletes its file: that must not be another part of the bundle.
-    message = refused(json.dumps(changed(("engines", "0", "target"), "tensorrt-rtx")))
-    assert "field engines.0.file" in message
-    assert "engines/tensorrt-rtx/" in message
-
-
-def test_two_engines_of_one_target_and_size_are_refused() -> None:
-    value = changed(("engines",), [*VALID["engines"], helpers.engine_json(ENGINE, version="10.3.0")])
-    assert "field engines.1.slots is 64, as that of another engine for tensorrt" in refused(json.dumps(value))
-
-
-def test_engines_of_several_sizes_and_targets_are_fine() -> None:
+def test_engines_have_a_folder_per_target_and_one_size_each() -> None:
+    assert "engines/tensorrt-rtx/" in refused(json.dumps(changed(("engines", "0", "target"), "tensorrt-rtx")))
+    twice = changed(("engines",), [*VALID["engines"], helpers.engine_json(ENGINE, version="10.3.0")])
+    assert "field engines.1.slots is 64" in refused(json.dumps(twice))
     value = copy.deepcopy(VALID)
-    for target, slots in (("tensorrt", 128), ("tensorrt-rtx", 64)):
+    others = [("tensorrt", 128), ("tensorrt-rtx", 64)]
+    for target, slots in others:
         name = f"engines/{target}/step-{slots}.engine"
         value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
         value["engines"].append(helpers.engine_json(name, target=target, slots=slots))
     engines = parse(json.dumps(value), "here").engines
-    assert [(engine.target, engine.slots) for engine in engines] == [
-        ("tensorrt", 64),
-        ("tensorrt", 128),
-        ("tensorrt-rtx", 64),
-    ]
+    assert [(engine.target, engine.slots) for engine in engines] == [("tensorrt", 64), *others]
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("path", FILE_FIELDS, ids="/".join)
+def test_a_file_entry_of_another_kind_is_named(path: Path) -> None:
+    for other in (MISSING, None, 1.5, True, [], {}, 5 if path[-1] == "sha256" else "text", -1):
+        message = refused(json.dumps(changed(path, other)))
+        assert "files" in message or path[1] in message
 
 
-@pytest.mark.parametrize("path", [p for p in FILE_PATHS if len(p) > 1], ids="/".join)
-@pytest.mark.parametrize(
-    "other",
-    [MISSING, None, 1.5, True, [], {}, "text"],
-    ids=lambda other: "missing" if other is MISSING else repr(other),
-)
-def test_a_file_entry_of_another_kind(path: tuple[str, ...], other: object) -> None:
-    if path[-1] == "sha256" and other == "text":
-        other = 5
-    message = refused(json.dumps(changed(path, other)))
-    assert "files" in message or path[1] in message
+NAMES = (
+    "../secret", "..", ".", "", "a/../../secret", "a/./b", "a//b", "a/", "/etc/passwd", "//host/share",
+    "\\windows\\system32", "a\\..\\..\\secret", "C:/secret", "C:secret", "file:stream", "line\nbreak", "nul\0l",
+    "escape\x1b[2J", "lone \ud800 surrogate",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("files", [None, [], ["step.onnx"], "step.onnx", 3, {}], ids=repr)
-def test_files_of_another_kind(files: object) -> None:
-    refused(json.dumps(changed(("files",), files)))
+def test_a_file_name_that_could_lead_elsewhere_is_refused() -> None:
+    for name in (*NAMES, "engines/cpu/plan v1.2.bin"):
+        value = copy.deepcopy(VALID)
+        value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
+        if name in NAMES:
+            assert "files" in refused(json.dumps(value))
+        else:
+            assert name in parse(json.dumps(value), "here").files
 
 
-@pytest.mark.parametrize("size", [-1, -(2**63), 1e3, "12", None, True])
-def test_a_size_that_is_none(size: object) -> None:
-    message = refused(json.dumps(changed(("files", "step.onnx", "size_bytes"), size)))
-    assert "step.onnx" in message
+TEXT = json.dumps(VALID)
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("text", "named"),
     [
-        "../secret",
-        "..",
-        ".",
-        "",
-        "a/../../secret",
-        "a/./b",
-        "a//b",
-        "a/",
-        "/etc/passwd",
-        "//host/share",
-        "\\windows\\system32",
-        "a\\..\\..\\secret",
-        "C:/secret",
-        "C:secret",
-        "file:stream",
-        "line\nbreak",
-        "nul\0l",
-        "escape\x1b[2J",
-        "lone \ud800 surrogate",
+        *((text, "JSON") for text in ("", "{", "not json", '{"a": 1,}', "\x00", "{'a': 1}", "\ufeff{}")),
+        *((text, "schema_version") for text in ("[]", "3", "null", '"text"', "{}", '{"version": 1}')),
+        (TEXT.replace('"max_context": 32', '"max_context": 32, "max_context": 64'), "max_context"),
+        *((TEXT.replace('"rows": 40', f'"rows": {number}'), number) for number in ("NaN", "Infinity", "-Infinity")),
+        (TEXT.replace('"margins": 0.001', '"margins": NaN'), "NaN"),
+        (TEXT.replace('"margins": 0.001', '"margins": 1e999'), "noise.margins"),
+        (TEXT.replace('"margins": 0.001', '"margins": 1' + "0" * 400), "noise.margins"),
+        (TEXT.replace('"max_context": 32', '"max_context": ' + "9" * 10_000), "JSON"),
+        (json.dumps(changed(("max_context",), "x" * 1_000_000)), "max_context"),
+        (json.dumps(changed(("agent", "fallback"), "x" * 1_000_000)), "agent.fallback"),
+        (json.dumps(changed(("targets",), [0] * 1_000_000)), "targets"),
+        (json.dumps(changed(("schema_version",), "x" * 1_000_000)), "schema version"),
     ],
-    ids=ascii,
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
-def test_a_file_name_that_could_lead_elsewhere(name: str) -> None:
-    value = copy.deepcopy(VALID)
-    value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
-    message = refused(json.dumps(value))
-    assert "files" in message
-    assert message.isprintable()
-
-
-def test_a_file_in_a_folder_of_the_bundle_is_fine() -> None:
-    value = copy.deepcopy(VALID)
-    value["files"]["engines/cpu/plan v1.2.bin"] = {"size_bytes": 0, "sha256": "0" * 64}
-    assert "engines/cpu/plan v1.2.bin" in parse(json.dumps(value), "here").files
-
-
-# ── texts that are no manifest ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "not json", '{"a": 1,}', '{"schema_version": 1', "\x00", "{'a': 1}", "\ufeff{}"]
-)
-def test_not_json(text: str) -> None:
-    assert "is not valid manifest JSON" in refused(text)
-
-
-@pytest.mark.parametrize("text", ["[]", "[1, 2]", "3", "null", '"text"', "true", "{}", '{"version": 1}'])
-def test_json_that_is_no_manifest(text: str) -> None:
-    assert "schema_version" in refused(text)
+def test_a_text_that_is_no_manifest_is_refused(text: str, named: str) -> None:
+    assert text != TEXT
+    assert named in refused(text)
 
 
 @pytest.mark.parametrize("version", [0, 1, 2, 4, -2, "3", None, [3], {}, 3.5, True, 3.0], ids=repr)
-def test_another_schema_version_is_named(version: object) -> None:
-    message = refused(json.dumps(changed(("schema_version",), version)))
+def test_another_schema_version_is_named_before_any_field(version: object) -> None:
+    value = {**changed(("step",), MISSING), "schema_version": version}
+    message = refused(json.dumps(value))
     assert f"schema version {version!r}" in message
     assert "reads version 3" in message
-
-
-def test_a_key_given_twice_is_refused() -> None:
-    # Readers differ on which of two they take; a manifest that can be read two ways is none.
-    text = json.dumps(VALID)
-    twice = text.replace('"max_context": 32', '"max_context": 32, "max_context": 64')
-    assert twice != text
-    assert "max_context" in refused(twice)
-
-
-@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
-@pytest.mark.parametrize("place", ['"rows": 40', '"margins": 0.001'])
-def test_numbers_that_json_does_not_have(constant: str, place: str) -> None:
-    text = json.dumps(VALID)
-    assert place in text
-    refused(text.replace(place, place.split(":")[0] + f": {constant}"))
-
-
-@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400], ids=["1e999", "10**400"])
-def test_a_noise_beyond_all_numbers_is_refused(number: str) -> None:
-    assert "noise.margins" in refused(json.dumps(VALID).replace('"margins": 0.001', f'"margins": {number}'))
-
-
-def test_a_manifest_of_the_first_version_is_refused_by_its_version() -> None:
-    # Not by a field that it lacks: what mends it is another export, or the release that made it.
-    old = {**changed(("step",), MISSING), "schema_version": 1, "llm": {"file": "llm.onnx"}}
-    assert "schema version 1; this release reads version 3: export the bundle again" in refused(json.dumps(old))
-
-
-def test_noise_that_is_a_whole_number_is_read_as_a_number() -> None:
-    manifest = parse(json.dumps(changed(("noise",), {"margins": 0, "logits": 1})), "here")
-    assert manifest.noise == Noise(margins=0.0, logits=1.0)
+    assert "export" in message
 
 
 @pytest.mark.parametrize("depth", [500, 900, 950, 980, 990, 1000, 100_000])
 @pytest.mark.parametrize("path", [("model", "revision"), ("parity",), ("unknown",)], ids=".".join)
-def test_deep_nesting(depth: int, path: tuple[str, ...]) -> None:
+def test_deep_nesting_is_read_or_refused(depth: int, path: Path) -> None:
     nest = '{"nest": ' + "[" * depth + "]" * depth + "}"
-    text = json.dumps(changed(path, "NEST")).replace('"NEST"', nest)
-    manifest = read_or_refused(text)
-    assert (manifest is None) or path != ("model", "revision")
-
-
-def test_numbers_of_thousands_of_digits() -> None:
-    refused(json.dumps(VALID).replace('"max_context": 32', '"max_context": ' + "9" * 10_000))
-
-
-def test_a_long_value_is_cut_in_the_message() -> None:
-    refused(json.dumps(changed(("max_context",), "x" * 1_000_000)))
-    refused(json.dumps(changed(("agent", "fallback"), "x" * 1_000_000)))
-    refused(json.dumps(changed(("targets",), [0] * 1_000_000)))
-    refused(json.dumps(changed(("schema_version",), "x" * 1_000_000)))
+    manifest = read_or_refused(json.dumps(changed(path, "NEST")).replace('"NEST"', nest))
+    assert manifest is None or path != ("model", "revision")
 
 
 json_values = st.recursive(
@@ -403,8 +291,8 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(ALL_PATHS + FILE_PATHS), json_values)
-def test_any_value_anywhere_is_read_or_refused(path: tuple[str, ...], value: object) -> None:
+@given(st.sampled_from(FIELDS + FILE_FIELDS), json_values)
+def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> None:
     read_or_refused(json.dumps(changed(path, value)))
 
 

@@ -151,6 +151,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EVAL + "--limit 0", ("--limit is 0", WHOLE_1)),
     (EVAL + "--examples -1", ("--examples is -1", "at least 0")),
     (EVAL + "--out=", ("--out is empty",)),
+    (EVAL + "--training-prompts=", ("--training-prompts is empty",)),
     (EVAL + "--sample-checkpoint", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--sample-checkpoint --baseline greedy --baseline sample", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--temperature 0.5", ("--temperature is 0.5", "leave it out")),
@@ -266,6 +267,7 @@ def test_a_refusal_is_one_line_that_names_what_is_wrong(
     assert sorted(bundle.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_demo_needs_both_its_halves(capsys: pytest.CaptureFixture[str]) -> None:
     from mara_deploy.models import find_agent
     from mara_runtime.errors import MaraError

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -87,38 +88,28 @@ def test_the_pieces_of_an_encoded_text_are_the_text(side: TextSide, text: str) -
 
 
 def test_a_character_comes_with_the_last_of_its_bytes(side: TextSide) -> None:
-    pieces, text, _ = stream(side, byte_ids(side, "a中👍é"))
-    assert pieces == ["a", "", "", "中", "", "", "", "👍", "", "é", ""]
-    assert text == "a中👍é"
-
-
-def test_a_token_may_end_inside_a_character(side: TextSide) -> None:
+    assert stream(side, byte_ids(side, "a中👍é")) == (
+        ["a", "", "", "中", "", "", "", "👍", "", "é", ""], "a中👍é", False
+    )  # fmt: skip
     ids = ids_of(side, "中")
     assert len(ids) == 2  # the tokenizer has a merge of its first two bytes
     assert stream(side, ids)[0] == ["", "中", ""]
+    assert stream(side, []) == ([""], "", False)
 
 
 def test_bytes_that_never_become_a_character_come_at_the_end(side: TextSide) -> None:
-    broken = byte_ids(side, "a中")[:-1]
-    pieces, text, _ = stream(side, broken)
+    pieces, text, _ = stream(side, byte_ids(side, "a中")[:-1])
     assert pieces[:-1] == ["a", "", ""]
     assert "".join(pieces) == text == "a\ufffd"
+    assert stream(side, byte_ids(side, "a\ufffdb\ufffd"))[1] == "a\ufffdb\ufffd"  # true replacement characters
 
 
-def test_a_true_replacement_character_is_text(side: TextSide) -> None:
-    assert stream(side, byte_ids(side, "a\ufffdb\ufffd"))[1] == "a\ufffdb\ufffd"
-
-
-def test_special_tokens_and_unknown_ids_are_no_text(side: TextSide) -> None:
+def test_special_tokens_and_unknown_ids_are_not_text(side: TextSide) -> None:
     ids = [BOS, *ids_of(side, "he"), USER, 9_999, *ids_of(side, "llo"), EOS]
     pieces, text, _ = stream(side, ids)
     assert "".join(pieces) == text == "hello"
     split = byte_ids(side, "中")
     assert stream(side, [split[0], ASSISTANT, *split[1:]])[1] == "中"
-
-
-def test_nothing_pushed_is_no_text(side: TextSide) -> None:
-    assert stream(side, []) == ([""], "", False)
 
 
 # ── tokenizers with byte fallback: Llama 2, Mistral ──────────────────────────────────────────────────────────────────
@@ -161,63 +152,40 @@ def stop_at(side: TextSide, text: str, stop: Sequence[str]) -> tuple[list[str], 
     return stream(side, byte_ids(side, text), stop)
 
 
-def test_a_stop_text_split_over_tokens(side: TextSide) -> None:
-    pieces, text, stopped = stop_at(side, "ab###cd", ["###"])
-    assert pieces == ["a", "b", "", "", "", ""]
-    assert (text, stopped) == ("ab", True)
+@pytest.mark.parametrize(
+    ("text", "stop", "pieces", "stopped"),
+    [
+        ("ab###cd", ["###"], ["a", "b", "", "", "", ""], True),  # split over tokens
+        ("\n\nab", ["\n\n"], ["", "", ""], True),  # at the very start
+        ("a##b", ["###"], ["a", "", "", "##b", ""], False),  # what only began like one comes after all
+        ("aaab", ["aab"], ["", "", "a", "", ""], True),  # a beginning inside a beginning
+        ("ababac", ["abac"], ["", "", "", "ab", "", "", ""], True),
+        ("ab##", ["###"], ["a", "b", "", "", "##"], False),  # held back until the end
+        ("one two three", ["three", "two"], [*"one ", "", "", "", ""], True),
+        ("abc", ["abc", "ab"], ["", "", ""], True),
+        ("a。b", ["。"], ["a", "", "", "", ""], True),  # of several bytes
+    ],
+)
+def test_stop_texts(side: TextSide, text: str, stop: list[str], pieces: list[str], stopped: bool) -> None:
+    assert stop_at(side, text, stop) == (pieces, "".join(pieces), stopped)
 
 
 def test_a_stop_text_inside_one_token(side: TextSide) -> None:
-    pieces, text, stopped = stream(side, ids_of(side, "hello"), ["e"])
-    assert (pieces, text, stopped) == (["h", ""], "h", True)  # the token is "he"
-
-
-def test_a_stop_text_at_the_very_start(side: TextSide) -> None:
-    assert stop_at(side, "\n\nab", ["\n\n"]) == (["", "", ""], "", True)
-
-
-def test_what_only_began_like_a_stop_text_is_given_after_all(side: TextSide) -> None:
-    pieces, text, stopped = stop_at(side, "a##b", ["###"])
-    assert pieces == ["a", "", "", "##b", ""]
-    assert (text, stopped) == ("a##b", False)
-
-
-def test_a_beginning_inside_a_beginning(side: TextSide) -> None:
-    assert stop_at(side, "aaab", ["aab"])[1:] == ("a", True)
-    assert stop_at(side, "ababac", ["abac"])[1:] == ("ab", True)
-
-
-def test_what_is_held_back_comes_at_the_end(side: TextSide) -> None:
-    pieces, text, stopped = stop_at(side, "ab##", ["###"])
-    assert pieces == ["a", "b", "", "", "##"]
-    assert (text, stopped) == ("ab##", False)
-
-
-def test_the_earliest_stop_text_wins_and_nothing_follows(side: TextSide) -> None:
-    assert stop_at(side, "one two three", ["three", "two"])[1:] == ("one ", True)
-    assert stop_at(side, "abc", ["abc", "ab"])[1:] == ("", True)
-    token = ids_of(side, "he")  # both are complete with one token: the one that starts earlier
-    assert stream(side, token, ["e", "he"])[1:] == ("", True)
+    token = ids_of(side, "he")
+    assert len(token) == 1
+    assert stream(side, token, ["e"]) == (["h", ""], "h", True)
+    assert stream(side, token, ["e", "he"])[1:] == ("", True)  # of two complete ones the earlier start
 
 
 def test_after_a_stop_text_nothing_comes(side: TextSide) -> None:
     texts = TextStream(side, ["b"])
     pieces = [texts.push(token) for token in byte_ids(side, "abcb")] + [texts.finish()]
-    assert pieces == ["a", "", "", "", ""]
-    assert (texts.text, texts.stopped) == ("a", True)
+    assert (pieces, texts.text, texts.stopped) == (["a", "", "", "", ""], "a", True)
 
 
-def test_a_stop_text_of_several_bytes(side: TextSide) -> None:
-    pieces, text, stopped = stop_at(side, "a。b", ["。"])
-    assert (pieces, text, stopped) == (["a", "", "", "", ""], "a", True)
-
-
-def test_a_stop_text_that_broken_bytes_complete_at_the_end(side: TextSide) -> None:
-    pieces, text, stopped = stream(side, byte_ids(side, "ab中")[:-1], ["b\ufffd"])
+def test_stop_texts_beside_broken_bytes_and_special_tokens(side: TextSide) -> None:
+    pieces, text, stopped = stream(side, byte_ids(side, "ab中")[:-1], ["b\ufffd"])  # complete at the end
     assert ("".join(pieces), text, stopped) == ("a", "a", True)
-
-
-def test_a_special_token_inside_a_stop_text_is_no_text(side: TextSide) -> None:
     ids = byte_ids(side, "a##")
     assert stream(side, [*ids[:2], USER, ids[2]], ["##"])[1:] == ("a", True)
 
@@ -256,58 +224,10 @@ def test_what_is_given_never_becomes_part_of_a_stop_text(side: TextSide, text: s
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_raw_text_has_the_one_bos_of_the_tokenizer(side: TextSide) -> None:
-    ids = side.encode_raw("hello")
-    assert ids[0] == BOS
-    assert ids.count(BOS) == 1
-    assert ids[1:] == ids_of(side, "hello")
-
-
-def test_a_conversation_has_the_one_bos_of_the_template(side: TextSide) -> None:
-    ids = side.encode_chat([{"role": "user", "content": "hello"}])
-    assert ids == [BOS, USER, *ids_of(side, "hello"), ASSISTANT]
-
-
-@pytest.mark.parametrize("text", [" ", "\n", "é", "👍", "<", "\0"])
-def test_raw_text_of_any_character_is_a_prompt(side: TextSide, text: str) -> None:
-    assert side.decode(side.encode_raw(text)) == text
-
-
-def test_an_empty_prompt_is_refused(side: TextSide) -> None:
-    with pytest.raises(PromptError, match="empty"):
-        side.encode_raw("")
-
-
-@pytest.mark.parametrize("messages", [[], [""], ["  \n"], [None], ["question", "answer", ""]], ids=repr)
-def test_a_conversation_that_ends_with_nothing_is_refused(side: TextSide, messages: list[str | None]) -> None:
-    with pytest.raises(PromptError, match="empty"):
-        side.encode_chat([{"role": "user", "content": content} for content in messages])
-
-
-def test_a_message_without_content_is_refused(side: TextSide) -> None:
-    with pytest.raises(PromptError, match="empty"):
-        side.encode_chat([{"role": "user"}])
-
-
-@pytest.mark.parametrize("message", ["hello", 5, None], ids=repr)
-def test_a_message_that_is_none_is_refused(side: TextSide, message: object) -> None:
-    with pytest.raises(PromptError):
-        side.encode_chat([message])  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("text", ["\ud800", "caf\udce9"], ids=ascii)
-def test_a_prompt_that_is_not_unicode_is_refused(side: TextSide, text: str) -> None:
-    # What Python makes of an argument of the command line in Latin-1.
-    with pytest.raises(PromptError):
-        side.encode_raw(text)
-    with pytest.raises(PromptError):
-        side.encode_chat([{"role": "user", "content": text}])
-
-
-def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSide) -> None:
-    assert not fallback_side.has_template
-    with pytest.raises(PromptError, match="--raw"):
-        fallback_side.encode_chat([{"role": "user", "content": "hello"}])
+def test_a_prompt_has_one_bos(side: TextSide) -> None:
+    assert side.encode_raw("hello") == [BOS, *ids_of(side, "hello")]
+    messages = [{"role": "user", "content": "hello"}]
+    assert side.encode_chat(messages) == [BOS, USER, *ids_of(side, "hello"), ASSISTANT]
 
 
 def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path: Path, side: TextSide) -> None:
@@ -321,38 +241,76 @@ def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path: Path
     assert trapped.encode_chat(messages) == side.encode_chat(messages)
 
 
-# ── damaged text sides ───────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("text", [" ", "\n", "é", "👍", "<", "\0"])
+def test_raw_text_of_any_character_is_a_prompt(side: TextSide, text: str) -> None:
+    assert side.decode(side.encode_raw(text)) == text
 
 
-def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
+SURROGATES = ("\ud800", "caf\udce9")
+"""What Python makes of an argument of the command line in Latin-1."""
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        *(
+            ([{"role": "user", "content": content} for content in contents], "empty")
+            for contents in ([], [""], ["  \n"], [None], ["question", "answer", ""])
+        ),
+        ([{"role": "user"}], "empty"),
+        *(([message], "role") for message in ("hello", 5, None)),
+        *(([{"role": "user", "content": text}], "Unicode") for text in SURROGATES),
+    ],
+    ids=ascii,
+)
+def test_a_conversation_that_cannot_be_encoded_is_refused(side: TextSide, messages: Any, named: str) -> None:
+    with pytest.raises(PromptError, match=named):
+        side.encode_chat(messages)
+
+
+def test_raw_text_that_cannot_be_encoded_is_refused(side: TextSide) -> None:
+    for text, named in (("", "empty"), *((text, "Unicode") for text in SURROGATES)):
+        with pytest.raises(PromptError, match=named):
+            side.encode_raw(text)
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSide) -> None:
+    assert not fallback_side.has_template
+    with pytest.raises(PromptError, match="--raw"):
+        fallback_side.encode_chat(HELLO)
+
+
+# ── damaged files ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bundle_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--input-ids"):
         TextSide(Bundle.open(helpers.make_bundle(tmp_path)))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe"])
-def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: bytes) -> None:
-    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer())
-    helpers.add_file(tmp_path, "tokenizer.json", content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer file"):
-        TextSide(Bundle.open(tmp_path))
-
-
-def test_a_template_that_is_not_utf8(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "error", "named"),
+    [
+        *(
+            ("tokenizer.json", content, BundleError, r"tokenizer\.json")
+            for content in (b"", b"{}", b"no", b"\xff", None)
+        ),
+        ("chat_template.jinja", b"caf\xe9", BundleError, r"chat_template\.jinja.*--raw"),
+        ("chat_template.jinja", None, BundleError, r"chat_template\.jinja.*--raw"),
+        ("chat_template.jinja", b"{% if %}", PromptError, "--raw"),
+    ],
+    ids=str,
+)
+def test_a_damaged_or_missing_file_is_named(
+    tmp_path: Path, name: str, content: bytes | None, error: type[Exception], named: str
+) -> None:
     helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
-    helpers.add_file(tmp_path, "chat_template.jinja", b"caf\xe9")
-    with pytest.raises(BundleError, match=r"chat_template\.jinja"):
-        TextSide(Bundle.open(tmp_path)).encode_chat([{"role": "user", "content": "hello"}])
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
-def test_a_missing_file_that_nobody_verified(tmp_path: Path, name: str) -> None:
-    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
-    (tmp_path / name).unlink()
-    with pytest.raises(BundleError, match=name):
-        TextSide(Bundle.open(tmp_path, verify=False)).encode_chat([{"role": "user", "content": "hello"}])
-
-
-def test_a_template_with_an_error_says_how_to_do_without(tmp_path: Path) -> None:
-    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="{% if %}")
-    with pytest.raises(PromptError, match="--raw"):
-        TextSide(Bundle.open(tmp_path)).encode_chat([{"role": "user", "content": "hello"}])
+    if content is None:  # and its checksum was not verified
+        (tmp_path / name).unlink()
+    else:
+        helpers.add_file(tmp_path, name, content)
+    with pytest.raises(error, match=named):
+        TextSide(Bundle.open(tmp_path, verify=False)).encode_chat(HELLO)

@@ -114,13 +114,13 @@ def test_graphs_are_bounded_and_the_usual_shapes_keep_theirs(
     for turn in range(10):  # shapes that take turns do not evict each other
         for width in (1, 2, 3):
             repeat(engine, turn, width)
-        assert machine.held()["graphs"] <= 2
-        assert machine.held()["contexts"] <= 3  # one that the others share
+        assert machine.in_use()["graphs"] <= 2
+        assert machine.in_use()["contexts"] <= 3  # one that the others share
     assert machine.cuda.launched == 2 * (10 - 2)
     for _ in range(30):  # another has become the usual one
         repeat(engine, 1, 3)
     assert machine.cuda.launched > 2 * (10 - 2) + 10
-    assert machine.held()["graphs"] <= 2
+    assert machine.in_use()["graphs"] <= 2
 
 
 def test_counts_of_shapes_fade(start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_counts_of_shapes_fade(start: Open, machine: Machine, monkeypatch: pytes
         for width in (1, 2, 3, 4):
             for _ in range(4):
                 repeat(engine, turn, width)
-        assert machine.held()["graphs"] <= 2
+        assert machine.in_use()["graphs"] <= 2
     assert machine.cuda.launched > 8
 
 
@@ -193,7 +193,7 @@ def test_where_capture_fails_passes_run_without_graphs_and_the_reason_is_recorde
     engine = start()
     advance(engine, *range(6))
     assert "cudaErrorStreamCaptureInvalidated" in engine.describe()["cuda_graphs"]
-    assert machine.held()["graphs"] == machine.cuda.launched == 0
+    assert machine.in_use()["graphs"] == machine.cuda.launched == 0
 
 
 def test_without_a_second_context_passes_share_the_first(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +233,7 @@ def prefer_the_last_of_equals(folder: Path) -> None:
     onnx.save(model, folder / "step.onnx")
 
 
+@pytest.mark.slow
 def test_the_device_suite_asks_for_no_order_of_equal_numbers(tmp_path: Path, machine: Machine) -> None:
     made = bundle(tmp_path)
     prefer_the_last_of_equals(tmp_path)
@@ -293,7 +294,7 @@ def test_one_engine_file_is_open_and_clearing_goes_back_to_the_smallest(
         for position in range(CONTEXT):
             advance(engine, position)
             sizes.append(engine.memory.slots)
-            assert machine.held()["engines"] == 1
+            assert machine.in_use()["engines"] == 1
         assert sorted(set(sizes)) == list(SIZES)
         assert sizes.index(SIZES[1]) == SIZES[0]  # no earlier than needed
         engine.memory.move(0, 1, 0)
@@ -415,11 +416,11 @@ def test_every_size_is_measured_once(tmp_path: Path, machine: Machine, monkeypat
 def test_memory_is_constant_over_many_steps(start: Open, machine: Machine, in_place: bool) -> None:
     engine = start(in_place)
     session, config = Session(engine.cache, Fixed(2)), DecodeConfig(top_k=3, top_p=1.0, max_new_tokens=CONTEXT - 2)
-    held = []
+    counts = []
     for turn in range(12):
         list(decode(engine, session, request([1, turn % 3], config), Stats()))
-        held.append(machine.held())
-    assert held[-1] == held[8]  # every shape has come by then
+        counts.append(machine.in_use())
+    assert counts[-1] == counts[8]  # every shape has come by then
     assert machine.cuda.launched > 300
 
 
