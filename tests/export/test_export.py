@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mara_deploy.agent import untrained
+from mara_deploy.demo import export_demo
+from mara_deploy.demo.__main__ import main as demo_main
 from mara_export.errors import ModelError
 from mara_export.export import export, export_all, finish
 from mara_export.hf.checkpoint import from_pretrained
@@ -350,12 +352,10 @@ def test_progress_is_a_line_per_stage(traced, tmp_path, capfd) -> None:
 
 
 def test_the_demo_without_the_packages_of_an_export_is_one_line(tmp_path, monkeypatch, capsys) -> None:
-    from mara_deploy.demo import __main__ as demo
-
-    out = demo.export_demo(tmp_path / "demo", quiet=True, max_context=64).folder
+    out = export_demo(tmp_path / "demo", quiet=True, max_context=64).folder
     before = contents(out)
     monkeypatch.setitem(sys.modules, "mara_export.export", None)
-    assert demo.main(["--out", str(out)]) == 2
+    assert demo_main(["--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'mara-deploy[cpu,export]'" in line
     assert contents(out) == before
