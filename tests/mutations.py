@@ -121,6 +121,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), output.fileno(), output.fileno())):
             os.dup2(target, stream)
         try:
