@@ -38,9 +38,8 @@ def find_fault(cache: KVCache, before: Sequence[int], work: Pass, *, judged: boo
     cache.clear()
     if before and not is_finite((yield from fill(cache, before))):
         before, work, judged = (), Pass(before, range(len(before)), 0), False
-    for row, (token, position) in enumerate(zip(work.tokens, work.positions, strict=True)):
-        slot = position if position > len(before) else work.slot + row  # of a draft, or of a sibling
-        out = yield Pass.full_outputs([int(token)], [position], slot)
+    for token, position in zip(work.tokens, work.positions, strict=True):
+        out = yield Pass.full_outputs([int(token)], [position], position)
         _check_row(out, int(token), position, judged)
     raise NumericsError(
         f"a pass at position {len(before)} returned values that are not finite, and finite ones when repeated: "
