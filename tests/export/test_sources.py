@@ -244,10 +244,10 @@ def test_a_model_is_refused_by_its_configuration_before_its_weights_are_fetched(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--target", "cuda", "--lowering", "portable"], "--lowering is 'portable'; for --target cuda take ort"),
-        (["--target", "cuda", "--precision", "fp32"], "--precision is 'fp32'; for --target cuda take fp16"),
+        (["--target", "cuda", "--lowering", "portable"], "--lowering is 'portable'; --target cuda supports ort"),
+        (["--target", "cuda", "--precision", "fp32"], "--precision is 'fp32'; --target cuda supports fp16"),
         (["--target", "tensorrt", "--precision", "bf16"], "or give --no-gate"),
-        (["--max-candidates", "0"], "--max-candidates is 0; it must lie between 1 and 1024"),
+        (["--max-candidates", "0"], "--max-candidates is 0; it must be a whole number from 1 to 1024"),
         (["--precision", "int8", "--block-size", "48"], "--block-size is 48"),
         (["--out", "full"], "full exists already and is not an empty folder"),
         (["--out", "full/file/out"], "full/file/out: "),

@@ -265,7 +265,7 @@ def test_a_model_without_a_template_passes(folder) -> None:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% for m in messages %}{{ m.content }}", "cannot render one message of a user: .*endfor"),
+        ("{% for m in messages %}{{ m.content }}", "cannot render a single user message: .*endfor"),
         ("{{ raise_exception('a system\nmessage, please') }}", "cannot render .*: a system message, please"),
         ("{{ messages[0].nothing.at_all }}", "cannot render"),
         ("{{ additional_special_tokens[1] }}", "fails where the bundle runs, though not in transformers: .*undefined"),

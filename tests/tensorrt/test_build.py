@@ -261,7 +261,7 @@ def test_several_capacities_and_gpus(copied: Callable[..., Bundle]) -> None:
     same = BuildOptions(weight_streaming=True, compute_capabilities=("8.6", "12.0", "8.6"), optimisation_level=1)
     bundle = build(bundle, RTX, same)
     assert [(e.slots, e.options["weight_streaming"]) for e in bundle.manifest.engines] == [(80, False), (SLOTS, True)]
-    bundle = build(bundle, RTX, BuildOptions(workspace_bytes=1 << 30))  # for other GPUs: the rest could not run with it
+    bundle = build(bundle, RTX, BuildOptions(workspace_mib=1024))  # for other GPUs: the rest could not run with it
     assert [(e.slots, e.compute_capability) for e in bundle.manifest.engines] == [(SLOTS, "8.0+")]
     assert [f"engines/{name}" for name in files(bundle.folder / "engines")] == [bundle.manifest.engines[0].file]
     assert Bundle.open(bundle.folder) == bundle
@@ -397,7 +397,7 @@ def test_a_damaged_graph(
 
 
 def test_a_build_that_fails(copied: Callable[..., Bundle]) -> None:
-    message = refused(copied(), workspace_bytes=1000)
+    message = refused(copied(), workspace_mib=1)
     assert message.startswith(f"TensorRT for RTX {trt.__version__} cannot build the engine: ")
     assert "workspace" in message
     assert "/_src/" not in message
@@ -480,7 +480,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, version: str, gpus: int, status: i
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, "10.16.1.11", gpus=0)
     reason = str(why_cannot_build("tensorrt"))
-    assert "there is no NVIDIA GPU that can be used (no CUDA-capable device is detected (100))" in reason
+    assert "no NVIDIA GPU can be used (no CUDA-capable device is detected (100))" in reason
     assert cuda.FOR_CUDA_12 not in reason
     stand_in(monkeypatch, "10.16.1.11", gpus=0, status=35)
     for driver, told in ((True, cuda.FOR_CUDA_12), (False, "no driver is installed")):
