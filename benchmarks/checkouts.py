@@ -26,7 +26,8 @@ class Worker:
     """A bundle, opened by one checkout."""
 
     def __init__(self, python: str, bundle: str, threads: int) -> None:
-        command = [python, "-m", "mara_deploy.bench.worker", bundle, "--engine", "cpu", "--threads", str(threads)]
+        # -P: the current folder may be a checkout, too
+        command = [python, "-P", "-m", "mara_deploy.bench.worker", bundle, "--engine", "cpu", "--threads", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 

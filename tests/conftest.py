@@ -1,6 +1,10 @@
-"""The cores of the machine, shared among the workers of pytest-xdist."""
+"""For all tests: cores shared among the workers of pytest-xdist, and a cache folder of their own."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -10,3 +14,12 @@ def pytest_configure() -> None:
         cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         if own := cores[int(worker.removeprefix("gw")) :: workers]:
             os.sched_setaffinity(0, own)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of this session: tests and the processes they start do not touch the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder

@@ -6,7 +6,7 @@ import importlib
 import io
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,15 +29,6 @@ torch.set_num_threads(1)
 
 CHECKPOINT_SEED, AGENT_SEED = 0, 1
 MAX_CONTEXT, MAX_CANDIDATES = 256, 64
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where measurements of these bundles are kept, for this session; processes that it starts inherit it."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
 
 
 @pytest.fixture(scope="session")

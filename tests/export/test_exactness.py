@@ -32,6 +32,14 @@ from tests import checkpoints, oracle
 
 MODELS = (*checkpoints.ARCHITECTURES, "demo")
 LOWERINGS = ("ort", "portable")
+PAIRS = [
+    ("demo", "ort"), ("qwen2", "portable"), ("qwen3", "ort"), ("mistral", "portable"), ("llama", "ort"),
+]  # fmt: skip
+"""Each model once, each lowering with several; the other pairs are `long`."""
+EVERY_PAIR = [
+    *PAIRS,
+    *(pytest.param(*pair, marks=pytest.mark.long) for pair in product(MODELS, LOWERINGS) if pair not in PAIRS),
+]
 EXCUSABLE = 1e-5
 MOST_EXCUSED = 0.001
 MARGIN_TOLERANCE = 2e-3  # of smallest_margin, a number and not a decision; margins here are of the order of 1
@@ -188,7 +196,7 @@ WORK = [  # pairwise over the ways to schedule and to draft
 ]
 
 
-@pytest.mark.parametrize(("name", "lowering"), [*product(MODELS, LOWERINGS), ("llama", "decomposed")])
+@pytest.mark.parametrize(("name", "lowering"), [*EVERY_PAIR, ("llama", "decomposed")])
 def test_fifty_prompts_of_64_tokens(name, lowering, subject, answers, decoder):
     _, _, prompts = subject(name)
     assert len(prompts) >= 50
@@ -203,9 +211,17 @@ def test_fifty_prompts_of_64_tokens(name, lowering, subject, answers, decoder):
         settle(tally, f"{name}, {lowering}, {way or 'default'}")
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize(
-    "name", [n if n in ("demo", "llama") else pytest.param(n, marks=pytest.mark.long) for n in MODELS]
+    ("name", "lowering"),
+    [
+        ("llama", "ort"),
+        ("demo", "portable"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.long)
+            for pair in product(MODELS, LOWERINGS)
+            if pair not in (("llama", "ort"), ("demo", "portable"))
+        ),
+    ],
 )
 def test_every_strategy_order_and_fallback(name, lowering, subject, answers, decoder):
     _, _, prompts = subject(name)
@@ -235,8 +251,7 @@ class Erratic:
         pass
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "lowering"), EVERY_PAIR)
 def test_any_schedule_at_all(name, lowering, subject, answers, decoder, monkeypatch):
     _, _, prompts = subject(name)
     product = decoder(name, lowering)
