@@ -19,7 +19,7 @@ from mara_export.graph.nodes import (
     ROTARY,
     Builder,
     GraphContext,
-    Pass,
+    GraphPass,
     attribute,
     custom_nodes,
     replace_node,
@@ -118,5 +118,5 @@ def _island(add: Builder, op: str, *inputs: ir.Value | None, out: str, **attribu
     return value
 
 
-QUANTISE: Pass = quantise_qdq
-PASSES: tuple[Pass, ...] = (attention, rotary, rms_norms)
+QUANTISE: GraphPass = quantise_qdq
+PASSES: tuple[GraphPass, ...] = (attention, rotary, rms_norms)

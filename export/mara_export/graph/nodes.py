@@ -38,7 +38,7 @@ class GraphContext:
     progress: Progress
 
 
-Pass = Callable[[ir.Graph, GraphContext], None]
+GraphPass = Callable[[ir.Graph, GraphContext], None]
 """Rewrites a graph in place. Nodes may be left in any order: the pipeline sorts them."""
 
 

@@ -26,7 +26,7 @@ from mara_export.graph.nodes import (
     ROTARY,
     Builder,
     GraphContext,
-    Pass,
+    GraphPass,
     Tables,
     attribute,
     custom_nodes,
@@ -243,5 +243,5 @@ def _merged_heads(out: ir.Value) -> ir.Value | None:
     return out
 
 
-QUANTISE: Pass = quantise
-PASSES: tuple[Pass, ...] = (grouped_attention, rms_norms, join_projections, fuse_residuals)
+QUANTISE: GraphPass = quantise
+PASSES: tuple[GraphPass, ...] = (grouped_attention, rms_norms, join_projections, fuse_residuals)

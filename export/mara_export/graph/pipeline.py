@@ -22,7 +22,7 @@ from onnx import helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mara_export.graph import decomposed, ort, portable
-from mara_export.graph.nodes import GraphContext, Pass, Tables
+from mara_export.graph.nodes import GraphContext, GraphPass, Tables
 from mara_export.graph.precision import narrow, store_float16
 from mara_export.graph.step import join_agent
 from mara_export.graph.weights import load, save, tie_head
@@ -45,7 +45,7 @@ class TracedGraph:
     """for the longest context and most candidates that a bundle of this trace may have"""
 
 
-def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[Pass, ...]]]:
+def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]]:
     """(stage, passes) in order."""
     lowering = LOWERINGS[options.lowering]
     yield f"lower to {options.lowering!r}", lowering.PASSES

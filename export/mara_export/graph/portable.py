@@ -13,7 +13,7 @@ from mara_export.graph.nodes import (
     ROTARY,
     Builder,
     GraphContext,
-    Pass,
+    GraphPass,
     attribute,
     custom_nodes,
     replace_node,
@@ -74,5 +74,5 @@ def rotary_weights(add: Builder, context: GraphContext) -> tuple[ir.Value, ir.Va
     return add.weight("rotary/cos", cos), add.weight("rotary/sin", sin)
 
 
-QUANTISE: Pass = quantise_qdq
-PASSES: tuple[Pass, ...] = (cached_attention, rotary_embedding, rms_norms)
+QUANTISE: GraphPass = quantise_qdq
+PASSES: tuple[GraphPass, ...] = (cached_attention, rotary_embedding, rms_norms)
