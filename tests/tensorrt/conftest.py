@@ -10,9 +10,9 @@ import pytest
 
 from mara_export.export import Traced, finish
 from mara_export.options import ExportOptions
-from tests.export.conftest import agent, agent_file, cache_folder, checkpoint, command, reference, traced
+from tests.export.conftest import agent, agent_file, checkpoint, command, reference, traced
 
-__all__ = ["agent", "agent_file", "cache_folder", "checkpoint", "command", "reference", "traced"]
+__all__ = ["agent", "agent_file", "checkpoint", "command", "reference", "traced"]
 
 MAX_CONTEXT, MAX_CANDIDATES = 128, 16
 
