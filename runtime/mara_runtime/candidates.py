@@ -55,11 +55,8 @@ def select(
     exp = math.exp
     weights = [exp(value - first) for value in values[:top_k]]
     total, dropped = math.fsum(weights), 1.0 - top_p
-    count, below, tail = (
-        len(weights),
-        0.0,
-        weights[-1] / total,
-    )  # probability of the dropped ones, without and with the next
+    count = len(weights)
+    below, tail = 0.0, weights[-1] / total  # probability of the dropped ones, without and with the next
     while tail <= dropped and count > 1:
         count -= 1
         below, tail = tail, tail + weights[count - 1] / total

@@ -1,7 +1,8 @@
 """One position with several candidates: the passes that examine them, and the rule that picks one.
 
 A candidate is accepted when its margin exceeds the threshold. By default the first accepted one, in LM rank, is
-emitted, and the fallback when all are rejected (`mara_runtime.strategies` has the other strategies and orders).
+emitted, and the fallback when all are rejected. Strategies and orders have the names of MARA's released code
+(IAAR-Shanghai/MARA); docs/internals/method.md lists where it and the paper differ.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from mara_runtime.engines.base import NEVER, Pass, StepOutput, sibling_row
 from mara_runtime.schedule.base import PassContext
 from mara_runtime.schedule.drafts import Draft
 from mara_runtime.stats import Step
-from mara_runtime.strategies import choose, examination_order
 
 
 @dataclass
@@ -137,3 +137,32 @@ class Decision:
         margins = {candidate.rank + 1: candidate.margin for candidate in examined}
         step = Step(picked.token, self._position, self._candidates, picked.rank + 1, margins, forced=index is None)
         return step, picked
+
+
+def examination_order(order: str, count: int) -> list[int]:
+    """LM ranks, from 0, in the order in which the agent examines them."""
+    ranks = list(range(count))
+    if order == "ranked":
+        return ranks
+    if order == "best_last":
+        return [*ranks[1:], 0]
+    if order == "reversed":
+        return ranks[::-1]
+    raise ValueError(order)
+
+
+def choose(strategy: str, margins: Sequence[float], threshold: float, rng: np.random.Generator) -> int | None:
+    """Index into `margins` (examination order) of the candidate to emit; None when all are rejected.
+
+    A margin equal to the threshold rejects. `random` draws from `rng` once per decision with an accepted candidate.
+    """
+    accepted = [i for i, margin in enumerate(margins) if margin > threshold]
+    if not accepted:
+        return None
+    if strategy == "top1":
+        return accepted[0]
+    if strategy == "max_prob":
+        return max(accepted, key=lambda i: margins[i])
+    if strategy == "random":
+        return accepted[int(rng.integers(len(accepted)))]
+    raise ValueError(strategy)

@@ -32,7 +32,6 @@ from mara_runtime.schedule.calibrate import measured_cost
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats, Step
-from mara_runtime.tensors import spare_slots
 from mara_runtime.text import TextSide, TextStream
 
 Prompt = str | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
@@ -107,9 +106,7 @@ class AlignedDecoder:
             if threads is not None:
                 raise OptionError(f"threads is {threads}, and the engine is open already: give it when that is opened")
             self.engine, self.declined = engine, {}
-        manifest = self.bundle.manifest
-        needed = manifest.max_context + spare_slots(manifest.max_candidates)
-        self._cache = self.engine.cache
+        self._cache, needed = self.engine.cache, self.bundle.manifest.slots
         if self._cache.capacity < needed:
             raise EngineError(
                 f"the engine has {self._cache.capacity} KV slots; {self.bundle.folder} needs {needed}: max_context and "

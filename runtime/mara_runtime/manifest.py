@@ -9,7 +9,7 @@ from typing import Any
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
-from mara_runtime.tensors import CACHE_BYTES, ModelShape
+from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -138,6 +138,11 @@ class Manifest:
     """every file except the manifest, by its path in the bundle"""
     io: dict[str, Any]
     """inputs and outputs of the graph: name, dtype, shape"""
+
+    @property
+    def slots(self) -> int:
+        """KV slots that decoding may need: of a full context, and of one more decision."""
+        return self.max_context + spare_slots(self.max_candidates)
 
     def to_json(self) -> str:
         """The text of manifest.json."""

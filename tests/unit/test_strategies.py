@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_runtime.config import ORDERS, STRATEGIES
-from mara_runtime.strategies import choose, examination_order
+from mara_runtime.decision import choose, examination_order
 from tests import reference
 
 

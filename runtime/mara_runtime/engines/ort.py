@@ -166,7 +166,7 @@ class OrtEngine(ABC):
         self._shape, self._dtype = manifest.model.shape, manifest.step.cache
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
         self._check_io(path)
-        self._memory = self._make_memory(manifest.max_context + tensors.spare_slots(manifest.max_candidates))
+        self._memory = self._make_memory(manifest.slots)
         self._cache = KVCache(self._memory)
 
     @abstractmethod
