@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mara_runtime.errors import PromptError
+from mara_runtime.sandbox import Sandbox
 
 Message = Mapping[str, Any]
 _RESERVED = {"messages", "add_generation_prompt", "self"}
@@ -34,26 +34,29 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _environment() -> Sandbox:
+    environment = Sandbox(
+        {"tojson": _tojson}, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 
 
@@ -61,8 +64,10 @@ class ChatTemplate:
     """A bundle's chat template. The rendered text contains the special tokens: tokenise it without adding any."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._environment = _environment()
+        self._environment.begin()
         try:
-            self._template = _environment().from_string(source)
+            self._template = self._environment.from_string(source)
         except Exception as error:  # a TemplateError, or Python's error at excessive nesting
             raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
         self._special_tokens = dict(special_tokens)
@@ -82,6 +87,7 @@ class ChatTemplate:
         if reserved := sorted(_RESERVED & values.keys()):
             raise PromptError(f"the chat template's variable {reserved[0]!r} is set by the decoder: leave it out")
         values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        self._environment.begin()
         try:
             return self._template.render(values)
         except Exception as error:  # a template is a program and may fail like any program
