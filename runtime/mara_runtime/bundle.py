@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_runtime.errors import BundleError
+from mara_runtime.files import read_file
 from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
+
+_MOST_MANIFEST_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,12 @@ class Bundle:
         try:
             if not folder.is_dir():
                 raise BundleError(f"there is no bundle at {folder}: make one with mara-export --out {folder}")
-            text = path.read_text(encoding="utf-8")
+            text = read_file(path, _MOST_MANIFEST_BYTES).decode()
         except FileNotFoundError:
             raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST_FILE}") from None
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a valid path
-            raise BundleError(f"{ascii(str(path))[:200]} cannot be read: {error}"[:400]) from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise BundleError(f"{ascii(str(path))[:200]} cannot be read: {why}"[:400]) from None
         bundle = cls(folder, parse(text, str(path)))
         if verify:
             bundle.verify()

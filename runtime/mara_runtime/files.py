@@ -7,7 +7,9 @@ computed again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,10 +22,22 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "mara-deploy"
 
 
-def read_cached(name: str) -> bytes:
-    """Content of a cache file; empty if it cannot be read."""
+def read_file(path: Path, most: int) -> bytes:
+    """Content of a regular file of at most so many bytes. Raises OSError; a pipe or device is not waited for."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def read_cached(name: str, most: int = 1 << 30) -> bytes:
+    """Content of a cache file; empty if it cannot be read, or is larger than `most` bytes."""
     with contextlib.suppress(OSError, RuntimeError):
-        return (cache_folder() / name).read_bytes()
+        return read_file(cache_folder() / name, most)
     return b""
 
 

@@ -47,7 +47,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"], self.filters["wordwrap"]
         every: dict[str, Callable[..., Any]] = {**self.filters, **filters}
         self.filters = {name: self._charged(name, each) for name, each in every.items()}
-        self.tests = {name: self._charged(name, each) for name, each in self.tests.items()}
+        tests: Any = self.tests  # Jinja types them as bare functions
+        self.tests = {name: self._charged(name, each) for name, each in tests.items()}
 
     def begin(self) -> None:
         """The whole budget is there again, for this thread."""

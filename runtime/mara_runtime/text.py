@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import ChatTemplate, Message
 from mara_runtime.errors import BundleError, PromptError
+from mara_runtime.files import read_file
+from mara_runtime.tokenizer import one_line, open_tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Decoded from bytes that are not a character, or not yet."""
+_MOST_TEMPLATE_BYTES = 1 << 22
 
 
 class TextSide:
@@ -24,13 +25,7 @@ class TextSide:
         self._bundle = bundle
         if facts is None:
             raise BundleError(f"{bundle.folder} has no tokenizer: give the prompt as --input-ids")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(bundle.path(facts.file)))
-        except Exception as error:  # the library raises plain Exception
-            raise BundleError(f"{bundle.path(facts.file)} is not a tokenizer file: {error}") from None
-        # a tokenizer.json may contain settings of its last training batch, which do not apply to prompts
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self.tokenizer = open_tokenizer(bundle.path(facts.file))
         self.has_template = facts.chat_template is not None
 
     @cached_property
@@ -41,7 +36,7 @@ class TextSide:
             raise PromptError("this bundle has no chat template: use --raw")
         path = self._bundle.path(facts.chat_template)
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), facts.special_tokens)
+            return ChatTemplate(read_file(path, _MOST_TEMPLATE_BYTES).decode(), facts.special_tokens)
         except (OSError, UnicodeDecodeError) as error:
             raise BundleError(f"{path} cannot be read: {error}; use --raw") from None
 
@@ -73,12 +68,13 @@ class TextSide:
             raise PromptError(
                 f"the prompt is not valid Unicode: it contains {code}, which is not a character"
             ) from None
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with one_line(PromptError, "the bundle's tokenizer cannot encode this prompt"):
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        with one_line(BundleError, "the bundle's tokenizer cannot decode this answer"):
+            return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 class TextStream:

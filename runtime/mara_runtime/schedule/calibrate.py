@@ -34,6 +34,7 @@ HEADS = (1, 2, 4, 8)
 CONTEXTS = (128, 1024, 4096)
 VERSION = 2
 """Version of the measurement; change it whenever passes are timed differently."""
+_MOST_BYTES = 1 << 20
 
 
 def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] = lambda _: None) -> Cost:
@@ -43,7 +44,7 @@ def measured_cost(bundle: Bundle, engine: Engine, report: Callable[[str], None] 
     """
     name = f"cost-{_fingerprint(bundle, engine)}.json"
     with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _from_json(json.loads(files.read_cached(name)))
+        return _from_json(json.loads(files.read_cached(name, _MOST_BYTES)))
     report("calibrating: timing passes of several widths, once per bundle and machine")
     cost = measure(engine, bundle.manifest.max_candidates)
     files.write_cached(name, json.dumps(asdict(cost)).encode())
