@@ -41,7 +41,7 @@ class Bundle:
         except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a valid path
             why = error.strerror if isinstance(error, OSError) else error
             raise BundleError(f"{ascii(str(path))[:200]} cannot be read: {why}"[:400]) from None
-        bundle = cls(folder, parse(text, str(path)))
+        bundle = cls(folder.absolute(), parse(text, str(path)))  # whatever the working directory is later
         if verify:
             bundle.verify()
         return bundle

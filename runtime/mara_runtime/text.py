@@ -22,23 +22,31 @@ class TextSide:
 
     def __init__(self, bundle: Bundle) -> None:
         facts = bundle.manifest.tokenizer
-        self._bundle = bundle
         if facts is None:
             raise BundleError(f"{bundle.folder} has no tokenizer: give the prompt as --input-ids")
         self.tokenizer = open_tokenizer(bundle.path(facts.file))
-        self.has_template = facts.chat_template is not None
+        self._special_tokens = facts.special_tokens
+        self._template: str | BundleError | None = None
+        if facts.chat_template is not None:
+            path = bundle.path(facts.chat_template)
+            try:
+                self._template = read_file(path, _MOST_TEMPLATE_BYTES).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                self._template = BundleError(f"{path} cannot be read: {error}; use --raw")
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the bundle has a chat template."""
+        return self._template is not None
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template, read on first use: a damaged one does not affect raw prompts."""
-        facts = self._bundle.manifest.tokenizer
-        if facts is None or facts.chat_template is None:
+        """The chat template; one that cannot be read or is not valid does not affect raw prompts."""
+        if self._template is None:
             raise PromptError("this bundle has no chat template: use --raw")
-        path = self._bundle.path(facts.chat_template)
-        try:
-            return ChatTemplate(read_file(path, _MOST_TEMPLATE_BYTES).decode(), facts.special_tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} cannot be read: {error}; use --raw") from None
+        if isinstance(self._template, BundleError):
+            raise self._template
+        return ChatTemplate(self._template, self._special_tokens)
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer adds. Raises PromptError."""

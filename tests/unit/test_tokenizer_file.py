@@ -11,7 +11,10 @@ import pytest
 
 from mara_deploy import demo
 from mara_runtime import tokenizer
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError, PromptError
+from mara_runtime.text import TextSide
+from tests.unit import helpers
 
 GROWS = [{"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 100}]
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -85,3 +88,15 @@ def test_a_panic_of_the_library_is_one_line(changes: dict[str, Any], tmp_path: P
     opened = tokenizer.open_tokenizer(written(tmp_path, **changes))
     with pytest.raises(PromptError, match="cannot encode"), tokenizer.one_line(PromptError, "cannot encode"):
         opened.encode("a" * 40 + "!")
+
+
+def test_what_was_verified_at_opening_is_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another working directory nor a file changed since then alters a bundle's prompts."""
+    folder = helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="{{ 'hello' }}")
+    monkeypatch.chdir(folder.parent)
+    bundle = Bundle.open(folder.name)
+    side = TextSide(bundle)
+    monkeypatch.chdir("/")
+    (folder / "chat_template.jinja").write_text("changed", encoding="utf-8")
+    assert bundle.path("manifest.json").is_file()
+    assert side.template.render([{"role": "user", "content": "x"}]) == "hello"
