@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
@@ -68,11 +68,10 @@ class EvalArguments(Options):
     )
     skip_refused: bool = option(False, "skip prompts that one of the sides rejects, such as those that are too long")
     baseline: tuple[str, ...] = option(
-        (),
+        ("greedy",),
         "greedy, sample or best-of-N: the bundle without its agent; or the folder or Hub id of another checkpoint, "
         "such as one after RLHF or DPO",
         metavar="BASELINE",
-        unset="greedy",
     )
     sample_checkpoint: bool = option(False, "sample from checkpoint baselines instead of greedy decoding")
     temperature: float | None = option(
@@ -88,15 +87,15 @@ class EvalArguments(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sampling = {name for name in self.baseline if name == "sample" or _best_of(name) is not None}
+        sampling = {name for name in self.baseline if _samples(name) is not None}
         if self.sample_checkpoint and not set(self.baseline) - {"greedy", *sampling}:
             raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint; leave it out")
         if self.temperature is not None and not sampling and not self.sample_checkpoint:
             raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
         if self.template and self.raw:
             raise OptionError("--template needs the chat template: leave out --raw")
-        for name in self.baseline:
-            if _best_of(name) in (0, 1):
+        for name in sampling - {"sample"}:
+            if _samples(name) in (0, 1):
                 raise OptionError(f"--baseline is {name}; the N of best-of-N must be at least 2")
 
 
@@ -124,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     arguments, engine = from_args(EvalArguments, args), from_args(EngineOptions, args)
     scores, device, batch = score_options(args)
-    configs, variables = _configs(arguments, decode_config(args)), template_variables(arguments.template)
+    config, variables = decode_config(args), template_variables(arguments.template)
 
     from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
@@ -144,7 +143,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
-    contestants = _contestants(arguments.baseline or ("greedy",), decoder, configs, asking)
+    contestants = _contestants(arguments, decoder, config, asking)
     prompts, refused = _answerable(contestants, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
@@ -170,7 +169,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
                 "agent": manifest.agent.source,
-                "fallback": configs.aligned.fallback or manifest.agent.fallback,
+                "fallback": config.fallback or manifest.agent.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
             },
@@ -194,22 +193,6 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"{out / 'report.html'}")
 
 
-class _Configs(NamedTuple):
-    """How each side decodes."""
-
-    aligned: DecodeConfig
-    greedy: DecodeConfig
-    sampled: DecodeConfig
-    checkpoint: DecodeConfig
-
-
-def _configs(arguments: EvalArguments, aligned: DecodeConfig) -> _Configs:
-    """Plain decoding shares everything with aligned decoding but the options of the agent."""
-    greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
-    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    return _Configs(aligned, greedy, sampled, sampled if arguments.sample_checkpoint else greedy)
-
-
 def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that every side accepts, and the number of the others. Raises PromptError for those unless `skip`."""
     accepted = []
@@ -228,32 +211,33 @@ def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], 
 
 
 def _contestants(
-    baselines: Sequence[str], decoder: AlignedDecoder, configs: _Configs, asking: PromptFormat
+    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, asking: PromptFormat
 ) -> list[AnswerSource]:
-    """The aligned side, then the baselines."""
+    """The aligned side, then the baselines, which share all of its settings but those of the agent."""
     from mara_deploy.evaluate.answers import BundleAnswers
     from mara_deploy.evaluate.store import file_name
 
-    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, configs.aligned, asking)]
-    for name in baselines:
-        samples = _best_of(name)
-        if samples is not None:
-            contestants.append(BundleAnswers(name, decoder, configs.sampled, asking, samples=samples))
-        elif name in ("greedy", "sample"):
-            config = configs.greedy if name == "greedy" else configs.sampled
-            contestants.append(BundleAnswers(name, decoder, config, asking))
+    greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
+    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
+    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, asking)]
+    for name in arguments.baseline:
+        if name == "greedy":
+            contestants.append(BundleAnswers(name, decoder, greedy, asking))
+        elif (samples := _samples(name)) is not None:
+            contestants.append(BundleAnswers(name, decoder, sampled, asking, samples))
         else:
-            contestants.append(_checkpoint(name, configs.checkpoint, asking))
+            contestants.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, asking))
     names = [file_name(contestant.name) for contestant in contestants]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
     return contestants
 
 
-def _best_of(baseline: str) -> int | None:
-    """The N of best-of-N."""
-    match = BEST_OF.fullmatch(baseline)
-    return int(match[1]) if match else None
+def _samples(baseline: str) -> int | None:
+    """Answers per prompt of a baseline that samples from the bundle; None: it does not."""
+    if match := BEST_OF.fullmatch(baseline):
+        return int(match[1])
+    return 1 if baseline == "sample" else None
 
 
 def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> AnswerSource:
