@@ -95,7 +95,9 @@ def _train(args: argparse.Namespace) -> None:
         config = new_config(arguments, args)
     if not arguments.quiet:
         print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
-    _load_packages()
+    with needs_extra("train", "training"):
+        from mara_export.hf.checkpoint import silence_transformers
+    silence_transformers()
     with ExitStack() as lock:
         run = _begin(arguments, args, config, lock) if config else _resume(arguments.out, args, lock)
         done, warnings = _run(run, arguments.quiet)
@@ -113,12 +115,6 @@ def _train(args: argparse.Namespace) -> None:
     if not warnings:
         model = run.facts["model"]["asked"]
         print(f"mara-export --model {shlex.quote(model)} --agent {shlex.quote(str(agent))}", file=sys.stderr)
-
-
-def _load_packages() -> None:
-    with needs_extra("train", "training"):
-        from mara_export.hf.checkpoint import silence_transformers
-    silence_transformers()
 
 
 class _Run(NamedTuple):

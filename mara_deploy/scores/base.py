@@ -124,10 +124,14 @@ def as_number(name: str, value: Any) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        shown = shorten(" ".join(repr(value).split()))
         raise ScoreError(
-            f"the score {name} returned {shown} of type {type(value).__name__} for an answer; expected a number"
+            f"the score {name} returned {shown(value)} of type {type(value).__name__} for an answer; expected a number"
         ) from None
+
+
+def shown(value: object) -> str:
+    """A value on one short line, for error messages."""
+    return shorten(" ".join(repr(value).split()))
 
 
 def shorten(text: str, limit: int = 80) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mara_deploy import demo
-from mara_deploy.scores.base import LoadedScore, ScoreError, as_number, shorten
+from mara_deploy.scores.base import LoadedScore, ScoreError, as_number, shown
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
 
@@ -68,9 +68,8 @@ class FunctionScore:
                 raise TypeError
             iterator = iter(returned)
         except TypeError:
-            shown = shorten(" ".join(repr(returned).split()))
             raise ScoreError(
-                f"the score {self.name} returned {shown}; it must return a list with one number per answer"
+                f"the score {self.name} returned {shown(returned)}; it must return a list with one number per answer"
             ) from None
         return [as_number(self.name, value) for value in self._guarded(lambda: list(iterator))]
 
@@ -114,6 +113,6 @@ def _describe(error: BaseException) -> str:
     location = ""
     if theirs:
         file = Path(theirs[-1].filename)
-        shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        location = f" ({shown}:{theirs[-1].lineno})"
+        name = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        location = f" ({name}:{theirs[-1].lineno})"
     return f"{type(error).__name__}: {error}{location}"
