@@ -132,7 +132,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
 
-    asking = PromptFormat(arguments.raw, variables)
+    prompt_format = PromptFormat(arguments.raw, variables)
     prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
     decoder = engine.open(
@@ -143,18 +143,18 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
-    contestants = _contestants(arguments, decoder, config, asking)
-    prompts, refused = _answerable(contestants, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
+    sources = _answer_sources(arguments, decoder, config, prompt_format)
+    prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
-    judging = judges(scores, device, batch)
+    weighted = judges(scores, device, batch)
     with run_lock(out):
         evaluation = evaluate(
             prompts,
-            contestants[0],
-            contestants[1:],
-            judging,
+            sources[0],
+            sources[1:],
+            weighted,
             out,
             seen=overlap(prompts, training.prompts) if training else (),
             bootstrap=bootstrap,
@@ -182,7 +182,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "unique": len(prompts),
                 "training_file": training.name if training else None,
             },
-            "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
+            "decoding": {source.name: dict(source.settings) for source in sources},
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
         summary = result(evaluation, facts, bootstrap)
@@ -193,13 +193,13 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"{out / 'report.html'}")
 
 
-def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+def _answerable(sources: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that every side accepts, and the number of the others. Raises PromptError for those unless `skip`."""
     accepted = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            for contestant in contestants:
-                contestant.check(prompt.text)
+            for source in sources:
+                source.check(prompt.text)
         except PromptError as error:
             if not skip:
                 raise PromptError(f"prompt {number}: {error}; or skip such prompts with --skip-refused") from None
@@ -210,8 +210,8 @@ def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], 
     return accepted, len(prompts) - len(accepted)
 
 
-def _contestants(
-    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, asking: PromptFormat
+def _answer_sources(
+    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat
 ) -> list[AnswerSource]:
     """The aligned side, then the baselines, which share all of its settings but those of the agent."""
     from mara_deploy.evaluate.answers import BundleAnswers
@@ -219,18 +219,18 @@ def _contestants(
 
     greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, asking)]
+    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, prompt_format)]
     for name in arguments.baseline:
         if name == "greedy":
-            contestants.append(BundleAnswers(name, decoder, greedy, asking))
+            sources.append(BundleAnswers(name, decoder, greedy, prompt_format))
         elif (samples := _samples(name)) is not None:
-            contestants.append(BundleAnswers(name, decoder, sampled, asking, samples))
+            sources.append(BundleAnswers(name, decoder, sampled, prompt_format, samples))
         else:
-            contestants.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, asking))
-    names = [file_name(contestant.name) for contestant in contestants]
+            sources.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, prompt_format))
+    names = [file_name(source.name) for source in sources]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
-    return contestants
+    return sources
 
 
 def _samples(baseline: str) -> int | None:
@@ -240,7 +240,7 @@ def _samples(baseline: str) -> int | None:
     return 1 if baseline == "sample" else None
 
 
-def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> AnswerSource:
+def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) -> AnswerSource:
     with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers
@@ -248,7 +248,7 @@ def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> Answer
 
     silence_transformers()
     try:
-        return CheckpointAnswers(name, config, asking)
+        return CheckpointAnswers(name, config, prompt_format)
     except ModelError as error:
         raise OptionError(f"--baseline is {name!r}, which is not greedy, sample or best-of-N: {error}") from None
 

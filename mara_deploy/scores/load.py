@@ -16,14 +16,12 @@ from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
 
 
-def load_score(
-    spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8, max_tokens: int | None = None
-) -> LoadedScore:
+def load_score(spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8) -> LoadedScore:
     """Load a score.
 
     spec: `demo`; `module:function`, also importable from the working directory; or the folder or Hub id of a Hugging
     Face sequence-classification or reward model, followed by `#LABEL` if it has several labels.
-    template, device, batch_size, max_tokens: for a model, see `mara_deploy.scores.reward_model.load`.
+    template, device, batch_size: for a model, see `mara_deploy.scores.reward_model.RewardModel`.
     Raises ScoreError, or OptionError for the device.
     """
     if spec == demo.NAME:
@@ -33,13 +31,13 @@ def load_score(
             raise ScoreError(f"--score-template applies to models only; the score {spec} is a Python function")
         return _import_function(spec)
     try:
-        from mara_deploy.scores import reward_model
+        from mara_deploy.scores.reward_model import RewardModel
     except ImportError as error:
         raise ScoreError(
             f"the score {spec} is a model, which requires packages that are not installed ({error}): pip install "
             "'mara-deploy[train]', or pass a Python function (module:function)"
         ) from None
-    return reward_model.load(spec, template, device, batch_size, max_tokens)
+    return RewardModel(spec, template, device, batch_size)
 
 
 def is_function(spec: str) -> bool:
