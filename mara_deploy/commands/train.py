@@ -273,7 +273,7 @@ def _judges(run: dict[str, Any]) -> list[WeightedScore]:
     options = [ScoreOption(score["spec"], score["weight"], score["template"]) for score in run["scores"]]
     loaded = judges(options, run["score_device"], run["score_batch"])
     for judge, score in zip(loaded, run["scores"], strict=True):
-        fingerprint = (judge.settings or {})["code or weights"]
+        fingerprint = judge.settings["code or weights"]
         if score.setdefault("code or weights", fingerprint) != fingerprint:
             raise MaraError(
                 f"the code or weights of the score {judge.score.name} have changed since the run started: restore "

@@ -101,7 +101,7 @@ def cached_scores(scores: Sequence[WeightedScore], folder: Path) -> Combined:
     """The combined score with its values cached in `folder`. Raises MaraError where a store or a weight is refused."""
     names = unique_names([part.score.name for part in scores])
     stores = [
-        Store(folder / f"{file_name(name)}.jsonl", {"score": name, **(part.settings or {})})
+        Store(folder / f"{file_name(name)}.jsonl", {"score": name, **part.settings})
         for name, part in zip(names, scores, strict=True)
     ]
     return Combined(

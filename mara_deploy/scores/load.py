@@ -8,15 +8,20 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mara_deploy import demo
-from mara_deploy.scores.base import LoadedScore, ScoreError, as_number, shown
+from mara_deploy.scores.base import ScoreError, shown
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
 
+if TYPE_CHECKING:
+    from mara_deploy.scores.reward_model import RewardModel
 
-def load_score(spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8) -> LoadedScore:
+
+def load_score(
+    spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8
+) -> FunctionScore | RewardModel:
     """Load a score.
 
     spec: `demo`; `module:function`, also importable from the working directory; or the folder or Hub id of a Hugging
@@ -47,7 +52,7 @@ def is_function(spec: str) -> bool:
 
 
 class FunctionScore:
-    """A Python callable (prompts, answers) → floats. fingerprint: of the code, see `LoadedScore`."""
+    """A Python callable (prompts, answers) → floats. fingerprint: of its code."""
 
     def __init__(
         self,
@@ -58,8 +63,8 @@ class FunctionScore:
         self.name, self.fingerprint = name, fingerprint
         self._function = function
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Call the function. Raises ScoreError of one line for whatever it raises, or returns instead of numbers."""
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Any]:
+        """What the function returns, as a list. Raises ScoreError of one line for whatever it raises."""
         returned = self._guarded(lambda: self._function(list(prompts), list(answers)))
         try:
             if isinstance(returned, (str, bytes, Mapping, Set)):
@@ -69,7 +74,8 @@ class FunctionScore:
             raise ScoreError(
                 f"the score {self.name} returned {shown(returned)}; it must return a list with one number per answer"
             ) from None
-        return [as_number(self.name, value) for value in self._guarded(lambda: list(iterator))]
+        values: list[Any] = self._guarded(lambda: list(iterator))
+        return values
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """Run the user's code. Raises ScoreError, which names the line that failed."""

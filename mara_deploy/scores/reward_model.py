@@ -72,7 +72,7 @@ class RewardModel:
 
     @cached_property  # hashes the weights
     def fingerprint(self) -> str:
-        """See `LoadedScore`: the commit of a Hub model, else checksums of the folder."""
+        """Identifies the weights: the commit of a Hub model, else checksums of the folder."""
         return self._source.revision or fingerprint(self._source.folder)
 
     @torch.no_grad()
