@@ -94,8 +94,8 @@ class EvalArguments(Options):
             raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
         if self.template and self.raw:
             raise OptionError("--template needs the chat template: leave out --raw")
-        for name in sampling - {"sample"}:
-            if _samples(name) in (0, 1):
+        for name in self.baseline:
+            if name != "sample" and _samples(name) in (0, 1):
                 raise OptionError(f"--baseline is {name}; the N of best-of-N must be at least 2")
 
 
