@@ -91,7 +91,7 @@ class Contest:
         environment: Environment | None = None,
     ) -> dict[str, Any]:
         """Answers, their scores, their share of sentences that the grammar could have made."""
-        task = self.task if environment is None else self.task.within(environment)
+        task = self.task if environment is None else replace(self.task, environment=environment)
         found = task.answer(np.arange(len(self.prompts)), policy, rng, fallback, record=False)
         said = [
             corpus.known(sentence, prompt.task)

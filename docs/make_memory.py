@@ -32,11 +32,8 @@ def page() -> str:
             parts.append("|---|" + "--:|" * (6 + len(JETSONS_GB)))
             for precision in TARGETS[target].precisions:
                 for context in CONTEXTS:
-                    m = estimate(model, Setting(target, precision, context))
-                    sizes = (m.engine_bytes, m.kv_bytes, m.workspace_bytes, m.host_bytes, m.total_bytes)
-                    left = (f"{m.left_bytes(gb) / 1e9:.1f}" if m.fits(gb) else "no" for gb in JETSONS_GB)
-                    cells = (precision, context, *(f"{size / 1e6:.0f}" for size in sizes), *left)
-                    parts.append("| " + " | ".join(map(str, cells)) + " |")
+                    cells = estimate(model, Setting(target, precision, context)).cells()
+                    parts.append(f"| {precision} | {context} | {' | '.join(cells)} |")
             parts.append("")
     return "\n".join(parts)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mara_export.hf.families import Decoder
+from mara_export.options import ExportOptions
 from mara_export.targets import (
     BITS,
     COLUMN,
@@ -20,7 +21,6 @@ from mara_export.targets import (
     Lowering,
     engine_slots,
 )
-from mara_runtime.errors import OptionError
 from mara_runtime.options import Options, option
 from mara_runtime.tensors import CACHE_BYTES, PREFILL_ROWS, spare_slots
 
@@ -52,8 +52,8 @@ class Setting(Options):
         2048, "number of tokens, prompt and answer", least=2, unset="2048 and 8192, or the model's own limit"
     )
     max_candidates: int = option(64, "maximum number of candidates per position", least=1, most=MAX_CANDIDATES)
-    lowering: str | None = option(
-        None,
+    lowering: str = option(
+        "",
         "form of the graph; with decomposed, TensorRT needs two KV caches",
         choices=tuple(LOWERINGS),
         unset="the target's own",
@@ -62,30 +62,14 @@ class Setting(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        target = TARGETS[self.target]
-        if self.precision not in target.precisions:
-            supported = ", ".join(target.precisions)
-            raise OptionError(f"--precision is {self.precision!r}; --target {self.target} supports {supported}")
-        if self.lowering is None:
-            object.__setattr__(self, "lowering", target.lowerings[0])
-        if self.lowering not in target.lowerings:
-            supported = " or ".join(target.lowerings)
-            raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} supports {supported}")
-        sizes = target.block_sizes.get(self.precision, ())
-        if self.block_size is None and sizes:
-            object.__setattr__(self, "block_size", sizes[0])
-        if self.block_size is not None and self.block_size not in sizes:
-            supported = f"supports blocks of {' or '.join(map(str, sorted(sizes)))}" if sizes else "has no blocks"
-            if sizes == (COLUMN,):
-                supported = "has one scale per column"
-            raise OptionError(
-                f"--block-size is {self.block_size}; {self.precision} for --target {self.target} {supported}"
-            )
+        complete = ExportOptions(self.target, self.precision, self.lowering, self.block_size, gate=False)
+        for name in ("lowering", "block_size"):
+            object.__setattr__(self, name, getattr(complete, name))
 
     @property
     def form(self) -> Lowering:
         """The lowering's facts."""
-        return LOWERINGS[str(self.lowering)]
+        return LOWERINGS[self.lowering]
 
     @property
     def on_tensorrt(self) -> bool:
@@ -136,6 +120,12 @@ class Memory:
         """Whether enough is left for the system."""
         return self.left_bytes(gigabytes) >= SYSTEM_BYTES
 
+    def cells(self) -> list[str]:
+        """A row of a table: engine, KV cache, workspace, host and sum in MB; GB left on each Jetson, or no."""
+        parts = (self.engine_bytes, self.kv_bytes, self.workspace_bytes, self.host_bytes, self.total_bytes)
+        left = (f"{self.left_bytes(gb) / 1e9:.1f}" if self.fits(gb) else "no" for gb in JETSONS_GB)
+        return [*(f"{part / 1e6:.0f}" for part in parts), *left]
+
     def to_json(self) -> dict[str, Any]:
         """With the sum, and what is left on each Jetson."""
         boards = {f"{gb} GB": {"left_bytes": self.left_bytes(gb), "fits": self.fits(gb)} for gb in JETSONS_GB}
@@ -148,13 +138,8 @@ def estimate(model: Decoder, setting: Setting, engine_bytes: int | None = None) 
         engine_memory_bytes(model, setting) if engine_bytes is None else engine_bytes,
         kv_bytes(model, setting),
         workspace_bytes(model, setting),
-        host_bytes(setting) + _outgrown_bytes(model, setting),
+        TENSORRT_HOST_BYTES if setting.on_tensorrt else ORT_HOST_BYTES + _outgrown_bytes(model, setting),
     )
-
-
-def host_bytes(setting: Setting) -> int:
-    """Host memory of the process before it opens an engine."""
-    return TENSORRT_HOST_BYTES if TARGETS[setting.target].is_tensorrt else ORT_HOST_BYTES
 
 
 def weight_bytes(model: Decoder, setting: Setting) -> int:
@@ -179,9 +164,7 @@ def engine_memory_bytes(model: Decoder, setting: Setting) -> int:
         return weights + PLAN_BYTES + PLAN_BYTES_A_LAYER * model.num_layers
     if setting.target == "cpu" and setting.precision == "fp16":  # widened when it is loaded
         return weights + 2 * (model.parameters - model.small)
-    if (
-        setting.target == "cpu" and model.tied
-    ):  # multiplied from a copy in an order of its own; the lookup keeps the other
+    if setting.target == "cpu" and model.tied:  # the LM head multiplies by a reordered copy; the lookup keeps the table
         return weights + _matrix_bytes(model.hidden_size, model.vocab_size, setting)
     return weights
 
@@ -206,10 +189,9 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     inner = 4 if setting.form.fused_projections else 3  # gate and up come as one there, and are taken apart
     mlp = rows * (inner * model.intermediate_size + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
-    if (
-        setting.form.grouped_attention
-    ):  # the mask for every query of a group, and the scores, twice: ONNX Runtime plans the
-        # memory of a shape when it has run once, and then keeps what that run took beside the plan's
+    if setting.form.grouped_attention:
+        # The mask of every query of a group, and the scores, twice: ONNX Runtime plans the memory of a shape when it
+        # has run once, and keeps what that run took beside the plan's.
         attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
     elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
@@ -230,11 +212,10 @@ def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:
 def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the embedding table and the LM head."""
     head = _matrix_bytes(model.hidden_size, model.vocab_size, setting)
-    if setting.precision not in BITS:
-        return head if model.tied else 2 * head
-    if setting.form.quantised_table and model.hidden_size % (setting.block_size or 1) == 0:
-        return head if model.tied else 2 * head
-    return head + model.table * setting.number_bytes  # Q/DQ leaves the table as it is
+    whole_blocks = model.hidden_size % (setting.block_size or 1) == 0
+    if setting.precision in BITS and not (setting.form.quantised_table and whole_blocks):
+        return head + model.table * setting.number_bytes  # the table is not quantised
+    return head if model.tied else 2 * head
 
 
 def _slot_bytes(model: Decoder, setting: Setting) -> int:
@@ -243,8 +224,6 @@ def _slot_bytes(model: Decoder, setting: Setting) -> int:
 
 def _outgrown_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the smaller KV cache that ONNX Runtime's engine keeps while it fills the last, larger one."""
-    if setting.on_tensorrt:
-        return 0
     from mara_runtime.engines.ort import FIRST_SLOTS, grown  # NumPy comes with it, which --help does not need
 
     before, size = 0, FIRST_SLOTS

@@ -23,8 +23,6 @@ TEXT_KEYS = ("instruction", "prompt", "question")
 GROUP_KEY = "group"
 _JSON, _JSON_LINES = ".json", (".jsonl", ".ndjson")
 _PLAIN = ("", ".txt", ".text", ".md", ".markdown", ".rst", ".list", ".lst", ".prompts")
-_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xls", ".xlsx", ".ods")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,12 @@ def read_prompts(path: str | Path, group_key: str | None = None) -> PromptSet:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """(location for error messages, value) of every entry."""
-    _check_suffix(path)
+    suffix = path.suffix.lower()
+    if suffix not in (_JSON, *_JSON_LINES, *_PLAIN):  # such as CSV, whose lines are not prompts
+        raise PromptError(
+            f"the prompt file {ascii(str(path))[1:-1][:200]} has the suffix {suffix!r}, which is not read: convert "
+            "or rename it to .txt (one prompt per line), .jsonl (one object per line) or .json (one list)"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -100,7 +103,6 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
         raise PromptError(f"the prompt file {path} cannot be read: {reason}") from None
     except ValueError:  # a NUL in the path
         raise PromptError(f"the prompt file {ascii(str(path))[:200]} cannot be read: invalid path") from None
-    suffix = path.suffix.lower()
     if suffix == _JSON:
         try:
             value = json.loads(text)
@@ -122,24 +124,6 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             # the decoder's own line number is always 1
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             raise PromptError(f"{path}: line {number} is not valid JSON: {reason}") from None
-
-
-def _check_suffix(path: Path) -> None:
-    """Raise PromptError for a format whose lines are not prompts, such as CSV with its header and columns."""
-    suffix = path.suffix.lower()
-    if suffix in (_JSON, *_JSON_LINES, *_PLAIN):
-        return
-    if suffix in _TABLES:
-        raise PromptError(
-            f"the prompt file {path} is a table ({suffix}), which is not supported: write its prompts to a .txt file, "
-            "one per line, or to a .jsonl file, one object with `prompt` per line"
-        )
-    if suffix in _COMPRESSED:
-        raise PromptError(f"the prompt file {path} is compressed ({suffix}): decompress it first")
-    raise PromptError(
-        f"the prompt file {ascii(str(path))[1:-1][:200]} has the unknown suffix {suffix!r}: rename it to .txt (one "
-        "prompt per line), .jsonl (one object per line) or .json (one list)"
-    )
 
 
 def _prompt(entry: Any, where: str, group_key: str | None) -> Prompt:

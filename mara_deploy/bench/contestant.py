@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, Any
 
@@ -85,24 +85,18 @@ class Contestant:
         return answer
 
 
-class Contestants:
-    """All contestants by name; they run from `open` to `close`."""
+class Contestants(dict[str, Contestant]):
+    """Contestants by name, from `open` to `close`."""
 
     def __init__(self, commands: dict[str, list[str]]) -> None:
+        super().__init__()
         self._commands = commands
-        self._open: dict[str, Contestant] = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._commands)
-
-    def __getitem__(self, name: str) -> Contestant:
-        return self._open[name]
 
     def open(self) -> dict[str, dict[str, Any]]:
         """Start all. Returns what each says about itself."""
-        for name in self:
-            self._open[name] = self.fresh(name)
-        return {name: contestant.about for name, contestant in self._open.items()}
+        for name in self._commands:
+            self[name] = self.fresh(name)
+        return {name: contestant.about for name, contestant in self.items()}
 
     def fresh(self, name: str) -> Contestant:
         """A new process of a contestant; the caller closes it."""
@@ -114,11 +108,11 @@ class Contestants:
     def restart(self, names: Sequence[str], first: int) -> None:
         """Restart these, in the order rotated by `first`."""
         for name in names:
-            self._open[name].close()
+            self[name].close()
         for name in (*names[first % len(names) :], *names[: first % len(names)]):
-            self._open[name] = self.fresh(name)
+            self[name] = self.fresh(name)
 
     def close(self) -> None:
         """End all."""
-        for contestant in self._open.values():
+        for contestant in self.values():
             contestant.close()

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,6 @@ class Subject:
     def __init__(self, folder: str, engine: str, threads: int | None) -> None:
         self._bundle = Bundle.open(folder, verify=False)
         self._engine, _ = open_engine(self._bundle, engine, threads)
-        self._cost: Cost | None = None
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
     @property
@@ -52,31 +52,29 @@ class Subject:
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """Plain greedy steps of the decode loop."""
-        steps = _steps(self._engine, self._session(), self._prompt(context), PLAIN, tokens + 1, Stats())
-        times = [time.perf_counter() for _ in steps]
+        times = [time.perf_counter() for _ in self._plain(context, tokens + 1)]
         return {"ms": [(b - a) * 1e3 for a, b in pairwise(times)]}
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """The decode loop up to its first token."""
         self._engine.cache.tokens.clear()
-        steps = _steps(self._engine, self._session(), self._prompt(tokens), PLAIN, 1, Stats())
+        steps = self._plain(tokens, 1)
         started = time.perf_counter()
         next(steps)
         return {"ms": (time.perf_counter() - started) * 1e3}
 
     def width(self) -> dict[str, Any]:
         """The cost of rows on this machine."""
-        self._cost = measure(self._engine, self._bundle.manifest.max_candidates)
         return asdict(self._cost)
+
+    @cached_property
+    def _cost(self) -> Cost:
+        return measure(self._engine, self._bundle.manifest.max_candidates)
 
     def profile(
         self, profile: dict[str, Any], context: int, tokens: int, ways: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Decode the same script in several ways in turn; {way: {ms, engine_ms, expected_ms, stats, continued}}."""
-        if self._cost is None:
-            self.width()
-        assert self._cost is not None
-        cost = self._cost
         manifest = self._bundle.manifest
         vocab_size = manifest.model.shape.vocab_size
         top = top_tokens(manifest.max_candidates, vocab_size)
@@ -87,7 +85,7 @@ class Subject:
             key = f"{profile | {'seed': 0}} {way}"
             acceptance, drafts = self._learned.setdefault(key, (Acceptance(), NGrams()))
             engine = SyntheticEngine(self._engine, script)
-            schedule = _schedule(config, cost, acceptance)
+            schedule = _schedule(config, self._cost, acceptance)
             session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, manifest.noise)
             stats = Stats()
             prompt = script.prompt(context)
@@ -95,17 +93,16 @@ class Subject:
             answers[way] = {
                 "ms": stats.decode_ms,
                 "engine_ms": stats.engine_ms,
-                "expected_ms": engine.expected_ms(cost, context, stats.forwards),
+                "expected_ms": engine.expected_ms(self._cost, context, stats.forwards),
                 "continued": continued_share(prompt, emitted),
                 "stats": stats.to_json(),
             }
         return answers
 
-    def _session(self) -> Session:
-        return Session(self._engine.cache, Fixed(1))
-
-    def _prompt(self, length: int) -> list[int]:
-        return random_tokens(length, self._bundle.manifest.model.shape.vocab_size)
+    def _plain(self, context: int, tokens: int) -> Iterator[Step]:
+        """Greedy steps after a random prompt of `context` tokens."""
+        prompt = random_tokens(context, self._bundle.manifest.model.shape.vocab_size)
+        return _steps(self._engine, Session(self._engine.cache, Fixed(1)), prompt, PLAIN, tokens, Stats())
 
 
 def _steps(

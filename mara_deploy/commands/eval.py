@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
@@ -68,11 +68,10 @@ class EvalArguments(Options):
     )
     skip_refused: bool = option(False, "skip prompts that one of the sides rejects, such as those that are too long")
     baseline: tuple[str, ...] = option(
-        (),
+        ("greedy",),
         "greedy, sample or best-of-N: the bundle without its agent; or the folder or Hub id of another checkpoint, "
         "such as one after RLHF or DPO",
         metavar="BASELINE",
-        unset="greedy",
     )
     sample_checkpoint: bool = option(False, "sample from checkpoint baselines instead of greedy decoding")
     temperature: float | None = option(
@@ -88,7 +87,7 @@ class EvalArguments(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sampling = {name for name in self.baseline if name == "sample" or _best_of(name) is not None}
+        sampling = {name for name in self.baseline if _samples(name) is not None}
         if self.sample_checkpoint and not set(self.baseline) - {"greedy", *sampling}:
             raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint; leave it out")
         if self.temperature is not None and not sampling and not self.sample_checkpoint:
@@ -96,7 +95,7 @@ class EvalArguments(Options):
         if self.template and self.raw:
             raise OptionError("--template needs the chat template: leave out --raw")
         for name in self.baseline:
-            if _best_of(name) in (0, 1):
+            if name != "sample" and _samples(name) in (0, 1):
                 raise OptionError(f"--baseline is {name}; the N of best-of-N must be at least 2")
 
 
@@ -124,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     arguments, engine = from_args(EvalArguments, args), from_args(EngineOptions, args)
     scores, device, batch = score_options(args)
-    configs, variables = _configs(arguments, decode_config(args)), template_variables(arguments.template)
+    config, variables = decode_config(args), template_variables(arguments.template)
 
     from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
@@ -133,7 +132,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
 
-    asking = PromptFormat(arguments.raw, variables)
+    prompt_format = PromptFormat(arguments.raw, variables)
     prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
     decoder = engine.open(
@@ -144,18 +143,18 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
-    contestants = _contestants(arguments.baseline or ("greedy",), decoder, configs, asking)
-    prompts, refused = _answerable(contestants, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
+    sources = _answer_sources(arguments, decoder, config, prompt_format)
+    prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
-    judging = judges(scores, device, batch)
+    weighted = judges(scores, device, batch)
     with run_lock(out):
         evaluation = evaluate(
             prompts,
-            contestants[0],
-            contestants[1:],
-            judging,
+            sources[0],
+            sources[1:],
+            weighted,
             out,
             seen=overlap(prompts, training.prompts) if training else (),
             bootstrap=bootstrap,
@@ -170,7 +169,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
                 "agent": manifest.agent.source,
-                "fallback": configs.aligned.fallback or manifest.agent.fallback,
+                "fallback": config.fallback or manifest.agent.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
             },
@@ -183,7 +182,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "unique": len(prompts),
                 "training_file": training.name if training else None,
             },
-            "decoding": {contestant.name: dict(contestant.settings) for contestant in contestants},
+            "decoding": {source.name: dict(source.settings) for source in sources},
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
         summary = result(evaluation, facts, bootstrap)
@@ -194,29 +193,13 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"{out / 'report.html'}")
 
 
-class _Configs(NamedTuple):
-    """How each side decodes."""
-
-    aligned: DecodeConfig
-    greedy: DecodeConfig
-    sampled: DecodeConfig
-    checkpoint: DecodeConfig
-
-
-def _configs(arguments: EvalArguments, aligned: DecodeConfig) -> _Configs:
-    """Plain decoding shares everything with aligned decoding but the options of the agent."""
-    greedy = replace(aligned, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
-    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    return _Configs(aligned, greedy, sampled, sampled if arguments.sample_checkpoint else greedy)
-
-
-def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
+def _answerable(sources: Sequence[AnswerSource], prompts: Sequence[Prompt], skip: bool) -> tuple[list[Prompt], int]:
     """The prompts that every side accepts, and the number of the others. Raises PromptError for those unless `skip`."""
     accepted = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            for contestant in contestants:
-                contestant.check(prompt.text)
+            for source in sources:
+                source.check(prompt.text)
         except PromptError as error:
             if not skip:
                 raise PromptError(f"prompt {number}: {error}; or skip such prompts with --skip-refused") from None
@@ -227,36 +210,37 @@ def _answerable(contestants: Sequence[AnswerSource], prompts: Sequence[Prompt], 
     return accepted, len(prompts) - len(accepted)
 
 
-def _contestants(
-    baselines: Sequence[str], decoder: AlignedDecoder, configs: _Configs, asking: PromptFormat
+def _answer_sources(
+    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat
 ) -> list[AnswerSource]:
-    """The aligned side, then the baselines."""
+    """The aligned side, then the baselines, which share all of its settings but those of the agent."""
     from mara_deploy.evaluate.answers import BundleAnswers
     from mara_deploy.evaluate.store import file_name
 
-    contestants: list[AnswerSource] = [BundleAnswers("aligned", decoder, configs.aligned, asking)]
-    for name in baselines:
-        samples = _best_of(name)
-        if samples is not None:
-            contestants.append(BundleAnswers(name, decoder, configs.sampled, asking, samples=samples))
-        elif name in ("greedy", "sample"):
-            config = configs.greedy if name == "greedy" else configs.sampled
-            contestants.append(BundleAnswers(name, decoder, config, asking))
+    greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
+    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
+    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, prompt_format)]
+    for name in arguments.baseline:
+        if name == "greedy":
+            sources.append(BundleAnswers(name, decoder, greedy, prompt_format))
+        elif (samples := _samples(name)) is not None:
+            sources.append(BundleAnswers(name, decoder, sampled, prompt_format, samples))
         else:
-            contestants.append(_checkpoint(name, configs.checkpoint, asking))
-    names = [file_name(contestant.name) for contestant in contestants]
+            sources.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, prompt_format))
+    names = [file_name(source.name) for source in sources]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
-    return contestants
+    return sources
 
 
-def _best_of(baseline: str) -> int | None:
-    """The N of best-of-N."""
-    match = BEST_OF.fullmatch(baseline)
-    return int(match[1]) if match else None
+def _samples(baseline: str) -> int | None:
+    """Answers per prompt of a baseline that samples from the bundle; None: it does not."""
+    if match := BEST_OF.fullmatch(baseline):
+        return int(match[1])
+    return 1 if baseline == "sample" else None
 
 
-def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> AnswerSource:
+def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) -> AnswerSource:
     with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers
@@ -264,7 +248,7 @@ def _checkpoint(name: str, config: DecodeConfig, asking: PromptFormat) -> Answer
 
     silence_transformers()
     try:
-        return CheckpointAnswers(name, config, asking)
+        return CheckpointAnswers(name, config, prompt_format)
     except ModelError as error:
         raise OptionError(f"--baseline is {name!r}, which is not greedy, sample or best-of-N: {error}") from None
 

@@ -177,10 +177,9 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield f"{'':24}{'MB':>8}{'left for the system, GB, of':>59}"
     yield f"{'precision':<10}{'context':>8}{'engine':>9}{'KV':>8}{'workspace':>11}{'host':>7}{'sum':>9}{boards}"
     for setting, sizes in rows:
-        parts = (sizes.engine_bytes, sizes.kv_bytes, sizes.workspace_bytes, sizes.host_bytes, sizes.total_bytes)
-        engine, kv, workspace, host, total = (f"{part / 1e6:.0f}" for part in parts)
-        left = "".join(f"{f'{sizes.left_bytes(gb) / 1e9:.1f}' if sizes.fits(gb) else 'no':>9}" for gb in JETSONS_GB)
-        yield (f"{setting.precision:<10}{setting.context:>8}{engine:>9}{kv:>8}{workspace:>11}{host:>7}{total:>9}{left}")
+        engine, kv, workspace, host, *sum_and_left = sizes.cells()
+        others = "".join(f"{cell:>9}" for cell in sum_and_left)
+        yield f"{setting.precision:<10}{setting.context:>8}{engine:>9}{kv:>8}{workspace:>11}{host:>7}{others}"
 
 
 NOTES = (

@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
@@ -26,6 +26,10 @@ from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
     from mara_runtime.decoder import AlignedDecoder, Generation, Piece, Prompt
+    from mara_runtime.stats import Step
+    from mara_runtime.text import TextSide
+
+    Trace = Callable[[Piece], None]
 
 EPILOG = """\
 Without --prompt and --input-ids, mara-run starts a chat on a terminal and otherwise reads the prompt from stdin.
@@ -97,16 +101,17 @@ def _run(args: argparse.Namespace) -> None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
             _chat(decoder, config, options.system, variables, trace)
-        elif options.json:
-            result = _answer(decoder.stream(prompt, config, raw=options.raw, template=variables), trace)
-            utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-            print(json.dumps(result.to_json(), ensure_ascii=not utf8))
-        else:
-            result = _answer(decoder.stream(prompt, config, raw=options.raw, template=variables), trace, echo=True)
-            if result.text is None:
-                print(",".join(map(str, result.token_ids)), end="")
-            print(flush=True)
-            print(_counters(result), file=sys.stderr)
+            return
+        pieces = decoder.stream(prompt, config, raw=options.raw, template=variables)
+        result = _answer(pieces, trace, echo=not options.json)
+    if options.json:
+        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+        print(json.dumps(result.to_json(), ensure_ascii=not utf8))
+        return
+    if result.text is None:
+        print(",".join(map(str, result.token_ids)), end="")
+    print(flush=True)
+    print(_counters(result), file=sys.stderr)
 
 
 def _prompt(options: RunArguments) -> Prompt:
@@ -140,7 +145,7 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         print(f"agent {agent.source}, fallback {fallback}", file=sys.stderr)
 
 
-def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Generation:
+def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:
     """Run a generation to its end; echo: print the text as it is generated."""
     result, open_line = None, False
     try:
@@ -158,7 +163,7 @@ def _answer(pieces: Iterator[Piece], trace: Tracer, echo: bool = False) -> Gener
 
 
 def _chat(
-    decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Tracer
+    decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Trace
 ) -> None:
     """A conversation on the terminal, until the end of input."""
     with contextlib.suppress(ImportError):
@@ -211,68 +216,61 @@ def _counters(result: Generation) -> str:
     return "[" + "; ".join(parts) + "]"
 
 
-class Tracer:
-    """Writes the decision at each position as a JSON line; without a file, nothing."""
-
-    def __init__(self, file: TextIO | None, decoder: AlignedDecoder) -> None:
-        self._file, self._side = file, decoder.text_side
-
-    def __call__(self, piece: Piece) -> None:
-        """Write one line."""
-        if self._file is None:
-            return
-        step = piece.step
-        record = {
-            "position": step.position,
-            **self._token(step.token),
-            "rank": step.rank,
-            "forced": step.forced,
-            "drafted": step.drafted,
-            "candidates": [
-                {
-                    "rank": rank,
-                    **self._token(int(token)),
-                    "probability": round(float(probability), 6),
-                    "log_probability": round(float(log_probability), 6),
-                    "margin": step.margins.get(rank),
-                }
-                for rank, (token, probability, log_probability) in enumerate(
-                    zip(
-                        step.candidates.ids,
-                        step.candidates.probabilities,
-                        step.candidates.log_probabilities,
-                        strict=True,
-                    ),
-                    start=1,
-                )
-            ],
-        }
-        try:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()  # a full disk fails here, and a reader sees the line at once
-        except OSError as error:
-            raise OptionError(f"--trace cannot write {self._file.name}: {error.strerror}") from None
-
-    def _token(self, token: int) -> dict[str, Any]:
-        if self._side is None:
-            return {"token": token}
-        return {"token": token, "text": self._side.tokenizer.decode([token], skip_special_tokens=False)}
-
-
 @contextlib.contextmanager
-def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Tracer]:
+def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Trace]:
+    """A function that writes the decision at a position to a JSON line; without a file, it does nothing."""
     if path is None:
-        yield Tracer(None, decoder)
+        yield lambda piece: None
         return
+    with _trace_errors(path):
+        file = path.open("w", encoding="utf-8", buffering=1)  # a reader sees each line at once, and a full disk fails
+
+    def trace(piece: Piece) -> None:
+        with _trace_errors(path):
+            file.write(json.dumps(_record(piece.step, decoder.text_side), ensure_ascii=False) + "\n")
+
     try:
-        file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"--trace cannot write {path}: {error.strerror}") from None
-    try:
-        yield Tracer(file, decoder)
+        yield trace
     finally:
         with contextlib.suppress(OSError):  # an unwritten line was reported already
             file.close()
+
+
+@contextlib.contextmanager
+def _trace_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"--trace cannot write {path}: {error.strerror}") from None
+
+
+def _record(step: Step, side: TextSide | None) -> dict[str, Any]:
+    """A decision as plain values, with the text of each token if the bundle has a tokenizer."""
+
+    def named(token: int) -> dict[str, Any]:
+        if side is None:
+            return {"token": token}
+        return {"token": token, "text": side.tokenizer.decode([token], skip_special_tokens=False)}
+
+    found = step.candidates
+    ranked = zip(found.ids.tolist(), found.probabilities.tolist(), found.log_probabilities.tolist(), strict=True)
+    return {
+        "position": step.position,
+        **named(step.token),
+        "rank": step.rank,
+        "forced": step.forced,
+        "drafted": step.drafted,
+        "candidates": [
+            {
+                "rank": rank,
+                **named(token),
+                "probability": round(probability, 6),
+                "log_probability": round(log_probability, 6),
+                "margin": step.margins.get(rank),
+            }
+            for rank, (token, probability, log_probability) in enumerate(ranked, start=1)
+        ],
+    }
 
 
 if __name__ == "__main__":

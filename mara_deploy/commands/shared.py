@@ -13,20 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from mara_runtime.errors import MaraError
+from mara_runtime.versions import installed
 
 EXIT_BAD_INPUT = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from mara_runtime.versions import installed
-
-        print(f"{parser.prog} (mara-deploy {installed('mara-deploy')['mara-deploy']})")
-        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +31,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        self.add_argument("--version", action=_Version, help="show the version and exit")
+        version = f"%(prog)s (mara-deploy {installed('mara-deploy')['mara-deploy']})"
+        self.add_argument("--version", action="version", version=version, help="show the version and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""

@@ -95,7 +95,9 @@ def _train(args: argparse.Namespace) -> None:
         config = new_config(arguments, args)
     if not arguments.quiet:
         print("mara-train: loading PyTorch and transformers …", file=sys.stderr)
-    _load_packages()
+    with needs_extra("train", "training"):
+        from mara_export.hf.checkpoint import silence_transformers
+    silence_transformers()
     with ExitStack() as lock:
         run = _begin(arguments, args, config, lock) if config else _resume(arguments.out, args, lock)
         done, warnings = _run(run, arguments.quiet)
@@ -115,12 +117,6 @@ def _train(args: argparse.Namespace) -> None:
         print(f"mara-export --model {shlex.quote(model)} --agent {shlex.quote(str(agent))}", file=sys.stderr)
 
 
-def _load_packages() -> None:
-    with needs_extra("train", "training"):
-        from mara_export.hf.checkpoint import silence_transformers
-    silence_transformers()
-
-
 class _Run(NamedTuple):
     """A run that is ready to start or to continue."""
 
@@ -129,7 +125,9 @@ class _Run(NamedTuple):
     """contents of run.json"""
     config: TrainConfig
     task: TrainingTask
-    checkpoint: dict[str, Any] | None
+    checkpoint: dict[str, Any] | None = None
+    done: int = 0
+    """episodes of the checkpoint"""
 
 
 def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainConfig, lock: ExitStack) -> _Run:
@@ -143,7 +141,7 @@ def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainCon
     facts = _describe(arguments, args, config, len(prompts))
     task = _open(facts, prompts, config)
     lock.enter_context(run_lock(arguments.out))
-    return _Run(RunFolder.new(arguments.out, facts, prompts), facts, config, task, None)
+    return _Run(RunFolder.new(arguments.out, facts, prompts), facts, config, task)
 
 
 def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
@@ -154,10 +152,17 @@ def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
     folder = RunFolder.existing(out)
     lock.enter_context(run_lock(folder.path))
     facts, prompts, checkpoint = folder.run, folder.prompts, folder.load()
-    config = _resumed(facts, _episodes(checkpoint), **given(TrainConfig, args))
+    done = checkpoint["progress"]["episodes"] if checkpoint else 0
+    changes = given(TrainConfig, args)  # --episodes, or nothing
+    config = replace(TrainConfig.from_json(facts["config"]), **changes)
+    if changes and config.episodes < done:
+        raise OptionError(
+            f"--episodes is {config.episodes}, but the run already has {done}: give a larger number, or leave it out"
+        )
+    config.check_replay()
     task = _open(facts, prompts, config)
     folder.describe(facts)
-    return _Run(folder, facts, config, task, checkpoint)
+    return _Run(folder, facts, config, task, checkpoint, done)
 
 
 def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> TrainingTask:
@@ -199,7 +204,7 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
     try:
         with (
             deferred_interrupt(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
-            Monitor(run.config.episodes, _episodes(run.checkpoint), run.folder.tensorboard, quiet) as monitor,
+            Monitor(run.config.episodes, run.done, run.folder.tensorboard, quiet) as monitor,
         ):
             train(
                 run.task,
@@ -216,10 +221,6 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
         raise
     write_report(run.folder)
     return monitor.episodes, cautions(run.folder.rows(), run.config.to_json())
-
-
-def _episodes(checkpoint: dict[str, Any] | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint["progress"]["episodes"])
 
 
 def _reject_settings(args: argparse.Namespace) -> None:
@@ -242,17 +243,6 @@ def new_config(arguments: TrainArguments, args: argparse.Namespace) -> TrainConf
     template_variables(arguments.template)
     recipe = arguments.recipe or ("demo" if arguments.model == demo.NAME else "paper")
     config = replace(RECIPES[recipe], **given(TrainConfig, args))
-    config.check_replay()
-    return config
-
-
-def _resumed(facts: dict[str, Any], done: int, **changes: Any) -> TrainConfig:
-    """The settings of a run with `done` episodes. changes: `episodes`, or nothing. Raises OptionError."""
-    config = replace(TrainConfig.from_json(facts["config"]), **changes)
-    if changes and config.episodes < done:
-        raise OptionError(
-            f"--episodes is {config.episodes}, but the run already has {done}: give a larger number, or leave it out"
-        )
     config.check_replay()
     return config
 
@@ -283,7 +273,7 @@ def _judges(run: dict[str, Any]) -> list[WeightedScore]:
     options = [ScoreOption(score["spec"], score["weight"], score["template"]) for score in run["scores"]]
     loaded = judges(options, run["score_device"], run["score_batch"])
     for judge, score in zip(loaded, run["scores"], strict=True):
-        fingerprint = (judge.settings or {})["code or weights"]
+        fingerprint = judge.settings["code or weights"]
         if score.setdefault("code or weights", fingerprint) != fingerprint:
             raise MaraError(
                 f"the code or weights of the score {judge.score.name} have changed since the run started: restore "

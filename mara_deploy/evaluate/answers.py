@@ -6,8 +6,9 @@ An answer depends on its prompt and the source's settings alone: neither on the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mara_runtime.bundle import sha256
@@ -30,10 +31,6 @@ class Answer:
     """"stop" or "length" """
     stats: dict[str, Any] | None = None
     """decoding counters, see `mara_runtime.stats.Stats.to_json`; None: not decoded by a bundle"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `Answer(**values)` reads them."""
-        return asdict(self)
 
 
 class AnswerSource(Protocol):
@@ -120,26 +117,19 @@ def answer_seed(seed: int, prompt: str, sample: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def total_stats(stats: list[dict[str, Any]]) -> dict[str, Any]:
+def total_stats(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counters of several answers: sums, the smallest margin, and the decoding speed over all, which excludes the first
     token of each answer, as that comes from the prefill."""
     total: dict[str, Any] = {}
-    for answer in stats:
-        for name, value in answer.items():
-            if isinstance(value, dict):
-                histogram = total.setdefault(name, {})
-                for key, count in value.items():
-                    histogram[key] = histogram.get(key, 0) + count
-            elif name == "smallest_margin":
-                margins = [margin for margin in (total.get(name), value) if margin is not None]
-                total[name] = min(margins, default=None)
-            else:
-                total[name] = total.get(name, 0) + value
-    for name, value in total.items():
-        if isinstance(value, dict):
-            total[name] = {key: value[key] for key in sorted(value, key=int)}
-        elif name.endswith("_ms"):
-            total[name] = round(value, 3)
-    if total.get("decode_ms"):
+    for name in stats[0]:
+        values = [answer[name] for answer in stats]
+        if isinstance(values[0], Mapping):
+            histogram = sum(map(Counter, values), Counter[str]())
+            total[name] = {key: histogram[key] for key in sorted(histogram, key=int)}
+        elif name == "smallest_margin":
+            total[name] = min((margin for margin in values if margin is not None), default=None)
+        else:
+            total[name] = round(sum(values), 3)
+    if total["decode_ms"]:
         total["tokens_per_second"] = round((total["tokens"] - len(stats)) / total["decode_ms"] * 1e3, 2)
     return total

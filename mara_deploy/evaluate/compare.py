@@ -8,8 +8,7 @@ prompts, or groups of related prompts, which are resampled as a whole because th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,10 +71,6 @@ class Preference:
     """mean score of the baseline's answers"""
     difference_interval: Interval | None
     """of mean - baseline_mean"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def preference(

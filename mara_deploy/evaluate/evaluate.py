@@ -9,11 +9,11 @@ again computes only what is missing, with the same result as an uninterrupted ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from mara_deploy.scores.base import Combined, WeightedScore
 from mara_runtime.errors import MaraError
 
 _PROMPTS_PER_STEP = 16
-"""Prompts whose answers are scored together: a batch for a model, and one update of the live counts."""
+"""Prompts whose answers are scored together, and then kept or computed again as a whole."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Evaluation:
     comparisons: dict[str, Comparison]
     weights: dict[str, float]
     """{score: its weight in the combined score}"""
-    seen: frozenset[str] = field(default_factory=frozenset)
+    seen: frozenset[str]
     """prompts that also occur in the training set"""
 
 
@@ -95,15 +95,12 @@ def evaluate(
     """
     bootstrap = bootstrap or Bootstrap()
     sources = [aligned, *baselines]
-    with ExitStack() as stack:
-        stores = [
-            stack.enter_context(Store(out / "answers" / f"{file_name(source.name)}.jsonl", source.settings))
-            for source in sources
-        ]
-        score, score_files = cached_scores(scores, out / "scores")
-        stack.enter_context(score_files)
-        samples = [_answer(source, prompts, store, quiet) for source, store in zip(sources, stores, strict=True)]
-        ours, *theirs = _score([source.name for source in sources], prompts, samples, score, quiet)
+    stores = [Store(out / "answers" / f"{file_name(source.name)}.jsonl", source.settings) for source in sources]
+    score = cached_scores(scores, out / "scores")
+    samples = [_answer(source, prompts, store, quiet) for source, store in zip(sources, stores, strict=True)]
+    ours, *theirs = (
+        _score(source.name, prompts, each, score, quiet) for source, each in zip(sources, samples, strict=True)
+    )
     weights = dict(zip(score.names, score.weights, strict=True))
     units = unit_numbers([prompt.group for prompt in prompts])
     return Evaluation(
@@ -123,10 +120,10 @@ def _answer(source: AnswerSource, prompts: Sequence[Prompt], store: Store, quiet
     if not quiet:
         sys.stderr.write(f"{source.name}: {len(missing)} to answer" + f", {saved} already saved" * (saved > 0) + "\n")
     tokens = 0
-    with tqdm(missing, unit="answer", leave=False, disable=True if quiet else None, ncols=88) as bar:
+    with _progress(missing, quiet, unit="answer") as bar:
         for text in bar:
             answers = source(text)
-            store.add({text: [answer.to_json() for answer in answers]})
+            store.add({text: [asdict(answer) for answer in answers]})
             tokens += sum(answer.tokens for answer in answers)
             bar.set_postfix_str(f"{tokens} tokens")
     source.close()
@@ -136,66 +133,37 @@ def _answer(source: AnswerSource, prompts: Sequence[Prompt], store: Store, quiet
         raise MaraError(f"{store.path} does not contain answers: delete the file to compute them again") from None
 
 
-class _BestSample(NamedTuple):
-    """The sample that competes for one prompt, with its scores."""
-
-    answer: Answer
-    combined: float
-    each: dict[str, float]
-
-
 def _score(
-    names: Sequence[str], prompts: Sequence[Prompt], samples: Sequence[list[list[Answer]]], score: Combined, quiet: bool
-) -> list[ScoredAnswers]:
-    """Score all samples of every source, a few prompts at a time, and keep the best sample of each prompt."""
-    hidden = True if quiet else None  # None: shown on a terminal
-    best: list[list[_BestSample]] = [[] for _ in names]
-    with tqdm(total=len(prompts), unit="prompt", desc="scores", leave=False, disable=hidden, ncols=88) as bar:
-        for start in range(0, len(prompts), _PROMPTS_PER_STEP):
-            part = slice(start, start + _PROMPTS_PER_STEP)
-            for of_source, answers in zip(best, samples, strict=True):
-                of_source += _best_samples(prompts[part], answers[part], score)
-            bar.update(len(prompts[part]))
-            ours, *theirs = ([sample.combined for sample in of_source] for of_source in best)
-            counts = (f"{name} {_outcomes(ours, other)}" for name, other in zip(names[1:], theirs, strict=True))
-            bar.set_postfix_str(", ".join(counts))
-    return [
-        _summarise(name, score.names, of_source, answers)
-        for name, of_source, answers in zip(names, best, samples, strict=True)
-    ]
-
-
-def _best_samples(prompts: Sequence[Prompt], samples: Sequence[list[Answer]], score: Combined) -> Iterator[_BestSample]:
-    """Score all samples of some prompts at once; the first of equally good ones is the best."""
-    flat = [(prompt.text, answer) for prompt, answers in zip(prompts, samples, strict=True) for answer in answers]
-    values = score.detail([text for text, _ in flat], [answer.text for _, answer in flat])
-    start = 0
-    for answers in samples:
-        best = max(range(start, start + len(answers)), key=values.combined.__getitem__)
-        each = {name: of_score[best] for name, of_score in values.each.items()}
-        yield _BestSample(flat[best][1], values.combined[best], each)
-        start += len(answers)
-
-
-def _summarise(
-    name: str, scores: Sequence[str], best: Sequence[_BestSample], samples: Sequence[list[Answer]]
+    name: str, prompts: Sequence[Prompt], samples: Sequence[list[Answer]], score: Combined, quiet: bool
 ) -> ScoredAnswers:
-    answers = [sample.answer for sample in best]
-    stats = [answer.stats for of_prompt in samples for answer in of_prompt if answer.stats is not None]
-    return ScoredAnswers(
-        name,
-        answers,
-        combined=[sample.combined for sample in best],
-        each={score: [sample.each[score] for sample in best] for score in scores},
-        text=text_stats([a.text for a in answers], [a.tokens for a in answers], [a.finish_reason for a in answers]),
-        counters=total_stats(stats) if stats else None,
-    )
+    """Score all samples of a source, those of a few prompts at a time, and keep the best sample of each prompt."""
+    chosen: list[Answer] = []
+    combined: list[float] = []
+    each: dict[str, list[float]] = {name: [] for name in score.names}
+    with _progress(range(0, len(prompts), _PROMPTS_PER_STEP), quiet, unit="batch", desc=f"scores of {name}") as bar:
+        for first in bar:
+            part = slice(first, first + _PROMPTS_PER_STEP)
+            pairs = [
+                (p.text, answer) for p, answers in zip(prompts[part], samples[part], strict=True) for answer in answers
+            ]
+            values = score.detail([text for text, _ in pairs], [answer.text for _, answer in pairs])
+            start = 0
+            for answers in samples[part]:  # the first of equally good ones is the best
+                best = max(range(start, start + len(answers)), key=values.combined.__getitem__)
+                start += len(answers)
+                chosen.append(pairs[best][1])
+                combined.append(values.combined[best])
+                for score_name, of_score in values.each.items():
+                    each[score_name].append(of_score[best])
+            bar.set_postfix_str(f"mean {fmean(combined):.3g}")
+    text = text_stats([a.text for a in chosen], [a.tokens for a in chosen], [a.finish_reason for a in chosen])
+    stats = [answer.stats for answers in samples for answer in answers if answer.stats is not None]
+    return ScoredAnswers(name, chosen, combined, each, text, total_stats(stats) if stats else None)
 
 
-def _outcomes(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """wins-ties-losses so far."""
-    signs = np.sign(np.subtract(ours, theirs))
-    return "-".join(str(int((signs == sign).sum())) for sign in (1, 0, -1))
+def _progress(steps: Sequence[Any], quiet: bool, **options: Any) -> tqdm[Any]:
+    """A progress bar over the steps, on a terminal only."""
+    return tqdm(steps, leave=False, disable=True if quiet else None, ncols=88, **options)
 
 
 def _compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mara_deploy.evaluate.cautions import cautions, counted
@@ -18,28 +19,13 @@ def result(evaluation: Evaluation, facts: Mapping[str, Any], bootstrap: Bootstra
     return {
         **facts,
         "scores": evaluation.weights,
-        "bootstrap": {
-            "unit": unit,
-            "units": units,
-            "resamples": bootstrap.resamples,
-            "level": bootstrap.level,
-            "seed": bootstrap.seed,
-        },
+        "bootstrap": {"unit": unit, "units": units, **asdict(bootstrap)},
         "in_training": [prompt.text for prompt in evaluation.prompts if prompt.text in evaluation.seen],
         "sides": {
-            side.name: {"text": side.text.to_json(), "counters": side.counters}
+            side.name: {"text": asdict(side.text), "counters": side.counters}
             for side in (evaluation.aligned, *evaluation.baselines.values())
         },
-        "comparisons": {
-            name: {
-                "combined": comparison.combined.to_json(),
-                "each": {score: preference.to_json() for score, preference in comparison.each.items()},
-                "unseen": comparison.unseen.to_json() if comparison.unseen else None,
-                "identical": comparison.identical,
-                "by_length": {length: preference.to_json() for length, preference in comparison.by_length.items()},
-            }
-            for name, comparison in evaluation.comparisons.items()
-        },
+        "comparisons": {name: asdict(comparison) for name, comparison in evaluation.comparisons.items()},
         "cautions": list(cautions(evaluation, units, unit, facts.get("decoding", {}))),
     }
 

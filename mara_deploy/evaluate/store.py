@@ -5,14 +5,12 @@ A store is a file of JSON lines: the first holds the settings that its content d
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mara_deploy.scores.base import Combined, Score, WeightedScore, checked_values, shorten, unique_names
@@ -21,7 +19,7 @@ from mara_runtime.files import writing
 
 
 class Store:
-    """Records by key, appended to `path`. A context manager, which closes the file.
+    """Records by key, appended to `path`.
 
     settings: plain JSON values. Raises MaraError for a file written with other settings, naming the first that differs,
     and for a damaged one. An incomplete last line, left by an interruption, is dropped.
@@ -37,8 +35,8 @@ class Store:
             complete = content[: content.rfind(b"\n") + 1]
             for number, line in enumerate(complete.splitlines(), 1):
                 self._read(number, line, current)
-            self._file = path.open("ab")
-            self._file.truncate(len(complete))
+            if len(complete) < len(content):
+                os.truncate(path, len(complete))
             if not complete:
                 self._append([{"settings": current}])
 
@@ -59,15 +57,6 @@ class Store:
                 "--out, or delete the file"
             )
 
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with contextlib.suppress(OSError):  # already reported by `add`
-            self._file.close()
-
     def __contains__(self, key: str) -> bool:
         return key in self._records
 
@@ -81,8 +70,9 @@ class Store:
         self._records.update(records)
 
     def _append(self, values: Sequence[Mapping[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode())
-        self._file.flush()
+        lines = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
 
 
 class CachedScore:
@@ -98,30 +88,25 @@ class CachedScore:
             hashlib.sha256(f"{len(prompt)} {prompt}{answer}".encode()).hexdigest()
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        missing = {
-            key: (prompt, answer)
-            for key, prompt, answer in zip(keys, prompts, answers, strict=True)
-            if key not in self._store
-        }
+        pairs = dict(zip(keys, zip(prompts, answers, strict=True), strict=True))
+        missing = [key for key in pairs if key not in self._store]
         if missing:
-            new_prompts, new_answers = zip(*missing.values(), strict=True)
+            new_prompts, new_answers = zip(*(pairs[key] for key in missing), strict=True)
             values = checked_values(self.name, self._score, new_prompts, new_answers)
             self._store.add(dict(zip(missing, values, strict=True)))
         return [float(self._store[key]) for key in keys]
 
 
-def cached_scores(scores: Sequence[WeightedScore], folder: Path) -> tuple[Combined, ExitStack]:
-    """The combined score with its values cached in `folder`, and what closes the files.
-
-    Raises MaraError, and leaves no file open, where a store or a weight is refused.
-    """
+def cached_scores(scores: Sequence[WeightedScore], folder: Path) -> Combined:
+    """The combined score with its values cached in `folder`. Raises MaraError where a store or a weight is refused."""
     names = unique_names([part.score.name for part in scores])
-    with ExitStack() as opened:
-        parts = []
-        for name, part in zip(names, scores, strict=True):
-            store = Store(folder / f"{file_name(name)}.jsonl", {"score": name, **(part.settings or {})})
-            parts.append(WeightedScore(CachedScore(part.score, opened.enter_context(store)), part.weight))
-        return Combined(parts), opened.pop_all()
+    stores = [
+        Store(folder / f"{file_name(name)}.jsonl", {"score": name, **part.settings})
+        for name, part in zip(names, scores, strict=True)
+    ]
+    return Combined(
+        [WeightedScore(CachedScore(p.score, store), p.weight) for p, store in zip(scores, stores, strict=True)]
+    )
 
 
 def file_name(name: str) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,6 @@ class TextStats:
     None if there are none"""
     same_as_another: float
     """share of answers identical to the answer to another prompt; 0 … 1"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mara_runtime.errors import MaraError
@@ -29,14 +29,6 @@ class Score(Protocol):
         """One number per answer, in order; prompts are user messages without a template."""
 
 
-class LoadedScore(Score, Protocol):
-    """A score that can tell whether its code or weights have changed."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the code or the weights that the values depend on."""
-
-
 @dataclass(frozen=True)
 class WeightedScore:
     """A score and its weight in the combined score."""
@@ -44,7 +36,7 @@ class WeightedScore:
     score: Score
     weight: float = 1.0
     """finite, not 0; negative where a lower value is better"""
-    settings: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     """plain JSON values that the score depends on besides prompt and answer: cached values are valid for these only"""
 
 
@@ -106,9 +98,7 @@ def unique_names(names: Sequence[str]) -> tuple[str, ...]:
 
 def checked_values(name: str, score: Score, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """(N,) values of a score. Raises ScoreError, naming score and prompt, unless it returns N finite numbers."""
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts and {len(answers)} answers")
-    values = [as_number(name, value) for value in score(prompts, answers)]
+    values = [_as_number(name, value) for value in score(prompts, answers)]
     if len(values) != len(answers):
         raise ScoreError(f"the score {name} returned {len(values)} numbers for {len(answers)} answers")
     for prompt, value in zip(prompts, values, strict=True):
@@ -117,17 +107,21 @@ def checked_values(name: str, score: Score, prompts: Sequence[str], answers: Seq
     return values
 
 
-def as_number(name: str, value: Any) -> float:
+def _as_number(name: str, value: Any) -> float:
     """A value that the score `name` returned, as a float. Raises ScoreError."""
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        shown = shorten(" ".join(repr(value).split()))
         raise ScoreError(
-            f"the score {name} returned {shown} of type {type(value).__name__} for an answer; expected a number"
+            f"the score {name} returned {shown(value)} of type {type(value).__name__} for an answer; expected a number"
         ) from None
+
+
+def shown(value: object) -> str:
+    """A value on one short line, for error messages."""
+    return shorten(" ".join(repr(value).split()))
 
 
 def shorten(text: str, limit: int = 80) -> str:

@@ -8,22 +8,25 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mara_deploy import demo
-from mara_deploy.scores.base import LoadedScore, ScoreError, as_number, shorten
+from mara_deploy.scores.base import ScoreError, shown
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import MaraError
 
+if TYPE_CHECKING:
+    from mara_deploy.scores.reward_model import RewardModel
+
 
 def load_score(
-    spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8, max_tokens: int | None = None
-) -> LoadedScore:
+    spec: str, *, template: str | None = None, device: str = "cpu", batch_size: int = 8
+) -> FunctionScore | RewardModel:
     """Load a score.
 
     spec: `demo`; `module:function`, also importable from the working directory; or the folder or Hub id of a Hugging
     Face sequence-classification or reward model, followed by `#LABEL` if it has several labels.
-    template, device, batch_size, max_tokens: for a model, see `mara_deploy.scores.reward_model.load`.
+    template, device, batch_size: for a model, see `mara_deploy.scores.reward_model.RewardModel`.
     Raises ScoreError, or OptionError for the device.
     """
     if spec == demo.NAME:
@@ -33,13 +36,13 @@ def load_score(
             raise ScoreError(f"--score-template applies to models only; the score {spec} is a Python function")
         return _import_function(spec)
     try:
-        from mara_deploy.scores import reward_model
+        from mara_deploy.scores.reward_model import RewardModel
     except ImportError as error:
         raise ScoreError(
             f"the score {spec} is a model, which requires packages that are not installed ({error}): pip install "
             "'mara-deploy[train]', or pass a Python function (module:function)"
         ) from None
-    return reward_model.load(spec, template, device, batch_size, max_tokens)
+    return RewardModel(spec, template, device, batch_size)
 
 
 def is_function(spec: str) -> bool:
@@ -49,7 +52,7 @@ def is_function(spec: str) -> bool:
 
 
 class FunctionScore:
-    """A Python callable (prompts, answers) → floats. fingerprint: of the code, see `LoadedScore`."""
+    """A Python callable (prompts, answers) → floats. fingerprint: of its code."""
 
     def __init__(
         self,
@@ -60,19 +63,19 @@ class FunctionScore:
         self.name, self.fingerprint = name, fingerprint
         self._function = function
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Call the function. Raises ScoreError of one line for whatever it raises, or returns instead of numbers."""
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Any]:
+        """What the function returns, as a list. Raises ScoreError of one line for whatever it raises."""
         returned = self._guarded(lambda: self._function(list(prompts), list(answers)))
         try:
             if isinstance(returned, (str, bytes, Mapping, Set)):
                 raise TypeError
             iterator = iter(returned)
         except TypeError:
-            shown = shorten(" ".join(repr(returned).split()))
             raise ScoreError(
-                f"the score {self.name} returned {shown}; it must return a list with one number per answer"
+                f"the score {self.name} returned {shown(returned)}; it must return a list with one number per answer"
             ) from None
-        return [as_number(self.name, value) for value in self._guarded(lambda: list(iterator))]
+        values: list[Any] = self._guarded(lambda: list(iterator))
+        return values
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """Run the user's code. Raises ScoreError, which names the line that failed."""
@@ -114,6 +117,6 @@ def _describe(error: BaseException) -> str:
     location = ""
     if theirs:
         file = Path(theirs[-1].filename)
-        shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        location = f" ({shown}:{theirs[-1].lineno})"
+        name = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+        location = f" ({name}:{theirs[-1].lineno})"
     return f"{type(error).__name__}: {error}{location}"

@@ -28,24 +28,38 @@ class RewardModel:
 
     For multi-label models (`problem_type`), the log-odds of a label are its logit. The text is the filled-in template,
     or the tokenizer's chat template, or else the pair of prompt and answer.
+
+    spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
+    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
+    batch_size: texts per pass, ≥ 1.
+    Raises ScoreError, or OptionError for the device.
     """
 
-    def __init__(
-        self,
-        name: str,
-        source: ModelSource,
-        model: Any,
-        tokenizer: Any,
-        label: int | None,
-        template: str | None,
-        batch_size: int,
-        max_tokens: int | None,
-    ) -> None:
-        self.name = name
-        self._source = source
-        self._model, self._tokenizer, self._label = model, tokenizer, label
+    def __init__(self, spec: str, template: str | None, device: str, batch_size: int) -> None:
+        name, _, label = spec.partition("#")
+        torch_device("--score-device", device, "cpu")
+        if template is not None:
+            _check_template(template)
+        folder = local_path(name)
+        if folder is None and name.startswith((".", "/", "~")):
+            raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {name}")
+        if (folder is None or not folder.is_dir()) and not is_hub_id(name):
+            raise ScoreError(
+                f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"
+            )
+        try:
+            source = resolve_model(name)
+            model = _load_classifier(source, device)
+            tokenizer = load_tokenizer(source)
+        except ModelError as error:
+            raise ScoreError(f"the score {name} cannot be loaded: {error}") from error
+        if tokenizer is None:
+            raise ScoreError(f"the score {source.name} has no tokenizer: add its tokenizer.json")
+        self.name = source.name + (f"#{label}" if label else "")
+        self._source, self._model, self._tokenizer = source, model, tokenizer
+        self._label = _label_index(model.config, label, name, source.name)
         self._template, self._batch_size = template, batch_size
-        self._max_tokens = max_tokens or _position_limit(model)
+        self._max_tokens = _position_limit(model)
         self._multi_label = model.config.problem_type not in (None, "single_label_classification")
         # Decoder heads, named `score`, read the last token, which transformers locates by the padding id. That id may
         # also be a token of the text. With padding on the left and an id that no token has, the last token is last.
@@ -58,7 +72,7 @@ class RewardModel:
 
     @cached_property  # hashes the weights
     def fingerprint(self) -> str:
-        """See `LoadedScore`: the commit of a Hub model, else checksums of the folder."""
+        """Identifies the weights: the commit of a Hub model, else checksums of the folder."""
         return self._source.revision or fingerprint(self._source.folder)
 
     @torch.no_grad()
@@ -103,38 +117,6 @@ class RewardModel:
             return logits[:, self._label]
         others = [i for i in range(logits.shape[1]) if i != self._label]
         return logits[:, self._label] - logits[:, others].logsumexp(1)
-
-
-def load(spec: str, template: str | None, device: str, batch_size: int, max_tokens: int | None) -> RewardModel:
-    """Load a model for `mara_deploy.scores.load.load_score`.
-
-    spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
-    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
-    batch_size: texts per pass, ≥ 1; max_tokens: longest text, None for the model's limit.
-    Raises ScoreError, or OptionError for the device.
-    """
-    name, _, label = spec.partition("#")
-    torch_device("--score-device", device, "cpu")
-    if template is not None:
-        _check_template(template)
-    folder = local_path(name)
-    if folder is None and name.startswith((".", "/", "~")):
-        raise ScoreError(f"the score {spec} cannot be loaded: there is no folder {name}")
-    if (folder is None or not folder.is_dir()) and not is_hub_id(name):
-        raise ScoreError(
-            f"there is no score {spec!r}: --score takes module:function, the folder or Hub id of a model, or `demo`"
-        )
-    try:
-        source = resolve_model(name)
-        model = _load_classifier(source, device)
-        tokenizer = load_tokenizer(source)
-    except ModelError as error:
-        raise ScoreError(f"the score {name} cannot be loaded: {error}") from error
-    if tokenizer is None:
-        raise ScoreError(f"the score {source.name} has no tokenizer: add its tokenizer.json")
-    index = _label_index(model.config, label, name, source.name)
-    full_name = source.name + (f"#{label}" if label else "")
-    return RewardModel(full_name, source, model, tokenizer, index, template, batch_size, max_tokens)
 
 
 def _label_index(config: Any, label: str, spec: str, name: str) -> int | None:

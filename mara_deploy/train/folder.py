@@ -98,10 +98,6 @@ class RunFolder:
         """Folder of the event files."""
         return self.path / "tensorboard"
 
-    def write_report(self, page: str) -> None:
-        """Write report.html."""
-        write_file(self.path / "report.html", page)
-
     def save(self, state: Mapping[str, Any], agent: agents.Agent, metadata: Mapping[str, str]) -> None:
         """Write a checkpoint and the agent. metadata: of the agent's file."""
         write_file(self.path / _CHECKPOINT, lambda path: _torch_save(dict(state), path))

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from mara_deploy.files import write_file
 from mara_deploy.html import render_report
 from mara_deploy.train.cautions import cautions
 from mara_deploy.train.folder import RunFolder
@@ -50,7 +51,7 @@ def write_report(folder: RunFolder) -> None:
         "plots": Markup(plots(rows, run["config"])),
         "examples": {"First rounds": first, "Last rounds": last},
     }
-    folder.write_report(render_report("mara_deploy.train", values, {}))
+    write_file(folder.path / "report.html", render_report("mara_deploy.train", values, {}))
 
 
 def plots(rows: Sequence[Row], config: dict[str, Any]) -> str:

@@ -36,31 +36,23 @@ class Rollouts:
     scores: ScoreValues
 
 
+@dataclass(frozen=True)
 class TrainingTask:
-    """Answers prompts and scores the answers.
+    """Answers prompts and scores the answers."""
 
-    prompts: unique user messages; tokens: their token ids, including the generation prompt.
-    """
-
-    def __init__(
-        self,
-        environment: Environment,
-        tokenizer: Any,
-        prompts: Sequence[str],
-        tokens: Sequence[Sequence[int]],
-        score: Combined,
-    ) -> None:
-        self.environment, self.prompts, self.tokens, self.score = environment, tuple(prompts), tokens, score
-        self._tokenizer = tokenizer
+    environment: Environment
+    tokenizer: Any
+    """of Hugging Face"""
+    prompts: Sequence[str]
+    """unique user messages"""
+    tokens: Sequence[Sequence[int]]
+    """their token ids, including the generation prompt"""
+    score: Combined
 
     @property
     def hidden_size(self) -> int:
         """D of the LLM."""
         return self.environment.lm.hidden_size
-
-    def within(self, environment: Environment) -> TrainingTask:
-        """The same prompts and score in another environment."""
-        return TrainingTask(environment, self._tokenizer, self.prompts, self.tokens, self.score)
 
     def answer(
         self,
@@ -74,7 +66,7 @@ class TrainingTask:
         prompts = tuple(self.prompts[i] for i in indices)
         tokens = [self.tokens[i] for i in indices]
         episodes = self.environment.rollout(tokens, policy, rng, fallback=fallback, record=record)
-        texts = self._tokenizer.batch_decode(
+        texts = self.tokenizer.batch_decode(
             [episode.token_ids for episode in episodes],
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # like the runtime's tokenizer, keep spaces before punctuation

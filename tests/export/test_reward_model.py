@@ -144,8 +144,6 @@ def test_the_length_limit(llama, tmp_path) -> None:
     """RoBERTa's positions start after its padding id: of 34, two are lost."""
     with pytest.raises(ScoreError, match=r"llama-reward reads at most 32 tokens.* 'how do i cook rice' .* 48"):
         load_score(str(llama), template=TEMPLATE)(PROMPTS[:1], ["wait " * 37])
-    with pytest.raises(ScoreError, match="at most 20 tokens"):
-        load_score(str(llama), template=TEMPLATE, max_tokens=20)(PROMPTS[:1], ["wait " * 12])
     torch.manual_seed(0)
     positions = {"max_position_embeddings": 34, "type_vocab_size": 2, "pad_token_id": 1}
     config = RobertaConfig(**TINY, num_hidden_layers=1, num_labels=1, **positions)

@@ -140,7 +140,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("memory qwen2 --block-size 64", ("--block-size is 64", "--precision int8 or int4")),
     ("memory qwen2 --block-size 0 --precision int4", ("--block-size is 0", "64 or 128")),
     ("memory qwen2 --block-size 64 --precision int8", ("--block-size is 64", "one scale per column")),
-    ("memory qwen2 --block-size 64 --precision fp16", ("--block-size is 64", "no blocks")),
+    ("memory qwen2 --block-size 64 --precision fp16", ("--block-size", "int8 and int4")),
     ("memory BUNDLE --precision int4", ("--precision is int4", "leave it out")),
     ("memory BUNDLE --lowering ort", ("--lowering is ort", "leave it out")),
     ("memory BUNDLE --block-size 32", ("--block-size is 32", "leave it out")),
