@@ -272,11 +272,6 @@ class CountingEngine(TableEngine):
         """rows that went through the LM head, by pass"""
         self._given: list[NDArray[Any]] = []
 
-    @property
-    def asked(self) -> list[int]:
-        """Rows shown to the agent, by pass; passes that show it none are left out."""
-        return [len(call.agent_rows) for call in self.calls if call.agent_rows]
-
     def run(self, work: Pass) -> StepOutput:
         (self.searched if work.full else self.calls).append(
             replace(
