@@ -50,21 +50,6 @@ TEMPLATES = {
 {% if add_generation_prompt %}
 > {% endif %}
 """,
-    "namespace and counting": """\
-{%- set ns = namespace(system='', users=0, last=-1) -%}
-{%- for message in messages -%}
-  {%- if message['role'] == 'system' -%}{%- set ns.system = ns.system + message['content'] -%}
-  {%- elif message['role'] == 'user' -%}{%- set ns.users = ns.users + 1 -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{{ bos_token }}{{ ns.system }}|{{ ns.users }}|{{ ns.last }}|{{ messages | length }}
-{%- for message in messages | rejectattr('role', 'equalto', 'system') %}
-{{ loop.index }}/{{ loop.length }}{{ ' first' if loop.first }}{{ ' last' if loop.last }}: {{ message['content'] }}
-{%- endfor %}
-""",
-    "system folded into the first user message": """\
-{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim + '\\n\\n' %}{% set loop_messages = messages[1:] %}{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}
-{% for message in loop_messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}
-""",
     "alternation enforced": """\
 {%- set start = 1 if messages[0].role == 'system' else 0 %}
 {%- for message in messages[start:] %}
@@ -80,10 +65,6 @@ TEMPLATES = {
 {%- if tools is not none %}{{- '# Tools\\n' + (tools | tojson) + '\\n' }}{%- endif %}
 {%- if documents is defined and documents %}{{- 'documents' }}{%- endif %}
 {%- if not tools is defined %}{%- set tools = none %}{{- 'undefined' }}{%- endif %}
-{%- for message in messages %}{{- message.content }}{%- endfor %}
-""",
-    "documents": """\
-{%- if documents is not none %}{%- for document in documents %}{{- document.text }}{%- endfor %}{{- '!' }}{%- endif %}
 {%- for message in messages %}{{- message.content }}{%- endfor %}
 """,
     "tojson": """\
@@ -114,14 +95,6 @@ TEMPLATES = {
     "a loop inside a generation tag": """\
 {%- for message in messages %}{% generation %}{% for letter in message['content'][:3] %}{{ letter }}{{ loop.index }}{% endfor %}{% endgeneration %}{{ loop.index }}{% endfor %}
 """,
-    "macros that call macros": """\
-{%- macro tag(name) -%}<|{{ name }}|>{%- endmacro -%}
-{%- macro turn(message, closed=true) -%}
-{{ tag(message.role) }}{{ caller() if caller else message.content }}{% if closed %}{{ tag('end') }}{% endif %}
-{%- endmacro -%}
-{%- macro all(list) %}{% for message in list %}{{ turn(message, not loop.last) }}{% endfor %}{% endmacro -%}
-{{ all(messages) }}{% call turn(messages[0]) %}called{% endcall %}
-""",
     "thinking cut out of earlier answers": """\
 {%- set ns = namespace(last_query=messages | length - 1) %}
 {%- for message in messages[::-1] %}
@@ -150,17 +123,8 @@ TEMPLATES = {
 {{ messages[0].items() | list | length }} {{ [3, 1, 2] | sort | first }} {{ range(3) | list }} {{ 7 // 2 }} {{ 2 ** 5 }}
 {{ "a" ~ none ~ true }} {{ undefined_name }} {{ messages[0].content[:4] }} {{ '<b>' | e }} {{ '<b>' }}
 """,
-    "comments and raw": """\
-{# not printed #}
-{%- raw %}{{ not evaluated }}{% endraw %}
-  {# a comment alone on its line #}
-{{ messages[0].content }}{# at the end #}
-
-{%+ if true %} kept {%+ endif %}
-last line without an end""",
     "special tokens": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ unk_token is defined }}",
     "two trailing newlines": "{{ messages[0].content }}\n\n",
-    "carriage returns": "{% for m in messages %}\r\n  {{ m.content }}\r\n{% endfor %}\r\n",
     "generation prompt": "{{ add_generation_prompt }}{{ add_generation_prompt is defined }}",
 }
 

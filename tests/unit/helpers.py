@@ -283,6 +283,7 @@ class CountingEngine(TableEngine):
                 priorities=list(work.priorities),
             )
         )
+        assert len(self.calls) < 5000, "passes without end"
         for array in self._given:
             array.fill(np.nan if array.dtype.kind == "f" else -1)
         out = super().run(work)

@@ -217,18 +217,18 @@ DAMAGE: dict[str, bytes | Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_measured_again(bundle, folder, clock, damage):
+def test_a_damaged_file_is_measured_again(bundle, folder, clock):
     machine = clock(Machine(by_rule))
     first, _ = cost_of(bundle, machine)
     (path,) = folder.iterdir()
-    path.write_bytes(damage if isinstance(damage, bytes) else damage(path.read_bytes()))
-    assert cost_of(bundle, machine) == (first, True)
-    assert cost_of(bundle, machine) == (first, False)
-    assert list(folder.iterdir()) == [path]
+    for name, damage in DAMAGE.items():
+        path.write_bytes(damage if isinstance(damage, bytes) else damage(path.read_bytes()))
+        assert cost_of(bundle, machine) == (first, True), name
+        assert cost_of(bundle, machine) == (first, False), name
+        assert list(folder.iterdir()) == [path]
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(bundle, tmp_path, folder, monkeypatch, clock):
+def test_a_folder_that_cannot_be_written_is_no_error(bundle, folder, monkeypatch, clock):
     # By its effect: permissions do not stop a test that runs as root.
     machine = clock(Machine(by_rule))
     first, _ = cost_of(bundle, machine)
@@ -236,17 +236,6 @@ def test_a_folder_that_cannot_be_written_is_no_error(bundle, tmp_path, folder, m
     path.unlink()
     path.mkdir()  # a folder in the place of the file
     assert cost_of(bundle, machine) == (first, True)
-
-    (tmp_path / "a file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
-    for _ in range(2):
-        assert cost_of(bundle, machine) == (first, True)
-    assert (tmp_path / "a file").read_text() == "in the way"
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert cost_of(bundle, machine) == (first, True)
 
     monkeypatch.delenv("XDG_CACHE_HOME")  # a user without a home, as in a container that runs under a bare number
     monkeypatch.delenv("HOME", raising=False)
@@ -270,7 +259,6 @@ def test_where_measurements_are_kept(monkeypatch, tmp_path, cache_folder):
     ("graph", "file", "content", "measured"),
     [
         (b"a graph", None, b"", False),  # moved, or exported again
-        (b"a graph", "notes.txt", b"mine", False),
         (b"another graph", None, b"", True),
         (b"a graph", "step.onnx.data", b"other weights", True),
         (b"a graph", "engines/tensorrt/step-80.engine", b"its engine", True),
@@ -297,24 +285,19 @@ def test_a_measurement_belongs_to_an_engine(bundle, folder, clock):
     assert cost_of(bundle, clock(Machine(by_rule, **changed))) == (first, False)
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "value"),
-    [
+def test_a_measurement_belongs_to_a_machine_and_a_way_of_measuring(bundle, folder, monkeypatch, clock):
+    monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    machine = clock(Machine(by_rule))
+    first, _ = cost_of(bundle, machine)
+    for module, name, value in (
         (Path, "read_text", lambda *_, **__: "model name : another processor"),
         (calibrate.platform, "machine", lambda: "another machine"),
         (calibrate.os, "sched_getaffinity", lambda _: {0, 1, 2}),
         (calibrate, "VERSION", 0),
         (calibrate, "WIDTHS", (1, 2)),
         (calibrate, "page_size", lambda: 12345),
-    ],
-    ids=["processor", "machine", "cores", "version", "widths", "huge pages"],
-)
-def test_a_measurement_belongs_to_a_machine_and_a_way_of_measuring(
-    bundle, folder, monkeypatch, clock, module, name, value
-):
-    monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
-    machine = clock(Machine(by_rule))
-    cost_of(bundle, machine)
-    monkeypatch.setattr(module, name, value, raising=False)
-    assert cost_of(bundle, machine)[1] is True
-    assert len(list(folder.iterdir())) == 2
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value, raising=False)
+            assert cost_of(bundle, machine)[1], name
+    assert cost_of(bundle, machine) == (first, False)

@@ -171,7 +171,6 @@ def test_help_shows_metavar_default_and_repetition():
         "--rate X speed (default: what fits)",
         "effort (default: 3; can be repeated)",
         "--kind {a,b} which (default: a)",
-        "--stop TEXT ends it (can be repeated)",
         "--widths N N layers (default: 8 4)",
         "--no-verify skip checks",
         "--raw as it is",

@@ -130,20 +130,6 @@ def test_byte_fallback_any_tokens_are_their_text(fallback_side, ids):
         assert joined == whole
 
 
-def test_byte_fallback_a_broken_character_after_a_whole_one(fallback_side):
-    theta, broken = byte_ids(fallback_side, "θ"), byte_ids(fallback_side, "θ")[:1]
-    ids = [*theta, *broken, fallback_side.tokenizer.token_to_id("a")]
-    pieces, joined, _ = stream(fallback_side, ids)
-    assert "".join(pieces) == joined
-    assert joined.startswith("θ\N{REPLACEMENT CHARACTER}")  # what was handed out stays
-    assert joined.endswith("a")
-
-
-def test_byte_fallback_the_space_before_a_later_word_stays(fallback_side):
-    word = fallback_side.tokenizer.token_to_id("▁a")
-    assert stream(fallback_side, [word, word, 2, word])[0][:4] == ["a", " a", "", " a"]
-
-
 # ── stop texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
