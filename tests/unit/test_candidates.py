@@ -64,6 +64,7 @@ def test_the_engine_s_arrays_are_left_alone_and_may_be_overwritten():
     ("row", "top_k", "top_p", "ids"),
     [
         ([0, 1, 2, 1, 1, 1], 3, 1.0, [2, 1, 3]),  # exactly top_k, also across a tie
+        ([3e38, 3e38, -3e38], 3, 0.9, [0, 1]),
         ([1e-7, 2e-7, *[-1.0] * 1100], 2, 1.0, [1, 0]),  # subtracting the normaliser in float32 would make them equal
         ([1, 1, 1, 1], 4, 0.0, [0]),  # the best stays
         ([0, 0, 0, 0], 4, 0.75, [0, 1, 2]),  # a cumulative probability equal to 1 - top_p is dropped
@@ -75,11 +76,6 @@ def test_the_engine_s_arrays_are_left_alone_and_may_be_overwritten():
 )
 def test_which_tokens_are_candidates(row, top_k, top_p, ids):
     assert best(row, top_k, top_p).ids.tolist() == ids
-
-
-def test_logits_far_from_zero_do_not_overflow():
-    actual = select(np.array([0, 1, 2]), np.array([3e38, 3e38, -3e38], np.float32), 3e38, 3, 1.0)
-    assert (actual.ids.tolist(), actual.probabilities.tolist()) == ([0, 1], [0.5, 0.5])
 
 
 # ── the distance to another list ─────────────────────────────────────────────────────────────────────────────────────

