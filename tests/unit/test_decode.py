@@ -185,7 +185,7 @@ def random_session(draw: Draw, seen: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.long) for i in range(1, 12))])
-def test_every_schedule_and_draft_gives_the_sequential_answer(part: int) -> None:
+def test_every_schedule_and_draft_gives_the_sequential_answer(part):
     seen: Counter[str] = Counter()
     for case in range(CASES):
         random_session(Draw(random.Random(f"{part}, {case}").randint), seen)
@@ -207,12 +207,12 @@ def test_every_schedule_and_draft_gives_the_sequential_answer(part: int) -> None
 
 @pytest.mark.long
 @given(st.data())
-def test_the_same_in_the_smallest_case(data: st.DataObject) -> None:
+def test_the_same_in_the_smallest_case(data):
     # Hypothesis looks for the extremes, and makes a counterexample small.
     random_session(Draw(lambda least, most: data.draw(st.integers(least, most))), Counter())
 
 
-def test_conversations_advance_independently_of_each_other() -> None:
+def test_conversations_advance_independently_of_each_other():
     """Whoever runs the passes of `conversation` may take those of several in turn."""
     table = helpers.hash_table(11, VOCAB, 256, 4.0, memory=3)
     cases = [

@@ -17,10 +17,10 @@ from mara_runtime.tensors import spare_slots
 from tests.table_engine import TableEngine
 from tests.unit import helpers
 from tests.unit.helpers import sequential
-from tests.unit.sessions import ACCEPT, PROMPT, VOCAB, WIDE, Chat, Guesser, Scripted, hand, run
+from tests.unit.sessions import ACCEPT, ONE_BY_ONE, PROMPT, VOCAB, WIDE, Chat, Guesser, Scripted, hand, run
 
 
-def hand_run(margins, limit=4, *, fallback="first", eos=None, schedule=Fixed(1), guess=None, **o):  # noqa: B008
+def hand_run(margins, limit=4, *, fallback="first", eos=None, schedule=ONE_BY_ONE, guess=None, **o):
     """(tokens, stats, engine). guess: what is drafted after the prompt and its first candidate."""
     engine = helpers.CountingEngine(hand(margins), slots=1 + limit + spare_slots(3), max_candidates=3)
     chat = Chat(engine, schedule, None if guess is None else Guesser(lambda index: guess[index - 2 :]))
@@ -28,7 +28,7 @@ def hand_run(margins, limit=4, *, fallback="first", eos=None, schedule=Fixed(1),
     return [step.token for step in steps], stats, engine
 
 
-def test_accepting_rank_1_costs_what_greedy_decoding_costs() -> None:
+def test_accepting_rank_1_costs_what_greedy_decoding_costs():
     tokens, stats, engine = hand_run(ACCEPT, limit=3)
     plain_tokens, plain, plain_engine = hand_run(ACCEPT, limit=3, align=False)
     assert tokens == plain_tokens == [2, 5, 7]  # the last token does not run
@@ -47,7 +47,7 @@ def test_accepting_rank_1_costs_what_greedy_decoding_costs() -> None:
         (None, "last", [4, 6], [(3, 1), (3, 2)], (2, 3 + 2)),
     ],
 )
-def test_the_fallback_continues_the_sequence(width, fallback, expected, moves, work) -> None:
+def test_the_fallback_continues_the_sequence(width, fallback, expected, moves, work):
     tokens, stats, engine = hand_run({}, limit=2, fallback=fallback, schedule=Fixed(width))
     assert tokens == expected
     assert (stats.forwards, stats.rows, stats.forced, stats.accepted_rank) == (*work, 2, {})
@@ -63,12 +63,12 @@ def test_the_fallback_continues_the_sequence(width, fallback, expected, moves, w
         (0.1, 2, 1, 0.4),
     ],
 )
-def test_a_threshold_other_than_0(threshold, token, examined, smallest) -> None:
+def test_a_threshold_other_than_0(threshold, token, examined, smallest):
     tokens, stats, _ = hand_run({(2,): 0.5, (3,): 0.75}, limit=1, threshold=threshold, fallback="last")
     assert (tokens, stats.examined, stats.smallest_margin) == ([token], examined, smallest)
 
 
-def test_margins_are_compared_in_double_precision() -> None:
+def test_margins_are_compared_in_double_precision():
     margin = float(np.float32(0.1))  # exceeds 0.1
     tokens, stats, _ = hand_run({(2,): margin}, limit=1, threshold=0.1)
     assert (tokens, stats.forced, stats.smallest_margin) == ([2], 0, margin - 0.1)
@@ -93,7 +93,7 @@ def test_margins_are_compared_in_double_precision() -> None:
     ],
     ids=["confirmed", "siblings", "wrong", "rejected", "fallback", "first is the fallback", "the same, together"],
 )
-def test_what_becomes_of_a_draft(margins, width, guess, tokens, calls, moves, counts) -> None:
+def test_what_becomes_of_a_draft(margins, width, guess, tokens, calls, moves, counts):
     emitted, stats, engine = hand_run(margins, len(tokens), schedule=Fixed(width, len(guess)), guess=guess)
     assert emitted == tokens
     assert [call.tokens for call in engine.calls[1:]] == calls
@@ -110,14 +110,14 @@ def test_what_becomes_of_a_draft(margins, width, guess, tokens, calls, moves, co
         (set(), 5, [2, 5, 7, 7, 7]),
     ],
 )
-def test_a_draft_goes_no_further_than_the_answer(eos, limit, first_pass) -> None:
+def test_a_draft_goes_no_further_than_the_answer(eos, limit, first_pass):
     tokens, stats, engine = hand_run(ACCEPT, limit, eos=eos, schedule=Fixed(1, 16), guess=[5, *[7] * 9])
     assert tokens == engine.calls[1].tokens == first_pass
     assert (stats.forwards, stats.drafted, stats.confirmed) == (1, len(tokens) - 1, len(tokens) - 1)
 
 
 @pytest.mark.parametrize("options", [WIDE, {"align": False}, {"top_k": 1}], ids=["decisions", "plain", "single"])
-def test_a_repetitive_text_is_guessed_from_its_n_grams(options) -> None:
+def test_a_repetitive_text_is_guessed_from_its_n_grams(options):
     def periodic(prefix):
         """0 1 2 3 4 5 6 0 1 …, with a second candidate that is never picked."""
         row = np.full(VOCAB, -np.inf, np.float32)
@@ -134,7 +134,7 @@ def test_a_repetitive_text_is_guessed_from_its_n_grams(options) -> None:
 # ── errors and times ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_cached_tokens_are_right_after_an_error_in_any_pass() -> None:
+def test_cached_tokens_are_right_after_an_error_in_any_pass():
     class Failing(helpers.CountingEngine):
         fails = -1
 
@@ -163,7 +163,7 @@ def test_cached_tokens_are_right_after_an_error_in_any_pass() -> None:
     assert passes > 10
 
 
-def test_times_leave_out_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_leave_out_the_caller(monkeypatch):
     now = 0.0
     monkeypatch.setattr("mara_runtime.decode.time.perf_counter", lambda: now)
 
