@@ -85,13 +85,24 @@ def test_margins_are_compared_in_double_precision():
         (ACCEPT, 1, [5, 6], [2, 5, 7, 7], [[2, 5, 6], [7]], [], (0, 2, 1)),
         # a drafted token that the agent rejects is an examined candidate: it does not run again
         ({(2,): 1.0, (2, 6): 0.25}, 1, [5, 7, 7], [2, 6, 7], [[2, 5, 7], [6]], [(3, 2)], (0, 2, 0)),
+        # so is one whose margin equals the threshold
+        ({(2,): 1.0, (2, 5): 0.0, (2, 6): 1.0}, 1, [5], [2, 6, 7], [[2, 5], [6]], [(3, 2)], (0, 1, 0)),
         # 5 is rejected, 6 too: 5 is emitted because nothing is left, not because it was guessed
         ({(2,): 1.0}, 1, [5], [2, 5, 7, 7], [[2, 5], [6], [7]], [], (1, 1, 0)),
         # a first candidate that becomes the fallback keeps its draft
         ({(2, 5): 1.0}, 1, [5], [2, 5, 7], [[2, 5], [3], [4]], [], (1, 1, 1)),
         ({(2, 5): 1.0}, None, [5, 7], [2, 5, 7], [[2, 5, 7, 3, 4]], [], (1, 2, 2)),
     ],
-    ids=["confirmed", "siblings", "wrong", "rejected", "fallback", "first is the fallback", "the same, together"],
+    ids=[
+        "confirmed",
+        "siblings",
+        "wrong",
+        "rejected",
+        "equal",
+        "fallback",
+        "first is the fallback",
+        "the same, together",
+    ],
 )
 def test_what_becomes_of_a_draft(margins, width, guess, tokens, calls, moves, counts):
     emitted, stats, engine = hand_run(margins, len(tokens), schedule=Fixed(width, len(guess)), guess=guess)
