@@ -206,7 +206,7 @@ def test_every_strategy_order_and_fallback(name, lowering, answers, decoder):
         chosen = {"strategy": strategy, "order": order, "fallback": fallback}
         options = {**chosen, "top_k": 6, "max_new_tokens": 12, "seed": 3}
         for prompt, truth in answers(name, 3, **options):
-            config = DecodeConfig(**WAYS[index % len(WAYS)], **options)
+            config = DecodeConfig(**WAYS[(index + index // 6) % len(WAYS)], **options)
             follow(decoder(name, lowering), config, prompt, truth, tally)
     tally.settle()
 
