@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,9 +72,13 @@ class House:
         """Arrows between the files of a package."""
         return sum(self._of(package, target) for module in self._in(package) for target in self.arrows[module])
 
-    def circles(self) -> list[list[str]]:
-        """Sets of modules that import each other, directly or by way of others."""
-        return sorted(sorted(group) for group in _strongly_connected(self.arrows) if len(group) > 1)
+    def circle(self) -> list[str]:
+        """Modules that import each other in a circle, if there is one."""
+        try:
+            TopologicalSorter(self.arrows).prepare()
+        except CycleError as error:
+            return list(error.args[1])
+        return []
 
     def repeated_classes(self) -> dict[str, list[str]]:
         """{name: files} of classes that are defined more than once."""
@@ -89,16 +94,15 @@ class House:
         sizes = Counter({package: sum(_lines(self.modules[m]) for m in self._in(package)) for package in PACKAGES})
         parts = ", ".join(f"{package} {lines:,}" for package, lines in sizes.items())
         longest = sorted(self.lines.items(), key=lambda item: -item[1])[:3]
-        repeated, circles = self.repeated_classes(), self.circles()
+        repeated = [f"{name} ({', '.join(places)})" for name, places in self.repeated_classes().items()]
         return "\n".join(
             [
                 f"product          {sizes.total():6,} lines ({parts})",
                 f"tests            {self.test_lines:6,} lines",
                 f"files            {len(self.modules):6,}; longest: {', '.join(f'{p} {n}' for p, n in longest)}",
                 *(f"{p:<16} {self.between_files(p):6,} imports between {len(self._in(p))} files" for p in PACKAGES),
-                f"circles          {len(circles):6,}" + "".join(f"\n  {' <-> '.join(group)}" for group in circles),
-                f"repeated classes {len(repeated):6,}"
-                + "".join(f"\n  {name}: {', '.join(places)}" for name, places in repeated.items()),
+                f"circle of imports     {' -> '.join(self.circle()) or 'none'}",
+                f"repeated classes      {', '.join(repeated) or 'none'}",
             ]
         )
 
@@ -121,26 +125,6 @@ def tree(path: Path) -> ast.Module:
 
 def _lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
-
-
-def _strongly_connected(arrows: Mapping[str, set[str]]) -> list[set[str]]:
-    """Groups of nodes that reach each other, alone ones included."""
-    reached = {node: _reachable(arrows, node) for node in arrows}
-    groups: list[set[str]] = []
-    for node in arrows:
-        if not any(node in group for group in groups):
-            groups.append({node, *(other for other in reached[node] if node in reached[other])})
-    return groups
-
-
-def _reachable(arrows: Mapping[str, set[str]], start: str) -> set[str]:
-    found: set[str] = set()
-    waiting = [start]
-    while waiting:
-        new = arrows[waiting.pop()] - found
-        found |= new
-        waiting += new
-    return found
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def tokenizer(checkpoint):
     return made
 
 
-def test_token_ids_are_those_of_apply_chat_template(tokenizer) -> None:
+def test_token_ids_are_those_of_apply_chat_template(tokenizer):
     chat = [{"role": "user", "content": MESSAGE}]
     for template in (None, {}, {"brief": True}, {"brief": False}, {"tools": [{"name": "hammer"}]}):
         expected = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, **(template or {}))
@@ -27,7 +27,7 @@ def test_token_ids_are_those_of_apply_chat_template(tokenizer) -> None:
     assert len({len(encode(MESSAGE, tokenizer, "m", template={"brief": on})) for on in (True, False)}) == 2
 
 
-def test_without_a_template_prompts_are_plain_text_with_special_tokens(tokenizer) -> None:
+def test_without_a_template_prompts_are_plain_text_with_special_tokens(tokenizer):
     plain = tokenizer(MESSAGE)["input_ids"]
     assert encode(MESSAGE, tokenizer, "m", raw=True) == plain
     tokenizer.chat_template = None
@@ -44,18 +44,18 @@ def test_without_a_template_prompts_are_plain_text_with_special_tokens(tokenizer
         *("return_tensors", "return_dict", "padding", "max_length", "self"),
     ],
 )
-def test_reserved_template_variables_are_refused(tokenizer, name) -> None:
+def test_reserved_template_variables_are_refused(tokenizer, name):
     with pytest.raises(OptionError, match=f"the chat template variable '{name}' is reserved"):
         encode(MESSAGE, tokenizer, "m", template={"brief": True, name: False})
 
 
-def test_an_error_of_the_template_names_model_and_prompt(tokenizer) -> None:
+def test_an_error_of_the_template_names_model_and_prompt(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no, thank you') }}"
     with pytest.raises(PromptError, match=r"the chat template of m rejects the prompt 'How do I cook rice\?': no, th"):
         encode(MESSAGE, tokenizer, "m")
 
 
-def test_an_empty_encoding_is_refused(tokenizer) -> None:
+def test_an_empty_encoding_is_refused(tokenizer):
     tokenizer.chat_template = "{{ '' }}"
     with pytest.raises(PromptError, match=r"the prompt 'How do I cook rice\?' has no tokens"):
         encode(MESSAGE, tokenizer, "m")

@@ -220,20 +220,18 @@ class TableNode:
     """A prefix of a table; see `reference.Node`."""
 
     lookup: Lookup
-    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     prefix: tuple[int, ...]
 
     @property
     def logits(self) -> list[float]:
-        logits: list[float] = self.lookup(self.prefix)[0].tolist()
-        return logits
+        return list(map(float, self.lookup(self.prefix)[0]))
 
     @property
     def margin(self) -> float:
-        return float(self.agent(self.lookup(self.prefix)[1][None])[0])
+        return float(sum_agent(self.lookup(self.prefix)[1][None])[0])
 
     def then(self, token: int) -> "TableNode":
-        return TableNode(self.lookup, self.agent, (*self.prefix, token))
+        return TableNode(self.lookup, (*self.prefix, token))
 
 
 def sequential(
@@ -243,10 +241,9 @@ def sequential(
     fallback: str = "first",
     eos: Container[int] = (),
     limit: int | None = None,
-    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
 ) -> reference.Answer:
-    """The sequential procedure's answer. limit: default the config's."""
-    node = TableNode(lookup, agent, tuple(prompt))
+    """The sequential procedure's answer with `sum_agent`. limit: default the config's."""
+    node = TableNode(lookup, tuple(prompt))
     limit = config.max_new_tokens if limit is None else limit
     return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
 
@@ -266,28 +263,16 @@ class CountingEngine(TableEngine):
     ) -> None:
         super().__init__(lookup, agent, slots, max_candidates)
         self.calls: list[Pass] = []
-        """every pass, its sequences as lists; those of a fault search are in `searched`"""
-        self.searched: list[Pass] = []
+        """every pass but those of a fault search, its sequences as lists"""
         self.headed: list[int] = []
         """rows that went through the LM head, by pass"""
         self._given: list[NDArray[Any]] = []
 
-    @property
-    def asked(self) -> list[int]:
-        """Rows shown to the agent, by pass; passes that show it none are left out."""
-        return [len(call.agent_rows) for call in self.calls if call.agent_rows]
-
     def run(self, work: Pass) -> StepOutput:
-        (self.searched if work.full else self.calls).append(
-            replace(
-                work,
-                tokens=list(work.tokens),
-                positions=list(work.positions),
-                head_rows=list(work.head_rows),
-                agent_rows=list(work.agent_rows),
-                priorities=list(work.priorities),
-            )
-        )
+        if not work.full:
+            names = ("tokens", "positions", "head_rows", "agent_rows", "priorities")
+            self.calls.append(replace(work, **{name: list(getattr(work, name)) for name in names}))
+        assert len(self.calls) < 5000, "passes without end"
         for array in self._given:
             array.fill(np.nan if array.dtype.kind == "f" else -1)
         out = super().run(work)

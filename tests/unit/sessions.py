@@ -148,8 +148,8 @@ class Guesser:
         self.guess = guess
         self.text: list[int] = []
         self.choices: list[bool] = []
-        self.asked: list[int] = []
-        """`most`, one a draft"""
+        self.asked: list[tuple[int, int, int]] = []
+        """(tokens heard so far, `following`, `most`) of each draft"""
         self.chat: Chat | None = None
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -162,7 +162,7 @@ class Guesser:
     def draft(self, following: int, most: int) -> Draft:
         assert self.chat is not None
         assert 0 <= most <= DRAFT_ROWS
-        self.asked.append(most)
+        self.asked.append((len(self.text), following, most))
         tokens = tuple(self.guess(len(self.chat.cached) + 1))[:most]
         return Draft(tokens, (0.75,) * len(tokens))
 

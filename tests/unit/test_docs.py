@@ -14,10 +14,10 @@ import pytest
 
 from mara_export import targets
 from mara_runtime import manifest as m
+from tests.house import ROOT, House
 
-ROOT = Path(__file__).resolve().parents[2]
+MODULES = House(ROOT).modules.values()
 DOCS = ROOT / "docs"
-PACKAGES = {"mara_deploy": "mara_deploy", "mara_export": "export/mara_export", "mara_runtime": "runtime/mara_runtime"}
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 README_LINES = 130
 OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--bundles"}
@@ -106,19 +106,13 @@ def test_the_tree_names_every_module():
                 folders[depth:] = [name.strip("/")]
             else:
                 named.add("/".join([*folders[:depth], name]))
-    modules = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES.values()
-        for path in (ROOT / package).rglob("*.py")
-        if not path.name.startswith("__")
-    }
+    modules = {path.relative_to(ROOT).as_posix() for path in MODULES if not path.name.startswith("__")}
     assert named >= modules, sorted(modules - named)
     assert named <= modules, sorted(named - modules)
 
 
 def test_files_named_in_code_and_documents_exist():
     named = re.compile(r"(?<![\w/])(?:docs|benchmarks|tests|examples)/[\w/.-]+\.(?:md|py|sh)\b")
-    modules = [path for package in PACKAGES.values() for path in (ROOT / package).rglob("*.py")]
-    for path in (*modules, *PAGES):
+    for path in (*MODULES, *PAGES):
         for name in named.findall(text_of(path)):
             assert (ROOT / name).exists(), f"{path.relative_to(ROOT)}: {name}"

@@ -1,15 +1,17 @@
-"""Files: written atomically with the user's permissions, errors in one line, one run per folder."""
+"""Files, errors and versions: atomic writes, one run per folder, what is shown of other libraries' errors."""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
-from mara_runtime.errors import MaraError
+from mara_runtime.errors import MaraError, first_line
 from mara_runtime.files import write_atomic
+from mara_runtime.versions import installed
 
 
 @pytest.mark.parametrize("content", [b"new", "new", lambda path: path.write_text("new")], ids=["bytes", "text", "call"])
@@ -61,3 +63,21 @@ def test_a_fingerprint_changes_with_weights_and_configuration(tmp_path):
     assert fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_text("b")
     assert fingerprint(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  what is wrong\nand a page about it"), "what is wrong"),
+        (EOFError(), "EOFError"),
+        (RuntimeError("Error in loading:\n\n\tsizes differ\nand more"), "Error in loading: sizes differ"),
+        (RuntimeError("Error in loading:\n"), "Error in loading:"),
+    ],
+)
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error) == line
+
+
+def test_versions_of_packages_that_are_not_installed_are_left_out():
+    found = installed("onnxruntime", "no-such-package", "numpy")
+    assert list(found.items()) == [("onnxruntime", version("onnxruntime")), ("numpy", version("numpy"))]

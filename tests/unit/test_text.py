@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -73,7 +72,7 @@ high_ids = st.lists(
 
 
 @given(ids=any_ids | high_ids)
-def test_the_pieces_of_any_tokens_are_their_text(side: TextSide, ids: list[int]) -> None:
+def test_the_pieces_of_any_tokens_are_their_text(side, ids):
     pieces, text, stopped = stream(side, ids)
     assert "".join(pieces) == text == side.tokenizer.decode(ids, skip_special_tokens=True)
     assert not stopped
@@ -81,13 +80,13 @@ def test_the_pieces_of_any_tokens_are_their_text(side: TextSide, ids: list[int])
 
 @given(text=st.text(max_size=20))
 @example(text="中é👩‍👩‍👧‍👦 and 🇩🇪")
-def test_the_pieces_of_an_encoded_text_are_the_text(side: TextSide, text: str) -> None:
+def test_the_pieces_of_an_encoded_text_are_the_text(side, text):
     for ids in (ids_of(side, text), byte_ids(side, text)):
         pieces, _, _ = stream(side, ids)
         assert "".join(pieces) == text
 
 
-def test_a_character_comes_with_the_last_of_its_bytes(side: TextSide) -> None:
+def test_a_character_comes_with_the_last_of_its_bytes(side):
     assert stream(side, byte_ids(side, "a中👍é")) == (
         ["a", "", "", "中", "", "", "", "👍", "", "é", ""], "a中👍é", False
     )  # fmt: skip
@@ -97,14 +96,14 @@ def test_a_character_comes_with_the_last_of_its_bytes(side: TextSide) -> None:
     assert stream(side, []) == ([""], "", False)
 
 
-def test_bytes_that_never_become_a_character_come_at_the_end(side: TextSide) -> None:
+def test_bytes_that_never_become_a_character_come_at_the_end(side):
     pieces, text, _ = stream(side, byte_ids(side, "a中")[:-1])
     assert pieces[:-1] == ["a", "", ""]
     assert "".join(pieces) == text == "a\ufffd"
     assert stream(side, byte_ids(side, "a\ufffdb\ufffd"))[1] == "a\ufffdb\ufffd"  # true replacement characters
 
 
-def test_special_tokens_and_unknown_ids_are_not_text(side: TextSide) -> None:
+def test_special_tokens_and_unknown_ids_are_not_text(side):
     ids = [BOS, *ids_of(side, "he"), USER, 9_999, *ids_of(side, "llo"), EOS]
     pieces, text, _ = stream(side, ids)
     assert "".join(pieces) == text == "hello"
@@ -116,33 +115,19 @@ def test_special_tokens_and_unknown_ids_are_not_text(side: TextSide) -> None:
 
 
 @given(text=st.text(alphabet="ab é中👍x\n", max_size=16))
-def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side: TextSide, text: str) -> None:
+def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side, text):
     ids = ids_of(fallback_side, text)
     pieces, joined, _ = stream(fallback_side, ids)
     assert "".join(pieces) == joined == fallback_side.decode(ids)
 
 
 @given(ids=st.lists(st.integers(0, 2) | st.integers(180, FALLBACK_VOCABULARY - 1), max_size=10))
-def test_byte_fallback_any_tokens_are_their_text(fallback_side: TextSide, ids: list[int]) -> None:
+def test_byte_fallback_any_tokens_are_their_text(fallback_side, ids):
     pieces, joined, _ = stream(fallback_side, ids)
     assert "".join(pieces) == joined
     whole = fallback_side.decode(ids)
     if "\N{REPLACEMENT CHARACTER}" not in whole:  # else the decoder may have taken back what was handed out
         assert joined == whole
-
-
-def test_byte_fallback_a_broken_character_after_a_whole_one(fallback_side: TextSide) -> None:
-    theta, broken = byte_ids(fallback_side, "θ"), byte_ids(fallback_side, "θ")[:1]
-    ids = [*theta, *broken, fallback_side.tokenizer.token_to_id("a")]
-    pieces, joined, _ = stream(fallback_side, ids)
-    assert "".join(pieces) == joined
-    assert joined.startswith("θ\N{REPLACEMENT CHARACTER}")  # what was handed out stays
-    assert joined.endswith("a")
-
-
-def test_byte_fallback_the_space_before_a_later_word_stays(fallback_side: TextSide) -> None:
-    word = fallback_side.tokenizer.token_to_id("▁a")
-    assert stream(fallback_side, [word, word, 2, word])[0][:4] == ["a", " a", "", " a"]
 
 
 # ── stop texts ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,34 +141,30 @@ def stop_at(side: TextSide, text: str, stop: Sequence[str]) -> tuple[list[str], 
     ("text", "stop", "pieces", "stopped"),
     [
         ("ab###cd", ["###"], ["a", "b", "", "", "", ""], True),  # split over tokens
-        ("\n\nab", ["\n\n"], ["", "", ""], True),  # at the very start
         ("a##b", ["###"], ["a", "", "", "##b", ""], False),  # what only began like one comes after all
-        ("aaab", ["aab"], ["", "", "a", "", ""], True),  # a beginning inside a beginning
-        ("ababac", ["abac"], ["", "", "", "ab", "", "", ""], True),
+        ("ababac", ["abac"], ["", "", "", "ab", "", "", ""], True),  # a beginning inside a beginning
         ("ab##", ["###"], ["a", "b", "", "", "##"], False),  # held back until the end
-        ("one two three", ["three", "two"], [*"one ", "", "", "", ""], True),
-        ("abc", ["abc", "ab"], ["", "", ""], True),
         ("a。b", ["。"], ["a", "", "", "", ""], True),  # of several bytes
     ],
 )
-def test_stop_texts(side: TextSide, text: str, stop: list[str], pieces: list[str], stopped: bool) -> None:
+def test_stop_texts(side, text, stop, pieces, stopped):
     assert stop_at(side, text, stop) == (pieces, "".join(pieces), stopped)
 
 
-def test_a_stop_text_inside_one_token(side: TextSide) -> None:
+def test_a_stop_text_inside_one_token(side):
     token = ids_of(side, "he")
     assert len(token) == 1
     assert stream(side, token, ["e"]) == (["h", ""], "h", True)
     assert stream(side, token, ["e", "he"])[1:] == ("", True)  # of two complete ones the earlier start
 
 
-def test_after_a_stop_text_nothing_comes(side: TextSide) -> None:
+def test_after_a_stop_text_nothing_comes(side):
     texts = TextStream(side, ["b"])
     pieces = [texts.push(token) for token in byte_ids(side, "abcb")] + [texts.finish()]
     assert (pieces, texts.text, texts.stopped) == (["a", "", "", "", ""], "a", True)
 
 
-def test_stop_texts_beside_broken_bytes_and_special_tokens(side: TextSide) -> None:
+def test_stop_texts_beside_broken_bytes_and_special_tokens(side):
     pieces, text, stopped = stream(side, byte_ids(side, "ab中")[:-1], ["b\ufffd"])  # complete at the end
     assert ("".join(pieces), text, stopped) == ("a", "a", True)
     ids = byte_ids(side, "a##")
@@ -195,7 +176,7 @@ stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=4), min_size=1, ma
 
 
 @given(text=letters, stop=stops)
-def test_stop_texts_against_a_search_in_the_growing_text(side: TextSide, text: str, stop: list[str]) -> None:
+def test_stop_texts_against_a_search_in_the_growing_text(side, text, stop):
     # A token a character: the answer ends where the first stop text is complete, the earliest start among them.
     expected, ends = text, False
     for length in range(1, len(text) + 1):
@@ -208,7 +189,7 @@ def test_stop_texts_against_a_search_in_the_growing_text(side: TextSide, text: s
 
 
 @given(text=letters, stop=stops)
-def test_what_is_given_never_becomes_part_of_a_stop_text(side: TextSide, text: str, stop: list[str]) -> None:
+def test_what_is_given_never_becomes_part_of_a_stop_text(side, text, stop):
     texts = TextStream(side, stop)
     given_so_far = ""
     for index, token in enumerate(byte_ids(side, text)):
@@ -224,13 +205,12 @@ def test_what_is_given_never_becomes_part_of_a_stop_text(side: TextSide, text: s
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_prompt_has_one_bos(side: TextSide) -> None:
+def test_a_prompt_has_one_bos(side):
     assert side.encode_raw("hello") == [BOS, *ids_of(side, "hello")]
-    messages = [{"role": "user", "content": "hello"}]
-    assert side.encode_chat(messages) == [BOS, USER, *ids_of(side, "hello"), ASSISTANT]
+    assert side.encode_chat(HELLO) == [BOS, USER, *ids_of(side, "hello"), ASSISTANT]
 
 
-def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path: Path, side: TextSide) -> None:
+def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path, side):
     tokenizer = helpers.byte_level_tokenizer()
     tokenizer.enable_truncation(max_length=4)
     tokenizer.enable_padding(pad_id=EOS, pad_token="<eos>", length=64)
@@ -241,11 +221,7 @@ def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path: Path
     assert trapped.encode_chat(messages) == side.encode_chat(messages)
 
 
-@pytest.mark.parametrize("text", [" ", "\n", "é", "👍", "<", "\0"])
-def test_raw_text_of_any_character_is_a_prompt(side: TextSide, text: str) -> None:
-    assert side.decode(side.encode_raw(text)) == text
-
-
+HELLO = [{"role": "user", "content": "hello"}]
 SURROGATES = ("\ud800", "caf\udce9")
 """What Python makes of an argument of the command line in Latin-1."""
 
@@ -253,31 +229,27 @@ SURROGATES = ("\ud800", "caf\udce9")
 @pytest.mark.parametrize(
     ("messages", "named"),
     [
-        *(
-            ([{"role": "user", "content": content} for content in contents], "empty")
-            for contents in ([], [""], ["  \n"], [None], ["question", "answer", ""])
-        ),
+        ([], "empty"),
         ([{"role": "user"}], "empty"),
-        *(([message], "role") for message in ("hello", 5, None)),
+        *(([{"role": "user", "content": content}], "empty") for content in ("", "  \n", None)),
+        ([*HELLO, {"role": "user", "content": ""}], "empty"),
+        *(([message], "role") for message in ("hello", None)),
         *(([{"role": "user", "content": text}], "Unicode") for text in SURROGATES),
     ],
     ids=ascii,
 )
-def test_a_conversation_that_cannot_be_encoded_is_refused(side: TextSide, messages: Any, named: str) -> None:
+def test_a_conversation_that_cannot_be_encoded_is_refused(side, messages, named):
     with pytest.raises(PromptError, match=named):
         side.encode_chat(messages)
 
 
-def test_raw_text_that_cannot_be_encoded_is_refused(side: TextSide) -> None:
-    for text, named in (("", "empty"), *((text, "Unicode") for text in SURROGATES)):
-        with pytest.raises(PromptError, match=named):
-            side.encode_raw(text)
+@pytest.mark.parametrize(("text", "named"), [("", "empty"), *((text, "Unicode") for text in SURROGATES)], ids=ascii)
+def test_raw_text_that_cannot_be_encoded_is_refused(side, text, named):
+    with pytest.raises(PromptError, match=named):
+        side.encode_raw(text)
 
 
-HELLO = [{"role": "user", "content": "hello"}]
-
-
-def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSide) -> None:
+def test_a_bundle_without_a_template_has_no_conversations(fallback_side):
     assert not fallback_side.has_template
     with pytest.raises(PromptError, match="--raw"):
         fallback_side.encode_chat(HELLO)
@@ -286,7 +258,7 @@ def test_a_bundle_without_a_template_has_no_conversations(fallback_side: TextSid
 # ── damaged files ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_bundle_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_bundle_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(BundleError, match="--input-ids"):
         TextSide(Bundle.open(helpers.make_bundle(tmp_path)))
 
@@ -294,19 +266,14 @@ def test_a_bundle_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "error", "named"),
     [
-        *(
-            ("tokenizer.json", content, BundleError, r"tokenizer\.json")
-            for content in (b"", b"{}", b"no", b"\xff", None)
-        ),
+        *(("tokenizer.json", content, BundleError, r"tokenizer\.json") for content in (b"", b"{}", b"\xff", None)),
         ("chat_template.jinja", b"caf\xe9", BundleError, r"chat_template\.jinja.*--raw"),
         ("chat_template.jinja", None, BundleError, r"chat_template\.jinja.*--raw"),
         ("chat_template.jinja", b"{% if %}", PromptError, "--raw"),
     ],
     ids=str,
 )
-def test_a_damaged_or_missing_file_is_named(
-    tmp_path: Path, name: str, content: bytes | None, error: type[Exception], named: str
-) -> None:
+def test_a_damaged_or_missing_file_is_named(tmp_path, name, content, error, named):
     helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
     if content is None:  # and its checksum was not verified
         (tmp_path / name).unlink()
