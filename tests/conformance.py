@@ -224,14 +224,6 @@ class Conformance:
             with pytest.raises(EngineError, match=f"{SLOTS + 1} slots .* {SLOTS}"):
                 engine.run(work)
 
-    def test_the_committed_entry_replaces_keys_and_values(self, engine: Engine) -> None:
-        filled([engine], [1])
-        engine.run(siblings([2, 3, 4], 1))
-        engine.cache.commit(4, 3)
-        expected, work = self.twin(), chain([5], 2, head_rows=[0])
-        expected.run(chain([1, 4]))
-        self.check(engine.run(work), expected.run(work))
-
     @pytest.mark.parametrize("kept", [0, 1, 9])
     def test_a_prompt_reuses_the_entries_that_it_begins_with(self, engine: Engine, kept: int) -> None:
         expected = self.twin()
@@ -246,18 +238,6 @@ class Conformance:
         for position in range(kept, CONTEXT):
             work = chain([(3 * position + 1) % FINE], position, head_rows=[0])
             self.check(engine.run(work), expected.run(work))
-
-    def test_growth_keeps_every_slot(self, growing_and_whole: tuple[Any, Any]) -> None:
-        growing, whole = growing_and_whole
-        expected, sizes = self.twin(), set()
-        for position in range(CONTEXT):  # one row at a time fills the last slot before the next size
-            work = chain([position % FINE], position, head_rows=[0])
-            out = expected.run(work)
-            self.check(growing.run(work), out)
-            self.check(whole.run(work), out)
-            sizes.add(growing.memory.slots)
-        assert len(sizes) > 2
-        assert whole.memory.slots == SLOTS
 
     @pytest.mark.parametrize(("drafted", "before"), [(0, 0), (3, 1)])
     def test_growth_in_the_middle_of_an_answer_changes_nothing(
