@@ -109,30 +109,6 @@ def test_the_tests_below_miss_no_field() -> None:
     assert {f.name for f in dataclasses.fields(EngineFacts)} == set(VALID["engines"][0])
 
 
-texts = st.text(max_size=20)
-counts = st.integers(1, 10**12)
-amounts = st.floats(0, allow_nan=False, allow_infinity=False)
-VALUES: dict[Path, st.SearchStrategy[Any]] = {
-    ("model", "source"): texts,
-    ("model", "revision"): st.none() | texts,
-    ("model", "eos_token_ids"): st.lists(st.integers(0, 10**6), max_size=4),
-    ("max_context",): counts,
-    ("files", "step.onnx", "size_bytes"): counts,
-    ("tokenizer", "special_tokens"): st.dictionaries(texts, texts, max_size=3),
-    ("noise",): st.none() | st.fixed_dictionaries({"margins": amounts, "logits": amounts}),
-    ("step", "quantisation"): st.none() | st.dictionaries(texts, counts | texts, max_size=3),
-    ("parity",): st.none() | st.dictionaries(texts, amounts | texts, max_size=3),
-}
-
-
-@given(st.sampled_from(sorted(VALUES)), st.data())
-def test_round_trip(path: Path, data: st.DataObject) -> None:
-    value = changed(path, data.draw(VALUES[path]))
-    manifest = parse(json.dumps(value), "here")
-    assert json.loads(manifest.to_json()) == value
-    assert parse(manifest.to_json(), "there") == manifest
-
-
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OTHERS = (None, True, 1.5, "text", -3, [], [1.5], ["x", 2], {}, {"x": []})
