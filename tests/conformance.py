@@ -105,7 +105,7 @@ class Conformance:
 
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @pytest.mark.parametrize("part", [*range(3), *(pytest.param(i, marks=pytest.mark.long) for i in range(3, 10))])
+    @pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 10))])
     def test_any_sequence_of_passes_gives_what_the_table_gives(self, engine: Engine, part: int) -> None:
         rng = random.Random(part)
         for _ in range(4):
@@ -224,7 +224,7 @@ class Conformance:
             with pytest.raises(EngineError, match=f"{SLOTS + 1} slots .* {SLOTS}"):
                 engine.run(work)
 
-    @pytest.mark.parametrize("kept", [0, 1, 9])
+    @pytest.mark.parametrize("kept", [0, 9])
     def test_a_prompt_reuses_the_entries_that_it_begins_with(self, engine: Engine, kept: int) -> None:
         expected = self.twin()
         text = [position % FINE for position in range(CONTEXT)]

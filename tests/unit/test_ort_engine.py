@@ -85,7 +85,12 @@ def make(bundle: Bundle, trt_bundles: dict[str, Bundle], monkeypatch: pytest.Mon
 class TestEngines(Conformance):
     """Every engine, on this machine's CPU."""
 
-    @pytest.fixture(params=["cpu", "cuda", "trt, in place", "trt, two copies", "trt, two copies, no graphs"])
+    @pytest.fixture(
+        params=[
+            *("cpu", "cuda", "trt, in place", "trt, two copies"),
+            pytest.param("trt, two copies, no graphs", marks=pytest.mark.long),
+        ]
+    )
     def engine(self, make: Maker, request: pytest.FixtureRequest) -> Iterator[Engine]:
         name, *rest = request.param.split(", ")
         if name != "trt":
