@@ -307,9 +307,9 @@ class Conformance:
     @pytest.mark.parametrize("at", [0, 3, 6])
     def test_a_prompt_that_is_not_finite_is_refused_by_position_and_dropped(self, engine: Engine, at: int) -> None:
         session, config = Session(engine.cache, Fixed(None)), DecodeConfig(top_k=3, max_new_tokens=5)
-        prompt = [1, 2, 3, 4, 5, 6, 7]
+        long, prompt = [1, 2, 3, 4, 5, 6, 7], [1, 2]  # whose slots do not reach the one at fault
         for _ in range(2):
-            bad = [*prompt[:at], INFINITE, *prompt[at + 1 :]]
+            bad = [*long[:at], INFINITE, *long[at + 1 :]]
             with pytest.raises(NumericsError, match=rf"position {at} \(token {INFINITE}\)"):
                 list(decode(engine, session, request(bad, config), Stats()))
             assert engine.cache.tokens == []

@@ -23,7 +23,7 @@ PROMPT_TOKENS = (1, 48, 200)
 LONG_TOKENS = 1300
 """A context long enough to show what fused attention loses when it accumulates in float16."""
 PIECE = 32
-"""Rows per pass while a cache is filled until it grows."""
+"""Rows per pass while a cache is filled."""
 
 
 class Parts:
