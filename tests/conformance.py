@@ -111,8 +111,7 @@ class Conformance:
         for _ in range(4):
             engine.cache.clear()
             expected = self.twin()
-            both = engine, expected
-            length = 0
+            both, length = (engine, expected), 0
             while length < CONTEXT - 10:
                 prompt = [rng.randrange(FINE) for _ in range(rng.randint(1, 6))]
                 work = chain(prompt, length, head_rows=[len(prompt) - 1])
