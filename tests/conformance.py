@@ -105,14 +105,13 @@ class Conformance:
 
     # ── passes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @pytest.mark.parametrize("part", [*range(3), *(pytest.param(i, marks=pytest.mark.long) for i in range(3, 10))])
+    @pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.long) for i in range(2, 10))])
     def test_any_sequence_of_passes_gives_what_the_table_gives(self, engine: Engine, part: int) -> None:
         rng = random.Random(part)
         for _ in range(4):
             engine.cache.clear()
             expected = self.twin()
-            both = engine, expected
-            length = 0
+            both, length = (engine, expected), 0
             while length < CONTEXT - 10:
                 prompt = [rng.randrange(FINE) for _ in range(rng.randint(1, 6))]
                 work = chain(prompt, length, head_rows=[len(prompt) - 1])
@@ -224,15 +223,7 @@ class Conformance:
             with pytest.raises(EngineError, match=f"{SLOTS + 1} slots .* {SLOTS}"):
                 engine.run(work)
 
-    def test_the_committed_entry_replaces_keys_and_values(self, engine: Engine) -> None:
-        filled([engine], [1])
-        engine.run(siblings([2, 3, 4], 1))
-        engine.cache.commit(4, 3)
-        expected, work = self.twin(), chain([5], 2, head_rows=[0])
-        expected.run(chain([1, 4]))
-        self.check(engine.run(work), expected.run(work))
-
-    @pytest.mark.parametrize("kept", [0, 1, 9])
+    @pytest.mark.parametrize("kept", [0, 9])
     def test_a_prompt_reuses_the_entries_that_it_begins_with(self, engine: Engine, kept: int) -> None:
         expected = self.twin()
         text = [position % FINE for position in range(CONTEXT)]
@@ -246,18 +237,6 @@ class Conformance:
         for position in range(kept, CONTEXT):
             work = chain([(3 * position + 1) % FINE], position, head_rows=[0])
             self.check(engine.run(work), expected.run(work))
-
-    def test_growth_keeps_every_slot(self, growing_and_whole: tuple[Any, Any]) -> None:
-        growing, whole = growing_and_whole
-        expected, sizes = self.twin(), set()
-        for position in range(CONTEXT):  # one row at a time fills the last slot before the next size
-            work = chain([position % FINE], position, head_rows=[0])
-            out = expected.run(work)
-            self.check(growing.run(work), out)
-            self.check(whole.run(work), out)
-            sizes.add(growing.memory.slots)
-        assert len(sizes) > 2
-        assert whole.memory.slots == SLOTS
 
     @pytest.mark.parametrize(("drafted", "before"), [(0, 0), (3, 1)])
     def test_growth_in_the_middle_of_an_answer_changes_nothing(
@@ -327,9 +306,9 @@ class Conformance:
     @pytest.mark.parametrize("at", [0, 3, 6])
     def test_a_prompt_that_is_not_finite_is_refused_by_position_and_dropped(self, engine: Engine, at: int) -> None:
         session, config = Session(engine.cache, Fixed(None)), DecodeConfig(top_k=3, max_new_tokens=5)
-        prompt = [1, 2, 3, 4, 5, 6, 7]
+        long, prompt = [1, 2, 3, 4, 5, 6, 7], [1, 2]  # whose slots do not reach the one at fault
         for _ in range(2):
-            bad = [*prompt[:at], INFINITE, *prompt[at + 1 :]]
+            bad = [*long[:at], INFINITE, *long[at + 1 :]]
             with pytest.raises(NumericsError, match=rf"position {at} \(token {INFINITE}\)"):
                 list(decode(engine, session, request(bad, config), Stats()))
             assert engine.cache.tokens == []

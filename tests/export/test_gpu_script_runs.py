@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
 SMI = """#!/bin/sh
 case "$*" in
     *--loop-ms=*) while echo "50.0, 1200"; do sleep 0.1; done ;;
@@ -20,24 +20,18 @@ esac
 
 
 @pytest.mark.long
-def test_all_steps_and_one_file(tmp_path):
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
+def test_all_steps_end_in_one_file_of_results(tmp_path):
+    program, out = tmp_path / "nvidia-smi", tmp_path / "out"
     program.write_text(SMI)
     program.chmod(0o755)
-    out = tmp_path / "out"
-    result = subprocess.run(
-        [ROOT / "benchmarks" / "gpu.sh", "--smoke", "--targets", "cpu", "--out", out],
-        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    command = [SCRIPT, "--smoke", "--targets", "cpu", "--out", out]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     # Figures without conformance are worth nothing, and the script says so: no test of tests/gpu is for a CPU.
     assert result.returncode == 1, result.stderr
     assert result.stderr.splitlines()[-1] == "gather: no test of tests/gpu has passed on cpu"
     found = json.loads((out / "results.json").read_text())
-    assert found["tests"]["failed"] == []
-    assert found["failed"] == {}
+    assert (found["tests"]["failed"], found["failed"]) == ([], {})
     bench, soak = found["targets"]["cpu"]["bench"], found["targets"]["cpu"]["soak"]
     assert bench["width"]["widths"][-1] == 40
     assert {"plain", "aligned"} <= bench["profiles"][0]["ways"].keys()

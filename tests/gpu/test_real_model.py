@@ -6,7 +6,6 @@ from Hugging Face to the GPU, and this one needs no PyTorch on the device.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +15,15 @@ from mara_deploy.bench.worker import Subject
 from mara_export import parity
 from mara_export.targets import HEAD_ROWS
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine, Pass, StepOutput
 from mara_runtime.engines.ort import CpuEngine
-from mara_runtime.tensors import spare_slots
-from tests.gpu.conftest import close
 
 PROMPT_TOKENS = (1, 48, 200)
 """The last one uses the engine's prefill profile."""
 LONG_TOKENS = 1300
 """A context long enough to show what fused attention loses when it accumulates in float16."""
 PIECE = 32
-"""Rows per pass while a cache is filled until it grows."""
+"""Rows per pass while a cache is filled."""
 
 
 class Parts:
@@ -86,14 +82,6 @@ def test_the_gpu_computes_what_the_cpu_computes(engine: Engine, bundle: Bundle, 
     assert report.measured.outcomes["first"].compared > 0
 
 
-def after_growth(engine: Engine, tokens: list[int]) -> parity.Side:
-    """Results of the last of many small passes, and of its last row once more."""
-    for start in range(0, len(tokens), PIECE):
-        piece = tokens[start : start + PIECE]
-        rows = Parts(engine).rows(piece, range(start, start + len(piece)), start)
-    return parity.Side(rows, Parts(engine).rows(tokens[-1:], [len(tokens) - 1], len(tokens) - 1))
-
-
 def siblings_after(engine: Engine, tokens: list[int], siblings: list[int]) -> parity.Side:
     """Results of candidates of the next position in one pass, and one at a time."""
     length = len(tokens)
@@ -114,23 +102,6 @@ def test_siblings_after_a_long_context(engine: Engine, bundle: Bundle) -> None:
     case = parity.Case(tokens, siblings, reference, is_text=False)
     gate = parity.GATES[manifest.step.precision]
     assert parity.compare([case], [siblings_after(engine, tokens, siblings)], gate).failures == []
-
-
-def test_a_cache_that_has_grown_holds_what_it_held(bundle: Bundle, target: str) -> None:
-    manifest = bundle.manifest
-    reference = CpuEngine(on_the_cpu(bundle))
-    engine: Any = open_engine(bundle, target)[0]
-    smallest = engine.memory.slots
-    if smallest == engine.cache.capacity:
-        close(engine)
-        pytest.skip(f"{bundle.folder} has an engine of one size: give it another with mara-build --capacity")
-    length = min(smallest + PIECE, manifest.max_context + spare_slots(manifest.max_candidates))
-    tokens = np.random.default_rng(1).integers(0, manifest.model.shape.vocab_size, length).tolist()
-    case = parity.Case(tokens, [], after_growth(reference, tokens), is_text=False)
-    found = after_growth(engine, tokens)
-    assert engine.memory.slots > smallest
-    close(engine)
-    assert parity.compare([case], [found], parity.GATES[manifest.step.precision]).failures == []
 
 
 def test_memory_does_not_grow_over_two_thousand_steps(bundle: Bundle, target: str) -> None:

@@ -1,14 +1,17 @@
-"""Every name of TensorRT and CUDA that our code uses is there, with these arguments, in the releases that it is for.
+"""The names of TensorRT and CUDA that our code and its doubles use exist in the releases that they are for.
 
 Read from NVIDIA's own Python packages. Those of TensorRT import without a GPU and without TensorRT once there are
-libraries of its names, which need not do anything: tests/tensorrt/stub.c. TensorRT for RTX and the newest cuda-bindings
-are part of the environment; `make test-long` installs the packages of older releases, each in a folder of its own.
+libraries of its names, which need not do anything (tests/tensorrt/stub.c). TensorRT for RTX and the newest
+cuda-bindings are part of the environment; `make test-long` installs older releases, each in a folder of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,65 +23,67 @@ import pytest
 from mara_runtime.engines import trt_file
 from tests.double import cuda as cuda_double
 from tests.double import trt as trt_double
-from tests.tensorrt import names
-from tests.tensorrt.names import Released, Use
+from tests.unit import test_timings
 
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="NVIDIA's wheels are for Linux on x86-64"
 )
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = Path(sys.prefix)
-RECEIVERS: dict[str, dict[str, str]] = {
-    "runtime/mara_runtime/engines/tensorrt.py": {},
-    "runtime/mara_runtime/engines/trt_file.py": {"_runtime": "Runtime", "engine": "ICudaEngine"},
-    "runtime/mara_runtime/engines/trt_plan.py": {
-        "_engine": "ICudaEngine",
-        "context": "IExecutionContext",
-        "config": "IRuntimeConfig",
-        "kernels": "IRuntimeCache",
-        "_kernels": "IRuntimeCache",
-    },
-    "export/mara_export/tensorrt/network.py": {
-        "_builder": "Builder",
-        "network": "INetworkDefinition",
-        "_parser": "OnnxParser",
-        "config": "IBuilderConfig",
-        "profile": "IOptimizationProfile",
-        "layer": "IAttentionInputLayer",  # the base class, where it is any layer
-        "attention": "IAttention",
-        "tensor": "ITensor",
-        "error": "ParserError",
-    },
-    "export/mara_export/tensorrt/build.py": {"config": "IBuilderConfig"},
-    "export/mara_export/tensorrt/timings.py": {"config": "IBuilderConfig", "cache": "ITimingCache"},
-}
-"""Of each file that uses TensorRT: the class of what methods are called on, by its name in the code."""
-CUDA_FILES = ("runtime/mara_runtime/engines/cuda.py", "export/mara_export/tensorrt/build.py")
-RELEASES = {"10.3": "10", "10.13": "10", "10.16": "10", "11.4": "11"}
-"""Of JetPack 6, 7.1 and 7.2, and the newest; and the number behind their libraries' names."""
+RUNTIME, EXPORT = "runtime/mara_runtime/engines", "export/mara_export/tensorrt"
+CALLERS = [f"{RUNTIME}/{name}.py" for name in ("trt_file", "trt_plan", "tensorrt")]
+CALLERS += [f"{EXPORT}/{name}.py" for name in ("network", "build", "timings")]
+OBJECTS = (
+    "trt|context|_?engine|_runtime|modes|kinds|config|profile|_builder|_parser|network|layer|attention|error|cache"
+)
+"""What the callers name objects of TensorRT."""
+OURS = {
+    "build", "check_in_place", "config", "get", "kinds", "side", "size_bytes", "strerror", "weight_bytes",
+    "wide_weight_bytes",
+}  # fmt: skip
+"""Attributes of objects that are named like one of TensorRT's and are not."""
+RTX = {
+    "ComputeCapability", "num_compute_capabilities", "set_compute_capability", "create_runtime_cache",
+    "set_runtime_cache", "EAGER", "LAZY",
+    "dynamic_shapes_kernel_specialization_strategy", "REQUIRE_USER_ALLOCATION",
+}  # fmt: skip
+RTX_CLASSES = {"IRuntimeCache", "DynamicShapesKernelSpecializationStrategy"}
+FUSED = {"IAttentionInputLayer", "attention", "get_aliased_input_tensor"}
+CONFIG = {"create_runtime_config", "set_execution_context_allocation_strategy"}
+MISSING = {"10.3": RTX | FUSED | CONFIG, "10.13": RTX | FUSED, "10.16": RTX, "11.4": RTX, "rtx": set[str]()}
+"""{release: attributes that the code uses with later releases or TensorRT for RTX alone}: those of JetPack 6, 7.1 and
+7.2, and the newest."""
 NEWEST_PYTHON = {"10.3": (3, 12), "10.13": (3, 13), "10.16": (3, 13)}
 """For which there is a package of an older release."""
-ONLY = {
-    "ComputeCapability": ("rtx",),
-    "IBuilderConfig.num_compute_capabilities": ("rtx",),
-    "IBuilderConfig.set_compute_capability": ("rtx",),
-    "DynamicShapesKernelSpecializationStrategy": ("rtx",),
-    "ICudaEngine.create_runtime_config": ("10.13", "10.16", "11.4", "rtx"),
-    "IRuntimeConfig": ("10.13", "10.16", "11.4", "rtx"),
-    "IRuntimeConfig.create_runtime_cache": ("rtx",),
-    "IRuntimeConfig.set_runtime_cache": ("rtx",),
-    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": ("rtx",),
-    "IRuntimeCache": ("rtx",),
-    "IAttentionInputLayer": ("10.16", "11.4", "rtx"),
-    "IAttention": ("10.16", "11.4", "rtx"),
-}
-"""What the code uses for some releases alone; the others do not have it."""
+
+LIST = """
+import importlib, json, sys
+found = {}
+def visit(value, path):
+    for name in dir(value):
+        item = getattr(value, name)
+        found[".".join([*path, name])] = (item.__doc__ or "") if callable(item) else ""
+        if isinstance(item, type) and len(path) < 3 and not name.startswith("_"):
+            visit(item, [*path, name])
+visit(importlib.import_module(sys.argv[1]), [])
+print(json.dumps(found))
+"""
+Names = dict[str, str]
+"""{dotted name: documentation, for what can be called}"""
 
 
-def folder(name: str) -> Path:
-    path = FOLDERS / name
-    assert path.is_dir(), f"{path} is missing: run make test-long, which installs NVIDIA's Python packages there"
-    return path
+def released(module: str, folder: str | None = None, libraries: Path | None = None) -> Names:
+    """The names of a module, imported in a process of its own. folder: of .venv; comes first on its path."""
+    environment = dict(os.environ)
+    if folder:
+        path = Path(sys.prefix) / folder
+        assert path.is_dir(), f"{path} is missing: run make test-long, which installs NVIDIA's Python packages there"
+        environment["PYTHONPATH"] = str(path)
+    if libraries:
+        environment["LD_LIBRARY_PATH"] = str(libraries)
+    command = [sys.executable, "-c", LIST, module]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert out.returncode == 0, out.stderr
+    return dict(json.loads(out.stdout))
 
 
 @pytest.fixture(scope="module")
@@ -88,169 +93,94 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("there is no C compiler (cc) to make stub libraries with")
     path = tmp_path_factory.mktemp("libraries")
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", path / "stub.so", Path(__file__).with_name("stub.c")], check=True
-    )
-    for number in set(RELEASES.values()):
+    source = Path(__file__).with_name("stub.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", path / "stub.so", source], check=True)
+    for number in ("10", "11"):
         for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
             (path / f"lib{name}.so.{number}").symlink_to("stub.so")
     return path
 
 
-@pytest.fixture(scope="module", params=[*(pytest.param(name, marks=pytest.mark.long) for name in RELEASES), "rtx"])
-def tensorrt(request: pytest.FixtureRequest, libraries: Path) -> Released:
-    """One release of TensorRT, or TensorRT for RTX."""
-    if request.param == "rtx":
-        return names.released("tensorrt_rtx_bindings", [])
-    newest = NEWEST_PYTHON.get(request.param, sys.version_info[:2])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(r, marks=pytest.mark.long) for r in MISSING if r != "rtx"), "rtx"]
+)
+def tensorrt(request: pytest.FixtureRequest) -> tuple[str, Names]:
+    """A release of TensorRT, or TensorRT for RTX."""
+    release: str = request.param
+    if release == "rtx":
+        return release, released("tensorrt_rtx_bindings")
+    newest = NEWEST_PYTHON.get(release, sys.version_info[:2])
     if sys.version_info[:2] > newest:
-        pytest.skip(f"TensorRT {request.param} has no package for a Python after {'.'.join(map(str, newest))}")
-    found = names.released("tensorrt_bindings", [folder(f"tensorrt-{request.param}")], libraries)
-    assert found.version.startswith(request.param)
-    return found
+        pytest.skip(f"TensorRT {release} has no package for a Python after {'.'.join(map(str, newest))}")
+    libraries = request.getfixturevalue("libraries")
+    return release, released("tensorrt_bindings", f"tensorrt-{release}", libraries)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("12.9", marks=pytest.mark.long), "installed"])
-def cuda(request: pytest.FixtureRequest) -> Released:
-    """cuda-bindings: the line of CUDA 12, as on JetPack 6, and the one that is installed."""
-    folders = [] if request.param == "installed" else [folder(f"cuda-bindings-{request.param}")]
-    return names.released("cuda.bindings.runtime", folders)
+@pytest.fixture(scope="module", params=[pytest.param("cuda-bindings-12.9", marks=pytest.mark.long), None])
+def cuda(request: pytest.FixtureRequest) -> Names:
+    """cuda-bindings: of CUDA 12, as on JetPack 6, and as installed."""
+    return released("cuda.bindings.runtime", request.param)
 
 
-def name_of(there: Released) -> str:
-    """Of a release, as ONLY has it."""
-    return "rtx" if "ComputeCapability" in there.names else next(r for r in RELEASES if there.version.startswith(r))
+def code(file: str) -> str:
+    return re.sub(r'"""[\s\S]*?"""|#.*', "", (ROOT / file).read_text(encoding="utf-8"))
 
 
-def only(use: Use) -> tuple[str, ...] | None:
-    """The releases that a name is for, if it is not for all."""
-    found = [name for name in ONLY if f"{use.name}.".startswith(f"{name}.")]
-    return ONLY[max(found, key=len)] if found else None
-
-
-def tensorrt_uses() -> list[Use]:
-    return [use for file, of in RECEIVERS.items() for use in names.tensorrt_uses(ROOT / file, of)]
-
-
-def cuda_uses() -> list[Use]:
-    return [use for file in CUDA_FILES for use in names.cuda_uses(ROOT / file)]
-
-
-def missing(uses: list[Use], there: Released) -> str:
-    return "\n".join(f"{use.where} uses {use.name}" for use in uses if use.name not in there.names)
-
-
-def misused(uses: list[Use], there: Released) -> str:
-    """Calls that the release would refuse."""
-    calls = [use for use in uses if use.positional is not None and use.name in there.names]
-    return "\n".join(
-        f"{use.where} calls {use.name} with {use.positional} arguments and {set(use.keywords) or 'no'} keywords: "
-        f"{there.signatures(use.name)}"
-        for use in calls
-        if not names.fits(use, there.signatures(use.name))
-    )
-
-
-def test_every_name_of_tensorrt_exists(tensorrt: Released) -> None:
-    release = name_of(tensorrt)
-    uses = [u for u in tensorrt_uses() if not u.optional and release in (only(u) or (release,))]
-    assert len(uses) > 80
-    assert missing(uses, tensorrt) == ""
-
-
-def test_every_call_of_tensorrt_has_the_arguments_that_it_takes(tensorrt: Released) -> None:
-    assert misused(tensorrt_uses(), tensorrt) == ""
-
-
-def test_what_is_for_some_releases_alone_is_not_in_the_others(tensorrt: Released) -> None:
-    # … or the table has become wrong
-    release = name_of(tensorrt)
-    assert [name for name in ONLY if name in tensorrt.names] == [n for n, of in ONLY.items() if release in of]
-
-
-def test_what_is_derived_from_tensorrt_has_the_parameters_that_it_is_called_with(tensorrt: Released) -> None:
-    found = [override for file in RECEIVERS for override in names.overrides(ROOT / file)]
-    assert len(found) > 5
-    own = [(of, method) for of, method, *_ in found if f"{of}.{method}" not in tensorrt.names]
-    assert own == [("IErrorRecorder", "text")]
-    for of, method, parameters, where in found:
-        if (of, method) not in own:
-            expected = tensorrt.signatures(f"{of}.{method}")
-            assert len(parameters) in [len(overload) for overload in expected], f"{where}: {method} takes {expected}"
-
-
-def test_every_type_of_the_step_graph_s_tensors_is_known(tensorrt: Released) -> None:
-    assert [name for name in trt_file.TYPES.values() if f"DataType.{name}" not in tensorrt.names] == []
-
-
-def test_no_use_of_tensorrt_goes_unseen(tensorrt: Released) -> None:
-    """Whatever is called like a method of a class that the code uses is known to be one, or to be ours."""
-    classes = {of for receivers in RECEIVERS.values() for of in receivers.values()}
-    members = {name.partition(".")[2] for name in tensorrt.names if name.partition(".")[0] in classes}
-    members = {name for name in members if "_" in name.strip("_")}
-    for file, receivers in RECEIVERS.items():
-        seen = {(use.where, use.name.rpartition(".")[2]) for use in names.tensorrt_uses(ROOT / file, receivers)}
-        unseen = {(where, chain[-1]) for chain, where in names.attributes(ROOT / file) if chain[-1] in members} - seen
-        assert {name for _, name in unseen} <= {"num_layers"}, unseen  # of ModelShape
-
-
-def test_every_name_of_cuda_exists(cuda: Released) -> None:
-    uses = cuda_uses()
-    assert len({use.name for use in uses}) > 25
-    assert missing(uses, cuda) == ""
-
-
-def test_every_call_of_cuda_has_the_arguments_that_it_takes(cuda: Released) -> None:
-    assert misused(cuda_uses(), cuda) == ""
-
-
-# ── the double ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def attributes() -> set[str]:
+    """What our code looks up on objects that are named like TensorRT's, in chains of two at most."""
+    chain = re.compile(rf"\b(?:{OBJECTS})\.(\w+)(?:\.(\w+))?")
+    found = {name for file in CALLERS for match in chain.finditer(code(file)) for name in match.groups() if name}
+    return found - OURS
 
 
 def parameters(function: Any) -> list[str]:
     return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
-def test_the_double_of_tensorrt_takes_the_real_arguments(tensorrt: Released) -> None:
+def overloads(names: Names, dotted: str) -> list[list[str]]:
+    """Parameters without self, as the docstrings of pybind11 and Cython begin with them."""
+    found = []
+    for text in re.findall(rf"^(?:\d+\. )?{dotted.split('.')[-1]}\((.*)\)(?: -> .*)?$", names[dotted], re.MULTILINE):
+        while (shorter := re.sub(r"[\[(<{][^][(){}<>]*[])>}]", "", text)) != text:
+            text = shorter
+        parts = [part.partition("=")[0].partition(":")[0].split()[-1] for part in text.split(",") if part.strip()]
+        found.append([part for part in parts if part != "self"])
+    return found
+
+
+def test_the_code_uses_no_name_of_tensorrt_that_a_release_lacks(tensorrt: tuple[str, Names]) -> None:
+    release, names = tensorrt
+    members = {part for name in names for part in name.split(".")}
+    assert len(attributes()) > 70
+    assert attributes() - members == MISSING[release]
+    assert [name for name in trt_file.TYPES.values() if f"DataType.{name}" not in names] == []
+
+
+def test_the_double_of_tensorrt_is_called_like_each_release(tensorrt: tuple[str, Names]) -> None:
+    release, names = tensorrt
+    doubles = {**vars(trt_double), "IBuilderConfig": test_timings.Config, "ITimingCache": test_timings.Cache}
+    of_double = {"numpy_type", "bounds", "in_place", "build"}
     compared = 0
-    for use in tensorrt_uses():
-        of, _, method = use.name.rpartition(".")
-        stands_for = getattr(trt_double, of, None) if of else None
-        function = vars(stands_for).get(method) if isinstance(stands_for, type) else None
-        if inspect.isfunction(function) and use.name in tensorrt.names and method != "__init__":
-            overloads = [[name for name, _ in overload] for overload in tensorrt.signatures(use.name)]
-            assert parameters(function) in overloads, use.name
-            compared += 1
-    assert compared > 10
+    for name, double in doubles.items():
+        if not isinstance(double, type) or double.__module__ not in (trt_double.__name__, test_timings.__name__):
+            continue
+        if name == "TrtDouble" or (release != "rtx" and name in RTX_CLASSES):
+            continue
+        for method, function in vars(double).items():
+            dotted = f"{name}.{method}"
+            if method.startswith("_") or method in of_double | MISSING[release]:
+                continue
+            if inspect.isfunction(function) and (dotted in names or not method.startswith(("is_", "get_aliased"))):
+                assert parameters(function) in overloads(names, dotted), dotted
+                compared += 1
+    assert compared > 15
 
 
-def test_the_double_of_cuda_takes_the_real_arguments(cuda: Released) -> None:
-    methods = {n: f for n, f in vars(cuda_double.CudaDouble).items() if n.startswith("cuda") and inspect.isfunction(f)}
-    assert {use.name for use in cuda_uses() if use.positional is not None} <= set(methods)
-    for name, function in methods.items():
-        assert [parameters(function)] == [[n for n, _ in overload] for overload in cuda.signatures(name)], name
-
-
-# ── the reader of our code ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_name_that_is_not_there_is_found(tmp_path: Path, tensorrt: Released) -> None:
-    path = tmp_path / "code.py"
-    path.write_text(
-        "kinds = trt.DataType\n"
-        "kinds.FLAOT, self._trt.TensorIOMode.INPUT, getattr(trt.BuilderFlag, 'DIRECT_I')\n"
-        "if hasattr(self._engine, 'fly'): self._engine.fly()\n"
-        "self._engine.get_tensor_shapes('x')\n"
-        "self._engine.get_tensor_shape('x', 1)\n"
-        "context.set_device_memory(1, sice=2)\n"
-        "context.set_device_memory(1, size=2)\n",
-        encoding="utf-8",
-    )
-    uses = names.tensorrt_uses(path, RECEIVERS["runtime/mara_runtime/engines/trt_plan.py"])
-    lost = missing([use for use in uses if not use.optional], tensorrt).splitlines()
-    assert sorted(line.rpartition(" ")[2] for line in lost) == [
-        "BuilderFlag.DIRECT_I",
-        "DataType.FLAOT",
-        "ICudaEngine.get_tensor_shapes",
-    ]
-    assert [line.split()[0] for line in misused(uses, tensorrt).splitlines()] == ["code.py:5", "code.py:6"]
+def test_cuda_has_the_names_that_the_code_uses_and_its_double_is_called_alike(cuda: Names) -> None:
+    used = set(re.findall(r"\bcuda[A-Z]\w+", code(f"{RUNTIME}/cuda.py")))
+    members = {part for name in cuda for part in name.split(".")}
+    assert len(used) > 25
+    assert used - members == set()
+    doubles = {name for name, value in vars(cuda_double.CudaDouble).items() if inspect.isfunction(value)}
+    for name in (name for name in doubles if name.startswith("cuda")):
+        assert [parameters(getattr(cuda_double.CudaDouble, name))] == overloads(cuda, name), name

@@ -1,7 +1,6 @@
 """Opening and verifying a bundle: whatever is wrong with it is one BundleError of one line."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,69 +59,38 @@ def test_sha256_of_a_file_longer_than_a_piece(tmp_path: Path) -> None:
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def flip_a_bit(path: Path) -> str:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    return "damaged"
+def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def shorten(path: Path) -> str:
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-1])
-    return f"{size - 1} bytes.* {size}"
-
-
-def lengthen(path: Path) -> str:
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes() + b"x")
-    return f"{size + 1} bytes.* {size}"
-
-
-def remove(path: Path) -> str:
-    path.unlink()
-    return "missing"
-
-
-def replace_by_a_folder(path: Path) -> str:
-    path.unlink()
-    path.mkdir()
-    return ""
-
-
-def replace_by_a_pipe(path: Path) -> str:
-    path.unlink()
-    os.mkfifo(path)
-    return ""
-
-
-def link_outside(path: Path) -> str:
+def link_outside(path: Path) -> None:
     outside = path.parent.parent / "outside"
     path.rename(outside)  # the same content, so that size and checksum agree
     path.symlink_to(outside)
-    return "link"
 
 
-def link_to_itself(path: Path) -> str:
-    path.unlink()
-    path.symlink_to(path.name)
-    return ""
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda path: (path.unlink(), make(path))
 
 
-def link_to_nothing(path: Path) -> str:
-    path.unlink()
-    path.symlink_to("nowhere")
-    return ""
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped bit": (rewrite(lambda content: content[:-1] + bytes([content[-1] ^ 1])), "damaged"),
+    "shorter": (rewrite(lambda content: content[:-1]), r"\d bytes"),
+    "longer": (rewrite(lambda content: content + b"x"), r"\d bytes"),
+    "missing": (Path.unlink, "missing"),
+    "a folder": (replaced(Path.mkdir), ""),
+    "a pipe": (replaced(os.mkfifo), ""),
+    "a link outside": (link_outside, "link"),
+    "a link to itself": (replaced(lambda path: path.symlink_to(path.name)), ""),
+    "a link to nothing": (replaced(lambda path: path.symlink_to("nowhere")), ""),
+}
+"""What happens to a file, and what must be named beside it."""
 
 
-DAMAGE = [flip_a_bit, shorten, lengthen, remove, replace_by_a_folder, replace_by_a_pipe, link_outside, link_to_itself,
-          link_to_nothing]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["step.onnx", "step.onnx.data", "tokenizer.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_named(folder: Path, name: str, damage: Callable[[Path], str]) -> None:
-    named = damage(folder / name)
+def test_a_damaged_file_is_named(folder: Path, damage: str) -> None:
+    (happens, named), name = DAMAGE[damage], "step.onnx.data"
+    happens(folder / name)
     with pytest.raises(BundleError, match=f"{name}.*{named}"):
         Bundle.open(folder)
     assert name in Bundle.open(folder, verify=False).manifest.files
@@ -156,17 +124,7 @@ def test_a_path_without_a_bundle_is_refused(folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"", "JSON"),
-        (b"\x80\x02}q", "cannot be read"),
-        (b'{"schema_version": 3, "model": "\xe9"}', "cannot be read"),
-        (b"[]", "schema_version"),
-        (b'{"schema_version": 4}', "schema version 4"),
-        (b'{"schema_version": 3}', "is missing"),
-        (b"[" * 200_000, "JSON"),
-    ],
-    ids=["empty", "pickle", "latin-1", "list", "version", "no fields", "deep"],
+    ("content", "named"), [(b"\x80\x02}q", "cannot be read"), (b"[]", "schema_version"), (b"[" * 200_000, "JSON")]
 )
 def test_a_manifest_that_cannot_be_read_is_named(folder: Path, content: bytes, named: str, verify: bool) -> None:
     (folder / MANIFEST_FILE).write_bytes(content)
@@ -176,17 +134,15 @@ def test_a_manifest_that_cannot_be_read_is_named(folder: Path, content: bytes, n
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("name", ["../outside.onnx", "sub/../../outside.onnx", "ABSOLUTE", "..\\outside.onnx"])
-def test_a_graph_outside_the_bundle_is_refused(folder: Path, name: str, verify: bool) -> None:
+def test_a_graph_outside_the_bundle_is_refused(folder: Path, verify: bool) -> None:
     outside = folder.parent / "outside.onnx"
     outside.write_bytes(b"elsewhere")
-    (folder / "sub").mkdir()
-    name = str(outside) if name == "ABSOLUTE" else name
-    manifest = helpers.read_manifest(folder)
-    manifest["files"][name] = {"size_bytes": 9, "sha256": hashlib.sha256(b"elsewhere").hexdigest()}
-    manifest["step"]["file"] = name
-    helpers.write_manifest(folder, manifest)
-    assert "inside the bundle" in refused(folder, verify=verify)
+    for name in ("../outside.onnx", str(outside)):
+        manifest = helpers.read_manifest(folder)
+        manifest["files"][name] = {"size_bytes": 9, "sha256": hashlib.sha256(b"elsewhere").hexdigest()}
+        manifest["step"]["file"] = name
+        helpers.write_manifest(folder, manifest)
+        assert "inside the bundle" in refused(folder, verify=verify)
 
 
 def test_a_linked_folder_that_leads_out_is_refused(folder: Path) -> None:
@@ -197,31 +153,8 @@ def test_a_linked_folder_that_leads_out_is_refused(folder: Path) -> None:
     assert "link" in refused(folder)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *(("size_bytes", size) for size in (-1, 10**30)),
-        *(("sha256", checksum) for checksum in ("", "0" * 64, "x" * 64, "\n")),
-    ],
-)
-def test_an_impossible_file_entry_is_named(folder: Path, field: str, value: Any) -> None:
-    manifest = helpers.read_manifest(folder)
-    manifest["files"]["step.onnx"][field] = value
-    helpers.write_manifest(folder, manifest)
-    assert "step.onnx" in refused(folder)
-
-
 def test_a_file_name_longer_than_file_systems_allow_is_refused(folder: Path) -> None:
     manifest = helpers.read_manifest(folder)
     manifest["files"]["x" * 5000] = {"size_bytes": 1, "sha256": "0" * 64}
     helpers.write_manifest(folder, manifest)
     refused(folder)
-
-
-def test_deep_nesting_where_a_text_belongs_is_refused(folder: Path) -> None:
-    manifest = helpers.read_manifest(folder)
-    manifest["model"]["source"] = "NEST"
-    for depth in (300, 900, 980, 5000):
-        text = json.dumps(manifest).replace('"NEST"', "[" * depth + "]" * depth)
-        (folder / MANIFEST_FILE).write_text(text)
-        refused(folder)

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engines import open_engine, ort, ort_cuda, tensorrt
-from mara_runtime.engines.base import NEVER, Pass, StepOutput, fill_inputs, is_finite, sibling_row
+from mara_runtime.engines.base import NEVER, StepOutput, fill_inputs, is_finite
 from mara_runtime.errors import EngineError, OptionError
-from mara_runtime.tensors import DRAFT_ROWS, TOP_SPARE, spare_slots, top_tokens
+from mara_runtime.tensors import TOP_SPARE, spare_slots, top_tokens
 from tests.conformance import chain, siblings
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -84,15 +83,13 @@ def test_auto_opens_the_preferred_engine_that_fits(tmp_path: Path, providers: li
 def test_a_named_engine_is_opened_or_refused(tmp_path: Path, providers: list[str]) -> None:
     bundle = bundle_for(tmp_path, "cpu", "cuda")
     assert opened(bundle, "cpu") == (("cpu", None), [])
-    with pytest.raises(EngineError, match=f"cuda: .*no {CUDA}") as caught:
+    with pytest.raises(EngineError, match=f"cuda: .*no {CUDA}"):
         open_engine(bundle, "cuda")
-    assert "cpu:" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tensor-rt", "", "CPU", "auto,cpu"])
-def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OptionError, match=rf"^--engine is {name!r}; .*auto, tensorrt, tensorrt-rtx, cuda, cpu$"):
-        open_engine(bundle_for(tmp_path, "cpu"), name)
+def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"^--engine is 'CPU'; .*auto, tensorrt, tensorrt-rtx, cuda, cpu$"):
+        open_engine(bundle_for(tmp_path, "cpu"), "CPU")
 
 
 @pytest.mark.parametrize("name", ["auto", "tensorrt"])
@@ -144,75 +141,6 @@ def test_the_result_records_the_engine_and_why_others_declined(tmp_path: Path, p
     assert list(facts["declined"]) == ["tensorrt", "tensorrt-rtx", "cuda"]
 
 
-# ── rows, slots and positions ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def seeing(prompt: Sequence[int], slots: int = 24) -> tuple[TableEngine, list[tuple[int, ...]]]:
-    """An engine that holds a prompt, and the prefixes that it will be asked for."""
-    seen: list[tuple[int, ...]] = []
-
-    def table(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        seen.append(prefix)
-        return np.zeros(5, np.float32), np.zeros(2, np.float32)
-
-    engine = TableEngine(table, helpers.sum_agent, slots)
-    engine.run(chain(prompt))
-    engine.cache.extend(prompt)
-    seen.clear()
-    return engine, seen
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 6), st.integers(0, 5), st.integers(1, 5))
-def test_a_row_attends_to_the_slots_below_its_position_and_to_its_own(
-    prompt: list[int], offset: int, drafted: int, others: int
-) -> None:
-    length = len(prompt)
-    engine, seen = seeing(prompt)
-    drafted = 0 if offset else drafted  # a draft lies where its prefix ends
-    tokens = [*range(20, 21 + drafted), *range(30, 30 + others)]
-    positions = [*range(length, length + 1 + drafted), *[length] * others]
-    engine.run(Pass(tokens, positions, length + offset))
-    sequence = [(*prompt, *range(20, 21 + i)) for i in range(drafted + 1)]
-    assert seen == [*sequence, *((*prompt, 30 + i) for i in range(others))]
-
-
-def test_the_table_engine_notices_a_wrong_slot() -> None:
-    engine, seen = seeing([1, 2], slots=8)
-    engine.run(siblings([5, 6], 2))
-    engine.cache.commit(6, 3)
-    engine.run(chain([9], 3))
-    assert seen[-1] == (1, 2, 6, 9)
-    with pytest.raises(IndexError, match="slot 4 holds None"):
-        engine.run(chain([3], 5))
-    engine.run(siblings([5, 6], 2))
-    with pytest.raises(IndexError, match="slot 3 holds"):  # a sibling is not part of the sequence
-        engine.run(chain([7], 4))
-    with pytest.raises(IndexError):
-        engine.run(siblings([7, 7], 2, 7))
-    engine.cache.clear()
-    with pytest.raises(IndexError, match="slot 0 holds None"):
-        engine.run(chain([9], 2))
-
-
-def test_passes_of_the_decode_loop() -> None:
-    assert Pass.prefill([4, 5], 3, last=True) == Pass([4, 5], range(3, 5), 3, [1])
-    assert Pass.prefill([4, 5], 3, last=False) == Pass([4, 5], range(3, 5), 3)
-    assert Pass.sequence([4, 5, 6], 3, judge_draft=True) == Pass(
-        [4, 5, 6], range(3, 6), 3, range(3), range(1, 3), [NEVER, NEVER]
-    )
-    assert Pass.sequence([4, 5], 3, judge_draft=False).agent_rows == ()
-    options = {"margin_weight": 1.0, "threshold": 0.5}
-    work = Pass.siblings([4, 5, 6], [7, 8], 3, 3, priorities=[0.0, -1.0], fallback=2, **options)
-    assert work == Pass([4, 7, 8, 5, 6], [3, 4, 5, 3, 3], 3, range(3), range(4), [0.0, NEVER, NEVER, -1.0], 1.0, 0.5, 4)
-    assert [work.tokens[sibling_row(i, 2)] for i in range(3)] == [4, 5, 6]
-    alone = Pass.siblings([4, 5], [], 3, 6, priorities=[0.0, -1.0], fallback=None, **options)
-    assert (alone.slot, alone.head_rows, alone.fallback_row) == (6, (), None)
-
-
-def test_the_spare_slots_hold_a_decision_its_draft_and_a_repeated_fallback() -> None:
-    assert spare_slots(8) == 8 + DRAFT_ROWS + 1
-
-
 # ── what a pass returns ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -229,24 +157,19 @@ def pass_of(margins: Sequence[float], **options: Any) -> StepOutput:
     [
         ([-1.0, 2.0, 3.0], [0.0, -1.0, -2.0], {}, [1]),  # accepted, of the greatest priority
         ([1.0, 2.0, 3.0], [-2.0, -1.0, 0.0], {}, [2]),
-        ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], {"margin_weight": 1.0}, [2]),
         ([1.0, 2.0, 3.0], [2.0, 1.0, 0.5], {"margin_weight": 0.5}, [0]),
         ([1.0, 2.0, 3.0], [2.0, 2.0, 0.0], {"margin_weight": 1.0}, [1]),
         ([1.0, 2.0, 2.0], [0.0, 0.0, 0.0], {"margin_weight": 1.0}, [1]),  # the first of equals
-        ([-1.0, 2.0, 3.0], [0.0, 0.0, 0.0], {}, [1]),
         ([0.0, -1.0], [0.0, 0.0], {}, []),  # the threshold must be exceeded
-        ([0.5, 0.75], [0.0, -1.0], {"threshold": 0.5}, [1]),
         ([-1.0, -2.0], [-1.0, 0.0], {"threshold": -1.5}, [0]),
         ([float(np.float32(0.1))], [0.0], {"threshold": 0.1}, [0]),  # float32(0.1) > 0.1
         ([float(np.float32(0.7))], [0.0], {"threshold": 0.7}, []),  # float32(0.7) < 0.7
         ([1.0, 2.0], [NEVER, NEVER], {}, []),
         ([1.0, 2.0], [NEVER, NEVER], {"fallback_row": 0}, [0]),
-        ([9.0, 1.0], [NEVER, -5.0], {"margin_weight": 1.0}, [1]),
         ([-1.0, -2.0], [0.0, 0.0], {"fallback_row": 1}, [1]),
         ([-1.0, 2.0, -2.0], [0.0, -1.0, -2.0], {"fallback_row": 0}, [1]),
         ([1.0, -1.0, 2.0], [NEVER, 0.0, 0.0], {"head_rows": [2, 0]}, [2, 0, 2]),  # after the head rows
         ([-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], {"head_rows": [1], "fallback_row": 0}, [1, 0]),
-        ([-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], {"head_rows": [1, 2]}, [1, 2]),
     ],
 )
 def test_which_row_is_elected(
@@ -258,10 +181,25 @@ def test_which_row_is_elected(
     assert len(out.top_ids) == len(out.top_logits) == len(out.log_normaliser) == len(rows)
 
 
-def test_the_agent_sees_only_its_rows() -> None:
+def test_the_agent_sees_its_rows_alone() -> None:
     out = pass_of([1.0, 2.0, 3.0], agent_rows=[2, 0], priorities=[-1.0, 0.0])
     assert (out.margins.tolist(), out.rows.tolist()) == ([3.0, 1.0], [0])  # a row of the pass, not of the agent's
-    assert pass_of([1.0, 2.0], head_rows=[1]).margins.tolist() == []
+
+
+def test_the_table_engine_notices_a_wrong_slot() -> None:
+    engine = TableEngine(helpers.scripted({}, {}), helpers.sum_agent, slots=8)
+    engine.run(chain([1, 2]))
+    engine.cache.extend([1, 2])
+    engine.run(siblings([5, 6], 2))
+    engine.cache.commit(6, 3)
+    engine.run(chain([9], 3))
+    with pytest.raises(IndexError, match="slot 4 holds None"):
+        engine.run(chain([3], 5))
+    engine.run(siblings([5, 6], 2))
+    with pytest.raises(IndexError, match="slot 3 holds"):  # a sibling is not part of the sequence
+        engine.run(chain([7], 4))
+    with pytest.raises(IndexError):
+        engine.run(siblings([7, 7], 2, 7))
 
 
 def threshold_input(threshold: float) -> float:
@@ -293,22 +231,8 @@ def test_the_best_tokens_and_their_normaliser() -> None:
     assert out.top_logits[0, :4].tolist() == [2.0, 2.0, 1.0, -1.0]
     assert (out.top_logits[0, 4:] == -math.inf).all()
     assert out.log_normaliser[0] == pytest.approx(math.log(2 * math.e**2 + math.e + math.exp(-1)), rel=1e-6)
-
-
-@pytest.mark.parametrize(("candidates", "vocab", "expected"), [(8, 12, 12), (4, 12, 12), (3, 12, 11), (40, 10**5, 48)])
-def test_how_many_tokens_a_step_returns(candidates: int, vocab: int, expected: int) -> None:
-    assert top_tokens(candidates, vocab) == expected
-
-
-def test_a_hidden_state_that_is_not_finite_has_no_margin() -> None:
-    # Not even if the agent makes a number of it, as max(0, NaN) may.
-    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return np.zeros(4, np.float32), np.array([[0.0, np.nan, np.inf][prefix[-1]], 1.0], np.float32)
-
-    engine = TableEngine(lookup, lambda hidden: np.ones(len(hidden), np.float32), 8)
-    out = engine.run(Pass.full_outputs([0, 1, 2], [0, 0, 0], 0))
-    assert np.isnan(out.margins).tolist() == [False, True, True]
-    assert not is_finite(out)
+    for candidates, vocab, expected in ((8, 12, 12), (4, 12, 12), (3, 12, 11), (40, 10**5, 48)):
+        assert top_tokens(candidates, vocab) == expected
 
 
 def test_an_output_is_finite_if_its_margins_and_normalisers_are() -> None:

@@ -1,17 +1,13 @@
 """The KV cache's bookkeeping, and entries that are recomputed instead of moved."""
 
-import random
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.base import Pass
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.engines.recompute import Recompute
-from tests.conformance import chain, judged, siblings
-from tests.table_engine import TableEngine, TableMemory
-from tests.unit import helpers
+from tests.conformance import chain, siblings
 
 
 class Memory:
@@ -108,79 +104,10 @@ def test_the_row_runs_in_front_of_the_pass_after_it_until_that_succeeded(recompu
     assert recompute.passes(work) == (None, work, 0)
 
 
-def test_the_row_runs_alone_before_a_pass_that_must_not_widen_or_lies_elsewhere(recompute: Recompute) -> None:
+def test_the_row_runs_alone_before_a_pass_that_it_cannot_join_and_never_if_overwritten(recompute: Recompute) -> None:
     row = Pass([9], [3], 3)
     adjacent, later = chain([4, 5], 4), siblings([4, 5], 4, 6)
     assert recompute.passes(adjacent, merge=False) == (row, adjacent, 0)
     assert recompute.passes(later) == (row, later, 0)
-
-
-@pytest.mark.parametrize("work", [chain([4], 3), chain([4, 5, 6], 1)], ids=str)
-def test_a_row_that_is_overwritten_does_not_run(recompute: Recompute, work: Pass) -> None:
-    assert recompute.passes(work) == (None, work, 0)
-
-
-class RecomputingMemory(TableMemory):
-    """An entry that moves is lost, as on a device that the host cannot reach."""
-
-    def __init__(self, slots: int) -> None:
-        super().__init__(slots)
-        self.recompute = Recompute()
-
-    def move(self, token: int, source: int, target: int) -> None:
-        self.entries[source] = self.entries[target] = None
-        self.recompute.schedule(token, target)
-
-    def zero(self) -> None:
-        super().zero()
-        self.recompute.cancel()
-
-
-class RecomputingEngine(TableEngine):
-    """A table whose passes have so many rows at most."""
-
-    MOST = 8
-
-    def __init__(self, lookup: helpers.Lookup, slots: int) -> None:
-        super().__init__(lookup, helpers.sum_agent, slots)
-        self.memory = self.recomputing = RecomputingMemory(slots)
-        self._cache = KVCache(self.memory)
-        self.widths: list[int] = []
-
-    def run(self, work: Pass) -> StepOutput:
-        tokens = list(self.cache.tokens)
-        first, merged, row_offset = self.recomputing.recompute.passes(work, merge=len(work.tokens) < self.MOST)
-        if first is not None:
-            super().run(first)
-        self.widths.append(len(merged.tokens))
-        out = super().run(merged)
-        self.recomputing.recompute.cancel()
-        self.cache.tokens[:] = tokens[: work.slot]
-        return replace(out, rows=out.rows - row_offset)
-
-
-def test_recomputing_entries_gives_what_moving_them_gives() -> None:
-    rng, table = random.Random(0), helpers.hash_table(1, 12, 5, 2.0)
-    recomputing, moving = RecomputingEngine(table, 64), TableEngine(table, helpers.sum_agent, 64)
-    both, moved = (recomputing, moving), 0
-    for _ in range(30):
-        for engine in both:
-            engine.cache.clear()
-        while (length := len(moving.cache.tokens)) < 40:
-            prompt = [rng.randrange(12) for _ in range(rng.randint(1, recomputing.MOST))]
-            tokens = [rng.randrange(12) for _ in range(rng.randint(1, recomputing.MOST - 1))]
-            position = length + len(prompt)
-            decision = siblings(tokens, position, head_rows=[0], **judged(len(tokens)))
-            for work in (chain(prompt, length, head_rows=[len(prompt) - 1]), decision):
-                actual, expected = (engine.run(work) for engine in both)
-                for name in ("margins", "rows", "top_ids", "top_logits"):
-                    np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
-                if work is not decision:
-                    for engine in both:
-                        engine.cache.extend(prompt)
-            chosen = rng.randrange(len(tokens))
-            for engine in both:
-                engine.cache.commit(tokens[chosen], position + chosen)
-            moved += chosen > 0
-    assert moved > 50
-    assert max(recomputing.widths) == recomputing.MOST
+    for work in (chain([4], 3), chain([4, 5, 6], 1)):
+        assert recompute.passes(work) == (None, work, 0)

@@ -85,7 +85,12 @@ def make(bundle: Bundle, trt_bundles: dict[str, Bundle], monkeypatch: pytest.Mon
 class TestEngines(Conformance):
     """Every engine, on this machine's CPU."""
 
-    @pytest.fixture(params=["cpu", "cuda", "trt, in place", "trt, two copies", "trt, two copies, no graphs"])
+    @pytest.fixture(
+        params=[
+            *("cpu", "cuda", "trt, in place", "trt, two copies"),
+            pytest.param("trt, two copies, no graphs", marks=pytest.mark.long),
+        ]
+    )
     def engine(self, make: Maker, request: pytest.FixtureRequest) -> Iterator[Engine]:
         name, *rest = request.param.split(", ")
         if name != "trt":
@@ -120,12 +125,18 @@ def step(position: int) -> Pass:
     return chain([(3 * position + 1) % FINE], position, head_rows=[0])
 
 
+def is_right(engine: Any, *positions: int) -> None:
+    for position in positions:
+        prefix = tuple((3 * p + 1) % FINE for p in range(position + 1))
+        assert engine.run(step(position)).top_logits[0, 0] == table(prefix)[0].max()
+
+
 def test_the_cache_grows_in_small_steps_up_to_its_capacity(make: Maker) -> None:
     engine: Any = make.ort("cpu", 4)
     assert (engine.cache.capacity, engine.memory.slots) == (SLOTS, 4)
     sizes = []
     for position in range(CONTEXT):
-        engine.run(step(position))
+        is_right(engine, position)
         sizes.append(engine.memory.slots)
     assert sorted(set(sizes)) == list(range(4, CONTEXT + 3, 4))
     assert all(position < size for position, size in enumerate(sizes))
@@ -147,8 +158,7 @@ def test_the_cache_has_the_size_that_a_text_needs(make: Maker) -> None:
 
 def test_an_interrupted_growth_leaves_the_cache_as_it_was(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = make.ort("cpu", 4)
-    for position in range(4):
-        engine.run(step(position))
+    is_right(engine, *range(4))
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -158,9 +168,7 @@ def test_an_interrupted_growth_leaves_the_cache_as_it_was(make: Maker, monkeypat
         with pytest.raises(KeyboardInterrupt):
             engine.run(step(4))
     assert engine.memory.slots == 4
-    for position in range(4, 9):
-        prefix = tuple((3 * p + 1) % FINE for p in range(position + 1))
-        assert engine.run(step(position)).top_logits[0, 0] == table(prefix)[0].max()
+    is_right(engine, *range(4, 9))
 
 
 def test_a_masked_slot_with_nan_reaches_every_row_until_the_cache_is_cleared(bundle: Bundle) -> None:
@@ -180,18 +188,25 @@ def test_a_masked_slot_with_nan_reaches_every_row_until_the_cache_is_cleared(bun
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 0), (3, 3)])
-def test_the_session_has_the_threads_that_are_asked_for(
+def test_the_session_has_its_threads_and_is_opened_within_huge_pages(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, expected: int
 ) -> None:
-    opened = []
+    opened, inside = [], []
     session = onnxruntime.InferenceSession
-    monkeypatch.setattr(
-        onnxruntime,
-        "InferenceSession",
-        lambda path, options, **how: opened.append(options) or session(path, options, **how),
-    )
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        yield
+        inside.append(len(opened))
+
+    def open_session(path: str, options: Any, **how: Any) -> Any:
+        opened.append(options.intra_op_num_threads)
+        return session(path, options, **how)
+
+    monkeypatch.setattr(ort, "huge_pages", watched)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     facts = CpuEngine(bundle, threads).describe()
-    assert [options.intra_op_num_threads for options in opened] == [expected]  # 0: ONNX Runtime's own choice
+    assert (opened, inside) == ([expected], [1])  # 0 threads: ONNX Runtime's own choice
     assert facts == {
         "name": "cpu",
         "version": f"onnxruntime {onnxruntime.__version__}",
@@ -199,22 +214,6 @@ def test_the_session_has_the_threads_that_are_asked_for(
         "precision": "int4",
         "threads": threads,
     }
-
-
-def test_the_session_is_opened_within_huge_pages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions, inside = [], []
-    session = onnxruntime.InferenceSession
-
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        before = len(sessions)
-        yield
-        inside.append(len(sessions) - before)
-
-    monkeypatch.setattr(ort, "huge_pages", watched)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: sessions.append(0) or session(*a, **k))
-    CpuEngine(bundle, threads=1)
-    assert inside == [1]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
@@ -246,7 +245,7 @@ def test_a_graph_that_does_not_fit_its_manifest_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("threads", [-1, 0, 1025])
-def test_threads_out_of_range_are_refused(bundle: Bundle, threads: int) -> None:
-    with pytest.raises(OptionError, match=f"--threads is {threads}; .* 1 and 1024"):
-        CpuEngine(bundle, threads)
+def test_threads_out_of_range_are_refused(bundle: Bundle) -> None:
+    for threads in (-1, 0, 1025):
+        with pytest.raises(OptionError, match=f"--threads is {threads}; .* 1 and 1024"):
+            CpuEngine(bundle, threads)

@@ -1,25 +1,21 @@
-"""What only TensorRT engines do, on a double of TensorRT and CUDA: graphs, growth, interrupts, refusals.
+"""What only TensorRT engines do while they run, on a double of TensorRT and CUDA: graphs, growth, interrupts.
 
-What every engine does: tests/conformance.py.
+What every engine does: tests/conformance.py. How one is opened: test_trt_open.py.
 """
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Session, decode
-from mara_runtime.engines import open_engine, trt_file, trt_memory, trt_plan
-from mara_runtime.engines import tensorrt as trt_engine
+from mara_runtime.engines import trt_memory, trt_plan
 from mara_runtime.engines.base import Pass
 from mara_runtime.engines.cuda import Cuda
 from mara_runtime.engines.tensorrt import TrtEngine
@@ -27,28 +23,17 @@ from mara_runtime.errors import EngineError
 from mara_runtime.schedule import calibrate
 from mara_runtime.schedule.base import Fixed
 from mara_runtime.stats import Stats
-from tests.conformance import SCHEDULES, Conformance, DeviceConformance, chain, filled, judged, request, siblings
+from tests.conformance import chain, filled, judged, request, siblings
 from tests.double.machine import Machine
 from tests.double.trt import ICudaEngine, IExecutionContext
-from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SHAPE, SIZES, SLOTS, add_engines, table, write_bundle
+from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SIZES, SLOTS, add_engines, table, write_bundle
 
-INSTALLED = "10.16.1.11"
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A GPU, to which everything taken is given back at the end."""
-    machine = Machine()
-    machine.install(monkeypatch)
-    yield machine
-    machine.check_given_back()
+Open = Callable[..., TrtEngine]
+sides = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "two copies"])
 
 
 def bundle(folder: Path, in_place: bool = True, slots: tuple[int, ...] = (SLOTS,), **facts: Any) -> Bundle:
     return add_engines(write_bundle(folder, always_head=True), slots, in_place, **facts)
-
-
-Open = Callable[..., TrtEngine]
 
 
 @pytest.fixture
@@ -81,11 +66,19 @@ def advance(engine: TrtEngine, *positions: int) -> None:
         assert is_right(engine.run(row(position)), *(i % FINE for i in range(position + 1)))
 
 
+def repeat(engine: TrtEngine, token: int, width: int) -> None:
+    assert is_right(engine.run(siblings([token] * width, 0, head_rows=[0])), token)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 # ── CUDA graphs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_repeated_shape_runs_as_a_graph(start: Open, machine: Machine, in_place: bool) -> None:
+@sides
+def test_a_repeated_shape_runs_as_a_graph_and_a_prompt_does_not(start: Open, machine: Machine, in_place: bool) -> None:
     engine, launched = start(in_place), []
     for position in range(12):
         advance(engine, position)
@@ -93,17 +86,9 @@ def test_a_repeated_shape_runs_as_a_graph(start: Open, machine: Machine, in_plac
     eager = 2 if in_place else 4  # two passes for each copy of the cache
     assert launched == [0] * eager + list(range(1, 13 - eager))
     assert engine.describe()["cuda_graphs"] is True
-
-
-def test_prompts_are_not_captured(start: Open, machine: Machine) -> None:
-    engine = start()
     for _ in range(4):
         engine.run(chain([1] * 30, head_rows=[29]))
-    assert machine.cuda.launched == 0
-
-
-def repeat(engine: TrtEngine, token: int, width: int) -> None:
-    assert is_right(engine.run(siblings([token] * width, 0, head_rows=[0])), token)
+    assert machine.cuda.launched == launched[-1]
 
 
 def test_graphs_are_bounded_and_the_usual_shapes_keep_theirs(
@@ -117,57 +102,31 @@ def test_graphs_are_bounded_and_the_usual_shapes_keep_theirs(
         assert machine.in_use()["graphs"] <= 2
         assert machine.in_use()["contexts"] <= 3  # one that the others share
     assert machine.cuda.launched == 2 * (10 - 2)
-    for _ in range(30):  # another has become the usual one
+    monkeypatch.setattr(trt_plan, "FADING", 4)  # what was usual long ago gives way to what is usual now
+    for _ in range(12):
         repeat(engine, 1, 3)
-    assert machine.cuda.launched > 2 * (10 - 2) + 10
+    assert machine.cuda.launched > 2 * (10 - 2) + 5
     assert machine.in_use()["graphs"] <= 2
 
 
-def test_counts_of_shapes_fade(start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt_plan, "KEPT_SHAPES", 2)
-    monkeypatch.setattr(trt_plan, "_FADING", 3)
-    engine = start()
-    for turn in range(4):
-        for width in (1, 2, 3, 4):
-            for _ in range(4):
-                repeat(engine, turn, width)
-        assert machine.in_use()["graphs"] <= 2
-    assert machine.cuda.launched > 8
-
-
-def test_a_failed_pass_is_not_captured_before_one_that_ran(
+def test_what_fails_around_a_capture_costs_no_pass(
     start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, launched = start(), []
+    engine = start()
     advance(engine, 0)
-    with monkeypatch.context() as patch:  # the first pass of the shape's own context
+    with monkeypatch.context() as patch:  # the first pass of the shape's own context: it is not captured yet
         patch.setattr(IExecutionContext, "execute_async_v3", lambda self, stream: False)
         with pytest.raises(EngineError, match="cannot run a pass"):
             engine.run(row(1))
-    for position in (1, 2, 3):
-        advance(engine, position)
-        launched.append(machine.cuda.launched)
-    assert launched == [0, 1, 2]
-    assert engine.describe()["cuda_graphs"] is True
-
-
-def test_an_interrupt_as_a_capture_begins_leaves_no_capture(
-    start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = start()
-    advance(engine, 0, 1)
+    advance(engine, 1)
     real = Cuda.begin_capture
-
-    def interrupted(self: Cuda) -> None:
-        real(self)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Cuda, "begin_capture", interrupted)
+    with monkeypatch.context() as patch:  # it leaves no capture
+        patch.setattr(Cuda, "begin_capture", lambda self: interrupt(real(self)))
         with pytest.raises(KeyboardInterrupt):
             engine.run(row(2))
     advance(engine, 2, 3)
     assert machine.cuda.launched == 2
+    assert engine.describe()["cuda_graphs"] is True
 
 
 def test_a_shape_that_was_refused_half_way_is_set_again(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,122 +134,50 @@ def test_a_shape_that_was_refused_half_way_is_set_again(start: Open, monkeypatch
     advance(engine, 0)
     real = IExecutionContext.set_input_shape
     for refused in (tensors.INPUT_IDS, tensors.AGENT_ROWS):
+
+        def set_input_shape(self: IExecutionContext, name: str, shape: Any, refused: str = refused) -> bool:
+            return name != refused and real(self, name, shape)
+
         with monkeypatch.context() as patch:
-            patch.setattr(
-                IExecutionContext,
-                "set_input_shape",
-                lambda self, name, shape, refused=refused: name != refused and real(self, name, shape),
-            )
+            patch.setattr(IExecutionContext, "set_input_shape", set_input_shape)
             with pytest.raises(EngineError, match=refused):
                 engine.run(chain([0, 1], head_rows=[1]))
         advance(engine, 0)
 
 
-def test_where_capture_fails_passes_run_without_graphs_and_the_reason_is_recorded(
-    start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("without", "reason"),
+    [
+        ("capture", "cudaErrorStreamCaptureInvalidated"),
+        ("contexts", "no execution context"),
+        ("graphs", "switched off"),
+    ],
+)
+def test_without_graphs_passes_run_all_the_same_and_the_reason_is_recorded(
+    start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch, without: str, reason: str
 ) -> None:
-    machine.cuda.refuse_capture = True
-    engine = start()
-    advance(engine, *range(6))
-    assert "cudaErrorStreamCaptureInvalidated" in engine.describe()["cuda_graphs"]
-    assert machine.in_use()["graphs"] == machine.cuda.launched == 0
-
-
-def test_without_a_second_context_passes_share_the_first(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start()
+    machine.cuda.refuse_capture = without == "capture"
+    engine = start(graphs=without != "graphs")
     advance(engine, 0)
-    monkeypatch.setattr(ICudaEngine, "create_execution_context", lambda *_: None)
-    advance(engine, *range(1, 8))
-    assert "no execution context" in engine.describe()["cuda_graphs"]
-
-
-def test_graphs_that_are_switched_off_are_recorded(start: Open, machine: Machine) -> None:
-    engine = start(graphs=False)
-    advance(engine, *range(5))
-    assert machine.cuda.launched == 0
-    assert engine.describe()["cuda_graphs"] == "switched off"
-
-
-# ── equal numbers ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def prefer_the_last_of_equals(folder: Path) -> None:
-    """Change a bundle's graph: of equal logits the highest id comes first, of equal scores the last row is elected."""
-    model = onnx.load(folder / "step.onnx")
-    graph, last = model.graph, SHAPE.vocab_size - 1
-    values = {"backwards": np.arange(last, -1, -1), "last": np.array(last)}
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
-    for node in [node for node in graph.node if node.op_type == "ArgMax"]:
-        node.attribute.append(helper.make_attribute("select_last_index", 1))
-    (at,) = [i for i, node in enumerate(graph.node) if node.op_type == "TopK"]
-    top = graph.node[at]
-    around = ("Gather", [top.input[0], "backwards"], "turned"), ("Sub", ["last", "turned_ids"], top.output[1])
-    before, after = (helper.make_node(op, source, [target]) for op, source, target in around)
-    before.attribute.append(helper.make_attribute("axis", 1))
-    top.input[0], top.output[1] = "turned", "turned_ids"
-    graph.node.insert(at + 1, after)
-    graph.node.insert(at, before)
-    onnx.save(model, folder / "step.onnx")
-
-
-@pytest.mark.slow
-def test_the_device_suite_asks_for_no_order_of_equal_numbers(tmp_path: Path, machine: Machine) -> None:
-    made = bundle(tmp_path)
-    prefer_the_last_of_equals(tmp_path)
-    engine = TrtEngine(made, "tensorrt")
-    with pytest.raises(AssertionError):
-        Conformance().test_any_sequence_of_passes_gives_what_the_table_gives(engine, 0)
-    suite = DeviceConformance()
-    for part in range(4):
-        suite.test_any_sequence_of_passes_gives_what_the_table_gives(engine, part)
-    for name in SCHEDULES:
-        suite.test_answers_are_those_of_the_sequential_procedure(engine, name)
-    engine.close()
-
-
-# ── TensorRT for RTX ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_kernels_are_compiled_for_repeated_shapes_and_kept(
-    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = bundle(tmp_path / "bundle", target="tensorrt-rtx")
-
-    def compiled() -> int:
-        """Kernels compiled in one run of a program."""
-        before = machine.trt.compiled
-        engine = TrtEngine(made, "tensorrt-rtx")
-        for turn in range(4):
-            for width in (1, 2, 3)[: 3 if turn else 2]:
-                engine.run(siblings([1] * width, 0, head_rows=[0]))
-        engine.run(siblings([1] * 4, 0, head_rows=[0]))  # once: not worth a kernel
-        engine.close()
-        return machine.trt.compiled - before
-
-    assert compiled() == 3
-    (path,) = (tmp_path / "cache" / "mara-deploy").iterdir()
-    assert compiled() == 0
-    machine.trt.__version__ = "10.16.2"
-    later = tuple(replace(facts, version="10.16.2") for facts in made.manifest.engines)
-    made = replace(made, manifest=replace(made.manifest, engines=later))
-    assert compiled() == 3
-    path.write_bytes(b"damaged")
-    assert compiled() == 3
-    assert compiled() == 0
+    if without == "contexts":  # passes share the first
+        monkeypatch.setattr(ICudaEngine, "create_execution_context", lambda *_: None)
+    advance(engine, *range(1, 6))
+    assert reason in engine.describe()["cuda_graphs"]
+    assert machine.in_use()["graphs"] == machine.cuda.launched == 0
 
 
 # ── the KV cache ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+@sides
 def test_one_engine_file_is_open_and_clearing_goes_back_to_the_smallest(
     start: Open, machine: Machine, in_place: bool
 ) -> None:
     engine = start(in_place, SIZES)
     assert (engine.cache.capacity, engine.memory.slots) == (SLOTS, SIZES[0])
-    for _ in range(2):
+    for before in range(2):  # after an odd number of passes, the second of two copies grows
         sizes = []
+        advance(engine, *[0] * before)
         for position in range(CONTEXT):
             advance(engine, position)
             sizes.append(engine.memory.slots)
@@ -302,11 +189,10 @@ def test_one_engine_file_is_open_and_clearing_goes_back_to_the_smallest(
         assert engine.memory.slots == SIZES[0]
 
 
-def test_a_failed_growth_leaves_an_engine_that_goes_on(start: Open) -> None:
+def test_a_failed_growth_leaves_an_engine_that_goes_on(start: Open, tmp_path: Path) -> None:
     engine = start(slots=SIZES)
     advance(engine, *range(SIZES[0]))
-    made = engine._bundle
-    larger = made.path(made.manifest.engines[1].file)
+    larger = tmp_path / "engines" / "tensorrt" / f"step-{SIZES[1]}.engine"
     content = larger.read_bytes()
     larger.write_bytes(b"damaged")
     for _ in range(2):
@@ -318,20 +204,15 @@ def test_a_failed_growth_leaves_an_engine_that_goes_on(start: Open) -> None:
     advance(engine, SIZES[0])
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_an_interrupt_while_the_smaller_cache_is_freed_leaves_the_larger_one(
+@sides
+def test_an_interrupted_growth_leaves_the_larger_cache(
     start: Open, monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:
     engine = start(in_place, SIZES)
     advance(engine, *range(SIZES[0]))
     real = trt_memory.DeviceCache.close
-
-    def close(cache: Any) -> None:
-        real(cache)
-        raise KeyboardInterrupt  # a signal arrives when the call returns
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trt_memory.DeviceCache, "close", close)
+    with monkeypatch.context() as patch:  # a signal arrives when the smaller one has been freed
+        patch.setattr(trt_memory.DeviceCache, "close", lambda cache: interrupt(real(cache)))
         with pytest.raises(KeyboardInterrupt):
             engine.run(row(SIZES[0]))
     assert engine.memory.slots == SIZES[1]
@@ -339,13 +220,13 @@ def test_an_interrupt_while_the_smaller_cache_is_freed_leaves_the_larger_one(
 
 
 def test_an_interrupted_pass_leaves_its_row_pending(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the next pass would see the entry of a candidate that was not chosen."""
+    """Otherwise the next pass would see the entry of a candidate that was not chosen."""
     engine = start(in_place=False)
     filled([engine], [0])
     engine.run(siblings([7, 8], 1))
     engine.cache.commit(8, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Cuda, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Cuda, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.run(chain([5], 2, head_rows=[0]))  # it runs on after the interrupt, and reads its inputs
     out = engine.run(chain([3], 2, head_rows=[0]))
@@ -353,7 +234,7 @@ def test_an_interrupted_pass_leaves_its_row_pending(start: Open, monkeypatch: py
     assert not is_right(out, 0, 7, 3)
 
 
-def test_a_row_stays_pending_across_growth(start: Open) -> None:
+def test_a_pending_row_survives_growth_and_makes_no_pass_too_wide(start: Open) -> None:
     engine, last = start(slots=SIZES), SIZES[0] - 2
     text = [position % FINE for position in range(last)]
     filled([engine], text)
@@ -362,10 +243,7 @@ def test_a_row_stays_pending_across_growth(start: Open) -> None:
     out = engine.run(siblings([1, 2], last + 1, head_rows=[1], **judged(2, threshold=99.0)))
     assert out.rows.tolist() == [1]
     assert is_right(out, *text, 8, 2)
-
-
-def test_a_pending_row_makes_no_pass_too_wide(start: Open) -> None:
-    engine = start()
+    engine.cache.clear()
     engine.run(siblings([3, 4], 0))
     engine.cache.commit(4, 1)
     out = engine.run(chain([5] * 32, 1, head_rows=[31]))
@@ -373,18 +251,14 @@ def test_a_pending_row_makes_no_pass_too_wide(start: Open) -> None:
     assert is_right(out, 4, *[5] * 32)
 
 
-def test_a_pass_beyond_the_engine_s_bounds_is_refused(start: Open) -> None:
-    engine = start()
+def test_a_pass_may_be_of_arrays_and_is_refused_beyond_the_engine_s_bounds(start: Open) -> None:
+    engine, none, both = start(), np.arange(0), np.arange(2)
+    assert engine.run(Pass(both, both, 0, none, none, none)).rows.tolist() == []
+    assert engine.run(Pass(both, both, 0, both, both, np.full(2, -np.inf))).rows.tolist() == [0, 1]
     for rows, heads in ((33, 0), (20, HEAD_ROWS + 1)):
         with pytest.raises(EngineError, match=f"{rows} rows, {heads} of them .* 32 and {HEAD_ROWS} "):
             engine.run(chain([1] * rows, head_rows=range(heads)))
     advance(engine, 0)
-
-
-def test_rows_may_be_arrays(start: Open) -> None:
-    engine, none, both = start(), np.arange(0), np.arange(2)
-    assert engine.run(Pass(both, both, 0, none, none, none)).rows.tolist() == []
-    assert engine.run(Pass(both, both, 0, both, both, np.full(2, -np.inf))).rows.tolist() == [0, 1]
 
 
 def test_every_size_is_measured_once(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +286,10 @@ def test_every_size_is_measured_once(tmp_path: Path, machine: Machine, monkeypat
     engine.close()
 
 
-@pytest.mark.parametrize("in_place", [True, False])
+# ── what is given back ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@sides
 def test_memory_is_constant_over_many_steps(start: Open, machine: Machine, in_place: bool) -> None:
     engine = start(in_place)
     session, config = Session(engine.cache, Fixed(2)), DecodeConfig(top_k=3, top_p=1.0, max_new_tokens=CONTEXT - 2)
@@ -436,9 +313,9 @@ def test_an_engine_gives_everything_back_when_dropped_and_closes_once(tmp_path: 
 
 
 def test_an_error_while_closing_leaves_nothing_else_open(
-    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    start: Open, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TrtEngine(bundle(tmp_path), "tensorrt")
+    engine = start()
     advance(engine, *range(4))
     real = machine.cuda.cudaGraphExecDestroy
 
@@ -451,181 +328,4 @@ def test_an_error_while_closing_leaves_nothing_else_open(
         engine.close()
     del caught  # it refers to what the failing frames hold
     gc.collect()
-    machine.check_given_back()
-
-
-# ── streamed weights ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_weights_are_streamed_only_where_they_do_not_fit(start: Open, machine: Machine, fits: bool) -> None:
-    machine.trt.automatic_budget = 3000
-    size = 5000 if fits else machine.cuda.total_bytes
-    engine = start(file={"streamable_weights_bytes": size})
-    advance(engine, *range(6))
-    facts = engine.describe()
-    assert facts["memory"]["streamed_weight_bytes"] == (0 if fits else size - 3000)
-    assert facts["cuda_graphs"] is True if fits else "streamed" in facts["cuda_graphs"]
-
-
-@pytest.mark.parametrize("room", [0, 1])
-def test_weights_fit_only_with_the_activations(start: Open, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    monkeypatch.setattr(Cuda, "free_bytes", lambda self: 5000 + 4096 + room)
-    engine = start(file={"streamable_weights_bytes": 5000, "activation_bytes": 4096})
-    assert engine.describe()["memory"]["streamed_weight_bytes"] == (0 if room else 5000)
-
-
-def test_a_refused_budget_streams_all_weights_or_refuses_the_engine(
-    start: Open, tmp_path: Path, machine: Machine
-) -> None:
-    machine.trt.automatic_budget, machine.trt.refused_budgets = 3000, {3000}
-    size = machine.cuda.total_bytes
-    engine = start(file={"streamable_weights_bytes": size})
-    advance(engine, 0)
-    assert engine.describe()["memory"]["streamed_weight_bytes"] == size
-    engine.close()
-    machine.trt.refused_budgets = {0, 3000}
-    with pytest.raises(EngineError, match=f"3,000 bytes .* mara-build {tmp_path} --target tensorrt$"):
-        TrtEngine(engine._bundle, "tensorrt")
-
-
-# ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_auto_opens_the_engine_and_describes_it(tmp_path: Path, machine: Machine) -> None:
-    engine, declined = open_engine(bundle(tmp_path), "auto")
-    assert isinstance(engine, TrtEngine)
-    assert declined == {}
-    facts = engine.describe()
-    assert {k: facts[k] for k in ("name", "version", "gpu", "compute_capability", "driver")} == {
-        "name": "tensorrt",
-        "version": f"tensorrt {INSTALLED}",
-        "gpu": "Double",
-        "compute_capability": "8.7",
-        "driver": "13.2",
-    }
-    memory = facts["memory"]
-    assert (memory["slots"], memory["activation_bytes"]) == (SLOTS, 4096)
-    assert memory["kv_cache_bytes"] >= 2 * SLOTS * 4 * 4
-    engine.close()
-
-
-COMPATIBLE = {"version_compatible": True}
-
-
-@pytest.mark.parametrize(
-    ("facts", "named"),
-    [
-        ({"version": "10.3.0"}, ("TensorRT 10.3.0", INSTALLED)),
-        ({"version": "11.1.0", "options": COMPATIBLE}, ("TensorRT 11.1.0", INSTALLED)),
-        ({"version": "10.17.0", "options": COMPATIBLE}, ("TensorRT 10.17.0", INSTALLED)),
-        ({"compute_capability": "9.0"}, ("9.0", "8.7")),
-        ({"compute_capability": "8.9+"}, ("8.9+", "8.7")),
-        ({"compute_capability": "8.6, 8.9"}, ("8.6, 8.9", "8.7")),
-        ({"platform": "linux-riscv"}, ("linux-riscv",)),
-    ],
-    ids=str,
-)
-def test_an_engine_for_another_machine_is_refused_with_the_command_that_builds_it(
-    tmp_path: Path, machine: Machine, facts: dict[str, Any], named: tuple[str, ...]
-) -> None:
-    with pytest.raises(EngineError) as caught:
-        TrtEngine(bundle(tmp_path, **facts), "tensorrt")
-    message = str(caught.value)
-    assert all(each in message for each in named)
-    assert message.endswith(f"mara-build {tmp_path} --target tensorrt")
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    "facts",
-    [
-        {"version": "10.14.0", "options": COMPATIBLE},
-        {"compute_capability": "8.0+"},
-        {"compute_capability": "8.6, 8.7"},
-    ],
-    ids=str,
-)
-def test_an_engine_that_this_machine_may_run_is_opened(start: Open, facts: dict[str, Any]) -> None:
-    advance(start(file={"lean_runtime": "options" in facts}, **facts), 0)
-
-
-def test_what_is_missing_is_named(tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = bundle(tmp_path)
-
-    def reason(**manifest: Any) -> str:
-        return str(trt_engine.why_not(replace(made, manifest=replace(made.manifest, **manifest)), "tensorrt"))
-
-    assert "targets: cpu" in reason(engines=(), targets=("cpu",))
-    assert f"mara-build {tmp_path}" in reason(engines=())
-    with monkeypatch.context() as patch:
-        lost = machine.cuda.cudaError_t.cudaErrorNoDevice
-        patch.setattr(machine.cuda, "cudaDeviceGetAttribute", lambda *_: (lost, 0))
-        assert "cudaDeviceGetAttribute" in reason()
-    machine.cuda.devices = 0
-    assert "cudaErrorNoDevice (100)" in reason()
-
-    def missing(target: str) -> Any:
-        raise ImportError(f"No module named {target!r}")
-
-    monkeypatch.setattr(trt_file, "load", missing)
-    assert "No module named 'tensorrt'" in reason()
-    assert "pip install" in reason()
-
-
-def test_auto_goes_on_to_the_next_engine_when_one_cannot_be_opened(tmp_path: Path, machine: Machine) -> None:
-    made = bundle(tmp_path)
-    path = made.path(made.manifest.engines[0].file)
-    path.write_bytes(b"not an engine")
-    made = replace(made, manifest=replace(made.manifest, targets=("tensorrt", "cpu")))
-    engine, declined = open_engine(made)
-    assert engine.describe()["name"] == "cpu"
-    assert f"cannot open {path}" in declined["tensorrt"]
-
-
-def test_a_runtime_that_does_not_start_is_one_line(
-    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(logger: Any) -> Any:
-        logger.log(machine.trt.ILogger.Severity.ERROR, "CUDA initialization failure\nwith error 3")
-        raise TypeError("pybind11::init(): factory function returned nullptr")
-
-    monkeypatch.setattr(machine.trt, "Runtime", none)
-    with pytest.raises(EngineError, match=r": CUDA initialization failure with error 3$"):
-        TrtEngine(bundle(tmp_path), "tensorrt")
-
-
-@pytest.mark.parametrize(
-    ("file", "named"),
-    [
-        (b"", r"Serialization assertion failed \(magicTag\)"),
-        (b"not an engine", r"Serialization assertion failed \(magicTag\)"),
-        ({"in_place": False}, "present.0.key"),
-        ({"slots": SLOTS + 1}, rf"past_key_values.0.key .* \(1, 1, {SLOTS}, 4\)"),
-        ({"profiles": 1}, "profile 1"),
-        ({"activation_bytes": 1 << 40}, "MiB"),
-    ],
-    ids=str,
-)
-def test_a_file_that_is_damaged_unfit_or_too_large_is_refused_in_one_line(
-    tmp_path: Path, machine: Machine, file: Any, named: str
-) -> None:
-    made = bundle(tmp_path, **({} if isinstance(file, bytes) else {"file": file}))
-    path = made.path(made.manifest.engines[0].file)
-    if isinstance(file, bytes):
-        path.write_bytes(file)
-    with pytest.raises(EngineError, match=named) as caught:
-        TrtEngine(made, "tensorrt").run(chain([1] * 30, head_rows=[29]))
-    assert "\n" not in str(caught.value)
-    del caught
-    gc.collect()
-    machine.check_given_back()
-
-
-@pytest.mark.parametrize("total", [1000, 60_000])
-def test_too_little_memory_at_any_stage_is_refused_and_given_back(tmp_path: Path, machine: Machine, total: int) -> None:
-    made = bundle(tmp_path, file={"activation_bytes": 1 << 30})
-    machine.cuda.total_bytes = total
-    with pytest.raises(EngineError, match=r"the GPU has no [\d,]+ MiB for .*0 MiB are free"):
-        TrtEngine(made, "tensorrt")
     machine.check_given_back()

@@ -29,7 +29,7 @@ from mara_runtime.manifest import EngineFacts
 
 KEPT_SHAPES = 32
 """Most shapes of passes with a context and a graph of their own."""
-_FADING = 4096
+FADING = 4096
 """Counts are halved after so many passes."""
 
 
@@ -113,7 +113,7 @@ class Plan:
         """The context of a shape of its own, if it has repeated often enough."""
         key = sizes, side
         self._passes += 1
-        if self._passes % _FADING == 0:
+        if self._passes % FADING == 0:
             self._seen = {shape: count // 2 for shape, count in self._seen.items() if count > 1}
         count = self._seen[key] = self._seen.get(key, 0) + 1
         kept = self._kept.get(key)
