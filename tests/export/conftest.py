@@ -1,9 +1,11 @@
-"""Tiny checkpoints, agents and bundles, made once a session. Tests must not change them: copy what is to be damaged."""
+"""Tiny checkpoints, agents and bundles, made once per session. Tests must not change them: damage a copy."""
 
 from __future__ import annotations
 
 import importlib
 import io
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -120,6 +122,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Tra
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)
 
 
+PROGRESS = re.compile(
+    r"mara-export: loading PyTorch and Optimum …|  \S.* +\d+\.\d s"
+    r"|engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)"
+)
+
+
 @dataclass
 class CommandResult:
     """What a command returned and printed."""
@@ -127,6 +135,14 @@ class CommandResult:
     code: int
     out: str
     err: str
+
+    def refusal(self, prog: str) -> str:
+        """The one line of a refusal: exit code 2, nothing on stdout, only progress before it."""
+        assert (self.code, self.out) == (2, ""), self
+        *before, last = self.err.splitlines()
+        assert last.startswith(f"{prog}: error: "), self.err
+        assert [line for line in before if not PROGRESS.fullmatch(line)] == []
+        return last.removeprefix(f"{prog}: error: ")
 
 
 @pytest.fixture
@@ -169,3 +185,16 @@ def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cached(hf_home: Path) -> Callable[..., Path]:
     """(repository, files or folder, revision=…, main=True) → its snapshot in the Hub's cache."""
     return partial(hub.lay_out, hf_home)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Change entries of a JSON file; `...` removes one."""
+    merged = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps({key: value for key, value in merged.items() if value is not ...}), encoding="utf-8")
+
+
+def copy_model(source: Path, folder: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with entries of config.json changed."""
+    shutil.copytree(source, folder)
+    edit_json(folder / "config.json", **config)
+    return folder
