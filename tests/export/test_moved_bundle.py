@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mara_runtime import AlignedDecoder, DecodeConfig
 ROOT = Path(__file__).parents[2]
 EXPORTERS = ["torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "mara_export"]
 PROMPT = "How do I cook rice?"
+OPTIONS = ["--prompt", PROMPT, "--max-new-tokens", "40", "--json", "--threads", "1"]
 
 BLOCKED = """
 import sys
@@ -52,34 +54,25 @@ print(json.dumps(result.to_json()))
 
 
 @pytest.fixture
-def moved(bundle, tmp_path) -> Any:
-    """(architecture, lowering) → the result before, and the bundle after the move; the folder it was in is gone."""
-
-    def move(architecture: str, lowering: str) -> tuple[dict[str, Any], Path]:
-        first, second = tmp_path / "first" / "bundle", tmp_path / "another name"
-        shutil.copytree(bundle(architecture, lowering), first)
-        result = AlignedDecoder(first, threads=1).generate(PROMPT, DecodeConfig(max_new_tokens=40)).to_json()
-        assert len(result["token_ids"]) > 3
-        assert result["stats"]["decisions"] > 0
-        shutil.move(first, second)
-        first.parent.rmdir()
-        return result, second
-
-    return move
+def moved(bundle, tmp_path) -> tuple[dict[str, Any], Path]:
+    """The result before, and the bundle after, the move; the folder it was in is gone."""
+    first, second = tmp_path / "first" / "bundle", tmp_path / "another name"
+    shutil.copytree(bundle("qwen2"), first)
+    result = AlignedDecoder(first, threads=1).generate(PROMPT, DecodeConfig(max_new_tokens=40)).to_json()
+    assert len(result["token_ids"]) > 3
+    assert result["stats"]["decisions"] > 0
+    shutil.move(first, second)
+    first.parent.rmdir()
+    return result, second
 
 
-def python(script: str, *argv: object, cwd: Path) -> dict[str, Any]:
+def prints(argv: Sequence[object], cwd: Path) -> dict[str, Any]:
+    """The JSON object that a command prints."""
+    environment = {**os.environ, "PYTHONPATH": ""}
     outcome = subprocess.run(
-        [sys.executable, "-c", script, *map(str, argv)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [*map(str, argv)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stderr == ""
+    assert (outcome.returncode, outcome.stderr) == (0, "")
     result: dict[str, Any] = json.loads(outcome.stdout)
     return result
 
@@ -91,67 +84,47 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found["stats"][name] == expected["stats"][name]
 
 
-@pytest.mark.parametrize(("architecture", "lowering"), [("qwen2", "ort"), ("llama", "portable")])
-def test_the_command_on_a_moved_bundle_without_what_exported_it(moved, tmp_path, architecture, lowering) -> None:
-    expected, folder = moved(architecture, lowering)
-    options = ["--prompt", PROMPT, "--max-new-tokens", 40, "--json", "--threads", 1]
-    assert_same(python(COMMAND, ",".join(EXPORTERS), folder, *options, cwd=tmp_path), expected)
-    # By a relative path, from within.
-    assert_same(python(COMMAND, ",".join(EXPORTERS), ".", *options, cwd=folder), expected)
-
-
-def test_the_library_needs_no_other_package_of_ours(moved, tmp_path) -> None:
-    expected, folder = moved("mistral", "ort")
-    blocked = [*EXPORTERS, "mara_deploy"]
-    assert_same(python(LIBRARY, ",".join(blocked), folder, PROMPT, cwd=tmp_path), expected)
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes of files are those of POSIX")
-def test_a_bundle_that_nobody_may_change_runs(moved, tmp_path) -> None:
-    expected, folder = moved("qwen2", "ort")
+def test_the_command_runs_a_moved_bundle_that_nobody_may_change(moved) -> None:
+    """From within, by a relative path, and without the packages that exported it."""
+    expected, folder = moved
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     for path in folder.iterdir():
         path.chmod(0o444)
     folder.chmod(0o555)
     try:
-        options = ["--prompt", PROMPT, "--max-new-tokens", 40, "--json", "--threads", 1]
-        assert_same(python(COMMAND, ",".join(EXPORTERS), folder, *options, cwd=tmp_path), expected)
+        found = prints([sys.executable, "-c", COMMAND, ",".join(EXPORTERS), ".", *OPTIONS], cwd=folder)
+        assert_same(found, expected)
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     finally:
         folder.chmod(0o755)
 
 
+def test_the_library_needs_no_other_package_of_ours(moved, tmp_path) -> None:
+    expected, folder = moved
+    blocked = ",".join([*EXPORTERS, "mara_deploy"])
+    assert_same(prints([sys.executable, "-c", LIBRARY, blocked, folder, PROMPT], cwd=tmp_path), expected)
+
+
 @pytest.mark.long
 def test_a_fresh_environment_with_the_wheel_runs_it(moved, tmp_path) -> None:
     """Needs a package index."""
-    expected, folder = moved("qwen2", "ort")
+    expected, folder = moved
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path / "wheels", ROOT], check=True, timeout=600)
     (wheel,) = (tmp_path / "wheels").glob("mara_deploy-*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
-    bin_folder = tmp_path / "venv" / "bin"
-    subprocess.run([bin_folder / "pip", "install", "-q", f"{wheel}[cpu]"], check=True, timeout=600)
-    packages = json.loads(
-        subprocess.run([bin_folder / "pip", "list", "--format=json"], check=True, capture_output=True).stdout
-    )
+    programs = tmp_path / "venv" / "bin"
+    subprocess.run([programs / "pip", "install", "-q", f"{wheel}[cpu]"], check=True, timeout=600)
+    packages = json.loads(subprocess.check_output([programs / "pip", "list", "--format=json"]))
     names = {package["name"].lower().replace("_", "-") for package in packages}
     assert {"mara-deploy", "onnxruntime", "numpy", "tokenizers", "jinja2"} <= names
     assert names & {"torch", "transformers", "onnx", "optimum", "safetensors"} == set()
-    outcome = subprocess.run(
-        [bin_folder / "mara-run", folder, "--prompt", PROMPT, "--max-new-tokens", "40", "--json", "--threads", "1"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert_same(json.loads(outcome.stdout), expected)
-    inspected = subprocess.run([bin_folder / "mara-inspect", folder], check=True, capture_output=True, text=True)
-    assert "intact" in inspected.stdout
-    # What this installation cannot do, it says in a line.
+    assert_same(prints([programs / "mara-run", folder, *OPTIONS], cwd=tmp_path), expected)
+    assert "intact" in subprocess.check_output([programs / "mara-inspect", folder], text=True)
+    # What this installation cannot do, it says in one line.
     refused = subprocess.run(
-        [bin_folder / "mara-export", "--model", "x", "--agent", "y"], check=False, capture_output=True, text=True
+        [programs / "mara-export", "--model", "x", "--agent", "y"], check=False, capture_output=True, text=True
     )
     assert refused.returncode == 2
     assert "pip install 'mara-deploy[cpu,export]'" in refused.stderr.splitlines()[-1]
