@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,7 @@ from mara_deploy.demo import export_demo
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
-from tests import checkpoints, hub
+from tests import checkpoints
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
 torch.set_num_threads(1)
@@ -172,19 +172,38 @@ def bundle_copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Pa
     return copy
 
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+NOWHERE = "http://127.0.0.1:9"
+"""A Hub that refuses at once."""
+
+
 @pytest.fixture
 def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hugging Face home, and a Hub that cannot be reached."""
     home = tmp_path / "hf-home"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
     return home
 
 
 @pytest.fixture
 def cached(hf_home: Path) -> Callable[..., Path]:
-    """(repository, files or folder, revision=…, main=True) → its snapshot in the Hub's cache."""
-    return partial(hub.lay_out, hf_home)
+    """(repository, files or folder, revision=…, main=True) → its snapshot, laid out by hand in the Hub's cache."""
+
+    def lay_out(repository: str, files: Path | dict[str, bytes], revision: str = REVISION, main: bool = True) -> Path:
+        root = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
+        snapshot = root / "snapshots" / revision
+        if isinstance(files, Path):
+            files = {path.name: path.read_bytes() for path in files.iterdir()}
+        for name, data in files.items():
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(data)
+        if main:
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(revision)
+        return snapshot
+
+    return lay_out
 
 
 def edit_json(path: Path, **values: Any) -> None:

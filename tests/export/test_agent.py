@@ -151,37 +151,17 @@ def test_a_pickled_module_is_refused_without_torchs_colours(tmp_path) -> None:
 
 
 def test_damaged_files_are_refused(tmp_path, suffix, recwarn) -> None:
-    path = tmp_path / f"agent{suffix}"
+    path, rng = tmp_path / f"agent{suffix}", random.Random(0)
     good = saved(path, STATE).read_bytes()
-    rng = random.Random(0)
-    damaged = [good[: len(good) * i // 12] for i in range(12)]
-    damaged += [rng.randbytes(rng.choice([1, 2, 7, 100, 5000])) for _ in range(30)]
     # What begins like a pickle, or like a zip archive, gets further into the reader.
-    damaged += [b"\x80\x02" + rng.randbytes(rng.choice([1, 5, 50, 500])) for _ in range(60)]
-    damaged += [good[:64] + rng.randbytes(500) for _ in range(10)]
-    damaged += [pickle.dumps([1, 2], protocol=4)]
+    heads = (*[b""] * 3, *[b"\x80\x02"] * 6, good[:64])
+    damaged = [head + rng.randbytes(rng.choice([1, 5, 50, 500, 5000])) for head in heads for _ in range(10)]
+    damaged += [good[: len(good) * i // 12] for i in range(12)] + [pickle.dumps([1, 2], protocol=4)]
     for data in damaged:
         path.write_bytes(data)
         with pytest.raises(AgentError, match=r"cannot be read as|is not a plain state dict"):
             agents.load(path)
     assert [str(warning.message) for warning in recwarn] == []  # torch comments on the age of a pickle
-
-
-def test_a_damaged_legacy_pickle_is_refused_or_read(tmp_path) -> None:
-    path = tmp_path / "agent.pth"
-    torch.save(STATE, path, _use_new_zipfile_serialization=False)
-    good = path.read_bytes()
-    rng, refused = random.Random(0), 0
-    for index in range(150):
-        data = bytearray(good[: rng.randrange(len(good))] if index % 3 == 0 else good)
-        for _ in range(4):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        path.write_bytes(data)
-        try:
-            agents.load(path)  # a changed weight cannot be told from a trained one
-        except AgentError:
-            refused += 1
-    assert refused > 75
 
 
 class _Touch:
@@ -232,15 +212,6 @@ def test_the_fallback_of_the_file(tmp_path) -> None:
 
 
 # ── agents in use ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_an_untrained_agent_depends_on_its_seed_alone() -> None:
-    torch.manual_seed(123)
-    before = torch.random.get_rng_state()
-    one, again, other = agents.untrained(D, 0), agents.untrained(D, 0), agents.untrained(D, 1)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(one.linear1.weight, again.linear1.weight)
-    assert not torch.equal(one.linear1.weight, other.linear1.weight)
 
 
 def test_agent_onnx_computes_the_margin_of_pytorch(tmp_path) -> None:

@@ -20,12 +20,9 @@ from mara_deploy import agent as agents
 from mara_export.errors import ModelError
 from mara_export.export import export
 from mara_export.hf import sources
-from mara_export.hf.checkpoint import from_pretrained
 from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
-
-AGENTS = "IAAR-Shanghai/MARA_AGENTS"
 
 
 @pytest.fixture
@@ -145,13 +142,10 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "another shape": ("qwen2", configured(intermediate_size=80), "qwen2 cannot be loaded"),
     "another vocabulary": ("qwen2", configured(vocab_size=330), "size mismatch for .*320.*330"),
     "cut": ("qwen2", cut_weights, r"qwen2 .*model\.safetensors is damaged"),
-    "a wrong header": ("qwen2", file("model.safetensors", b"\xff" * 80), r"model\.safetensors is damaged"),
     "empty": ("qwen2", file("model.safetensors", b""), r"model\.safetensors is damaged"),
-    "no tensors": ("qwen2", file("model.safetensors", b"{}"), "qwen2"),
     "a cut shard": ("qwen2", cut_a_shard, r"model-00002-of-00002\.safetensors is damaged .*fetch or copy it again"),
     "a lost shard": ("qwen2", lose_a_shard, "00002-of-00002"),
     "a pickle": ("qwen2", pickled, r"qwen2.*model\.safetensors"),
-    "quantised": ("qwen2", configured(quantization={"bits": 4}), "already quantised"),
     "no family": ("qwen2", configured(model_type=...), r"config\.json has no model_type"),
     "another family": ("qwen2", configured(model_type="gemma2"), "qwen2.*'gemma2'.*qwen2, qwen3, llama, mistral"),
     "a family of its own code": (
@@ -165,7 +159,6 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "odd heads": ("qwen2", configured(num_key_value_heads=3), "num_key_value_heads = 3, which does not divide 4"),
     "negative heads": ("mistral", configured(num_key_value_heads=-1), "num_key_value_heads = -1"),
     "rope as a number": ("mistral", configured(rope_scaling=2.0), "rope_scaling = 2.0"),
-    "dynamic rope": ("qwen2", rope(rope_type="dynamic", factor=2.0, rope_theta=1e4), "rope scaling 'dynamic'"),
     "partial rope": ("qwen2", rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial rotary embeddings"),
     "rope per layer": ("qwen2", rope(full_attention={"rope_theta": 1e4}), "rope_parameters"),
     "another template": ("qwen2", template, "chat template of qwen2 fails where the bundle runs"),
@@ -224,17 +217,6 @@ def test_a_model_that_transformers_cannot_run_is_one_line(checkpoint, agent, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_long_errors_of_other_libraries_are_cut(checkpoint) -> None:
-    class Kind:
-        @staticmethod
-        def from_pretrained(*_: Any, **__: Any) -> None:
-            raise ValueError("first, " + "second, " * 1000)
-
-    with pytest.raises(ModelError, match=r"^qwen2 cannot be loaded: first, .* …$") as caught:
-        from_pretrained(Kind, resolve_model(str(checkpoint("qwen2"))))
-    assert len(str(caught.value)) < 400
-
-
 # --- what is not there, or does not fit ------------------------------------------------------------------------------
 
 
@@ -263,33 +245,22 @@ def test_a_context_beyond_the_models_own_is_refused(refused) -> None:
     names(refused("--max-context", "1000000000000"), "--max-context is 1000000000000")
 
 
-def test_an_occupied_folder_is_named(refused, tmp_path) -> None:
-    (tmp_path / "full" / "cpu-int4").mkdir(parents=True)
-    (tmp_path / "full" / "cpu-int4" / "precious").touch()
-    (tmp_path / "file").touch()
-    for more, out, named in (
-        ((), "full", "full exists"),
-        (("--precision", "fp16", "--precision", "int4"), "full", "full/cpu-int4 exists"),
-        ((), "file", "file exists"),
-        ((), "file/out", f"cannot write {tmp_path}/file/out"),
-    ):
-        names(refused(*more, out=tmp_path / out), named)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--target cuda --lowering portable", "--lowering is 'portable'; --target cuda supports ort"),
         ("--precision int8 --block-size 48", "--block-size is 48"),
         ("--out full", "full exists already and is not an empty folder"),
+        ("--out . --precision fp16 --precision int4", "cpu-int4 exists already and is not an empty folder"),
         ("--out full/file/out", "full/file/out: "),
     ],
 )
 def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monkeypatch, command, options, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    outcome = command("export", "--model", "qwen2", "--agent", f"{AGENTS}:a.pth", *options.split())
+    for folder in ("full", "cpu-int4"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").touch()
+    outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options.split())
     names(outcome.refusal("mara-export"), message)
 
 

@@ -294,13 +294,3 @@ def test_other_configurations_pass_the_gate(tmp_path, architecture, tie, config)
     assert (manifest.parity["passed"], manifest.model.tied, manifest.tokenizer) == (True, tie, None)
     graph = onnx.load(bundle.path("step.onnx"), load_external_data=False).graph
     assert sum(manifest.model.shape.vocab_size in t.dims for t in graph.initializer) == (1 if tie else 2)
-
-
-def test_progress_is_a_line_per_stage(traced, tmp_path, capfd) -> None:
-    finish(traced("qwen2"), ExportOptions(precision="int8"), tmp_path / "int8", Progress())
-    lines = capfd.readouterr().err.splitlines()
-    stages = ("lower to 'ort'", "quantise to int8", "join with the agent", "write", "parity gate")
-    assert [line.strip()[: len(stage)] for line, stage in zip(lines, stages, strict=True)] == list(stages)
-    assert all(line.endswith(" s") for line in lines)
-    finish(traced("qwen2"), UNCHECKED, tmp_path / "quiet", Progress(quiet=True))
-    assert tuple(capfd.readouterr()) == ("", "")

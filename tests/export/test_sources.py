@@ -22,8 +22,7 @@ from mara_export.hf.families import ALIASES
 from mara_export.hf.sources import ModelSource, resolve_file, resolve_model
 from mara_export.hf.tokenizer import load_tokenizer
 from mara_runtime.bundle import Bundle
-from tests.export.conftest import PROGRESS, CommandResult
-from tests.hub import NOWHERE, REVISION
+from tests.export.conftest import NOWHERE, PROGRESS, REVISION, CommandResult
 
 OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 QWEN2 = "Qwen/Qwen2-0.5B-Instruct"
