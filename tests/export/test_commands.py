@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import pty
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from mara_export import parity
 from mara_runtime.bundle import Bundle
 from mara_runtime.text import TextSide
 from tests import checkpoints
@@ -328,34 +324,3 @@ def test_several_targets_and_precisions_come_from_one_trace(export) -> None:
             assert f"mara-run out/{target}-{precision} " in outcome.out
     assert export("--lowering", "portable", "--out", "quiet", "--quiet") == CommandResult(0, "", "")
     assert Bundle.open("quiet").manifest.step.lowering == "portable"
-
-
-def test_an_export_whose_terminal_closes_leaves_nothing(command, checkpoint, agent_file, tmp_path, monkeypatch) -> None:
-    """As when a connection is lost: a SIGHUP, and afterwards there is nowhere to write to."""
-    master, slave = pty.openpty()
-    checkpoint("qwen2"), agent_file("qwen2")
-
-    def missed(*_: object) -> None:
-        raise AssertionError("the signal came through")
-
-    def hang_up(*_: object) -> None:
-        assert any((tmp_path / "new").iterdir())
-        os.close(master)
-        os.kill(os.getpid(), signal.SIGHUP)
-        for _ in range(1000):  # Python calls the handler between two instructions
-            pass
-
-    monkeypatch.setattr(parity, "run_reference", hang_up)
-    terminal = os.fdopen(slave, "w", buffering=1)
-    before = signal.signal(signal.SIGHUP, missed)
-    try:
-        with monkeypatch.context() as patch:
-            for stream in ("stdout", "stderr"):
-                patch.setattr(sys, stream, terminal)
-            options = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--out", tmp_path / "new" / "b"]
-            assert command("export", *options).code == 2
-    finally:
-        signal.signal(signal.SIGHUP, before)
-        with contextlib.suppress(OSError):
-            terminal.close()
-    assert not (tmp_path / "new").exists()

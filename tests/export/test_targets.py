@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto
 
+from mara_export import parity
+from mara_export.errors import ParityError
 from mara_export.export import finish
 from mara_export.options import ExportOptions
+from mara_export.progress import Progress
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
+from tests import checkpoints
 
 
 @pytest.fixture
@@ -55,6 +62,20 @@ def test_a_graph_for_a_gpu_computes_in_float16_and_passes_the_gate_on_a_cpu(
     for schedule in ("one-by-one", "together", "adaptive"):
         answer = decoder.generate([5, 6, 7], DecodeConfig(top_k=8, max_new_tokens=12, schedule=schedule))
         assert 1 <= len(answer.token_ids) <= 12
+
+
+def test_activations_that_float16_does_not_hold_are_found_on_a_cpu(traced, reference, agent, tmp_path) -> None:
+    """The same function in float32: what is multiplied by 2**17 is divided by it again."""
+    model = copy.deepcopy(reference("qwen2"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2.0**17)
+        model.model.layers[0].mlp.down_proj.weight.mul_(2.0**-17)
+    prompts = [(tokens, True) for tokens in checkpoints.random_prompts(1)]
+    large = parity.run_reference(model, "large", agent("qwen2"), prompts, 8, Progress(quiet=True))
+    options = {"max_context": 128, "max_candidates": 8}
+    with pytest.raises(ParityError, match=r"activations reach [\d,]+, and float16 ends at 65,504: use bf16"):
+        finish(replace(traced("qwen2"), reference=large), ExportOptions(target="cuda", **options), tmp_path / "out")
+    finish(replace(traced("qwen2"), reference=large), ExportOptions(**options), tmp_path / "out")
 
 
 def test_bfloat16_is_not_for_a_cpu(make) -> None:

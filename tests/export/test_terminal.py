@@ -1,7 +1,8 @@
-"""The chat of mara-run, in a process with a terminal of its own."""
+"""Commands on a terminal: the chat of mara-run, and an export whose terminal closes."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from mara_export import parity
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.text import TextSide
@@ -146,3 +149,34 @@ def test_on_a_terminal_json_and_raw_need_a_prompt(command, bundle, option) -> No
 
     line = command("run", bundle("qwen2"), option, stdin=Keyboard()).refusal("mara-run")
     assert all(text in line for text in ("--json", "--raw", "--prompt"))
+
+
+def test_an_export_whose_terminal_closes_leaves_nothing(command, checkpoint, agent_file, tmp_path, monkeypatch) -> None:
+    """As when a connection is lost: a SIGHUP, and afterwards there is nowhere to write to."""
+    master, slave = pty.openpty()
+    checkpoint("qwen2"), agent_file("qwen2")
+
+    def missed(*_: object) -> None:
+        raise AssertionError("the signal came through")
+
+    def hang_up(*_: object) -> None:
+        assert any((tmp_path / "new").iterdir())
+        os.close(master)
+        os.kill(os.getpid(), signal.SIGHUP)
+        for _ in range(1000):  # Python calls the handler between two instructions
+            pass
+
+    monkeypatch.setattr(parity, "run_reference", hang_up)
+    terminal = os.fdopen(slave, "w", buffering=1)
+    before = signal.signal(signal.SIGHUP, missed)
+    try:
+        with monkeypatch.context() as patch:
+            for stream in ("stdout", "stderr"):
+                patch.setattr(sys, stream, terminal)
+            options = ["--model", checkpoint("qwen2"), "--agent", agent_file("qwen2"), "--out", tmp_path / "new" / "b"]
+            assert command("export", *options).code == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        with contextlib.suppress(OSError):
+            terminal.close()
+    assert not (tmp_path / "new").exists()
