@@ -32,8 +32,8 @@ RUN_ON = ("README.md", "export.md", "run.md", "train.md", "evaluate.md", "python
 AT_HAND = ("qwen2",)
 """Models that are in the working directory; others would have to be downloaded."""
 SMALLER = {
-    "mara-run": "--max-new-tokens 24",
-    "mara-eval": "--max-new-tokens 24 --quiet",
+    "mara-run": "--max-new-tokens 24 --schedule together",  # which needs no measurement of each new bundle
+    "mara-eval": "--max-new-tokens 24 --schedule together --quiet",
     "mara-train": "--episodes 6 --prompts-at-once 3 --max-new-tokens 12 --start-transitions 8 --batch 16 "
     "--replay-transitions 4000 --widths 16 8 --updates-per-episode 1 --quiet",
     "mara-train --resume": "--episodes 9 --quiet",
