@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -145,6 +146,19 @@ def make_agent(
     n_accepted = round(accept_rate * (len(ranked) - 2))
     agent.output_linear.bias[1] -= float(ranked[n_accepted] + ranked[n_accepted + 1]) / 2
     return agent
+
+
+def shard(folder: Path, state: dict[str, torch.Tensor], count: int) -> list[Path]:
+    """Write weights as `count` files, each of which has a part."""
+    (folder / "model.safetensors").unlink()
+    paths = [folder / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    index = {}
+    for i, path in enumerate(paths):
+        part = dict(sorted(state.items())[i::count])
+        save_file(part, path, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return paths
 
 
 def add_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -1,14 +1,16 @@
-"""Tiny checkpoints, agents and bundles, made once a session. Tests must not change them: copy what is to be damaged."""
+"""Tiny checkpoints, agents and bundles, made once per session. Tests must not change them: damage a copy."""
 
 from __future__ import annotations
 
 import importlib
 import io
+import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +24,7 @@ from mara_deploy.demo import export_demo
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
-from tests import checkpoints, hub
+from tests import checkpoints
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
 torch.set_num_threads(1)
@@ -120,6 +122,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Tra
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)
 
 
+PROGRESS = re.compile(
+    r"mara-export: loading PyTorch and Optimum …|  \S.* +\d+\.\d s"
+    r"|engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)"
+)
+
+
 @dataclass
 class CommandResult:
     """What a command returned and printed."""
@@ -127,6 +135,14 @@ class CommandResult:
     code: int
     out: str
     err: str
+
+    def refusal(self, prog: str) -> str:
+        """The one line of a refusal: exit code 2, nothing on stdout, only progress before it."""
+        assert (self.code, self.out) == (2, ""), self
+        *before, last = self.err.splitlines()
+        assert last.startswith(f"{prog}: error: "), self.err
+        assert [line for line in before if not PROGRESS.fullmatch(line)] == []
+        return last.removeprefix(f"{prog}: error: ")
 
 
 @pytest.fixture
@@ -156,16 +172,48 @@ def bundle_copy(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Pa
     return copy
 
 
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+NOWHERE = "http://127.0.0.1:9"
+"""A Hub that refuses at once."""
+
+
 @pytest.fixture
 def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Hugging Face home, and a Hub that cannot be reached."""
     home = tmp_path / "hf-home"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
     return home
 
 
 @pytest.fixture
 def cached(hf_home: Path) -> Callable[..., Path]:
-    """(repository, files or folder, revision=…, main=True) → its snapshot in the Hub's cache."""
-    return partial(hub.lay_out, hf_home)
+    """(repository, files or folder, revision=…, main=True) → its snapshot, laid out by hand in the Hub's cache."""
+
+    def lay_out(repository: str, files: Path | dict[str, bytes], revision: str = REVISION, main: bool = True) -> Path:
+        root = hf_home / "hub" / f"models--{repository.replace('/', '--')}"
+        snapshot = root / "snapshots" / revision
+        if isinstance(files, Path):
+            files = {path.name: path.read_bytes() for path in files.iterdir()}
+        for name, data in files.items():
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(data)
+        if main:
+            (root / "refs").mkdir(exist_ok=True)
+            (root / "refs" / "main").write_text(revision)
+        return snapshot
+
+    return lay_out
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Change entries of a JSON file; `...` removes one."""
+    merged = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    path.write_text(json.dumps({key: value for key, value in merged.items() if value is not ...}), encoding="utf-8")
+
+
+def copy_model(source: Path, folder: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with entries of config.json changed."""
+    shutil.copytree(source, folder)
+    edit_json(folder / "config.json", **config)
+    return folder

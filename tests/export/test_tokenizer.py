@@ -1,4 +1,4 @@
-"""The bundle's text side gives the token ids of transformers, for plain text and for conversations."""
+"""A bundle's tokenizer and chat template give the token ids of transformers, or the model is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
-from mara_export.hf.sources import ModelSource, resolve_model
+from mara_export.hf.sources import ModelSource
 from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
-from mara_runtime.bundle import Bundle
-from mara_runtime.errors import PromptError
 from mara_runtime.text import TextSide
 from tests import checkpoints
+from tests.export.conftest import edit_json
 
 TEXTS = [
     "How do I cook rice?",
@@ -46,225 +46,199 @@ CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS if text.s
 
 
 @pytest.fixture
-def sides(bundle, checkpoint) -> Callable[[str], tuple[TextSide, Any]]:
-    def both(architecture: str) -> tuple[TextSide, Any]:
-        side = TextSide(Bundle.open(bundle(architecture, "ort")))
-        return side, AutoTokenizer.from_pretrained(checkpoint(architecture))
-
-    return both
-
-
-@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
-def test_plain_text(sides, architecture) -> None:
-    side, tokenizer = sides(architecture)
-    for text in TEXTS:
-        ids = side.encode_raw(text)
-        assert ids == tokenizer(text)["input_ids"]
-        assert ids[0] == checkpoints.BOS_ID
-        assert ids[1] != checkpoints.BOS_ID
-        assert side.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("architecture", checkpoints.ARCHITECTURES)
-def test_conversations(sides, architecture) -> None:
-    side, tokenizer = sides(architecture)
-    for messages in CONVERSATIONS:
-        ids = side.encode_chat(messages)
-        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        assert ids[:2].count(checkpoints.BOS_ID) == 1  # encoding the text with special tokens would give two
-        written = sum(str(message["content"]).count("<s>") for message in messages)
-        assert ids.count(checkpoints.BOS_ID) == 1 + written
-
-
-def test_a_prompt_of_nothing_is_refused(sides) -> None:
-    side, _ = sides("qwen2")
-    with pytest.raises(PromptError, match="the prompt is empty"):
-        side.encode_raw("")
-    for content in ("", "  \n\t", None):
-        with pytest.raises(PromptError, match="the prompt is empty"):
-            side.encode_chat([{"role": "user", "content": content}])
-    with pytest.raises(PromptError, match="the prompt is empty"):
-        side.encode_chat([])
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     checkpoints.add_tokenizer(tmp_path / "model", 320)
     return tmp_path / "model"
 
 
-def source_of(folder: Path) -> ModelSource:
-    return ModelSource(folder, folder.name, None)
+def load(folder: Path, name: str = "my/model") -> Any:
+    return load_tokenizer(ModelSource(folder, name, None))
 
 
-def change(folder: Path, file: str = "tokenizer_config.json", **values: Any) -> None:
-    path = folder / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+def configure(folder: Path, **values: Any) -> None:
+    edit_json(folder / "tokenizer_config.json", **values)
 
 
-def written(folder: Path, out: Path) -> dict[str, Any]:
-    out.mkdir()
-    facts = write_tokenizer(load_tokenizer(source_of(folder)), out)
-    assert facts.file == "tokenizer.json"
-    assert (out / "chat_template.jinja").exists() == (facts.chat_template is not None)
-    return {"facts": facts, "files": {p.name for p in out.iterdir()}}
+@pytest.fixture
+def written(folder, tmp_path) -> Callable[[], SimpleNamespace]:
+    """Write the tokenizer → its facts, the names of the files, the template's text, and the text side on them."""
+
+    def write() -> SimpleNamespace:
+        out = tmp_path / "out"
+        out.mkdir()
+        facts = write_tokenizer(load(folder), out)
+        assert facts.file == "tokenizer.json"
+        template = None if facts.chat_template is None else (out / facts.chat_template).read_bytes().decode("utf-8")
+        side = TextSide(SimpleNamespace(manifest=SimpleNamespace(tokenizer=facts), path=lambda name: out / name))
+        return SimpleNamespace(facts=facts, files={p.name for p in out.iterdir()}, template=template, side=side)
+
+    return write
 
 
-def test_the_files_and_facts(folder, tmp_path) -> None:
-    result = written(folder, tmp_path / "out")
-    assert result["files"] == {"tokenizer.json", "chat_template.jinja"}
-    assert result["facts"].special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
-    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == template
+# --- token ids -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["list in the configuration", "files"])
-def test_of_several_templates_the_default_one_is_taken(folder, tmp_path, how) -> None:
-    if how == "files":
-        (folder / "chat_template.jinja").write_text("the default one")
-        (folder / "additional_chat_templates").mkdir()
-        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("the other one")
-    else:
-        several = [
-            {"name": "tool_use", "template": "the other one"},
-            {"name": "default", "template": "the default one"},
-        ]
-        change(folder, chat_template=several)
-    assert isinstance(AutoTokenizer.from_pretrained(folder).chat_template, dict)  # else nothing is shown
-    written(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "the default one"
+def test_plain_text_has_the_token_ids_of_transformers(folder, written) -> None:
+    side, tokenizer = written().side, AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = side.encode_raw(text)
+        assert ids == tokenizer(text)["input_ids"]
+        assert (ids[0] == checkpoints.BOS_ID) != (ids[1] == checkpoints.BOS_ID)
+        assert side.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("template", [None, ""])
-def test_a_tokenizer_without_a_template(folder, tmp_path, template) -> None:
-    change(folder, chat_template=template)
-    result = written(folder, tmp_path / "out")
-    assert result["files"] == {"tokenizer.json"}
-    assert result["facts"].chat_template is None
+def test_conversations_have_the_token_ids_of_transformers(folder, written) -> None:
+    side, tokenizer = written().side, AutoTokenizer.from_pretrained(folder)
+    for messages in CONVERSATIONS:
+        ids = side.encode_chat(messages)
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        contents = sum(str(message["content"]).count("<s>") for message in messages)
+        assert ids.count(checkpoints.BOS_ID) == 1 + contents  # not twice: the template has it already
 
 
-def test_several_templates_without_a_default_are_not_guessed_at(folder, tmp_path) -> None:
-    change(folder, chat_template=[{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}])
-    assert written(folder, tmp_path / "out")["facts"].chat_template is None
-
-
-def test_a_template_keeps_its_line_ends_and_letters(folder, tmp_path) -> None:
-    template = "{{ bos_token }}\r\nä日\n\n{% for m in messages %}{{ m.content }}{% endfor %}\n"
-    change(folder, chat_template=template)
-    written(folder, tmp_path / "out")
-    assert (tmp_path / "out" / "chat_template.jinja").read_bytes().decode("utf-8") == template
-
-
-def test_special_tokens_given_as_objects(folder, tmp_path) -> None:
-    token = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    change(folder, eos_token={"__type": "AddedToken", **token})
-    assert written(folder, tmp_path / "out")["facts"].special_tokens["eos_token"] == "<|end|>"
-
-
-def test_settings_of_a_training_batch_do_not_reach_a_prompt(folder, checkpoint, tmp_path) -> None:
-    """A tokenizer.json may record padding and truncation; neither belongs in a prompt."""
-    tokenizer = load_tokenizer(source_of(folder))
+def test_padding_and_truncation_of_a_training_batch_do_not_reach_a_prompt(folder, written) -> None:
+    tokenizer = load(folder)
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=12, pad_id=checkpoints.PAD_ID, pad_token="<pad>")
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    out = tmp_path / "out"
-    out.mkdir()
-    facts = write_tokenizer(load_tokenizer(source_of(folder)), out)
-    from types import SimpleNamespace
-
-    side = TextSide(SimpleNamespace(manifest=SimpleNamespace(tokenizer=facts), path=lambda name: out / name))
     text = "quite a number of tokens, more than five"
-    assert side.encode_raw(text) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
-    assert len(side.encode_raw(text)) > 12
+    ids = written().side.encode_raw(text)
+    assert ids == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert len(ids) > 12
 
 
-def test_a_model_without_a_tokenizer(tmp_path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert load_tokenizer(source_of(tmp_path)) is None
+def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder, written, tmp_path) -> None:
+    """As it does for a Llama tokenizer that sets add_prefix_space, whatever tokenizer.json holds."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("How do I cook rice, and keep bread fresh for a week?\nThe quick brown fox.\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    configure(folder, tokenizer_class="LlamaTokenizer", add_prefix_space=True, legacy=False, unk_token="<unk>")
+    theirs, written = AutoTokenizer.from_pretrained(folder), written()
+    ours = Tokenizer.from_file(str(tmp_path / "out" / written.facts.file))
+    for text in ("How do I cook rice?", "bread", "naïve 日本"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+    assert theirs.decode(theirs("How do I", add_special_tokens=False)["input_ids"]) == "How do I"
 
 
-def test_a_slow_tokenizer_is_refused_with_what_to_do(tmp_path) -> None:
-    folder = tmp_path / "slow-model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
-    with pytest.raises(ModelError, match=r"slow-model has no fast tokenizer.* add its tokenizer\.json"):
-        load_tokenizer(source_of(folder))
+# --- what is written -------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}'])
-def test_a_damaged_tokenizer_is_refused(folder, text) -> None:
-    (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(ModelError, match="the tokenizer of model cannot be loaded") as caught:
-        load_tokenizer(source_of(folder))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_tokenizer_of_the_hub_is_told_by_the_models_name(cached, checkpoint) -> None:
-    folder = cached("somebody/model", checkpoint("qwen2"))
-    (folder / "tokenizer.json").unlink()  # in the cache it is a link
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="the tokenizer of somebody/model cannot be loaded"):
-        load_tokenizer(resolve_model("somebody/model"))
-
-
-def test_code_of_a_tokenizers_folder_is_not_run_nor_asked_about(folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user is asked, with 15 s to answer"))
-    proof = tmp_path / "proof"
-    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n")
-    change(folder, tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ModelError):
-        load_tokenizer(source_of(folder))
-    assert not proof.exists()
-
-
-# --- the chat template, before it is shipped -------------------------------------------------------------------------
-
-BOS_AND_TEXT = "{{ bos_token }}{{ messages[0].content }}"
-
-
-def checked(folder: Path, template: str | list[dict[str, str]], **config: Any) -> str:
-    """Why an export of it is refused; empty if it is not."""
-    change(folder, chat_template=template, **config)
-    try:
-        check_chat_template(load_tokenizer(source_of(folder)), "my/model")
-    except ModelError as error:
-        refusal = str(error)
-    else:
-        return ""
-    assert refusal.startswith("the chat template of my/model ")
-    assert "correct or remove it" in refusal
-    assert "\n" not in refusal
-    assert len(refusal) < 500
-    return refusal
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+OBJECT = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("config", "special_tokens"),
     [
-        BOS_AND_TEXT,
-        "",
-        "{{ strftime_now('%d %b %Y') }}{{ messages | tojson }}{% if add_generation_prompt %}!{% endif %}",
-        "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ messages[0].content }}",
-        [{"name": "default", "template": BOS_AND_TEXT}, {"name": "tool_use", "template": "{{ broken"}],
+        ({}, ROLES),
+        ({"tokenizer_class": "TokenizersBackend"}, ROLES),  # as transformers 5 saves it
+        ({"extra_special_tokens": ["<|end|>"]}, ROLES),  # too
+        ({"eos_token": {"__type": "AddedToken", **OBJECT}}, {**ROLES, "eos_token": "<|end|>"}),
     ],
 )
-def test_a_template_that_renders_as_in_transformers_passes(folder, template) -> None:
-    assert checked(folder, template) == ""
+def test_special_tokens_are_recorded_by_role(folder, written, config, special_tokens) -> None:
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS[7])["input_ids"]
+    configure(folder, **config)
+    found = written()
+    assert found.facts.special_tokens == special_tokens
+    assert found.side.encode_raw(TEXTS[7]) == expected
 
 
-def test_a_model_without_a_template_passes(folder) -> None:
-    change(folder, chat_template=None)
-    check_chat_template(load_tokenizer(source_of(folder)), "my/model")
+NAMED = [{"name": "tool_use", "template": "the other one"}, {"name": "default", "template": "the default one"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "template"),
+    [
+        ("{{ bos_token }}\r\nä日\n\n{% for m in messages %}{{ m.content }}{% endfor %}\n", ...),
+        (NAMED, "the default one"),
+        (NAMED[:1], None),  # which is the default is not guessed
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_default_chat_template_is_written_as_it_is(folder, written, given, template) -> None:
+    configure(folder, chat_template=given)
+    found = written()
+    assert found.template == (given if template is ... else template)
+    assert found.files == {"tokenizer.json"} | ({"chat_template.jinja"} if found.template else set())
+
+
+def test_of_several_template_files_the_default_is_written(folder, written) -> None:
+    (folder / "chat_template.jinja").write_text("the default one")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("the other one")
+    assert isinstance(AutoTokenizer.from_pretrained(folder).chat_template, dict)  # else nothing is shown
+    assert written().template == "the default one"
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_a_tokenizer_has_none(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert load(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config", "message"),
+    [
+        *((text, {}, "the tokenizer of my/model cannot be loaded") for text in ("", "{", "[]", '{"model": 3}')),
+        (None, {"tokenizer_class": "ByT5Tokenizer"}, r"my/model has no fast tokenizer.* add its tokenizer\.json"),
+        (None, {"tokenizer_class": "Qwen2Tokenizer"}, r"tokenizer\.json is missing.*\(tokenizer_config\.json"),
+        (..., {"split_special_tokens": True}, "has split_special_tokens, which is not supported"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(folder, tokenizer, config, message) -> None:
+    path = folder / "tokenizer.json"
+    if tokenizer is None:
+        path.unlink()
+    elif tokenizer is not ...:
+        path.write_text(tokenizer)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    configure(folder, **config)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_in_another_format_is_refused_not_left_out(tmp_path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is in tekken\.json, which is not read: add its tokenizer\.json$"):
+        load(tmp_path)
+
+
+BOS_AND_TEXT = "{{ bos_token }}{{ messages[0].content }}"
+EXTRA = {"additional_special_tokens": ["<pad>", "<|end|>"]}
+
+
+def refusal(folder: Path, template: str | list[dict[str, str]] | None) -> str:
+    """Why an export with this template is refused; empty if it is not."""
+    configure(folder, chat_template=template, **EXTRA)
+    try:
+        check_chat_template(load(folder), "my/model")
+    except ModelError as error:
+        line = str(error)
+    else:
+        return ""
+    assert line.startswith("the chat template of my/model ")
+    assert "correct or remove it" in line
+    assert "\n" not in line
+    assert len(line) < 500
+    return line
 
 
 @pytest.mark.parametrize(
     ("template", "why"),
     [
+        (BOS_AND_TEXT, None),
+        (None, None),
+        ("", None),
+        ("{{ strftime_now('%d %b %Y') }}{{ messages | tojson }}{% if add_generation_prompt %}!{% endif %}", None),
+        ("{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}a", None),
+        ([{"name": "default", "template": BOS_AND_TEXT}, {"name": "tool_use", "template": "{{ broken"}], None),
         ("{% for m in messages %}{{ m.content }}", "cannot render a single user message: .*endfor"),
         ("{{ raise_exception('a system\nmessage, please') }}", "cannot render .*: a system message, please"),
         ("{{ messages[0].nothing.at_all }}", "cannot render"),
@@ -275,78 +249,19 @@ def test_a_model_without_a_template_passes(folder) -> None:
         ),
     ],
 )
-def test_a_template_that_does_not_is_refused_with_the_reason(folder, template, why) -> None:
-    assert re.search(why, checked(folder, template, additional_special_tokens=["<pad>", "<|end|>"]))
+def test_a_template_that_renders_differently_is_refused_with_the_reason(folder, template, why) -> None:
+    line = refusal(folder, template)
+    assert re.search(why, line) if why else line == "", line
 
 
-def test_a_template_that_only_transformers_refuses_is_refused(folder, monkeypatch) -> None:
+def test_a_template_that_fails_only_in_transformers_is_refused(folder, monkeypatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", lambda *_, **__: 1 / 0)
-    assert "fails in transformers: division by zero" in checked(folder, BOS_AND_TEXT)
+    assert "fails in transformers: division by zero" in refusal(folder, BOS_AND_TEXT)
 
 
-def test_a_template_that_prints_the_second_is_not_refused_when_it_changes(folder, monkeypatch) -> None:
+def test_a_template_that_prints_the_time_is_compared_again_when_the_second_changes(folder, monkeypatch) -> None:
     real, seconds = PreTrainedTokenizerFast.apply_chat_template, iter(["the second before", None])
     monkeypatch.setattr(
         PreTrainedTokenizerFast, "apply_chat_template", lambda *args, **more: next(seconds) or real(*args, **more)
     )
-    assert checked(folder, BOS_AND_TEXT) == ""
-
-
-def test_a_tokenizer_that_needs_its_json_is_refused_by_that_name(folder) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    change(folder, tokenizer_class="Qwen2Tokenizer")
-    with pytest.raises(
-        ModelError, match=r"model cannot be loaded: tokenizer\.json is missing.*\(tokenizer_config\.json"
-    ):
-        load_tokenizer(source_of(folder))
-
-
-def test_the_fixture_is_a_fast_tokenizer(folder) -> None:
-    assert isinstance(load_tokenizer(source_of(folder)), PreTrainedTokenizerFast)
-
-
-# --- what is found on the Hub ----------------------------------------------------------------------------------------
-
-
-def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder, tmp_path) -> None:
-    """As it does for a Llama tokenizer that sets add_prefix_space, whatever tokenizer.json holds."""
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("How do I cook rice, and keep bread fresh for a week?\nThe quick brown fox.\n" * 20)
-    model = folder / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(model), vocab_size=300, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    change(folder, tokenizer_class="LlamaTokenizer", add_prefix_space=True, legacy=False, unk_token="<unk>")
-    theirs = AutoTokenizer.from_pretrained(folder)
-    written(folder, tmp_path / "out")
-    ours = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    for text in ("How do I cook rice?", "bread", "naïve 日本"):
-        assert ours.encode(text).ids == theirs(text)["input_ids"]
-    assert theirs.decode(theirs("How do I", add_special_tokens=False)["input_ids"]) == "How do I"
-
-
-@pytest.mark.parametrize("change_to", [{"tokenizer_class": "TokenizersBackend"}, {"extra_special_tokens": ["<|end|>"]}])
-def test_a_tokenizer_of_transformers_5(folder, tmp_path, change_to) -> None:
-    expected = AutoTokenizer.from_pretrained(folder)(TEXTS[7])["input_ids"]
-    change(folder, **change_to)
-    found = load_tokenizer(source_of(folder))
-    assert found(TEXTS[7])["input_ids"] == expected
-    facts = written(folder, tmp_path / "out")["facts"]
-    assert facts.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-
-
-def test_a_tokenizer_that_splits_special_tokens_is_refused(folder) -> None:
-    change(folder, split_special_tokens=True)
-    with pytest.raises(ModelError, match="has split_special_tokens, which is not supported"):
-        load_tokenizer(source_of(folder))
-
-
-def test_a_tokenizer_in_another_form_is_refused_not_left_out(folder) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-    assert load_tokenizer(source_of(folder)) is None
-    (folder / "tekken.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is in tekken\.json, which is not read: add its tokenizer\.json$"):
-        load_tokenizer(source_of(folder))
+    assert refusal(folder, BOS_AND_TEXT) == ""

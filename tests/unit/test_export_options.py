@@ -1,10 +1,9 @@
-"""`ExportOptions`: what is left out becomes the target's own, and needs no PyTorch for it."""
+"""`ExportOptions`: what is left out is the target's own. test_refusals.py has what is rejected."""
 
 import pytest
 
 from mara_export.options import ExportOptions, Quantisation
-from mara_export.targets import COLUMN, TARGETS
-from mara_runtime.errors import OptionError
+from mara_export.targets import COLUMN
 
 
 @pytest.mark.parametrize(
@@ -42,10 +41,3 @@ def test_blocks_are_the_targets_own(target, precision, how):
     assert ExportOptions(target, precision=precision).quantisation == how
     kept = ExportOptions(target, precision=precision, keep=("*/lm_head/*",)).quantisation
     assert kept.to_json() == {**how.to_json(), "keep": ["*/lm_head/*"]}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("given", [{"block_size": 32}, {"block_size": 0}, {"quantiser": "rtn"}, {"keep": ("x",)}])
-def test_floats_have_no_blocks(target, given):
-    with pytest.raises(OptionError, match="are for --precision int8 and int4"):
-        ExportOptions(target, **given)

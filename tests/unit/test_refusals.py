@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from mara_deploy.demo import NAME
 from tests.unit import helpers
 
 RUN, BUILD, EXPORT = "run BUNDLE --input-ids 1,2 ", "build BUNDLE --target tensorrt ", "export --model m --agent a "
@@ -33,7 +32,6 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("eval BUNDLE --prompts p", ("--score is missing",)),
     ("train", ("--out",)),
     (RUN + "--nonsense", ("unrecognized arguments: --nonsense",)),
-    (RUN + "--max-new 3", ("unrecognized arguments: --max-new 3",)),
     (EXPORT + "two\nlines", ("unrecognized arguments: two lines",)),
     (EXPORT + "--max-cont 64", ("--max-cont",)),
     ("run nowhere --input-ids 1", ("there is no bundle at nowhere",)),
@@ -43,11 +41,8 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("memory nowhere", ("there is no bundle or model 'nowhere'", "qwen2")),
     # mara-run
     (RUN + "--max-new-tokens 0", ("--max-new-tokens is 0", WHOLE_1)),
-    (RUN + "--max-new-tokens abc", ("--max-new-tokens is 'abc'", WHOLE_1)),
     (RUN + "--top-k 0", ("--top-k is 0", WHOLE_1)),
-    (RUN + "--top-k -3", ("--top-k is -3", WHOLE_1)),
     (RUN + "--top-p 1.5", ("--top-p is 1.5", "from 0 to 1")),
-    (RUN + "--top-p -0.1", ("--top-p is -0.1",)),
     (RUN + "--top-p nan", ("--top-p is nan",)),
     (RUN + "--threads 0", ("--threads is 0", WHOLE_1)),
     (RUN + "--seed -1", ("--seed is -1", "at least 0")),
@@ -60,7 +55,6 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--order random", ("--order is 'random'", "ranked, best_last, reversed")),
     (RUN + "--fallback middle", ("--fallback is 'middle'", "first, last")),
     (RUN + "--schedule later", ("--schedule is 'later'", "adaptive, one-by-one, together")),
-    (RUN + "--draft -1", ("--draft is -1", "from 0 to 16")),
     (RUN + "--draft 17", ("--draft is 17", "from 0 to 16")),
     (RUN + "--draft 4 --strategy random", ("--draft is 4", "leave it out")),
     (RUN + "--draft 4 --order reversed", ("--draft is 4", "leave it out")),
@@ -74,25 +68,20 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--template a=1", ("--template needs the chat template", "--input-ids")),
     ("run BUNDLE --prompt p --raw --system S", ("--system needs the chat template", "--raw")),
     ("run BUNDLE --prompt p --raw --template a=1", ("--template needs the chat template", "--raw")),
-    ("run BUNDLE --prompt p --template loud", ("--template is 'loud'", "KEY=JSON")),
     ("run BUNDLE --prompt p --template loud=yes", ("--template is 'loud=yes'", "KEY=JSON")),
     ("run BUNDLE --prompt p --template =1", ("--template is '=1'", "KEY=JSON")),
     (RUN + "--prompt p", ("--prompt and --input-ids",)),
     ("run BUNDLE --input-ids 1,x", ("--input-ids is 'x'", "a whole number")),
     ("run BUNDLE --input-ids 1,,2", ("--input-ids is empty",)),
     ("run BUNDLE --input-ids=", ("--input-ids is empty",)),
-    ("run BUNDLE --input-ids 1.5", ("--input-ids is '1.5'",)),
-    ("run BUNDLE --input-ids [1]", ("--input-ids is '[1]'",)),
     # mara-export
     (EXPORT + "--max-context 1", ("--max-context is 1", "at least 2")),
-    (EXPORT + "--max-context abc", ("--max-context is 'abc'", "at least 2")),
-    (EXPORT + "--max-candidates 0", ("--max-candidates is 0", "from 1 to 1024")),
     (EXPORT + "--max-candidates 1025", ("--max-candidates is 1025", "from 1 to 1024")),
     (EXPORT + "--target abacus", ("--target is 'abacus'", "cpu, cuda, tensorrt, tensorrt-rtx")),
     (EXPORT + "--precision fp8", ("--precision is 'fp8'", "fp32, fp16, bf16, int8, int4")),
-    (EXPORT + "--precision fp16 --precision fp8", ("--precision is 'fp8'",)),
     (EXPORT + "--target cpu --target cuda --precision fp32", ("--precision is 'fp32'", "--target cuda", "fp16")),
     (EXPORT + "--target cuda --lowering portable", ("--lowering is 'portable'", "--target cuda supports ort")),
+    (EXPORT + "--target tensorrt --lowering ort", ("--lowering is 'ort'", "--target tensorrt supports portable")),
     (EXPORT + "--lowering none", ("--lowering is 'none'", "ort, portable, decomposed")),
     (EXPORT + "--precision bf16", ("--precision is 'bf16'", "--target cpu supports")),
     (EXPORT + "--target tensorrt --precision bf16", ("--precision is 'bf16'", "--no-gate")),
@@ -101,14 +90,12 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EXPORT + "--keep x", ("--keep", "int8 and int4")),
     (EXPORT + "--precision int4 --keep=", ("--keep is empty",)),
     (EXPORT + "--precision int4 --block-size 33", ("--block-size is 33", "16 or 32 or 64 or 128 or 256")),
-    (EXPORT + "--precision int4 --block-size 0", ("--block-size is 0",)),
     (EXPORT + "--target tensorrt --precision int8 --block-size 64", ("--block-size is 64", "one scale per column")),
     (EXPORT + "--target tensorrt --precision int4 --block-size 32", ("--block-size is 32", "64 or 128")),
     (EXPORT + "--precision int8 --quantiser hqq", ("--quantiser is 'hqq'", "int4")),
     (EXPORT + "--precision int8 --quantiser best", ("--quantiser is 'best'", "rtn, hqq, k-quant")),
     (EXPORT + "--precision int4 --quantiser k-quant --block-size 64", ("--block-size is 64", "k-quant", "32")),
     (EXPORT + "--precision int4 --quantiser hqq --lowering portable", ("--quantiser is 'hqq'", "supports rtn")),
-    (EXPORT + "--no-build", ("--no-build", "tensorrt and tensorrt-rtx")),
     (EXPORT + "--no-build --target cuda", ("--no-build", "tensorrt and tensorrt-rtx")),
     (EXPORT + "--out=", ("--out is empty",)),
     ("export --model= --agent a", ("--model is empty",)),
@@ -116,23 +103,17 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     # mara-build
     ("build BUNDLE --target cpu", ("--target is 'cpu'", "tensorrt, tensorrt-rtx")),
     (BUILD + "--capacity many", ("--capacity is 'many'", WHOLE_1)),
-    (BUILD + "--capacity 64,", ("--capacity is empty",)),
     (BUILD + "--capacity=", ("--capacity is empty",)),
-    (BUILD + "--capacity -1", ("--capacity is -1", WHOLE_1)),
-    (BUILD + "--capacity 64 --capacity 0", ("--capacity is 0", WHOLE_1)),
     (BUILD + "--capacity 0 --capacity 64", ("--capacity is 0", WHOLE_1)),
     (BUILD + "--workspace 0", ("--workspace is 0", "from 1")),
-    (BUILD + "--workspace 99999999999999999999", ("--workspace is 99999999999999999999",)),
     (BUILD + "--hardware all", ("--hardware is 'all'", "none, ampere-plus, same-compute-capability")),
     (BUILD + "--optimisation-level 9", ("--optimisation-level is 9", "from 0 to 5")),
-    (BUILD + "--optimisation-level -1", ("--optimisation-level is -1", "from 0 to 5")),
     (BUILD + "--timing-cache=", ("--timing-cache is empty",)),
     # mara-memory
     ("memory qwen2 --target tpu", ("--target is 'tpu'", "cpu, cuda, tensorrt, tensorrt-rtx")),
     ("memory qwen2 --target cuda --precision fp32", ("--precision is 'fp32'", "fp16, int8, int4")),
     ("memory qwen2 --precision=", ("--precision is ''", "fp32, fp16")),
     ("memory qwen2 --lowering ort", ("--lowering is 'ort'", "portable or decomposed")),
-    ("memory qwen2 --context 0", ("--context is 0", "at least 2")),
     ("memory qwen2 --context 2048 --context 1", ("--context is 1", "at least 2")),
     ("memory llama3 --context 8193", ("--context is 8193", "8192")),
     ("memory demo --context 100000", ("--context is 100000", "512")),
@@ -155,11 +136,8 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EVAL + "--sample-checkpoint", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--sample-checkpoint --baseline greedy --baseline sample", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--temperature 0.5", ("--temperature is 0.5", "leave it out")),
-    (EVAL + "--temperature 0 --baseline sample", ("--temperature is 0.0", "above 0")),
     (EVAL + "--baseline best-of-1", ("--baseline is best-of-1", "at least 2")),
     (EVAL + "--template a=1 --raw", ("--template needs the chat template", "--raw")),
-    (EVAL + "--template a", ("--template is 'a'", "KEY=JSON")),
-    (EVAL + "--top-k 0", ("--top-k is 0", WHOLE_1)),
     (EVAL + "--no-align", ("unrecognized arguments: --no-align",)),
     (EVAL + "--score-batch 0", ("--score-batch is 0", WHOLE_1)),
     (EVAL + "--score-device cpu", ("--score-device is cpu", "leave it out")),
@@ -169,14 +147,11 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (BENCH + "--rounds 0", ("--rounds is 0", WHOLE_1)),
     (BENCH + "--tokens 1", ("--tokens is 1", "at least 2")),
     (BENCH + "--tokens 64", ("--tokens is 64", "64 tokens")),
-    (BENCH + "--threads 0", ("--threads is 0", WHOLE_1)),
-    (BENCH + "--context 0", ("--context is 0", WHOLE_1)),
     (BENCH + "--tokens 8 --context 56", ("--context is 56", "1 to 55")),
     (BENCH + "--measure steps --profile 2", ("--profile", "--measure")),
     (BENCH + "--measure steps,speed", ("--measure is 'speed'", "memory, steps, prefill, width, profiles")),
     (BENCH + "--profile 9", ("--profile is 9", "1, 2, 3, 4, 5")),
     (BENCH + "--tokens 8 --peer llama", ("--peer is 'llama'", "NAME=COMMAND")),
-    (BENCH + "--tokens 8 --peer =x", ("--peer is '=x'", "NAME=COMMAND")),
     (BENCH + "--tokens 8 --peer a='", ("--peer is \"a='\"", "NAME=COMMAND")),
     (BENCH + "--tokens 8 --peer mara=x", ("--peer is 'mara=x'", "mara is already in use")),
     (BENCH + "--tokens 8 --peer a=x --peer a=y", ("--peer is 'a=y'", "a is already in use")),
@@ -185,27 +160,22 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("train --model demo --score demo --out x", ("--prompts is missing",)),
     ("train --model demo --prompts demo --out x", ("--score is missing",)),
     ("train --model demo --prompts demo --score demo --out=", ("--out is empty",)),
-    ("train --resume --out=", ("--out is empty",)),
     ("train --out x --weight 2", ("--weight must follow the --score",)),
     (TRAIN + "--weight 0", ("--weight of demo is 0.0", "other than 0")),
     (TRAIN + "--weight 1 --weight 2", ("--weight is given twice",)),
     (TRAIN + "--score-batch 0", ("--score-batch is 0", WHOLE_1)),
     (TRAIN + "--score-batch 8", ("--score-batch is 8", "leave it out")),
     (TRAIN + "--score-device cpu", ("--score-device is cpu", "leave it out")),
-    (TRAIN + "--threads 0", ("--threads is 0", WHOLE_1)),
     (TRAIN + "--dtype int8", ("--dtype is 'int8'", "float32, bfloat16, float16")),
     (TRAIN + "--recipe cheap", ("--recipe is 'cheap'", "paper, demo")),
-    (TRAIN + "--template a", ("--template is 'a'", "KEY=JSON")),
     (TRAIN + "--episodes 0", ("--episodes is 0", WHOLE_1)),
     (TRAIN + "--top-k 1", ("--top-k is 1", "a whole number of at least 2")),
     (TRAIN + "--top-p 0", ("--top-p is 0.0", "above 0", "at most 1")),
-    (TRAIN + "--top-p nan", ("--top-p is nan",)),
     (TRAIN + "--widths 4 0", ("--widths is 0", WHOLE_1)),
     (TRAIN + "--fallback best", ("--fallback is 'best'", "first, last")),
     (TRAIN + "--kl-weight -0.1", ("--kl-weight is -0.1", "at least 0")),
     (TRAIN + "--score-baseline inf", ("--score-baseline is inf", "finite")),
     (TRAIN + "--discount 1.5", ("--discount is 1.5", "at most 1")),
-    (TRAIN + "--discount 0", ("--discount is 0.0", "above 0")),
     (TRAIN + "--n-step 0", ("--n-step is 0", WHOLE_1)),
     (TRAIN + "--target-entropy 2", ("--target-entropy is 2.0", "from 0 to 1")),
     (TRAIN + "--batch 0", ("--batch is 0", WHOLE_1)),
@@ -215,11 +185,9 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (TRAIN + "--learning-rate inf", ("--learning-rate is inf", "above 0")),
     (TRAIN + "--clip-norm -1", ("--clip-norm is -1.0", "above 0")),
     (TRAIN + "--target-rate 0", ("--target-rate is 0.0", "at most 1")),
-    (TRAIN + "--alpha 0", ("--alpha is 0.0", "above 0")),
     (TRAIN + "--alpha-rate -1", ("--alpha-rate is -1.0", "at least 0")),
     (TRAIN + "--alpha-form sqrt", ("--alpha-form is 'sqrt'", "log, direct")),
     (TRAIN + "--seed -1", ("--seed is -1", f"from 0 to {2**63 - 1}")),
-    (TRAIN + f"--seed {2**63}", (f"--seed is {2**63}",)),
     (TRAIN + "--checkpoint-minutes -1", ("--checkpoint-minutes is -1.0", "at least 0")),
     # one round of 16 answers of 512 tokens, 8192 transitions, against an eighth of the buffer
     (
@@ -267,16 +235,7 @@ def test_a_refusal_is_one_line_that_names_what_is_wrong(
     assert sorted(bundle.rglob("*")) == before
 
 
-@pytest.mark.slow
-def test_the_demo_needs_both_its_halves(capsys: pytest.CaptureFixture[str]) -> None:
-    from mara_deploy.models import find_agent
-    from mara_runtime.errors import MaraError
-
-    with pytest.raises(MaraError, match=r"--agent is demo.*--model demo"):
-        find_agent(NAME, "./qwen2")
-
-
-def test_a_configuration_that_says_nonsense_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_value_of_a_models_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mara_deploy.commands.memory import main
 
     sizes = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -285,7 +244,9 @@ def test_a_configuration_that_says_nonsense_is_named(tmp_path: Path, capsys: pyt
         ("{", "is not JSON"),
         ("[]", "is not a Hugging Face configuration"),
         (json.dumps({**config, "model_type": "gemma"}), "'gemma'"),
+        (json.dumps({**config, "hidden_size": None}), "hidden_size = None"),
         (json.dumps({**config, "vocab_size": 0}), "vocab_size = 0"),
+        (json.dumps({**config, "num_hidden_layers": "16"}), "num_hidden_layers = '16'"),
         *((json.dumps({**config, "max_position_embeddings": size}), "max_position") for size in (0, "many", [1], {})),
     ):
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
