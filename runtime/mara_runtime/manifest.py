@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -146,7 +148,14 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        return json.dumps({**content, "sha256": checksum(content)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, `sha256` itself left out, however it is laid out."""
+    said = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse(text: str, where: str) -> Manifest:
@@ -163,7 +172,12 @@ def parse(text: str, where: str) -> Manifest:
             f"{where} has schema version {shortened(version)}; this release reads version {SCHEMA_VERSION}: "
             "export the bundle again, or install the release that made it"
         )
-    return _Reader(where, root).manifest()
+    manifest = _Reader(where, root).manifest()
+    if root.get("sha256") != checksum(root):
+        raise BundleError(
+            f"{where} was changed: its content differs from its checksum; copy or export the bundle again"
+        )
+    return manifest
 
 
 class _Reader(JsonReader):

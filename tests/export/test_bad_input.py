@@ -23,6 +23,7 @@ from mara_export.graph.trace import trace_agent
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.errors import MaraError, NumericsError
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
+from tests.unit.helpers import write_manifest
 
 IDS = "72,101,108,108,111"
 
@@ -50,7 +51,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: N
         data = (folder / name).read_bytes()
         manifest["files"][name] = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     change(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, manifest)
 
 
 def overwrite_weights(folder: Path, weights: torch.Tensor, value: float) -> None:

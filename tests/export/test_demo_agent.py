@@ -20,6 +20,7 @@ from mara_deploy.demo.prompts import SETS, DemoPrompt, demo_prompts
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.policy import agent_policy
 from mara_runtime import AlignedDecoder, DecodeConfig
+from tests.unit.helpers import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_the_bundle_of_an_earlier_demo_makes_way(earlier) -> None:
 def test_a_bundle_of_similar_names_is_the_users_own(earlier, capsys, part, name) -> None:
     manifest = json.loads((earlier / "manifest.json").read_text())
     manifest[part]["source"] = name
-    (earlier / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(earlier, manifest)
     assert all(text in kept(earlier, capsys) for text in (str(earlier), "not a demo bundle", "--out"))
 
 

@@ -30,6 +30,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError, MaraError, OptionError
 from tests import checkpoints
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, edit_json
+from tests.unit.helpers import write_manifest
 
 ROOT = Path(__file__).parents[2]
 UNCHECKED = ExportOptions(gate=False)
@@ -135,8 +136,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_read(agent
 def test_the_demo_keeps_its_bundle_when_it_cannot_export(bundle_copy, monkeypatch, capsys) -> None:
     out = bundle_copy()
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    of_the_demo = {part: {**manifest[part], "source": "demo"} for part in ("model", "agent")}
-    edit_json(out / "manifest.json", **of_the_demo)
+    write_manifest(out, manifest | {part: {**manifest[part], "source": "demo"} for part in ("model", "agent")})
     before = contents(out)
     monkeypatch.setitem(sys.modules, "mara_export.export", None)
     assert demo_main(["--out", str(out)]) == 2

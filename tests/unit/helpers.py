@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mara_runtime.config import DecodeConfig
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.manifest import MANIFEST_FILE
+from mara_runtime.manifest import MANIFEST_FILE, checksum
 from mara_runtime.schedule.cost import Cost
 from tests import reference
 from tests.table_engine import TableEngine
@@ -132,8 +132,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: object) -> None:
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the checksum of what it says."""
+    (folder / MANIFEST_FILE).write_text(signed(manifest), encoding="utf-8")
+
+
+def signed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest with its checksum."""
+    return json.dumps({**manifest, "sha256": checksum(manifest)})
 
 
 def add_file(folder: Path, name: str, content: bytes) -> None:

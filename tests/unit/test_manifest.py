@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mara_runtime.errors import BundleError
-from mara_runtime.manifest import EngineFacts, Manifest, Noise, parse
+from mara_runtime.manifest import EngineFacts, Manifest, Noise, checksum, parse
 from tests.unit import helpers
 
 ENGINE = "engines/tensorrt/step-64.engine"
 FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE), b"x")
 VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
 VALID["engines"] = [helpers.engine_json(ENGINE)]
+VALID["sha256"] = checksum(VALID)
 MISSING = object()
 Path = tuple[str, ...]
 
@@ -38,6 +39,8 @@ def changed(path: Path, value: object) -> dict[str, Any]:
         del holder[key]
     else:
         holder[key] = value
+    if path[0] != "sha256":
+        manifest["sha256"] = checksum(manifest)
     return manifest
 
 
@@ -102,7 +105,7 @@ def test_every_field_is_read() -> None:
 
 
 def test_the_tests_below_miss_no_field() -> None:
-    assert {f.name for f in dataclasses.fields(Manifest)} == set(VALID) - {"schema_version"}
+    assert {f.name for f in dataclasses.fields(Manifest)} == set(VALID) - {"schema_version", "sha256"}
     for name in ("model", "agent", "step", "tokenizer"):
         kind = type(getattr(parse(json.dumps(VALID), "here"), name))
         assert {f.name for f in dataclasses.fields(kind)} == set(VALID[name])
@@ -173,7 +176,7 @@ def test_engines_have_a_folder_per_target_and_one_size_each() -> None:
         name = f"engines/{target}/step-{slots}.engine"
         value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
         value["engines"].append(helpers.engine_json(name, target=target, slots=slots))
-    engines = parse(json.dumps(value), "here").engines
+    engines = parse(helpers.signed(value), "here").engines
     assert [(engine.target, engine.slots) for engine in engines] == [("tensorrt", 64), *others]
 
 
@@ -198,7 +201,7 @@ def test_a_file_name_that_could_lead_elsewhere_is_refused() -> None:
         if name in NAMES:
             assert "files" in refused(json.dumps(value))
         else:
-            assert name in parse(json.dumps(value), "here").files
+            assert name in parse(helpers.signed(value), "here").files
 
 
 TEXT = json.dumps(VALID)
