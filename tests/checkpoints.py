@@ -113,15 +113,12 @@ def make_agent(
     *,
     seed: int,
     widths: tuple[int, int] = (32, 16),
-    accept_rate: float = 0.6,
     sample_states: torch.Tensor | None = None,
 ) -> torch.nn.Module:
-    """A random agent that accepts `accept_rate` of `sample_states` (N, D), margins of standard deviation 1.
+    """A random agent that accepts 60 % of `sample_states` (N, D), margins of standard deviation 1.
 
     Without `sample_states` it is calibrated on standard normal states.
     """
-    if not 0.0 <= accept_rate <= 1.0:
-        raise ValueError(f"accept_rate: {accept_rate}, must be in [0, 1]")
     generator = torch.Generator().manual_seed(seed)
     agent = Agent(hidden_size, widths).eval()
     for name, parameter in sorted(agent.named_parameters()):
@@ -140,11 +137,9 @@ def make_agent(
         return z[:, 1] - z[:, 0]
 
     agent.output_linear.weight.div_(float(margins().std()))
-    # Half-way between two states, so that none of them sits on the edge; all of them, or none, at 1 and 0.
     ranked = margins().sort(descending=True).values
-    ranked = torch.cat([ranked[:1] + 1.0, ranked, ranked[-1:] - 1.0])
-    n_accepted = round(accept_rate * (len(ranked) - 2))
-    agent.output_linear.bias[1] -= float(ranked[n_accepted] + ranked[n_accepted + 1]) / 2
+    accepted = round(0.6 * len(ranked))  # half-way between two states, so that none of them is a tie
+    agent.output_linear.bias[1] -= float(ranked[accepted - 1] + ranked[accepted]) / 2
     return agent
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tests import reference
-from tests.reference import FALLBACKS, ORDERS, STRATEGIES, Candidates, Options
+from tests.reference import Candidates, Options
 
 
 @dataclass
@@ -28,7 +28,7 @@ class OracleResult:
     finish_reason: str
     """"stop" when an EOS id was emitted, else "length" """
     counters: dict[str, Any]
-    """tokens, decisions, examined, forced, accepted_rank, candidate_counts, smallest_margin"""
+    """in the form of `Stats.algorithm`; none for an empty answer"""
     gaps: list[float]
     """for each emitted position, the smallest change of a number that could change the outcome there"""
     positions: list[dict[str, Any]]
@@ -83,31 +83,16 @@ def decode(
     """Decode one prompt sequentially.
 
     `model` is called as a Hugging Face causal LM, `agent` maps states (1, D) to two logits (1, 2). options: see
-    `reference.Options`. Raises ValueError for an unknown option and for a non-finite state, naming its position.
+    `reference.Options`. Raises ValueError for a non-finite state, naming its position.
     """
-    chosen = Options(**options)
-    for name, value, known in (
-        ("strategy", chosen.strategy, STRATEGIES),
-        ("order", chosen.order, ORDERS),
-        ("fallback", fallback, FALLBACKS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: {value!r}, must be one of {', '.join(known)}")
-    if not prompt_ids or chosen.top_k < 1 or not 0.0 <= chosen.top_p <= 1.0 or max_new_tokens < 0:
-        raise ValueError("the prompt must not be empty, top_k >= 1, 0 <= top_p <= 1, max_new_tokens >= 0")
-
     node = _Node(model, agent, _forward(model, list(prompt_ids), None))
-    answer = reference.decode(node, len(prompt_ids), chosen, fallback=fallback, eos=eos_ids, limit=max_new_tokens)
-    counters = answer.counts[-1] if answer.counts else {}
-    by_number = {
-        name: {int(key): count for key, count in sorted(counters[name].items(), key=lambda item: int(item[0]))}
-        for name in ("accepted_rank", "candidate_counts")
-        if counters
-    }
+    answer = reference.decode(
+        node, len(prompt_ids), Options(**options), fallback=fallback, eos=eos_ids, limit=max_new_tokens
+    )
     return OracleResult(
         answer.tokens,
         "stop" if answer.tokens and answer.tokens[-1] in eos_ids else "length",
-        {**counters, **by_number},
+        answer.counts[-1] if answer.counts else {},
         [min(position.gaps.values()) for position in answer.positions],
         [_as_dict(position) for position in answer.positions],
     )

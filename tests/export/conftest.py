@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
-from mara_deploy.demo import export_demo
+from mara_deploy.demo import NAME, demo_agent, demo_model
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
@@ -83,18 +83,17 @@ def traced(
     agent: Callable[[str], agents.Agent],
     agent_file: Callable[[str], Path],
 ) -> Callable[[str], Traced]:
-    """architecture → the model and its agent, traced once for all bundles of a session."""
+    """architecture or "demo" → the model and its agent, traced once for all bundles of a session."""
 
     @cache
     def make(architecture: str) -> Traced:
-        return trace(
-            resolve_model(str(checkpoint(architecture))),
-            agent(architecture),
-            agent_file(architecture).name,
-            tmp_path_factory.mktemp("trace"),
-            max_context=MAX_CONTEXT,
-            max_candidates=MAX_CANDIDATES,
-        )
+        if architecture == NAME:
+            given = demo_model(), demo_agent(), NAME
+        else:
+            source = resolve_model(str(checkpoint(architecture)))
+            given = source, agent(architecture), agent_file(architecture).name
+        folder = tmp_path_factory.mktemp("trace")
+        return trace(*given, folder, max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES)
 
     return make
 
@@ -113,10 +112,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Tra
             "max_context": MAX_CONTEXT,
             "max_candidates": MAX_CANDIDATES,
         }
-        if architecture == "demo":
-            export_demo(out, quiet=True, **options)
-        else:
-            finish(traced(architecture), ExportOptions(**options), out)
+        finish(traced(architecture), ExportOptions(**options), out)
         return out
 
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)

@@ -1,4 +1,4 @@
-"""What is refused by name, because the trace would keep only half of what the configuration asks for."""
+"""Which configurations are exported, and which are refused by name: the trace would keep half of what they ask for."""
 
 from __future__ import annotations
 
@@ -30,128 +30,91 @@ SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "max_position_embeddings": 512,
 }
+WINDOW = {"use_sliding_window": True, "sliding_window": 128}
+NO_WINDOW = {"use_sliding_window": False, "sliding_window": 128}
+FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
 
 
-def check(config: PretrainedConfig, max_context: int | None = None) -> int:
-    return check_supported(config, "my/model", max_context)
-
-
-def refusal(config: PretrainedConfig, max_context: int | None = None) -> str:
-    with pytest.raises(ModelError) as caught:
-        check(config, max_context)
-    assert "my/model" in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig])
-def test_supported_families_pass(kind: Any) -> None:
-    assert kind.model_type in FAMILIES
-    assert check(kind(**SIZES)) == 512
-    assert check(kind(**SIZES), 100) == 100
-    assert check(kind(**SIZES), 512) == 512
-
-
-def test_the_default_capacity_is_4096_or_the_models_own() -> None:
-    assert check(LlamaConfig(**{**SIZES, "max_position_embeddings": 131_072})) == 4096
-    assert check(LlamaConfig(**{**SIZES, "max_position_embeddings": 131_072}), 100_000) == 100_000
-    assert check(LlamaConfig(**{**SIZES, "max_position_embeddings": 4095})) == 4095
+def config(kind: Any, rope: dict[str, Any] | None = None, **values: Any) -> PretrainedConfig:
+    made: PretrainedConfig = kind(**{**SIZES, **values})
+    if rope is not None:  # unchecked by transformers
+        made.rope_scaling = rope
+    return made
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"),
+    ("model", "asked", "context"),
     [
-        (Gemma2Config(), "gemma2"),
-        (Phi3Config(), "phi3"),
-        (GPT2Config(), "gpt2"),
-        (Qwen2MoeConfig(), "qwen2_moe"),
-        (PretrainedConfig(), ""),
+        *(
+            (config(kind), asked, asked or 512)
+            for kind in (Qwen2Config, Qwen3Config, LlamaConfig)
+            for asked in (None, 9)
+        ),
+        (config(LlamaConfig), 512, 512),
+        # the default is 4096 or the model's own
+        (config(LlamaConfig, max_position_embeddings=131_072), None, 4096),
+        (config(LlamaConfig, max_position_embeddings=131_072), 100_000, 100_000),
+        (config(LlamaConfig, max_position_embeddings=4095), None, 4095),
+        # a window as large as the context, or of no layer
+        (config(MistralConfig, sliding_window=128), 128, 128),
+        (config(MistralConfig, sliding_window=512), None, 512),
+        (config(MistralConfig, sliding_window=None), None, 512),
+        (config(Qwen2Config, **NO_WINDOW), None, 512),
+        (config(Qwen3Config, **NO_WINDOW), None, 512),
+        (config(Qwen2Config, **WINDOW, layer_types=FULL), None, 512),
+        (config(Qwen2Config, **WINDOW, max_window_layers=2), None, 512),
+        # what is switched off
+        (config(LlamaConfig, attn_logit_softcapping=None), None, 512),
+        (config(LlamaConfig, partial_rotary_factor=1.0), None, 512),
+        (config(LlamaConfig, {"rope_type": "default"}), None, 512),
+        (config(LlamaConfig, {"type": "linear", "factor": 2.0}), None, 512),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_architectures_are_named_with_those_that_are_supported(config, kind) -> None:
-    message = refusal(config)
-    assert f"architecture {kind!r}" in message
-    assert "qwen2, qwen3, llama, mistral" in message
+def test_a_supported_configuration_has_its_context(model, asked, context) -> None:
+    assert model.model_type in FAMILIES
+    assert check_supported(model, "my/model", asked) == context
 
 
-@pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping"])
-def test_soft_caps(cap: str) -> None:
-    assert f"({cap} = 30.0)" in refusal(LlamaConfig(**SIZES, **{cap: 30.0}))
-    assert check(LlamaConfig(**SIZES, **{cap: None})) == 512
-
-
-def test_a_window_below_the_capacity_is_refused_with_the_number_to_use() -> None:
-    config = MistralConfig(**SIZES, sliding_window=128)
-    for asked, capacity in ((None, 512), (129, 129)):
-        message = refusal(config, asked)
-        assert "sliding window of 128 tokens" in message
-        assert f"context of {capacity}" in message
-        assert "--max-context 128 or less" in message
-    assert check(config, 128) == 128
-    assert check(MistralConfig(**SIZES, sliding_window=512)) == 512
-    assert check(MistralConfig(**SIZES, sliding_window=None)) == 512
-
-
-def test_a_window_that_is_switched_off_does_not_count() -> None:
-    assert check(Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=128)) == 512
-    assert check(Qwen3Config(**SIZES, use_sliding_window=False, sliding_window=128)) == 512
-
-
-@pytest.mark.parametrize("switch", [{"use_sliding_window": False}, {"layer_types": ["full_attention"] * 2}], ids=str)
-def test_mistral_has_no_switch(switch: dict[str, Any]) -> None:
-    """Its attention looks at the number alone (transformers' modeling_mistral.py)."""
-    assert "sliding window of 128 tokens" in refusal(MistralConfig(**SIZES, sliding_window=128, **switch))
-
-
-def test_a_window_of_no_layer_does_not_count() -> None:
-    on = {"use_sliding_window": True, "sliding_window": 128}
-    assert check(Qwen2Config(**SIZES, **on, layer_types=["full_attention"] * 2)) == 512
-    assert check(Qwen2Config(**SIZES, **on, max_window_layers=2)) == 512
-    assert "128" in refusal(Qwen2Config(**SIZES, **on, layer_types=["full_attention", "sliding_attention"]))
-    assert "128" in refusal(Qwen3Config(**SIZES, **on, max_window_layers=0))
-
-
-def test_heads_that_turn_in_part_are_refused() -> None:
-    for factor, said in ((0.5, "partial_rotary_factor = 0.5"), (1.0, None)):
-        config = LlamaConfig(**SIZES, partial_rotary_factor=factor)
-        if said is None:
-            assert check(config) == 512
-        else:
-            assert said in refusal(config)
-
-
-@pytest.mark.parametrize("key", ["rope_type", "type"])
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
-def test_rope_that_depends_on_the_length_is_refused(key: str, kind: str) -> None:
-    config = LlamaConfig(**SIZES)
-    config.rope_scaling = {key: kind, "factor": 2.0}
-    message = refusal(config)
-    assert f"rope scaling {kind!r}" in message
-    assert "default, linear, llama3, yarn" in message
-
-
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}, {"type": "linear", "factor": 2.0}])
-def test_fixed_rope_passes(scaling: dict[str, Any] | None) -> None:
-    config = LlamaConfig(**SIZES)
-    config.rope_scaling = scaling
-    assert check(config) == 512
-
-
-def test_a_quantised_checkpoint_is_refused() -> None:
-    config = LlamaConfig(**SIZES, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "already quantised" in refusal(config)
-
-
-def test_a_context_beyond_the_models_own() -> None:
-    message = refusal(LlamaConfig(**SIZES), 513)
-    assert "--max-context is 513" in message
-    assert "at most 512" in message
+@pytest.mark.parametrize(
+    ("model", "asked", "named"),
+    [
+        *(
+            (kind(), None, (f"architecture {kind.model_type!r}", "qwen2, qwen3, llama, mistral"))
+            for kind in (Gemma2Config, Phi3Config, GPT2Config, Qwen2MoeConfig, PretrainedConfig)
+        ),
+        *(
+            (config(LlamaConfig, **{cap: 30.0}), None, (f"({cap} = 30.0)",))
+            for cap in ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
+        ),
+        *(
+            (config(MistralConfig, sliding_window=128), asked, ("128 tokens", f"of {size}", "--max-context 128"))
+            for asked, size in ((None, 512), (129, 129))
+        ),
+        # Mistral's attention looks at the number alone (transformers' modeling_mistral.py)
+        (config(MistralConfig, **NO_WINDOW), None, ("sliding window of 128 tokens",)),
+        (config(MistralConfig, sliding_window=128, layer_types=FULL), None, ("sliding window of 128 tokens",)),
+        (config(Qwen2Config, **WINDOW, layer_types=MIXED), None, ("sliding window of 128 tokens",)),
+        (config(Qwen3Config, **WINDOW, max_window_layers=0), None, ("sliding window of 128 tokens",)),
+        (config(LlamaConfig, partial_rotary_factor=0.5), None, ("partial_rotary_factor = 0.5",)),
+        *(
+            (config(LlamaConfig, {key: kind, "factor": 2.0}), None, (repr(kind), "default, linear, llama3, yarn"))
+            for key in ("rope_type", "type")
+            for kind in ("dynamic", "longrope", "su", "mrope")
+        ),
+        (config(LlamaConfig, quantization_config={"quant_method": "gptq", "bits": 4}), None, ("already quantised",)),
+        (config(LlamaConfig), 513, ("--max-context is 513", "at most 512")),
+    ],
+)
+def test_a_configuration_that_the_trace_would_not_keep_is_refused(model, asked, named) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_supported(model, "my/model", asked)
+    assert [text for text in ("my/model", *named) if text not in str(caught.value)] == []
 
 
 def test_the_sizes_come_from_the_configuration() -> None:
-    assert model_shape(LlamaConfig(**SIZES)) == ModelShape(64, 300, 2, 4, 2, 16)
-    assert model_shape(Qwen3Config(**SIZES, head_dim=24)).head_dim == 24
-    assert model_shape(LlamaConfig(**{**SIZES, "num_key_value_heads": None})).num_kv_heads == 4
-    bare = Qwen2Config(**SIZES)
+    assert model_shape(config(LlamaConfig)) == ModelShape(64, 300, 2, 4, 2, 16)
+    assert model_shape(config(Qwen3Config, head_dim=24)).head_dim == 24
+    assert model_shape(config(LlamaConfig, num_key_value_heads=None)).num_kv_heads == 4
+    bare = config(Qwen2Config)
     assert getattr(bare, "head_dim", None) is None  # else the next line shows nothing
     assert model_shape(bare).head_dim == 16

@@ -1,41 +1,43 @@
-"""Weight-only precisions: what the graph then holds, what is stored once, what is kept, what is refused."""
+"""Weight-only precisions on ONNX Runtime: what the graph then holds, what is stored once, and what is kept."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from mara_deploy.demo import MODEL_FOLDER, export_demo
+from mara_export.export import finish
 from mara_export.graph.quantise import SLICE_COLUMNS, quantise_blocks
-from mara_export.options import Quantisation
+from mara_export.hf.families import decoder_of
+from mara_export.options import ExportOptions, Quantisation
 from mara_export.targets import BITS
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
-from tests import checkpoints
-
-WAYS = [("int8", "rtn"), ("int8", "k-quant"), ("int4", "rtn"), ("int4", "hqq"), ("int4", "k-quant")]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """(precision, **quantisation) → a bundle of the demo that passed its gate."""
-    made = {}
+def demo(tmp_path_factory, traced) -> Callable[..., Bundle]:
+    """(precision, **options) → a bundle of the demo: random matrices lose too much to four bits for the gate."""
 
-    def get(precision: str, **how):
-        key = (precision, *sorted(how.items()))
-        if key not in made:
-            out = tmp_path_factory.mktemp("precision") / "demo"
-            made[key] = export_demo(out, quiet=True, max_context=64, precision=precision, **how)
-        return made[key]
+    @cache
+    def make(precision: str, **options: Any) -> Bundle:
+        folder = tmp_path_factory.mktemp("precision") / "demo"
+        return finish(traced("demo"), ExportOptions(precision=precision, **options), folder)
 
-    return get
+    return make
 
 
-def graph_of(bundle) -> onnx.GraphProto:
+def graph_of(bundle: Bundle) -> onnx.GraphProto:
     return onnx.load(bundle.path("step.onnx"), load_external_data=False).graph
+
+
+def nodes(graph: onnx.GraphProto, op_type: str) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type == op_type]
 
 
 def place(graph: onnx.GraphProto, name: str) -> tuple[str, str]:
@@ -44,51 +46,37 @@ def place(graph: onnx.GraphProto, name: str) -> tuple[str, str]:
     return external["offset"], external["length"]
 
 
-def test_bundles_shrink_with_the_precision(demo) -> None:
+def test_bundles_shrink_with_the_precision(demo, traced) -> None:
     sizes = [demo(p).manifest.files["step.onnx.data"].size_bytes for p in ("fp32", "fp16", "int8", "int4")]
-    weights = 4 * sum(p.numel() for p in checkpoints.load(MODEL_FOLDER).parameters())
+    model = traced("demo").model
+    weights = 4 * decoder_of(model.shape, model.architecture, model.intermediate_size, model.tied).parameters
     agent = sizes[0] - weights  # which stays float32, as do biases and norms
     assert 0 < agent < sizes[0] / 2
     for size, share in zip(sizes[1:], (1 / 2, 9 / 32, 5 / 32), strict=True):  # a scale of 4 bytes for 32 weights
         assert size - agent == pytest.approx(weights * share, rel=0.15)
 
 
-@pytest.mark.parametrize(("precision", "quantiser"), WAYS)
-def test_every_quantiser_ends_in_the_operators_of_onnx_runtime(demo, precision, quantiser) -> None:
-    bundle = demo(precision, quantiser=quantiser)
+@pytest.mark.parametrize(
+    ("precision", "quantiser"),
+    [("int8", "rtn"), ("int8", "k-quant"), ("int4", "rtn"), ("int4", "hqq"), ("int4", "k-quant")],
+)
+def test_every_quantiser_passes_the_gate_and_stores_a_tied_head_once(demo, precision, quantiser) -> None:
+    bundle = demo(precision, quantiser=quantiser) if quantiser != "rtn" else demo(precision)
+    assert bundle.manifest.parity["passed"]
+    stated = {"bits": BITS[precision], "block_size": 32, "quantiser": quantiser, "keep": []}
+    assert bundle.manifest.step.quantisation == stated
     graph = graph_of(bundle)
-    matrices = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert any("lm_head" in node.name for node in matrices)
-    assert not [node for node in graph.node if node.op_type == "MatMul"]
+    matrices = nodes(graph, "MatMulNBits")
+    assert not nodes(graph, "MatMul")
     for node in matrices:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         assert (attributes["bits"], attributes["block_size"]) == (BITS[precision], 32)
         if quantiser == "rtn":
             assert attributes["accuracy_level"] == 4
-    assert bundle.manifest.step.quantisation == {
-        "bits": BITS[precision],
-        "block_size": 32,
-        "quantiser": quantiser,
-        "keep": [],
-    }
-    assert bundle.manifest.parity["passed"]
-
-
-@pytest.mark.parametrize(("precision", "quantiser"), WAYS)
-def test_a_tied_head_and_its_table_are_the_same_bytes(demo, precision, quantiser) -> None:
-    graph = graph_of(demo(precision, quantiser=quantiser))
-    (table,) = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
-    head = [node for node in graph.node if node.op_type == "MatMulNBits"][-1]
+    (head,) = [node for node in matrices if "lm_head" in node.name]
+    (table,) = nodes(graph, "GatherBlockQuantized")
     assert place(graph, table.input[0]) == place(graph, head.input[1])
     assert place(graph, table.input[2]) == place(graph, head.input[2])
-
-
-def test_a_tied_head_is_stored_once_in_float_too(demo) -> None:
-    graph = graph_of(demo("fp32"))
-    (table,) = [node for node in graph.node if node.op_type == "Gather" and node.input[0].startswith("model.embed")]
-    (head,) = [node for node in graph.node if "logits" in node.output]
-    assert head.op_type == "Gemm"
-    assert head.input[1] == table.input[0]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -110,19 +98,17 @@ def test_rounding_to_nearest_errs_by_half_a_step(bits: int, columns: int) -> Non
 
 
 def test_what_is_kept_stays_float32(demo) -> None:
-    graph = graph_of(demo("int4", keep=("*/lm_head/*", "*layers.0/mlp/*")))
-    kept = [node.name for node in graph.node if node.op_type == "MatMul"]
-    assert any("layers.0/mlp" in name for name in kept)
-    assert any("lm_head" in name for name in kept)
-    assert all("layers.0/mlp" in name or "lm_head" in name for name in kept)
-    assert not [
-        n.name for n in graph.node if n.op_type == "MatMulNBits" and ("layers.0/mlp" in n.name or "lm_head" in n.name)
-    ]
+    graph = graph_of(demo("int4", keep=("*/lm_head/*", "*layers.0/mlp/*", "*/embed_tokens/*"), gate=False))
+    for op_type, kept in (("MatMul", True), ("MatMulNBits", False)):
+        names = [node.name for node in nodes(graph, op_type)]
+        assert names
+        assert all(("layers.0/mlp" in name or "lm_head" in name) is kept for name in names)
+    assert not nodes(graph, "GatherBlockQuantized")
 
 
-def test_a_row_that_is_no_whole_number_of_blocks_is_looked_up_in_float32(demo) -> None:
-    graph = graph_of(demo("int4", block_size=256))  # the demo's hidden size is 128
-    assert not [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
+def test_an_embedding_that_is_not_a_whole_number_of_blocks_wide_stays_float32(demo) -> None:
+    graph = graph_of(demo("int4", block_size=256, gate=False))  # the demo's hidden size is 128
+    assert not nodes(graph, "GatherBlockQuantized")
 
 
 def test_half_precision_is_widened_when_it_is_read(demo) -> None:
@@ -133,34 +119,8 @@ def test_half_precision_is_widened_when_it_is_read(demo) -> None:
     assert {n for n, kind in stored.items() if kind == TensorProto.FLOAT} <= {"rotary/cos", "rotary/sin"}
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            ["--precision", "int4", "--lowering", "portable", "--quantiser", "hqq"],
-            "--quantiser is 'hqq'.*--lowering portable .*rtn",
-        ),
-        (["--block-size", 64], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
-        (["--precision", "int8", "--quantiser", "hqq"], "--quantiser .*hqq.* --precision int4"),
-        (["--precision", "int4", "--quantiser", "k-quant", "--block-size", 64], "k-quant .*blocks of 32"),
-        (["--precision", "int4", "--block-size", 48], "--block-size is 48.* 16 or 32"),
-        (["--precision", "int4", "--block-size", 0], "--block-size is 0.* 16 or 32"),
-        (["--precision", "int4", "--block-size", -1], "--block-size is -1.* 16 or 32"),
-        (["--block-size", 0], "--block-size, --quantiser and --keep are for --precision int8 and int4"),
-        (["--precision", "int4", "--keep", "nothing/*"], "--keep is .nothing/\\*., which matches no matrix"),
-    ],
-)
-def test_what_cannot_be_is_said_in_one_line(command, tmp_path, options, said) -> None:
-    out = tmp_path / "out"
-    done = command("export", "--model", "demo", "--agent", "demo", "--quiet", "--out", out, *options)
-    assert done.code == 2
-    assert re.search(said, done.err)
-    assert done.err.count("\n") == 1
-    assert not out.exists()
-
-
 def test_a_matrix_that_the_quantiser_cannot_take_is_named() -> None:
-    """k-quant at 4 bits wants an even number of blocks."""
+    """k-quant at 4 bits takes an even number of blocks."""
     matrix = np.ones((96, 8), np.float32)
     with pytest.raises(OptionError, match=r"^--quantiser k-quant cannot quantise /mlp/down_proj/MatMul, .* 96 rows: "):
         quantise_blocks(matrix, "/mlp/down_proj/MatMul", Quantisation(4, 32, "k-quant"))
