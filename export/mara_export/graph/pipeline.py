@@ -71,8 +71,8 @@ def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Pro
             with progress.stage(stage):
                 for step in steps:
                     step(graph, context)
+                    RemoveUnusedNodesPass()(model)
         with progress.stage("write"):
-            RemoveUnusedNodesPass()(model)
             graph.sort()
             opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
             model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
