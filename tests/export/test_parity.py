@@ -425,13 +425,11 @@ def test_the_numbers_are_worst_cases_over_rows() -> None:
     found[0].rows.hidden[2, 3] += 0.5
     report = parity.compare(cases, found, GATE)
     reference = cases[0].reference.rows.hidden
-    assert report.measured.numbers["hidden"]["greatest_difference"] == pytest.approx(
-        0.5 / np.abs(reference).max(), rel=1e-5
-    )
+    assert report.numbers["hidden"]["greatest_difference"] == pytest.approx(0.5 / np.abs(reference).max(), rel=1e-5)
     a, b = reference[2].astype(np.float64), found[0].rows.hidden[2].astype(np.float64)
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert report.measured.numbers["hidden"]["least_cosine"] == pytest.approx(cosine, rel=1e-6)
-    assert report.measured.numbers["logits"]["greatest_difference"] == 0.0
+    assert report.numbers["hidden"]["least_cosine"] == pytest.approx(cosine, rel=1e-6)
+    assert report.numbers["logits"]["greatest_difference"] == 0.0
     assert [failure.split(":")[0] for failure in report.failures] == ["hidden", "hidden"]
 
 
@@ -447,13 +445,13 @@ def test_the_noise_is_of_each_side_alone() -> None:
     rows = found[0].rows
     found = [parity.Side(rows, parity.Rows(rows.tail(1).hidden, rows.tail(1).logits + 0.25, rows.tail(1).margins))]
     report = parity.compare(cases, found, GATE)
-    assert report.measured.noise["logits"] == NOISE_FACTOR * 0.25
-    assert report.measured.noise["margins"] == pytest.approx(NOISE_FLOOR * 3.0)
+    assert report.noise["logits"] == NOISE_FACTOR * 0.25
+    assert report.noise["margins"] == pytest.approx(NOISE_FLOOR * 3.0)
     # A difference between the sides is no noise.
     cases, found = hand_made()
     found[0].rows.logits[:] += 0.25
     found[0].recomputed.logits[:] += 0.25
-    assert parity.compare(cases, found, GATE).measured.noise == parity.compare(*hand_made(), GATE).measured.noise
+    assert parity.compare(cases, found, GATE).noise == parity.compare(*hand_made(), GATE).noise
 
 
 def perturbed(by: float) -> list[parity.Side]:
@@ -601,7 +599,7 @@ def test_a_perplexity_that_no_number_holds_is_left_out() -> None:
     steep = [[0.0, *[-1e3] * 59]] * 5
     for side_ in (cases[0].reference, found[0]):
         side_.rows.logits[:], side_.recomputed.logits[:] = steep, steep[0]
-    assert parity.compare(cases, found, GATE).measured.perplexity is None
+    assert parity.compare(cases, found, GATE).perplexity is None
 
 
 def test_rows_of_zeros_have_no_direction() -> None:

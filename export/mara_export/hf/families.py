@@ -19,9 +19,8 @@ from mara_runtime.tensors import ModelShape
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture, by `model_type` of its Hugging Face configurations, and how it differs from Llama."""
+    """How an architecture differs from Llama."""
 
-    model_type: str
     qkv_bias: bool = False
     """queries, keys and values have biases, whatever the configuration says"""
     qk_norm: bool = False
@@ -31,14 +30,12 @@ class Family:
 
 
 FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("qwen2", qkv_bias=True),
-        Family("qwen3", qk_norm=True),
-        Family("llama"),
-        Family("mistral", window_per_layer=False),
-    )
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "llama": Family(),
+    "mistral": Family(window_per_layer=False),
 }
+"""By `model_type` of Hugging Face configurations."""
 
 
 @dataclass(frozen=True)
