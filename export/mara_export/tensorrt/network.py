@@ -45,8 +45,8 @@ class Network:
         self.trt = trt
         try:
             self._builder = trt.Builder(logger(trt))
-        except TypeError as error:  # raised by the bindings if the library returns null
-            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or error}") from None
+        except TypeError as null:  # raised by the bindings if the library returns null
+            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or null}") from None
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode of TensorRT 11
         self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: must outlive the build
