@@ -253,6 +253,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     shape = traced.model.shape
     top = tensors.top_tokens(options.max_candidates, shape.vocab_size)
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
+    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     return Manifest(
         model=traced.model,
         agent=traced.agent,
@@ -262,7 +263,11 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
         step=GraphFacts(STEP_FILE, options.lowering, options.precision, quantisation, options.cache),
         engines=(),
         tokenizer=None,
-        made_with=_versions(),
+        made_with={
+            "python": platform.python_version(),
+            **installed(*packages),
+            "onnxruntime": onnxruntime.__version__,
+        },
         parity=None,
         noise=None,
         files={},
@@ -271,8 +276,3 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
             "outputs": [asdict(t) for t in tensors.step_outputs(shape, top, options.cache)],
         },
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
-    return {"python": platform.python_version(), **installed(*packages), "onnxruntime": onnxruntime.__version__}

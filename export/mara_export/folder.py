@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
-from mara_runtime.files import locked
+from mara_runtime.files import locked, umask, write_atomic
 from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -25,24 +25,15 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def working_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty."""
     out = out.absolute()
-    created_parents = _missing(out.parent)
-    folder = None
-    try:
-        with _disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        with _disk_errors(out, only_in=folder):
-            yield folder
-    finally:
-        _remove(folder, created_parents)
+    with _temporary(out.parent, out, prefix=f".{out.name}.", needs=out.parent) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
     out = out.absolute()
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
+    _reject_taken(out)
     with working_folder(out) as folder:
         yield folder
         with _disk_errors(out):
@@ -50,14 +41,38 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
             folder.replace(out)
 
 
-class _DryRun(Exception):
-    """Leaves `whole_or_absent` before anything is written."""
-
-
 def require_free(out: Path) -> None:
     """Raise now the MaraError that `whole_or_absent` would raise later, and leave no trace."""
-    with contextlib.suppress(_DryRun), whole_or_absent(out):
-        raise _DryRun
+    _reject_taken(out)
+    with working_folder(out):
+        pass
+
+
+def _reject_taken(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator[Path]:
+    """A temporary folder in `parent`. needs: folder that is made if it does not exist, and removed if it stays empty.
+
+    Raises MaraError, which names `out`, where either cannot be written.
+    """
+    created = [path for path in (needs, *needs.parents) if not path.exists()]  # deepest first
+    folder = None
+    try:
+        with _disk_errors(out):
+            needs.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+        with _disk_errors(out, only_in=folder):
+            yield folder
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -79,26 +94,10 @@ def _is_write_error(error: OSError, folder: Path) -> bool:
     return any(Path(name).absolute().is_relative_to(folder.absolute()) for name in names)
 
 
-def _missing(folder: Path) -> list[Path]:
-    """The folder and its parents that do not exist yet, deepest first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def _remove(temporary: Path | None, created_parents: Sequence[Path]) -> None:
-    """Remove a temporary folder unless it was renamed, and those of its parents that are empty."""
-    if temporary is not None:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for folder in created_parents:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
 def _apply_umask(folder: Path) -> None:
     """Temporary files are private; a bundle has the modes that the user's umask gives."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for path in folder.rglob("*"):
+    mask = umask()
+    for path in (folder, *folder.rglob("*")):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
@@ -108,24 +107,17 @@ def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
 
     Raises MaraError if the target's engine folder cannot be written: better before a long build than after it.
     """
-    engine_folder, folder = bundle.path(f"engines/{target}"), None
-    created = _missing(engine_folder)
-    try:
-        with _disk_errors(bundle.folder):
-            _make_inside(bundle.folder, engine_folder)
-            with tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engine_folder):
-                pass
-            folder = Path(tempfile.mkdtemp(prefix=".new.", suffix=".partial", dir=bundle.folder))
-        with _disk_errors(bundle.folder, only_in=folder):
-            yield folder
-    finally:
-        _remove(folder, created)
+    root, engines = bundle.folder, bundle.path(f"engines/{target}")
+    _reject_link(root, engines)
+    with _temporary(root, root, prefix=".new.", needs=engines) as folder:
+        with _disk_errors(root), tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engines):
+            pass
+        yield folder
 
 
-def _make_inside(root: Path, folder: Path) -> None:
+def _reject_link(root: Path, folder: Path) -> None:
     if not folder.resolve().is_relative_to(root.resolve()):
         raise MaraError(f"{folder} is a link out of the bundle: remove it")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def add_engines(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) -> Bundle:
@@ -156,8 +148,10 @@ def add_engines(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) ->
         )
         try:
             for new, old in zip(added, engines, strict=True):
-                _make_inside(root, (root / new.file).parent)
-                (staged / old.file).replace(root / new.file)
+                path = root / new.file
+                _reject_link(root, path.parent)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (staged / old.file).replace(path)
             write_manifest(root, after)
         finally:
             _remove_unlisted(root)
@@ -217,15 +211,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises BundleError, and writes nothing, for one that could not be read back.
     """
+    path = folder / MANIFEST_FILE
     text = manifest.to_json()
-    parse(text, str(folder / MANIFEST_FILE))
-    part = folder / f".{MANIFEST_FILE}.{os.getpid()}.partial"
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(folder / MANIFEST_FILE)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    parse(text, str(path))
+    write_atomic(path, text)

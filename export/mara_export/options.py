@@ -77,7 +77,7 @@ class ExportOptions(Options):
     )
     lowering: str = option(
         "",
-        "; ".join(f"{lowering.name}: {lowering.summary}" for lowering in LOWERINGS.values()),
+        "; ".join(f"{name}: {lowering.summary}" for name, lowering in LOWERINGS.items()),
         choices=tuple(LOWERINGS),
         unset="ort on cpu and cuda, portable for TensorRT",
     )
@@ -111,11 +111,11 @@ class ExportOptions(Options):
         self._complete("lowering", target.lowerings[0])
         if self.lowering not in target.lowerings:
             supported = " or ".join(target.lowerings)
-            raise OptionError(f"--lowering is {self.lowering!r}; --target {target.name} supports {supported}")
+            raise OptionError(f"--lowering is {self.lowering!r}; --target {self.target} supports {supported}")
         self._complete("precision", target.precisions[0])
         if self.precision not in target.precisions:
             supported = ", ".join(target.precisions)
-            raise OptionError(f"--precision is {self.precision!r}; --target {target.name} supports {supported}")
+            raise OptionError(f"--precision is {self.precision!r}; --target {self.target} supports {supported}")
         if self.precision in BITS:
             self._check_quantisation()
         elif self.block_size is not None or self.quantiser or self.keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -84,3 +85,14 @@ class Progress:
                 bar.set_description_str(f"    {phase}"[:60])
 
             yield move
+
+
+@contextmanager
+def no_logs(level: int) -> Iterator[None]:
+    """Suppress what libraries log up to a level."""
+    previous = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -19,9 +19,8 @@ COLUMN = -1
 
 @dataclass(frozen=True)
 class Lowering:
-    """A form of the graph. The passes are in the module of the same name in mara_export/graph."""
+    """A form of the graph. Its passes are in the module of its name in mara_export/graph."""
 
-    name: str
     summary: str
     """for help texts"""
     quantisers: tuple[str, ...]
@@ -41,33 +40,27 @@ class Lowering:
 
 
 LOWERINGS = {
-    lowering.name: lowering
-    for lowering in (
-        Lowering(
-            name="ort",
-            summary="ONNX Runtime's fused attention",
-            quantisers=QUANTISERS,
-            in_place=True,
-            grouped_attention=True,
-            quantised_table=True,
-            fused_projections=True,
-        ),
-        Lowering(
-            name="portable",
-            summary="standard ONNX operators; TensorRT 10.15 or later",
-            quantisers=("rtn",),
-            in_place=True,
-            tensorrt_since=(10, 15),
-            fused_attention=True,
-        ),
-        Lowering(
-            name="decomposed",
-            summary="basic operators, for the TensorRT of JetPack 6 to 7.1",
-            quantisers=("rtn",),
-            in_place=False,
-            tensorrt_since=(10, 3),
-        ),
-    )
+    "ort": Lowering(
+        summary="ONNX Runtime's fused attention",
+        quantisers=QUANTISERS,
+        in_place=True,
+        grouped_attention=True,
+        quantised_table=True,
+        fused_projections=True,
+    ),
+    "portable": Lowering(
+        summary="standard ONNX operators; TensorRT 10.15 or later",
+        quantisers=("rtn",),
+        in_place=True,
+        tensorrt_since=(10, 15),
+        fused_attention=True,
+    ),
+    "decomposed": Lowering(
+        summary="basic operators, for the TensorRT of JetPack 6 to 7.1",
+        quantisers=("rtn",),
+        in_place=False,
+        tensorrt_since=(10, 3),
+    ),
 }
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -86,7 +79,6 @@ _NARROW = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "fl
 class Target:
     """An engine to export for."""
 
-    name: str
     lowerings: tuple[str, ...]
     """default first"""
     precisions: tuple[str, ...]
@@ -112,47 +104,40 @@ _TENSORRT_PRECISIONS = ("fp16", "bf16", "fp32", "int8", "int4")
 # of 32, too. int8 has per-channel scales, as TensorRT 10.3's DequantizeLinear takes no int8 blocks (NvInfer.h,
 # IDequantizeLayer).
 TARGETS = {
-    target.name: target
-    for target in (
-        Target(
-            name="cpu",
-            lowerings=("ort", "portable", "decomposed"),
-            precisions=("fp32", "fp16", "int8", "int4"),
-            block_sizes=_ORT_BLOCKS,
-            compute=_FLOAT32,
-            fixed_shapes=False,
-        ),
-        Target(
-            name="cuda",
-            lowerings=("ort",),
-            precisions=("fp16", "int8", "int4"),
-            block_sizes=_ORT_BLOCKS,
-            compute=_NARROW,
-            fixed_shapes=True,
-        ),
-        Target(
-            name="tensorrt",
-            lowerings=("portable", "decomposed"),
-            precisions=_TENSORRT_PRECISIONS,
-            block_sizes={"int8": (COLUMN,), "int4": (64, 128)},
-            compute=_NARROW,
-            fixed_shapes=True,
-            is_tensorrt=True,
-            install="pip install 'mara-deploy[tensorrt]', but on a Jetson it comes with JetPack (apt install tensorrt, "
-            "and a virtual environment made with --system-site-packages)",
-        ),
-        Target(
-            name="tensorrt-rtx",
-            lowerings=("portable", "decomposed"),
-            precisions=_TENSORRT_PRECISIONS,
-            block_sizes={"int8": (COLUMN,), "int4": (32, 64, 128)},
-            compute=_NARROW,
-            fixed_shapes=True,
-            is_tensorrt=True,
-            just_in_time=True,
-            install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
-        ),
-    )
+    "cpu": Target(
+        lowerings=("ort", "portable", "decomposed"),
+        precisions=("fp32", "fp16", "int8", "int4"),
+        block_sizes=_ORT_BLOCKS,
+        compute=_FLOAT32,
+        fixed_shapes=False,
+    ),
+    "cuda": Target(
+        lowerings=("ort",),
+        precisions=("fp16", "int8", "int4"),
+        block_sizes=_ORT_BLOCKS,
+        compute=_NARROW,
+        fixed_shapes=True,
+    ),
+    "tensorrt": Target(
+        lowerings=("portable", "decomposed"),
+        precisions=_TENSORRT_PRECISIONS,
+        block_sizes={"int8": (COLUMN,), "int4": (64, 128)},
+        compute=_NARROW,
+        fixed_shapes=True,
+        is_tensorrt=True,
+        install="pip install 'mara-deploy[tensorrt]', but on a Jetson it comes with JetPack (apt install tensorrt, "
+        "and a virtual environment made with --system-site-packages)",
+    ),
+    "tensorrt-rtx": Target(
+        lowerings=("portable", "decomposed"),
+        precisions=_TENSORRT_PRECISIONS,
+        block_sizes={"int8": (COLUMN,), "int4": (32, 64, 128)},
+        compute=_NARROW,
+        fixed_shapes=True,
+        is_tensorrt=True,
+        just_in_time=True,
+        install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+    ),
 }
 """By name, default first."""
 DEFAULT_TARGET = next(iter(TARGETS))

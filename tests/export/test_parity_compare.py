@@ -62,12 +62,12 @@ def test_equal_sides_pass() -> None:
     cases, found = hand_made()
     report = parity.compare(cases, found, GATE)
     assert report.failures == []
-    assert report.measured.outcomes == {
+    assert report.outcomes == {
         "first": Counts(5, 0, 0, 0), "ranks": Counts(5 * 40, 0, 0, 0), "decisions": Counts(5, 0, 0, 0)
     }  # fmt: skip
     rows = cases[0].reference.rows
     floor = {name: NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
-    assert report.measured.noise == floor  # recomputed rows agree to the last bit
+    assert report.noise == floor  # recomputed rows agree to the last bit
     assert report.engine_noise == Noise(floor["margins"], floor["logits"])
 
 
@@ -96,11 +96,11 @@ def test_the_numbers_are_worst_cases_over_rows() -> None:
     report = parity.compare(cases, found, GATE)
     hidden = cases[0].reference.rows.hidden
     a, b = hidden[2].astype(np.float64), found[0].rows.hidden[2].astype(np.float64)
-    assert report.measured.numbers["hidden"] == {
+    assert report.numbers["hidden"] == {
         "greatest_difference": pytest.approx(0.5 / np.abs(hidden).max(), rel=1e-5),
         "least_cosine": pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-6),
     }
-    assert report.measured.numbers["logits"]["greatest_difference"] == 0.0
+    assert report.numbers["logits"]["greatest_difference"] == 0.0
     assert [failure.split(":")[0] for failure in report.failures] == ["hidden", "hidden"]
 
 
@@ -132,7 +132,7 @@ def test_perplexity_is_of_each_token_after_those_before_it() -> None:
     steep = [[0.0, *[-1e3] * 59]] * 5  # no number holds its perplexity
     for each in (cases[0].reference, found[0]):
         each.rows.logits[:], each.recomputed.logits[:] = steep, steep[0]
-    assert parity.compare(cases, found, GATE).measured.perplexity is None
+    assert parity.compare(cases, found, GATE).perplexity is None
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -141,12 +141,12 @@ def test_perplexity_is_of_each_token_after_those_before_it() -> None:
 def test_noise_is_measured_on_each_side_alone() -> None:
     cases, found = hand_made()
     found[0].recomputed.logits[:] += 0.25
-    noise = parity.compare(cases, found, GATE).measured.noise
+    noise = parity.compare(cases, found, GATE).noise
     assert noise["logits"] == NOISE_FACTOR * 0.25
     assert noise["margins"] == pytest.approx(NOISE_FLOOR * 3.0)
     # A difference between the sides is not noise.
     found[0].rows.logits[:] += 0.25
-    assert parity.compare(cases, found, GATE).measured.noise == parity.compare(*hand_made(), GATE).measured.noise
+    assert parity.compare(cases, found, GATE).noise == parity.compare(*hand_made(), GATE).noise
 
 
 def test_no_amount_of_noise_hides_a_wrong_agent() -> None:
@@ -281,7 +281,7 @@ def test_a_best_token_that_does_not_lead_enough_is_counted_but_not_compared(prec
         hidden, margins = np.eye(4), [1.0, -1.0, 1.0, -1.0]
         case = parity.Case([1, 2], [5], side(hidden, reference, margins))
         report = parity.compare([case], [side(hidden, other, margins)], parity.GATES[precision])
-        assert report.measured.outcomes["first"] == Counts(compared, 4 - compared, 2 if compared else 0, 2)
+        assert report.outcomes["first"] == Counts(compared, 4 - compared, 2 if compared else 0, 2)
         assert any(failure.startswith("first: ") for failure in report.failures) is bool(compared)
 
 

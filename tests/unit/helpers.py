@@ -226,6 +226,7 @@ class TableNode:
     """A prefix of a table; see `reference.Node`."""
 
     lookup: Lookup
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     prefix: tuple[int, ...]
 
     @property
@@ -234,10 +235,10 @@ class TableNode:
 
     @property
     def margin(self) -> float:
-        return float(sum_agent(self.lookup(self.prefix)[1][None])[0])
+        return float(self.agent(self.lookup(self.prefix)[1][None])[0])
 
     def then(self, token: int) -> "TableNode":
-        return TableNode(self.lookup, (*self.prefix, token))
+        return TableNode(self.lookup, self.agent, (*self.prefix, token))
 
 
 def sequential(
@@ -247,9 +248,10 @@ def sequential(
     fallback: str = "first",
     eos: Container[int] = (),
     limit: int | None = None,
+    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
 ) -> reference.Answer:
-    """The sequential procedure's answer with `sum_agent`. limit: default the config's."""
-    node = TableNode(lookup, tuple(prompt))
+    """The sequential procedure's answer. limit: default the config's."""
+    node = TableNode(lookup, agent, tuple(prompt))
     limit = config.max_new_tokens if limit is None else limit
     return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
 

@@ -40,7 +40,7 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-SMALL = Decoder(64, 160, 2, 4, 2, 16, 512, tied=True)
+SMALL = Decoder(64, 512, 2, 4, 2, 16, 160, tied=True)
 
 
 def test_every_alias_has_its_sizes_and_their_parameters_are_the_published_ones():

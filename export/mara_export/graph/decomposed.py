@@ -9,8 +9,6 @@ an engine lets them be one (ONNX Runtime).
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 
 from mara_export.graph.nodes import (
@@ -50,8 +48,8 @@ def attention(graph: ir.Graph, context: GraphContext) -> None:
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
         products = add("MatMul", grouped, columns, out=f"{name}/products")  # (1, kv_heads, groups · S, C)
         scores = add("Reshape", products, add.ints(1, heads, -1, 0), out=f"{name}/scores")  # 0: C, as it is
-        masked = _island(add, "Add", scores, mask, out=f"{name}/masked")
-        weights = _island(add, "Softmax", masked, out=f"{name}/weights", axis=-1)
+        masked = island(add("Add", scores, mask, out=f"{name}/masked"))
+        weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
         merged = add("Reshape", weights, add.ints(1, kv_heads, -1, 0), out=f"{name}/merged")
         sums = add("MatMul", merged, values, out=f"{name}/sums")  # (1, kv_heads, groups · S, H)
         out = add("Reshape", sums, add.ints(1, heads, -1, size), out=f"{name}/out")
@@ -105,17 +103,12 @@ def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
     for node in custom_nodes(graph, NORM):
         x, weight = node.inputs
         name = node.name
-        squares = _island(add, "Mul", x, x, out=f"{name}/squares")
-        mean = _island(add, "ReduceMean", squares, add.ints(-1), out=f"{name}/mean", keepdims=1)
-        added = _island(add, "Add", mean, add.constant(attribute(node, "epsilon")), out=f"{name}/added")
-        unit = _island(add, "Div", x, _island(add, "Sqrt", added, out=f"{name}/root"), out=f"{name}/unit")
+        squares = island(add("Mul", x, x, out=f"{name}/squares"))
+        mean = island(add("ReduceMean", squares, add.ints(-1), out=f"{name}/mean", keepdims=1))
+        added = island(add("Add", mean, add.constant(attribute(node, "epsilon")), out=f"{name}/added"))
+        root = island(add("Sqrt", added, out=f"{name}/root"))
+        unit = island(add("Div", x, root, out=f"{name}/unit"))
         replace_node(node, add("Mul", unit, weight, out=f"{name}/normalised"))
-
-
-def _island(add: Builder, op: str, *inputs: ir.Value | None, out: str, **attributes: Any) -> ir.Value:
-    value = add(op, *inputs, out=out, **attributes)
-    island(value)
-    return value
 
 
 QUANTISE: GraphPass = quantise_qdq

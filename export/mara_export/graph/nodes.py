@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class GraphContext:
 
 
 GraphPass = Callable[[ir.Graph, GraphContext], None]
-"""Rewrites a graph in place. Nodes may be left in any order: the pipeline sorts them."""
+"""Rewrites a graph in place. The pipeline removes what nothing reads any more, and sorts the nodes in the end."""
 
 
 class Builder:
@@ -116,14 +116,15 @@ class Builder:
         return self("Add", self.count_to(rows), self.input(tensors.WRITE_INDICES))
 
 
-def custom_nodes(graph: ir.Graph, op: str) -> Iterator[ir.Node]:
-    """The traced nodes of a kind, in the graph's order; the graph may be changed meanwhile."""
-    yield from [node for node in graph if node.domain == DOMAIN and node.op_type == op]
+def custom_nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
+    """The traced nodes of a kind, in the graph's order."""
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == op]
 
 
 def matrix_products(graph: ir.Graph) -> list[ir.Node]:
-    """The MatMuls by a weight."""
-    return [node for node in graph if node.op_type == "MatMul" and is_weight(node.inputs[1])]
+    """The MatMuls by a matrix of weights."""
+    products = [node for node in graph if node.op_type == "MatMul" and is_weight(node.inputs[1])]
+    return [node for node in products if len(dims(node.inputs[1])) == 2]
 
 
 def is_weight(value: ir.Value | None) -> bool:

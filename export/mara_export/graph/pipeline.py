@@ -11,7 +11,6 @@ save (weights.py)     the graph, and its weights beside it
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from mara_export.graph.precision import narrow, store_float16
 from mara_export.graph.step import join_agent
 from mara_export.graph.weights import load, save, tie_head
 from mara_export.options import ExportOptions
-from mara_export.progress import Progress
+from mara_export.progress import Progress, no_logs
 from mara_runtime.tensors import ModelShape, spare_slots
 
 LOWERINGS: dict[str, ModuleType] = {"ort": ort, "portable": portable, "decomposed": decomposed}
@@ -63,7 +62,7 @@ def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]
 def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
     """Make the step graph for one set of options and write it to `path`. Raises MaraError."""
     context = GraphContext(traced.shape, _tables(traced, options), options, traced.agent, progress)
-    with _no_logs():
+    with no_logs(logging.INFO):  # onnx-ir and ONNX Runtime's quantisers report every step
         model = load(traced.llm)
         graph = model.graph
         graph.opset_imports.clear()
@@ -72,24 +71,13 @@ def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Pro
             with progress.stage(stage):
                 for step in steps:
                     step(graph, context)
+                    RemoveUnusedNodesPass()(model)
         with progress.stage("write"):
-            RemoveUnusedNodesPass()(model)
             graph.sort()
             opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
             model.ir_version = max(10, helper.find_min_ir_version_for(opsets, ignore_unknown=True))
             model.producer_name, model.producer_version = "mara-export", ""
             save(model, path)
-
-
-@contextlib.contextmanager
-def _no_logs() -> Iterator[None]:
-    """onnx-ir and ONNX Runtime's quantisers, which configure the root logger, report every step."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 def _tables(traced: TracedGraph, options: ExportOptions) -> Tables:

@@ -30,16 +30,7 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
     for node in custom_nodes(graph, ATTENTION):
         q, k, v, past_k, past_v, mask, write = node.inputs
         keys, values = (
-            add(
-                "TensorScatter",
-                past,
-                new,
-                write,
-                out=f"{node.name}/{part}",
-                name=f"{node.name}/{part}",
-                axis=-2,
-                mode="linear",
-            )
+            add("TensorScatter", past, new, write, out=f"{node.name}/{part}", axis=-2, mode="linear")
             for part, past, new in (("key", past_k, k), ("value", past_v, v))
         )
         out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", scale=attribute(node, "scale"))

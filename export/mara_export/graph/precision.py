@@ -24,11 +24,12 @@ _ISLAND = "mara.island"
 _FLOAT = ir.DataType.FLOAT
 
 
-def island(value: ir.Value) -> None:
+def island(value: ir.Value) -> ir.Value:
     """Mark the node that produces a value as one that always computes in float32. Its inputs are all floats."""
     node = value.producer()
     assert node is not None
     node.meta[_ISLAND] = True
+    return value
 
 
 def _is_island(node: ir.Node | None) -> bool:

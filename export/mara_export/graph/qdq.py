@@ -76,8 +76,8 @@ def check_blocks(inputs: dict[str, int], options: ExportOptions) -> None:
     else:
         others = [p for p in target.precisions if p == "fp16" or target.block_sizes.get(p) == (COLUMN,)]
         remedy = (
-            f"no block size of --target {target.name} ({', '.join(map(str, sizes))}) divides the sizes of this model: "
-            f"use --precision {' or '.join(reversed(others))}"
+            f"no block size of --target {options.target} ({', '.join(map(str, sizes))}) divides the sizes of this "
+            f"model: use --precision {' or '.join(reversed(others))}"
         )
     raise OptionError(f"--block-size is {size}, which does not divide the {inputs[odd]} inputs of {odd}: {remedy}")
 

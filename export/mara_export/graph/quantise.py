@@ -84,14 +84,10 @@ def _quantise_matrix(add: Builder, node: ir.Node, quantisation: Quantisation) ->
     weight, name = node.inputs[1], str(node.name)
     assert weight is not None
     blocks = quantise_blocks(read(weight), name, quantisation)
-    stored = [
-        add.weight(f"{weight.name}_{part}", array)
-        for part, array in zip(("quantised", "scales", "zero_points"), blocks.arrays, strict=False)
-    ]
-    out = add(
-        "MatMulNBits", node.inputs[0], *stored, out=f"{name}/product", name=name, domain=MICROSOFT, **blocks.attributes
-    )
-    replace_node(node, out)
+    stored = _stored(add, weight, blocks.arrays)
+    out = f"{name}/product"
+    product = add("MatMulNBits", node.inputs[0], *stored, out=out, name=name, domain=MICROSOFT, **blocks.attributes)
+    replace_node(node, product)
 
 
 def _quantise_table(add: Builder, node: ir.Node, quantisation: Quantisation) -> None:
@@ -99,15 +95,10 @@ def _quantise_table(add: Builder, node: ir.Node, quantisation: Quantisation) -> 
     table, indices = node.inputs
     assert table is not None
     blocks = quantise_blocks(read(table).T, str(node.name), quantisation)
-    stored = [
-        add.weight(f"{table.name}_{part}", array.reshape(dims(table)[0], -1))
-        for part, array in zip(("quantised", "scales", "zero_points"), blocks.arrays, strict=False)
-    ]
+    quantised, *scales = _stored(add, table, [array.reshape(dims(table)[0], -1) for array in blocks.arrays])
     rows = add(
         "GatherBlockQuantized",
-        stored[0],
-        indices,
-        *stored[1:],
+        *(quantised, indices, *scales),
         out=f"{node.name}/rows",
         name=str(node.name),
         domain=MICROSOFT,
@@ -117,6 +108,11 @@ def _quantise_table(add: Builder, node: ir.Node, quantisation: Quantisation) -> 
         quantize_axis=1,
     )
     replace_node(node, rows)
+
+
+def _stored(add: Builder, weight: ir.Value, arrays: Sequence[NDArray[Any]]) -> list[ir.Value]:
+    parts = ("quantised", "scales", "zero_points")
+    return [add.weight(f"{weight.name}_{part}", array) for part, array in zip(parts, arrays, strict=False)]
 
 
 def quantise_blocks(matrix: NDArray[Any], name: str, quantisation: Quantisation) -> Blocks:
@@ -135,14 +131,12 @@ def quantise_blocks(matrix: NDArray[Any], name: str, quantisation: Quantisation)
 def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation) -> Blocks:
     from onnxruntime.quantization import matmul_nbits_quantizer as ort
 
-    bits, block_size = quantisation.bits, quantisation.block_size
-    algorithm = {
-        "rtn": lambda: ort.DefaultWeightOnlyQuantConfig(
-            block_size=block_size, is_symmetric=True, accuracy_level=4, bits=bits
-        ),
-        "hqq": lambda: ort.HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits),
-        "k-quant": lambda: ort.KQuantWeightOnlyQuantConfig(customized_weight_config={name: {"bits": bits}}),
-    }[quantisation.quantiser]()
+    bits, block_size, quantiser = quantisation.bits, quantisation.block_size, quantisation.quantiser
+    algorithm = None  # rtn
+    if quantiser == "hqq":
+        algorithm = ort.HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits)
+    elif quantiser == "k-quant":
+        algorithm = ort.KQuantWeightOnlyQuantConfig(customized_weight_config={name: {"bits": bits}})
     graph = helper.make_graph(  # the quantisers work on models: one with this MatMul alone
         [helper.make_node("MatMul", ["x", "weight"], ["y"], name)],
         "one",
@@ -154,7 +148,7 @@ def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation)
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
         bits=bits,
         block_size=block_size,
-        is_symmetric=quantisation.quantiser == "rtn",
+        is_symmetric=quantiser == "rtn",
         accuracy_level=4,
         algo_config=algorithm,
     )
@@ -164,7 +158,7 @@ def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation)
             quantizer.process()
     except ValueError as error:  # k-quant at 4 bits takes an even number of blocks only
         raise OptionError(
-            f"--quantiser {quantisation.quantiser} cannot quantise {name}, a matrix of {matrix.shape[0]} rows: ONNX "
+            f"--quantiser {quantiser} cannot quantise {name}, a matrix of {matrix.shape[0]} rows: ONNX "
             f"Runtime reports {first_line(error)}; use --quantiser rtn, or --keep {name}"
         ) from error
     result = quantizer.model.model.graph

@@ -26,26 +26,31 @@ from typing import Any
 
 import numpy as np
 import optimum.exporters.onnx.convert as optimum_convert
-import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
 import torch
 from numpy.typing import NDArray
-from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx.base import OnnxConfig
 from optimum.exporters.onnx.model_patcher import ModelPatcher
-from optimum.exporters.tasks import TasksManager
-from optimum.utils.input_generators import DummyInputGenerator
+from optimum.utils import NormalizedTextConfig
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
 from mara_export.graph.nodes import ATTENTION, DOMAIN, NORM, ROTARY
 from mara_export.hf.families import model_shape
+from mara_export.progress import no_logs
 from mara_runtime import tensors
 
 IMPLEMENTATION = "mara"
 """Name of the attention implementation in transformers."""
 OPSET = 18
-_ROWS, _SLOTS = 16, 16
-"""Sizes of the traced example; both stay symbolic in the graph."""
+
+
+def _node(g: Any, op: str, inputs: Sequence[Any], like: Sequence[Any], **attributes: float) -> Any:
+    """A custom node, whose outputs have the types of `like`."""
+    outputs = g.op(f"{DOMAIN}::{op}", *inputs, outputs=len(like), **attributes)
+    for output, source in zip(outputs if len(like) > 1 else (outputs,), like, strict=True):
+        output.setType(source.type())
+    return outputs
 
 
 class _CachedAttention(torch.autograd.Function):
@@ -73,12 +78,7 @@ class _CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, q: Any, k: Any, v: Any, past_k: Any, past_v: Any, mask: Any, write: Any, scale: float) -> Any:
-        out, keys, values = g.op(
-            f"{DOMAIN}::{ATTENTION}", q, k, v, past_k, past_v, mask, write, scale_f=scale, outputs=3
-        )
-        for result, like in ((out, q), (keys, past_k), (values, past_v)):
-            result.setType(like.type())
-        return out, keys, values
+        return _node(g, ATTENTION, (q, k, v, past_k, past_v, mask, write), like=(q, past_k, past_v), scale_f=scale)
 
 
 class _Rotary(torch.autograd.Function):
@@ -94,10 +94,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
-        results = g.op(f"{DOMAIN}::{ROTARY}", q, k, outputs=2)
-        for result, like in zip(results, (q, k), strict=True):
-            result.setType(like.type())
-        return results
+        return _node(g, ROTARY, (q, k), like=(q, k))
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -114,9 +111,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, weight: Any, epsilon: float) -> Any:
-        result = g.op(f"{DOMAIN}::{NORM}", x, weight, epsilon_f=epsilon)
-        result.setType(x.type())
-        return result
+        return _node(g, NORM, (x, weight), like=(x,), epsilon_f=epsilon)
 
 
 def _normalise(module: Any, x: Tensor) -> Tensor:
@@ -203,60 +198,32 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
         self.patched_forward = forward
 
 
-class _ExampleInputs(DummyInputGenerator):  # type: ignore[misc]
-    """Example values of inputs that Optimum does not have, or has in another shape."""
+class _Config(OnnxConfig):  # type: ignore[misc]
+    """The inputs and outputs of mara_runtime.tensors, as Optimum asks for them."""
 
-    SUPPORTED_INPUT_NAMES = (
-        tensors.POSITION_IDS,
-        tensors.ATTENTION_MASK,
-        tensors.WRITE_INDICES,
-        tensors.ROWS,
-    )
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    _MODEL_PATCHER = _Patcher
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return tensors.dynamic_axes(tensors.llm_inputs(model_shape(self._config)))
 
-    def generate(self, input_name: str, *_: Any, **__: Any) -> Tensor:
-        return {
-            tensors.POSITION_IDS: torch.arange(_ROWS)[None],
-            tensors.ATTENTION_MASK: torch.zeros(1, 1, _ROWS, _SLOTS),
-            tensors.WRITE_INDICES: torch.zeros(1, dtype=torch.long),
-            tensors.ROWS: torch.tensor([0, _ROWS - 1]),
-        }[input_name]
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return tensors.dynamic_axes(tensors.llm_outputs(model_shape(self._config)))
 
+    def ordered_inputs(self, _: Any) -> dict[str, dict[int, str]]:
+        return self.inputs
 
-def _export_config(model: Any) -> Any:
-    """Optimum's configuration of the model's architecture with our inputs and outputs in place of its own."""
-    base: Any = TasksManager.get_exporter_config_constructor(
-        "onnx", model=model, task="text-generation", library_name="transformers"
-    ).func
-    shape = model_shape(model.config)
-
-    class Config(base):  # type: ignore[misc]
-        PAD_ATTENTION_MASK_TO_PAST = False
-        _MODEL_PATCHER = _Patcher
-        DUMMY_INPUT_GENERATOR_CLASSES = (_ExampleInputs, *base.DUMMY_INPUT_GENERATOR_CLASSES)
-
-        @property
-        def inputs(self) -> dict[str, dict[int, str]]:
-            return tensors.dynamic_axes(tensors.llm_inputs(shape))
-
-        @property
-        def outputs(self) -> dict[str, dict[int, str]]:
-            return tensors.dynamic_axes(tensors.llm_outputs(shape))
-
-        def ordered_inputs(self, _: Any) -> dict[str, dict[int, str]]:
-            return self.inputs
-
-        def fix_dynamic_axes(self, *_: Any, **__: Any) -> None:
-            """Nothing to fix."""
-
-        def overwrite_shape_and_generate_input(self, generator: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            if name in _ExampleInputs.SUPPORTED_INPUT_NAMES:
-                return generator.generate(name)
-            return super().overwrite_shape_and_generate_input(generator, name, *args, **kwargs)
-
-    return Config(model.config, task="text-generation", use_past=True, use_past_in_inputs=True)
+    def generate_dummy_inputs(self, *_: Any, **__: Any) -> dict[str, Any]:
+        shape = model_shape(self._config)
+        sizes = {"S": 16, "C": 16, "R": 2}
+        examples: dict[str, Any] = {
+            t.name: torch.zeros([sizes[d] if isinstance(d, str) else d for d in t.shape], dtype=getattr(torch, t.dtype))
+            for t in tensors.llm_inputs(shape)
+        }
+        past = [examples.pop(name) for name, _ in tensors.kv_names(shape.num_layers)]
+        return {**examples, "past_key_values": [*zip(past[::2], past[1::2], strict=True)]}
 
 
 def trace_llm(model: Any, folder: Path) -> Path:
@@ -267,23 +234,18 @@ def trace_llm(model: Any, folder: Path) -> Path:
     model.set_attn_implementation(IMPLEMENTATION)
     module = sys.modules[type(model).__module__]
     (norm,) = (value for name, value in vars(module).items() if name.endswith("RMSNorm"))
+    path = folder / "model.onnx"
     with (
         _quiet(),
-        _replaced(module, {"apply_rotary_pos_emb": _rotate}),
-        _replaced(norm, {"forward": _normalise}),
+        _replaced(module, "apply_rotary_pos_emb", _rotate),
+        _replaced(norm, "forward", _normalise),
+        # it looks up the names in the signature of the model's own forward
+        _replaced(optimum_convert, "check_dummy_inputs_are_allowed", lambda *_: None),
+        # it would read external data back and write them to one file: a second copy of the model in memory
+        _replaced(optimum_convert, "check_model_uses_external_data", lambda *_: False),
     ):
-        onnx_export_from_model(
-            model,
-            folder,
-            task="text-generation-with-past",
-            custom_onnx_configs={"model": _export_config(model)},
-            opset=OPSET,
-            do_validation=False,  # the parity gate validates the finished graph in the real engine
-            no_post_process=True,
-            batch_size=1,
-            sequence_length=_ROWS,
-        )
-    return folder / "model.onnx"
+        optimum_convert.export_pytorch(model, _Config(model.config, "text-generation"), OPSET, path)
+    return path
 
 
 class _Margin(torch.nn.Module):
@@ -315,30 +277,17 @@ def trace_agent(agent: torch.nn.Module, hidden_size: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Restrict Optimum to tracing, and silence the tracer, which warns of every shape it reads."""
-    stand_ins = {
-        # it looks up the names in the signature of the model's own forward
-        "check_dummy_inputs_are_allowed": lambda *_: None,
-        # it would read external data back and write them to one file: a second copy of the model in memory
-        "check_model_uses_external_data": lambda *_: False,
-    }
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with _replaced(optimum_convert, stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+    """Silence the tracer, which warns of every shape it reads."""
+    with no_logs(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager
-def _replaced(holder: Any, stand_ins: dict[str, Any]) -> Iterator[None]:
-    originals = {name: getattr(holder, name) for name in stand_ins}
+def _replaced(holder: Any, name: str, stand_in: Any) -> Iterator[None]:
+    original = getattr(holder, name)
+    setattr(holder, name, stand_in)
     try:
-        for name, stand_in in stand_ins.items():
-            setattr(holder, name, stand_in)
         yield
     finally:
-        for name, original in originals.items():
-            setattr(holder, name, original)
+        setattr(holder, name, original)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,15 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     model, loading = from_pretrained(AutoModelForCausalLM, source, **options)
     unread = [name for name, weight in model.named_parameters() if weight.is_meta]  # tied to a missing one
     if missing := sorted({*loading["missing_keys"], *unread}):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {', '.join(missing[:3])}{more}")
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
     unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
     if unknown:
-        raise ModelError(
-            f"{source.name} has weights that {model.config.model_type} has no place for: {', '.join(unknown[:3])}"
-            + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        )
+        raise ModelError(f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}")
     return model.eval()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_generation_config(source: ModelSource) -> None:

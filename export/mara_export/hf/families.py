@@ -10,7 +10,7 @@ Imports neither torch nor onnx: help texts and the memory model read these table
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mara_export.errors import ModelError
@@ -19,9 +19,8 @@ from mara_runtime.tensors import ModelShape
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture, by `model_type` of its Hugging Face configurations, and how it differs from Llama."""
+    """How an architecture differs from Llama."""
 
-    model_type: str
     qkv_bias: bool = False
     """queries, keys and values have biases, whatever the configuration says"""
     qk_norm: bool = False
@@ -31,27 +30,19 @@ class Family:
 
 
 FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("qwen2", qkv_bias=True),
-        Family("qwen3", qk_norm=True),
-        Family("llama"),
-        Family("mistral", window_per_layer=False),
-    )
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "llama": Family(),
+    "mistral": Family(window_per_layer=False),
 }
+"""By `model_type` of Hugging Face configurations."""
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """The sizes of a decoder. All ≥ 1 but `biases`."""
+class Decoder(ModelShape):
+    """All sizes of a decoder, ≥ 1 but `biases`."""
 
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
     tied: bool
     """the LM head is the embedding's table"""
     biases: int = 0
@@ -60,10 +51,8 @@ class Decoder:
 
     @property
     def shape(self) -> ModelShape:
-        """The sizes that the graph's inputs and outputs depend on."""
-        return ModelShape(
-            self.hidden_size, self.vocab_size, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim
-        )
+        """Those that the graph's inputs and outputs depend on."""
+        return ModelShape(*(getattr(self, each.name) for each in fields(ModelShape)))
 
     @property
     def matrices(self) -> tuple[tuple[str, int, int], ...]:
@@ -110,25 +99,14 @@ class KnownModel:
 def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied: bool, **config: Any) -> Decoder:
     """A decoder of a family. config: `attention_bias` and `mlp_bias` of its configuration, where they are set."""
     family = FAMILIES[model_type]
-    hidden, width, kv_width = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     biases = 0
-    if family.qkv_bias:
-        biases += width + 2 * kv_width
-    elif config.get("attention_bias"):
-        biases += width + 2 * kv_width + hidden
+    if family.qkv_bias or config.get("attention_bias"):
+        biases += width + 2 * kv_width + (0 if family.qkv_bias else shape.hidden_size)
     if config.get("mlp_bias"):
-        biases += 2 * intermediate_size + hidden
+        biases += 2 * intermediate_size + shape.hidden_size
     return Decoder(
-        hidden,
-        intermediate_size,
-        shape.num_layers,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.vocab_size,
-        tied,
-        biases,
-        family.qk_norm,
+        **asdict(shape), intermediate_size=intermediate_size, tied=tied, biases=biases, qk_norm=family.qk_norm
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,20 +95,11 @@ def resolve_file(hub_id: str, file: str) -> Path:
 
 
 def _snapshot(hub_id: str, asked: str, patterns: list[str], revision: str | None = None) -> Path:
-    from huggingface_hub import snapshot_download
+    """The Hub client's errors become one line with a remedy."""
+    from huggingface_hub import errors, snapshot_download
 
-    with _hub_errors(hub_id, asked):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED))
-
-
-@contextlib.contextmanager
-def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
-    """Turn the Hub client's errors into one line with a remedy."""
-    from huggingface_hub import errors
-
-    name = asked if asked.startswith(hub_id) else f"{asked} ({hub_id})"
     try:
-        yield
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_UNWANTED))
     except errors.GatedRepoError:
         reason = "it is gated: accept its licence on the Hub, then log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -118,6 +108,5 @@ def _hub_errors(hub_id: str, asked: str) -> Iterator[None]:
         reason = "there is no such folder here, it is not in the Hub cache, and the Hub cannot be reached"
     except (errors.HFValidationError, OSError) as error:  # all others of an HTTP client are OSErrors
         reason = first_line(error)
-    else:
-        return
+    name = asked if asked.startswith(hub_id) else f"{asked} ({hub_id})"
     raise ModelError(f"{name}: {reason}")

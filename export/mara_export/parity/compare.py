@@ -1,9 +1,9 @@
-"""Comparing an engine with the reference: `measure` the differences, `check` them against a Gate, and report both."""
+"""Comparing an engine with the reference: the differences, and which of them miss a Gate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,8 +67,8 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """The differences of the two sides, and how noisy each of them is."""
+class Report:
+    """The differences of the two sides, how noisy each of them is, and what misses the gate."""
 
     prompts: int
     rows: int
@@ -86,34 +86,26 @@ class Measurement:
     """of the texts among the prompts, "reference" and "exported"; None without texts, or where it overflows"""
     largest_activation: float | None
     """of the reference; None where the engine has float32's range"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Result of the gate, for the manifest and the screen."""
-
-    measured: Measurement
-    failures: list[str]
+    failures: list[str] = field(default_factory=list)
+    """each way in which the figures miss the gate"""
 
     @property
     def engine_noise(self) -> Noise:
         """What the manifest records for decoding: the noise, level flips included."""
-        noise, flips = self.measured.noise, self.measured.level_flips
-        return Noise(**{name: max(noise[name], flips[name]) for name in flips})
+        return Noise(**{name: max(self.noise[name], flips) for name, flips in self.level_flips.items()})
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        m = self.measured
         return {
             "passed": not self.failures,
-            "prompts": m.prompts,
-            "rows": m.rows,
-            **m.numbers,
-            "noise": m.noise,
-            **{name: asdict(counts) for name, counts in m.outcomes.items()},
-            "min_gap": m.min_gap,
-            "perplexity": m.perplexity,
-            "largest_activation": m.largest_activation,
+            "prompts": self.prompts,
+            "rows": self.rows,
+            **self.numbers,
+            "noise": self.noise,
+            **{name: asdict(counts) for name, counts in self.outcomes.items()},
+            "min_gap": self.min_gap,
+            "perplexity": self.perplexity,
+            "largest_activation": self.largest_activation,
         }
 
 
@@ -125,22 +117,14 @@ def compare(
     largest_activation: of the reference, where float16 has to hold it: a CPU, which computes in float32, does not show
     what would overflow on a GPU.
     """
-    measured = measure(cases, sides, gate.min_gap, largest_activation)
-    return Report(measured, list(check(measured, gate)))
-
-
-def measure(
-    cases: Sequence[Case], sides: Sequence[Side], min_gap: float, largest_activation: float | None = None
-) -> Measurement:
-    """All figures, without judging them. min_gap: of best tokens, as in Gate."""
     pairs = [(case.reference, side) for case, side in zip(cases, sides, strict=True)]
     noise = {name: _noise(pairs, name) for name in NAMES}
     flips = {
         name: NOISE_FACTOR * _largest(side.level_flips(name) for _, side in pairs) for name in ("margins", "logits")
     }
-    gaps = {"first": max(noise["logits"], min_gap), "ranks": noise["logits"], "decisions": noise["margins"]}
+    gaps = {"first": max(noise["logits"], gate.min_gap), "ranks": noise["logits"], "decisions": noise["margins"]}
     rows = [(reference.rows, side.rows) for reference, side in pairs]
-    return Measurement(
+    report = Report(
         prompts=len(cases),
         rows=sum(len(a.margins) for a, _ in rows),
         numbers={name: _numbers(pairs, name) for name in NAMES},
@@ -155,30 +139,29 @@ def measure(
         perplexity=_perplexities(cases, sides),
         largest_activation=largest_activation,
     )
+    return replace(report, failures=[*_failures(report, gate)])
 
 
-def check(measured: Measurement, gate: Gate) -> Iterator[str]:
+def _failures(report: Report, gate: Gate) -> Iterator[str]:
     """Each way in which the figures miss the gate, in words. Comparisons are written so that NaN fails."""
-    activation = measured.largest_activation
+    activation = report.largest_activation
     if activation is not None and not activation <= LARGEST_FLOAT16:
         yield f"activations reach {activation:,.0f}, and float16 ends at {LARGEST_FLOAT16:,.0f}: use bf16 or fp32"
-    for name, numbers in measured.numbers.items():
+    for name, numbers in report.numbers.items():
         greatest, cosine = numbers["greatest_difference"], numbers.get("least_cosine", 1.0)
         if not greatest <= gate.greatest_difference:
             yield f"{name}: greatest difference {greatest:.1e}, the gate is {gate.greatest_difference}"
         if not cosine >= gate.least_cosine:
             yield f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}"
-    for name, value in measured.noise.items():
-        if not np.isfinite(value):
-            yield f"{name}: not finite in a recomputed row"
-    for name, value in measured.level_flips.items():
-        if not np.isfinite(value):
-            yield f"{name}: not finite in a perturbed row"
-    for name, counts in measured.outcomes.items():
+    for row, noise in (("recomputed", report.noise), ("perturbed", report.level_flips)):
+        for name, value in noise.items():
+            if not np.isfinite(value):
+                yield f"{name}: not finite in a {row} row"
+    for name, counts in report.outcomes.items():
         if (name != "ranks" or gate.all_ranks) and counts.differing > gate.differing * counts.compared:
             yield (
                 f"{name}: {counts.differing} of {counts.compared} differ that have a gap of more than "
-                f"{measured.min_gap[name]:.2g} nats"
+                f"{report.min_gap[name]:.2g} nats"
             )
 
 

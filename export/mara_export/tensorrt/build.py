@@ -16,6 +16,7 @@ from mara_export.folder import add_engines, staging_folder
 from mara_export.options import BuildOptions
 from mara_export.progress import Progress
 from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS
+from mara_export.tensorrt import network as parts
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, trt_file
@@ -43,7 +44,7 @@ def why_cannot_build(target: str) -> str | None:
         return f"it is not one of {', '.join(ENGINE_TARGETS)}"
     facts = TARGETS[target]
     try:
-        from mara_export.tensorrt import network as parts
+        import onnx  # noqa: F401
     except ImportError as error:
         return f"onnx cannot be imported ({error}): pip install onnx"
     try:
@@ -80,8 +81,6 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
 
 def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None:
     """Reject what this TensorRT cannot do before the build starts."""
-    from mara_export.tensorrt import network as parts
-
     lowering, just_in_time = bundle.manifest.step.lowering, TARGETS[target].just_in_time
     if lowering not in TARGETS[target].lowerings:
         raise EngineError(
@@ -90,11 +89,12 @@ def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None
         )
     if not just_in_time:
         since = LOWERINGS[lowering].tensorrt_since or OLDEST
+        other = min(TARGETS[target].lowerings, key=lambda name: LOWERINGS[name].tensorrt_since or OLDEST)
         if parts.version(trt) < since:
             raise EngineError(
                 f"TensorRT {trt.__version__} cannot read the graph of {bundle.folder}, whose lowering {lowering} needs "
                 f"{'.'.join(map(str, since))} or later: install that, or export with --target {target} --lowering "
-                f"{_oldest_lowering(target)}"
+                f"{other}"
             )
         if options.compute_capabilities:
             raise OptionError(
@@ -111,8 +111,8 @@ def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None
     if options.version_compatible or options.hardware != "none":
         flag = "--version-compatible" if options.version_compatible else "--hardware"
         raise OptionError(f"{flag} is for tensorrt; an engine of TensorRT for RTX is compiled on the GPU that runs it")
-    supported = {_number(name) for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
-    supported = {number for number in supported if float(number) >= RTX_OLDEST}
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    supported = {f"{name[2:-1]}.{name[-1]}" for name in known if int(name[2:]) >= 10 * RTX_OLDEST}  # SM120: 12.0
     for capability in options.compute_capabilities:
         if capability not in supported:
             raise OptionError(
@@ -125,8 +125,6 @@ def _build_one(
     bundle: Bundle, target: str, options: BuildOptions, slots: int, trt: Any, folder: Path, progress: Progress
 ) -> EngineFacts:
     """Build one engine and write it under `folder`."""
-    from mara_export.tensorrt import network as parts
-
     started = time.perf_counter()
     name = f"engines/{target}/step-{slots}.engine"  # `add_engines` adds its checksum
     manifest = bundle.manifest
@@ -202,15 +200,5 @@ def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str
     return "8.0+" if options.hardware == "ampere-plus" else cuda.compute_capability()
 
 
-def _oldest_lowering(target: str) -> str:
-    """The one that the oldest TensorRT reads."""
-    return min(TARGETS[target].lowerings, key=lambda name: LOWERINGS[name].tensorrt_since or OLDEST)
-
-
 def _level(hardware: str) -> str:
     return hardware.upper().replace("-", "_")
-
-
-def _number(name: str) -> str:
-    """SM120 → 12.0"""
-    return f"{name[2:-1]}.{name[-1]}"

@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
-from typing import Any
-
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from typing import TYPE_CHECKING, Any
 
 from mara_runtime import tensors
 from mara_runtime.engines.trt_file import logger
 from mara_runtime.errors import EngineError
 
+if TYPE_CHECKING:  # why_cannot_build says how to install it
+    import onnx
+
 Shapes = tuple[int, int, int]
 """(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
 """Matches the error of a builder that has no fused kernel for an attention."""
-_WIDER = {onnx.TensorProto.INT8: 2, onnx.TensorProto.INT4: 4}
-"""Size of quantised weights as float16, relative to their own."""
 
 
 def name(trt: Any) -> str:
@@ -47,24 +45,31 @@ class Network:
         self.trt = trt
         try:
             self._builder = trt.Builder(logger(trt))
-        except TypeError as error:  # raised by the bindings if the library returns null
-            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or error}") from None
+        except TypeError as null:  # raised by the bindings if the library returns null
+            raise EngineError(f"{name(trt)} does not start here: {logger(trt).last or null}") from None
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode of TensorRT 11
         self.network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: must outlive the build
-        try:
-            model = onnx.load(str(path), load_external_data=False)
-        except (OSError, DecodeError) as error:  # the bundle was not verified
-            raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it again") from None
+        model = _read(path)
         self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
-        _fix(model, "C", slots)
+        for value in (*model.graph.input, *model.graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param == "C":
+                    dim.dim_value = slots  # of the two, protobuf keeps the one set last
         if not self._parser.parse(model.SerializeToString(), str(path)):
-            raise EngineError(f"{name(trt)} cannot read {path.name}: {self._parser_error()}")
+            error = self._parser.get_error(0)
+            node = f"node {error.node_name()} ({error.node_operator()})"
+            raise EngineError(f"{name(trt)} cannot read {path.name}: {node}: {one_line(error.desc())}")
+
+    def _layers(self) -> Iterator[tuple[str, Any]]:
+        """(kind, layer) of each layer."""
+        for i in range(self.network.num_layers):
+            layer = self.network.get_layer(i)
+            yield layer.type.name, layer
 
     def kinds(self) -> dict[str, int]:
         """How many layers of each kind the network has."""
-        names = (self.network.get_layer(i).type.name for i in range(self.network.num_layers))
-        return dict(sorted(Counter(names).items()))
+        return dict(sorted(Counter(kind for kind, _ in self._layers()).items()))
 
     def check_in_place(self, num_layers: int) -> None:
         """Raise EngineError if the parser did not turn the graph's operators into the layers made for them.
@@ -79,37 +84,37 @@ class Network:
                     f"{name(self.trt)} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
                     f"should have {count}: export the bundle again, with --lowering decomposed if that does not help"
                 )
-        updates = {layer.get_input(0).name: layer.get_output(0).name for layer in self._of_kind("KV_CACHE_UPDATE")}
+        updates = {
+            layer.get_input(0).name: layer.get_output(0).name
+            for kind, layer in self._layers()
+            if kind == "KV_CACHE_UPDATE"
+        }
         for past, present in tensors.kv_names(num_layers):
             if updates.get(past) != present:
                 raise EngineError(f"the graph's {present} is not an update of {past} in place: export the bundle again")
 
-    def _of_kind(self, kind: str) -> Iterator[Any]:
-        for i in range(self.network.num_layers):
-            layer = self.network.get_layer(i)
-            if layer.type.name == kind:
-                yield layer
-
     def attentions(self) -> dict[str, Any]:
         """Attention layers by name."""
         attentions: dict[str, Any] = {}
-        for layer in self._of_kind("ATTENTION_INPUT"):
-            layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
-            attentions[layer.attention.name] = layer.attention
+        for kind, layer in self._layers():
+            if kind == "ATTENTION_INPUT":
+                layer.__class__ = self.trt.IAttentionInputLayer  # the binding returns the base class
+                attentions[layer.attention.name] = layer.attention
         return attentions
 
     def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
         """A builder configuration with an optimisation profile for each (least, best, most) of S, H0 and N."""
         config = self._builder.create_builder_config()
         config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default; it rounds float32 to 11 bits
-        symbols = {t.name: t.shape for t in tensors.step_inputs(_NO_SHAPE)}
+        without_cache = tensors.step_inputs(tensors.ModelShape(0, 0, 0, 0, 0, 0))  # of the cache, sizes are fixed
         for triple in profiles:
             profile = self._builder.create_optimization_profile()
-            for i in range(self.network.num_inputs):
-                tensor = self.network.get_input(i)
-                if -1 in tuple(tensor.shape):
-                    shapes = [_sized(symbols[tensor.name], *size) for size in triple]
-                    profile.set_shape(tensor.name, *shapes)
+            sizes = [dict(zip(("S", "H0", "N"), shapes, strict=True)) for shapes in triple]
+            for tensor in without_cache:
+                if any(isinstance(size, str) for size in tensor.shape):
+                    profile.set_shape(
+                        tensor.name, *([of.get(str(size), size) for size in tensor.shape] for of in sizes)
+                    )
             config.add_optimization_profile(profile)
         return config
 
@@ -158,37 +163,30 @@ class Network:
         finally:
             self._builder.error_recorder = None
 
-    def _parser_error(self) -> str:
-        error = self._parser.get_error(0)
-        return f"node {error.node_name()} ({error.node_operator()}): {one_line(error.desc())}"
 
+def _read(path: Path) -> onnx.ModelProto:
+    """A graph without its weights. Raises EngineError."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-_NO_SHAPE = tensors.ModelShape(0, 0, 0, 0, 0, 0)
-"""Inputs other than the cache do not depend on the model."""
-
-
-def _sized(shape: tuple[int | str, ...], rows: int, head_rows: int, agent_rows: int) -> tuple[int, ...]:
-    sizes = {"S": rows, "H0": head_rows, "N": agent_rows}
-    return tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:  # the bundle was not verified
+        raise EngineError(f"{path} cannot be read: {error}; copy the bundle again or export it again") from None
 
 
 def _weight_bytes(model: onnx.ModelProto) -> tuple[int, int]:
     """Bytes of the graph's matrices, as stored and with quantised ones as float16; shared bytes count once."""
+    from onnx import TensorProto
+
+    wider = {TensorProto.INT8: 2, TensorProto.INT4: 4}
     sizes: dict[str, tuple[int, int]] = {}
     for weight in model.graph.initializer:
         where = {entry.key: entry.value for entry in weight.external_data}
         if where:
             size = int(where["length"])
-            sizes[where["offset"]] = size, size * _WIDER.get(weight.data_type, 1)
+            sizes[where["offset"]] = size, size * wider.get(weight.data_type, 1)
     return sum(size for size, _ in sizes.values()), sum(wide for _, wide in sizes.values())
-
-
-def _fix(model: onnx.ModelProto, symbol: str, size: int) -> None:
-    """Replace a symbolic dimension of the graph's inputs and outputs."""
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == symbol:
-                dim.dim_value = size  # of the two, protobuf keeps the one set last
 
 
 def one_line(text: str) -> str:
