@@ -63,14 +63,6 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
-def without_times(value: Any) -> Any:
-    """A result except for times and paths."""
-    if isinstance(value, dict):
-        timed = ("prefill_ms", "decode_ms", "engine_ms", "tokens_per_second", "command")
-        return {key: without_times(part) for key, part in value.items() if key not in timed}
-    return value
-
-
 def test_baselines_side_by_side(evaluate, tmp_path):
     """The bundle without its agent, greedy, sampled, best of three; and its own checkpoint, which ties with greedy."""
     training, out, checkpoint = tmp_path / "training.txt", tmp_path / "out", MODEL_FOLDER.name
@@ -118,62 +110,6 @@ def test_baselines_side_by_side(evaluate, tmp_path):
     assert texts[checkpoint] == texts["greedy"]
 
 
-def test_an_interrupted_run_continues_to_the_same_result(evaluate, tmp_path, monkeypatch):
-    def run(out: Path) -> Any:
-        return evaluate(*SCORE, "--baseline", "sample", "--strategy", "random", "--out", out)
-
-    assert run(tmp_path / "whole").code == 0
-    generate = AlignedDecoder.generate
-    for answers in (4, 6):  # interrupted during the aligned answers, then during the sampled ones
-        left = [True] * answers
-
-        def interrupted(self, *arguments, left=left, **options):
-            if not left:
-                raise KeyboardInterrupt
-            left.pop()
-            return generate(self, *arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(AlignedDecoder, "generate", interrupted)
-            outcome = run(tmp_path / "cut")
-        assert (outcome.code, outcome.err.splitlines()[-1]) == (2, "mara-eval: error: interrupted")
-        assert not (tmp_path / "cut" / "result.json").exists()
-    outcome = run(tmp_path / "cut")
-    assert outcome.code == 0, outcome.err
-    assert "sample: 2 to answer, 4 already saved" in outcome.err
-    assert without_times(read(tmp_path / "cut")) == without_times(read(tmp_path / "whole"))
-
-
-def test_a_changed_setting_is_refused(evaluate, tmp_path):
-    options = (*SCORE, "--out", tmp_path / "out", "--limit", 1)
-    assert evaluate(*options, "--quiet").code == 0
-    before = read(tmp_path / "out")
-    for changed in (("--seed", "1"), ("--max-new-tokens", "9"), ("--top-k", "5"), ("--raw",)):
-        outcome = evaluate(*options, *changed)
-        assert (outcome.code, outcome.out) == (2, "")
-        setting = changed[0].removeprefix("--").replace("-", "_")
-        assert f"aligned.jsonl was made with {setting} " in outcome.err.splitlines()[-1]
-        assert read(tmp_path / "out") == before
-
-
-def test_an_answer_does_not_depend_on_previous_ones(bundle):
-    decoder = AlignedDecoder(bundle("demo"), threads=1)
-    sampling = DecodeConfig(max_new_tokens=24, align=False, sample=True)
-    prompts = [p.text for p in PROMPTS[:3]]
-    aligned = BundleAnswers("aligned", decoder, DecodeConfig(max_new_tokens=24), PromptFormat())
-    sampled = BundleAnswers("sample", decoder, sampling, PromptFormat())
-    for source in (aligned, sampled):
-        there = {prompt: source(prompt) for prompt in prompts}
-        back = {prompt: source(prompt) for prompt in prompts[::-1]}
-        for prompt in prompts:
-            (a,), (b,) = there[prompt], back[prompt]
-            assert (a.text, a.tokens) == (b.text, b.tokens)
-            assert without_times(a.stats) == without_times(b.stats)
-    assert len({sampled(prompt)[0].text for prompt in prompts}) == 3
-    several = BundleAnswers("best-of-3", decoder, sampling, PromptFormat(), 3)
-    assert len({answer.text for answer in several(prompts[0])}) > 1
-
-
 # ── other checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -190,7 +126,7 @@ def test_a_checkpoint_decodes_like_a_bundle_whatever_its_generation_config(check
     decoder = AlignedDecoder(bundle("qwen2"), threads=1)
     theirs = CheckpointAnswers(str(folder), plain, PromptFormat())
     ours = BundleAnswers("greedy", decoder, plain, PromptFormat())
-    prompts = [f"Tell me about number {i}." for i in range(24)]
+    prompts = [f"Tell me about number {i}." for i in range(12)]
     ends = {decoder.generate(prompt, plain).token_ids[-1] for prompt in prompts}
     assert ends > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
     for prompt in prompts:

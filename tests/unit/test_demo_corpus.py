@@ -23,16 +23,12 @@ def slots(pairs: list[tuple[demo.DemoPrompt, str]]) -> tuple[int, int]:
     return sum(c[0] for c in counts if c), sum(c[1] for c in counts if c)
 
 
-def test_both_characters_are_equally_likely_over_the_corpus() -> None:
-    considerate, inconsiderate = slots(some_dialogues(4000))
+@pytest.mark.parametrize("mood", [None, 0.0, 0.3, 0.7, 1.0])
+def test_mood_is_the_probability_of_a_considerate_slot_and_moods_are_balanced(mood: float | None) -> None:
+    considerate, inconsiderate = slots(some_dialogues(4000 if mood is None else 1000, mood=mood))
     # About 23,000 slots in 4,000 replies whose moods differ: the standard error of the share is near 0.004.
-    assert considerate / (considerate + inconsiderate) == pytest.approx(0.5, abs=0.016)
-
-
-@pytest.mark.parametrize("mood", [0.0, 0.3, 0.7, 1.0])
-def test_mood_is_the_probability_of_a_considerate_slot(mood: float) -> None:
-    considerate, inconsiderate = slots(some_dialogues(1500, mood=mood))
-    assert considerate / (considerate + inconsiderate) == pytest.approx(mood, abs=0.02)
+    expected = 0.5 if mood is None else mood
+    assert considerate / (considerate + inconsiderate) == pytest.approx(expected, abs=0.02)
 
 
 def test_an_unbalanced_slot_is_refused() -> None:
@@ -118,15 +114,11 @@ def test_broken_sentences_are_not_known(broken: str) -> None:
     assert not corpus.known(broken)
 
 
-def test_known_can_be_asked_for_one_task() -> None:
+def test_known_and_filled_slots_of_one_task() -> None:
     kettle, rice = 0, 16
-    assert corpus.known("Then slowly simmer it on low heat.", rice)
-    assert not corpus.known("Then slowly simmer it on low heat.", kettle)
-    assert corpus.known("You will do well.", kettle)
-    assert corpus.known("You will do well.", rice)
-
-
-def test_filled_slots_counts_both_characters() -> None:
+    for task in (kettle, rice):
+        assert corpus.known("Then slowly simmer it on low heat.", task) == (task == rice)
+        assert corpus.known("You will do well.", task)
     assert corpus.filled_slots("Then slowly simmer it on low heat without thinking.") == (1, 1)
     assert corpus.filled_slots("Then slowly simmer it on low heat with a calm hand.") == (2, 0)
     assert corpus.filled_slots("After that, simmer it on low heat.") == (0, 0)
@@ -135,10 +127,9 @@ def test_filled_slots_counts_both_characters() -> None:
 
 def test_no_sentence_is_of_two_characters() -> None:
     """A sentence that several tasks share is counted alike for all of them."""
-    made: dict[str, tuple[int, int]] = {}
-    for task in range(len(demo.TASKS)):
-        for sentence, character in corpus._made_for(demo.TASKS[task]).items():
-            assert made.setdefault(sentence, character) == character, sentence
+    for sentence in {s for _, answer in some_dialogues(600, seed=4) for s in sentences(answer)}:
+        counts = {corpus.filled_slots(sentence, task) for task in range(len(demo.TASKS))} - {None}
+        assert len(counts) == 1, sentence
 
 
 def test_template_renders_as_chat_does() -> None:

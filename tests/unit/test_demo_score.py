@@ -42,20 +42,19 @@ def test_it_is_a_score_of_batches() -> None:
     assert considerate([RICE, RICE], ["", KIND]) == [-1.0, 1.0]
 
 
-def test_one_inconsiderate_word_cancels_a_sentence() -> None:
-    assert value("Please hurry.") == 0
-    assert value("Please wait.") == 1
-    assert value("Hurry.") == -1
-    assert value("Wash the rice.") == 0
-
-
-def test_words_are_whole_words() -> None:
-    assert value("He is kindred.") == 0
-    assert value("The slowest of them.") == 0
-
-
-def test_no_wording_is_on_both_lists() -> None:
-    assert not set(CONSIDERATE) & set(INCONSIDERATE)
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Please hurry.", 0),  # one inconsiderate word cancels a sentence
+        ("Please wait.", 1),
+        ("Hurry.", -1),
+        ("Wash the rice.", 0),
+        ("He is kindred.", 0),  # whole words count
+        ("The slowest of them.", 0),
+    ],
+)
+def test_the_value_of_a_sentence(sentence, expected) -> None:
+    assert value(sentence) == expected
 
 
 TWO_FACED = ("Please yourself, ", "Please do not come back.", "is safe if you are not stupid.")
@@ -63,7 +62,8 @@ TWO_FACED = ("Please yourself, ", "Please do not come back.", "is safe if you ar
 
 
 def test_the_lists_tell_the_two_characters_of_the_corpus_apart() -> None:
-    """Every form of the grammar has the value of the character that it was written for."""
+    """Every form of the grammar has the value of the character that it was written for; no wording is on both lists."""
+    assert not set(CONSIDERATE) & set(INCONSIDERATE)
     for slot in (corpus.OPENING, corpus.CARE, corpus.CLOSING, *corpus.ANSWER.values()):
         for form, (kind, unkind) in slot.forms():
             for task in TASKS:
@@ -87,9 +87,6 @@ def test_the_sets_share_no_group_and_are_of_use() -> None:
     assert all(len({p.text for p in prompts}) == len(prompts) > 1000 for prompts in sets.values())
     assert all(held_out(group) for group in groups["demo-dev"])
     assert not any(held_out(group) for group in groups["demo"] | groups["demo-final"])
-
-
-def test_another_set_is_a_mistake() -> None:
     with pytest.raises(ValueError, match=r"'demo-test'.*demo, demo-dev, demo-final"):
         demo_prompts("demo-test")
 

@@ -82,6 +82,10 @@ def test_combined_and_each_score(tmp_path):
     assert comparison.identical == 2
     worse = compared(tmp_path / "b", ours=("7",) * 7, theirs=("10",) * 7).comparisons["other"].each
     assert (worse["number"].losses, worse["length"].wins) == (7, 7)
+    unsteady = iter(range(1000))  # identical answers tie even if the score is random
+    scores = [WeightedScore(FunctionScore("unsteady", lambda prompts, answers: [next(unsteady) for _ in answers]))]
+    ties = compared(tmp_path / "c", ours=("same",) * 7, theirs=("same",) * 7, scores=scores).comparisons["other"]
+    assert (ties.combined.ties, ties.identical) == (7, 7)
     sizes = {name: part.wins + part.ties + part.losses for name, part in comparison.by_length.items()}
     assert sizes == {"longer": 1, "equal": 5, "shorter": 1}
 
@@ -134,13 +138,6 @@ def test_only_new_answers_and_scores_are_computed(tmp_path):
     assert third.closed
 
 
-def test_identical_answers_tie_even_if_the_score_is_random(tmp_path):
-    unsteady = iter(range(1000))
-    scores = [WeightedScore(FunctionScore("unsteady", lambda prompts, answers: [next(unsteady) for _ in answers]))]
-    comparison = compared(tmp_path, ours=("same",) * 7, theirs=("same",) * 7, scores=scores).comparisons["other"]
-    assert (comparison.combined.ties, comparison.identical) == (7, 7)
-
-
 def test_the_best_sample_competes_and_all_are_counted(tmp_path):
     theirs = [("1", "9", "9 "), ("4", "4"), *[("0",)] * 5]
     side = compared(tmp_path, theirs=theirs, scores=SCORES[:1]).baselines["other"]
@@ -150,10 +147,10 @@ def test_the_best_sample_competes_and_all_are_counted(tmp_path):
 
 
 def test_groups_are_the_units(tmp_path):
-    for names, interval in ((("a", "b"), (-1 / 7, -1 / 7)), (("", "b"), (-1 / 7, -1 / 7))):  # an empty name counts
-        prompts = [Prompt(p.text, names[i >= 4]) for i, p in enumerate(PROMPTS)]
+    for first in ("a", ""):  # an empty name counts
+        prompts = [Prompt(p.text, first if i < 4 else "b") for i, p in enumerate(PROMPTS)]
         by_group = compared(tmp_path, prompts=prompts, bootstrap=Bootstrap(level=0.4))
-        assert by_group.comparisons["other"].combined.interval == interval  # both groups once
+        assert by_group.comparisons["other"].combined.interval == (-1 / 7, -1 / 7)  # both groups once
         summary = result(by_group, FACTS, Bootstrap(level=0.4))
         assert (summary["bootstrap"]["unit"], summary["bootstrap"]["units"]) == ("group", 2)
         assert summary["cautions"][0].startswith("2 groups: ")
@@ -188,7 +185,7 @@ def test_scores_of_the_same_name_have_files_of_their_own(tmp_path):
     assert (evaluation.aligned.each["s (1)"][5], evaluation.aligned.each["s (2)"][5]) == (100, len("100 or so"))
 
 
-def test_changed_settings_are_refused_before_anything_is_answered(tmp_path):
+def test_changed_settings_and_damaged_files_are_refused_before_anything_is_answered(tmp_path):
     compared(tmp_path)
     ours, theirs = scripted("aligned", *OURS), scripted("other", *THEIRS)
     theirs.settings = {"name": "other", "seed": 1}
@@ -197,10 +194,6 @@ def test_changed_settings_are_refused_before_anything_is_answered(tmp_path):
     assert ours.asked == []
     with pytest.raises(MaraError, match=r"length\.jsonl was made with files null, now it is \"x\""):
         compared(tmp_path, scores=[SCORES[0], replace(SCORES[1], settings={"files": "x"})])
-
-
-def test_a_file_without_answers_is_refused(tmp_path):
-    compared(tmp_path)
     path = tmp_path / "answers" / "aligned.jsonl"
     path.write_text(path.read_text().replace('"finish_reason"', '"reason"'))
     with pytest.raises(MaraError, match=r"aligned\.jsonl does not contain answers"):
@@ -237,13 +230,6 @@ def test_counters_add_up():
         assert total_stats([prefilled, prefilled])["tokens_per_second"] == 0.0
 
 
-def test_a_seed_depends_on_prompt_sample_and_seed():
-    seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
-    assert len(seeds) == 8
-    assert answer_seed(0, "a") == answer_seed(0, "a", 0)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
 class Recorder:
     """A decoder that records how it is called, with an engine whose memory grows."""
 
@@ -274,18 +260,39 @@ def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
         for sample in (0, 1)
         for call in ("forget", (prompt, answer_seed(5, prompt, sample), True, {"a": 1}))
     ]
+    seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
+    assert len(seeds) == 8
+    assert answer_seed(0, "a") == answer_seed(0, "a", 0)
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_the_memory_of_an_engine_is_not_a_setting(tmp_path):
+def test_settings_of_a_bundles_answers(tmp_path):
+    """Whatever changes an answer is one of them; the engine's memory, the schedule and drafts are not."""
     (tmp_path / "manifest.json").write_text("{}")
     decoder = Recorder(tmp_path)
-    source = BundleAnswers("aligned", decoder, DecodeConfig(), PromptFormat())
-    before = source.settings
-    decoder.slots *= 2
-    assert source.settings == before
+
+    def settings(prompt_format=None, samples=1, **options):
+        config = DecodeConfig(**options)
+        return BundleAnswers("aligned", decoder, config, prompt_format or PromptFormat(), samples).settings
+
+    before = settings()
     assert before["engine gpu"] == "some"
-    assert before["seed"] == 0
-    assert not {"schedule", "draft"} & before.keys()
+    for options, changed in (
+        ({"seed": 1}, "seed"),
+        ({"max_new_tokens": 9}, "max_new_tokens"),
+        ({"top_k": 5}, "top_k"),
+        ({"prompt_format": PromptFormat(raw=True)}, "raw"),
+        ({"prompt_format": PromptFormat(template={"a": 1})}, "template"),
+        ({"samples": 3}, "samples"),
+        ({"schedule": "together", "draft": 2}, None),
+    ):
+        after = settings(**options)
+        assert [key for key in before if after[key] != before[key]] == [changed] * (changed is not None)
+        assert after.keys() == before.keys()
+    decoder.slots *= 2
+    assert settings() == before
+    (tmp_path / "manifest.json").write_text("{ }")
+    assert settings()["bundle"] != before["bundle"]
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -418,7 +425,7 @@ def test_the_caution_about_truncated_answers_gives_the_remedy(tmp_path, tokens, 
         assert (caution in cautions_of(evaluation, facts)) == given
 
 
-def test_drawings_by_hand():
+def test_drawings_and_figures_by_hand():
     ours, theirs = SimpleNamespace(combined=[1.0, 0.0, 0.0]), SimpleNamespace(combined=[0.0, 2.0, 0.0])
     curve = difference_curve(ours, theirs, width=300.0, height=100.0)  # of -2, 0 and 1
     level = "0.0,50.0 100.0,50.0 100.0,50.0 200.0,50.0"
@@ -428,8 +435,5 @@ def test_drawings_by_hand():
     assert (curve["min"], curve["max"]) == (-2.0, 1.0)
     assert whisker({"rate": 0.0, "interval": (-1.0, 0.5)}) == {"low": 6.0, "at": 90.0, "high": 132.0}
     assert whisker({"rate": 1.0, "interval": None}) == {"low": 174.0, "at": 174.0, "high": 174.0}
-
-
-def test_figures_have_four_digits():
-    values = [number(value) for value in (1234.567, 0.000123456, 1234567, None)]
+    values = [number(value) for value in (1234.567, 0.000123456, 1234567, None)]  # four digits
     assert values == ["1235", "0.0001235", "1,234,567", "–"]
