@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 
 from benchmarks.alignment import Contest
@@ -34,7 +33,6 @@ def demo_agent() -> agents.Agent:
 
 @pytest.fixture(scope="module")
 def contest() -> Contest:
-    torch.set_num_threads(1)
     return Contest("demo-final", 43)  # a prompt of each group
 
 

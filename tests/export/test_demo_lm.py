@@ -19,14 +19,6 @@ from mara_deploy.demo.prompts import prompts
 from mara_deploy.demo.score import sentences
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL).eval()
@@ -43,16 +35,9 @@ def recipe() -> dict[str, Any]:
 
 
 def test_folder_holds_exactly_the_model_and_is_small() -> None:
-    assert {f.name for f in MODEL.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "recipe.json",
-    }
+    configs = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+    others = {"model.safetensors", "tokenizer.json", "chat_template.jinja", "recipe.json"}
+    assert {f.name for f in MODEL.iterdir()} == configs | others
     assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 8_000_000
 
 
@@ -157,20 +142,14 @@ def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [f.name for f in tmp_path.iterdir()] == ["new"]
 
 
-@pytest.mark.parametrize("command", [train, remake])
-def test_an_occupied_folder_is_refused_in_one_line(
-    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.txt").write_text("keep")
-    assert command.main(["--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(tmp_path) in error
-    assert (tmp_path / "mine.txt").read_text() == "keep"
-
-
-def test_numbers_out_of_range_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_occupied_folder_and_numbers_out_of_range_are_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
     for flag, value in (("--steps", "0"), ("--threads", "0"), ("--seed", "-1")):
         assert train.main(["--out", str(tmp_path / "lm"), f"{flag}={value}"]) == 2
         assert f"error: {flag} is {value}; it must be " in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+    (tmp_path / "mine.txt").write_text("keep")
+    for command in (train, remake):
+        assert command.main(["--out", str(tmp_path)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in error
+        assert (tmp_path / "mine.txt").read_text() == "keep"

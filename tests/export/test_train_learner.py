@@ -231,17 +231,17 @@ def test_the_optimal_policy_of_a_small_process_is_learned(tmp_path, n_step, kl_w
         batch=128,
         start_transitions=1,
         replay_transitions=600,
-        learning_rate=5e-3,
+        learning_rate=8e-3,
         target_rate=0.05,
     )
     learner = Learner(len(STATES), config)
     rng = np.random.default_rng(0)
     replay = ReplayBuffer(tmp_path, config.replay_transitions, len(STATES))
     table = torch.from_numpy(np.stack([embed(s) for s in STATES])).float()
-    for _ in range(250):
+    for _ in range(150):
         with torch.no_grad():
             margins = dict(zip(STATES, learner.actor.margin(table).tolist(), strict=True))
-        for _ in range(8):
+        for _ in range(4):
             transitions, choices = [], ()
             for _ in range(2):
                 for i in range(3):

@@ -291,15 +291,10 @@ def test_the_reward_is_the_score_minus_its_baseline(run, monkeypatch, tmp_path) 
 
 
 def test_checkpoints_are_minutes_apart(run, scores, monkeypatch) -> None:
-    saved, real = [], RunFolder.save
-    monkeypatch.setattr(
-        RunFolder,
-        "save",
-        lambda self, state, *rest: (saved.append(state["progress"]["episodes"]), real(self, state, *rest)),
-    )
+    saves = recorded(monkeypatch, RunFolder, "save")
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * scores.CALLS))  # 25 s per round
     assert run("out", episodes=16, checkpoint_minutes=1, replay_transitions=2000).code == 0
-    assert saved == [6, 12, 16]
+    assert [metadata["episodes"] for *_, metadata in saves] == ["6", "12", "16"]
 
 
 def test_both_agent_files_load_with_metadata_and_common_permissions(whole) -> None:
@@ -416,10 +411,8 @@ def test_a_later_round_larger_than_the_reserve_keeps_what_came_before(run, resum
     at = next(i for i in range(len(sizes) - 1, 1, -1) if sizes[i] > max(sizes[:i]))
     capacity = 8 * (sizes[at] - 1)
     settings = {**whole, "replay_transitions": capacity, "checkpoint_minutes": 600}
-    reported: list[int] = []
-    monkeypatch.setattr(report, "write_report", lambda folder: reported.append(folder.rows()[-1]["episodes"]))
     line = error_of(run("out", **settings))
-    assert reported == [2 * at]
+    assert rows(tmp_path / "out")[-1]["episodes"] == 2 * at
     assert f"a round has {sizes[at]} transitions, more than the {sizes[at] - 1} that" in line
     assert f"{2 * at} episodes" in line
     assert run("short", **{**settings, "episodes": 2 * at}).code == 0
@@ -446,15 +439,12 @@ def test_a_folder_in_use_is_left_alone(run, resume, tmp_path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").touch()
     assert "--out" in error_of(run("other", episodes=4))
+    (tmp_path / "killed").mkdir()  # before it had a run.json
+    for name in ("prompts.json", ".prompts.json.1.partial", ".run.json.1.partial"):
+        (tmp_path / "killed" / name).write_text("cut o")
+    assert run("killed", episodes=2).code == 0
     (tmp_path / "file").write_text("")  # root may write anywhere, but not into a file
     assert "cannot write" in error_of(run("file/out"))
-
-
-def test_a_run_killed_before_it_had_a_run_json_leaves_its_folder_free(run, tmp_path) -> None:
-    (tmp_path / "out").mkdir()
-    for name in ("prompts.json", ".prompts.json.1.partial", ".run.json.1.partial"):
-        (tmp_path / "out" / name).write_text("cut o")
-    assert run("out", episodes=2).code == 0
 
 
 def test_a_damaged_run_is_not_resumed(run, resume, tmp_path) -> None:
@@ -482,29 +472,23 @@ def test_after_a_full_disk_the_run_can_be_resumed(run, resume, uninterrupted, tm
 
 def full_at(monkeypatch, file: str) -> None:
     """Let the fourth write of a file fail as on a full disk."""
-    left = 4
+    owner, name, counts = {
+        "log.jsonl": (Path, "open", lambda path, mode="r", *_: path.name == file and mode == "a"),
+        "replay/scores.npy": (os, "posix_fallocate", lambda *_: True),  # the fourth of five files
+        "tensorboard": (EventsWriter, "write_event", lambda *_: True),
+        "checkpoint.pt": (torch, "save", lambda state, _: "learner" in state),
+        "agent.safetensors": (agents, "save", lambda *_: True),
+    }[file]
+    real, left = getattr(owner, name), 4
 
-    def fourth(real: Any, counts: Any = lambda *_: True) -> Any:
-        def write(*args: Any, **kw: Any) -> Any:
-            nonlocal left
-            left -= counts(*args)
-            if not left:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*args, **kw)
+    def write(*args: Any, **kw: Any) -> Any:
+        nonlocal left
+        left -= counts(*args)
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kw)
 
-        return write
-
-    if file == "log.jsonl":
-        appends = lambda path, mode="r", *_: path.name == file and mode == "a"  # noqa: E731
-        monkeypatch.setattr(Path, "open", fourth(Path.open, appends))
-    elif file == "replay/scores.npy":  # the fourth of five files, allocated in this order
-        monkeypatch.setattr(os, "posix_fallocate", fourth(os.posix_fallocate))
-    elif file == "tensorboard":
-        monkeypatch.setattr(EventsWriter, "write_event", fourth(EventsWriter.write_event))
-    elif file == "checkpoint.pt":
-        monkeypatch.setattr(torch, "save", fourth(torch.save, lambda state, _: "learner" in state))
-    else:
-        monkeypatch.setattr(agents, "save", fourth(agents.save))
+    monkeypatch.setattr(owner, name, write)
 
 
 def test_the_error_for_a_full_disk_names_file_and_reason(tmp_path) -> None:

@@ -31,19 +31,16 @@ def test_mood_is_the_probability_of_a_considerate_slot_and_moods_are_balanced(mo
     assert considerate / (considerate + inconsiderate) == pytest.approx(expected, abs=0.02)
 
 
-def test_an_unbalanced_slot_is_refused() -> None:
+def test_slots_are_balanced_and_tasks_take_no_side() -> None:
+    """A score that looks for the forms of the slots must not find them in a task."""
     with pytest.raises(ValueError, match="unbalanced"):
         corpus.Slot(("Please.",), ("No.", "Never."))
-
-
-def test_fields_of_tasks_take_no_side() -> None:
-    """A score that looks for the forms of the slots must not find them in a task."""
     markers = {*corpus.ADVERB.considerate, *corpus.ADVERB.inconsiderate, "please", "calm", "safe", "kind", "fail"}
     words = {w.strip(",") for task in demo.TASKS for field in vars(task).values() for w in field.split()}
     assert not markers & words
 
 
-def test_split_is_disjoint_complete_and_fixed() -> None:
+def test_split_is_disjoint_complete_and_fixed_and_training_keeps_to_its_half() -> None:
     seen, unseen = demo.groups(False), demo.groups(True)
     assert not set(seen) & set(unseen)
     assert len(seen) + len(unseen) == len(demo.TASKS) * len(demo.QUESTIONS) == 320
@@ -51,14 +48,10 @@ def test_split_is_disjoint_complete_and_fixed() -> None:
     assert len(unseen) == 44
     assert unseen[0] == ("descale a kettle", "how")
     assert {question for _, question in unseen} == set(demo.QUESTIONS)
-    for question in demo.QUESTIONS:
-        assert sum(q == question for _, q in seen) >= 25
-
-
-def test_training_prompts_never_come_from_held_out_groups() -> None:
-    assert not any(demo.held_out(prompt.group) for prompt, _ in some_dialogues(3000))
+    assert min(Counter(question for _, question in seen).values()) >= 25
+    assert {prompt.group for prompt, _ in some_dialogues(2000)} <= set(seen)
     rng = random.Random(1)
-    assert all(demo.held_out(corpus.draw_prompt(rng, held_out_split=True).group) for _ in range(300))
+    assert {corpus.draw_prompt(rng, held_out_split=True).group for _ in range(300)} <= set(unseen)
     train, test = demo.prompts(7000, 0, False), demo.prompts(1200, 0, True)
     assert not {p.text for p in train} & {p.text for p in test}
 
@@ -66,10 +59,10 @@ def test_training_prompts_never_come_from_held_out_groups() -> None:
 def test_training_tells_every_fact_that_a_held_out_answer_needs() -> None:
     """Held out are combinations, not facts: a time told only to held-out questions could not be learnt."""
     told = [dict.fromkeys(vars(task).values(), 0) for task in demo.TASKS]
-    for prompt, answer in some_dialogues(12_000, seed=2):
+    for prompt, answer in some_dialogues(6_000, seed=2):
         for fact in told[prompt.task]:
             told[prompt.task][fact] += fact.lower() in answer.lower()
-    assert min(count for facts in told for count in facts.values()) >= 8  # of about 300 dialogues a task
+    assert min(count for facts in told for count in facts.values()) >= 4  # of about 150 dialogues a task
 
 
 def test_prompts_are_different_seeded_and_nested() -> None:
@@ -84,13 +77,13 @@ def test_prompts_are_different_seeded_and_nested() -> None:
 
 
 def test_every_generated_sentence_is_known() -> None:
-    lengths: Counter[int] = Counter()
-    for prompt, answer in some_dialogues(2000, seed=3):
+    lengths = set()
+    for prompt, answer in some_dialogues(1000, seed=3):
         said = sentences(answer)
-        lengths[len(said)] += 1
+        lengths.add(len(said))
         assert " ".join(said) == answer
         assert all(corpus.known(s, prompt.task) for s in said), answer
-    assert set(lengths) == {2, 3, 4, 5, 6}
+    assert lengths == {2, 3, 4, 5, 6}
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mara_deploy.evaluate.answers import Answer, BundleAnswers, PromptFormat, answer_seed, total_stats
+from mara_deploy.evaluate.answers import Answer
 from mara_deploy.evaluate.compare import Bootstrap
 from mara_deploy.evaluate.evaluate import evaluate
 from mara_deploy.evaluate.report import difference_curve, examples, html, lines, number, result, whisker
 from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import ScoreError, WeightedScore
 from mara_deploy.scores.load import FunctionScore
-from mara_runtime.config import DecodeConfig
-from mara_runtime.decoder import Generation
 from mara_runtime.errors import MaraError
 from mara_runtime.stats import Stats
 
@@ -66,9 +64,9 @@ OURS = ("7", "5", "5", "4", "same", "100 or so", "2")
 THEIRS = ("6", "5", "6", "4 in many words", "same", "99", "9")
 
 
-def compared(out, ours=OURS, theirs=THEIRS, scores=SCORES, prompts=PROMPTS, name="other", **options):
+def compared(out, ours=OURS, theirs=THEIRS, scores=SCORES, prompts=PROMPTS, name="other", quiet=True, **options):
     sources = scripted("aligned", *ours), [scripted(name, *theirs)]
-    return evaluate(prompts, *sources, scores, out, quiet=True, **options)
+    return evaluate(prompts, *sources, scores, out, quiet=quiet, **options)
 
 
 def test_combined_and_each_score(tmp_path):
@@ -134,8 +132,7 @@ def test_only_new_answers_and_scores_are_computed(tmp_path):
     assert len(third.asked) == 7
     assert len(scored) == len(set(scored))
     assert evaluation.aligned.combined[0] == -5.0 * 7
-    assert ours.closed
-    assert third.closed
+    assert all(source.closed for source in (ours, theirs, third))
 
 
 def test_the_best_sample_competes_and_all_are_counted(tmp_path):
@@ -203,96 +200,10 @@ def test_changed_settings_and_damaged_files_are_refused_before_anything_is_answe
 def test_progress_is_on_stderr_and_quiet_is_quiet(tmp_path, capsys):
     compared(tmp_path, prompts=PROMPTS[:3])
     assert capsys.readouterr() == ("", "")
-    evaluate(PROMPTS, scripted("aligned", *OURS), [scripted("other", *THEIRS)], SCORES, tmp_path)
+    compared(tmp_path, quiet=False)
     out, err = capsys.readouterr()
     assert out == ""
     assert "aligned: 4 to answer, 3 already saved\n" in err
-
-
-# ── counters, seeds, answers of a bundle ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_counters_add_up():
-    one = {"tokens": 3, "accepted_rank": {"1": 2, "10": 1}, "smallest_margin": 0.5, "decode_ms": 1.5}
-    two = {"tokens": 5, "accepted_rank": {"2": 1, "1": 1}, "smallest_margin": None, "decode_ms": 2.5}
-    total = total_stats([{**one, "tokens_per_second": 2}, {**two, "tokens_per_second": 9}])
-    assert total == {
-        "tokens": 8,
-        "accepted_rank": {"1": 3, "2": 1, "10": 1},
-        "smallest_margin": 0.5,
-        "decode_ms": 4.0,
-        "tokens_per_second": 1500.0,  # the first token of each comes from the prefill
-    }
-    assert list(total["accepted_rank"]) == ["1", "2", "10"]
-    assert total_stats([two])["smallest_margin"] is None
-    for decode_ms in (0.0, 2.5):
-        prefilled = Stats(tokens=1, decode_ms=decode_ms).to_json()
-        assert total_stats([prefilled, prefilled])["tokens_per_second"] == 0.0
-
-
-class Recorder:
-    """A decoder that records how it is called, with an engine whose memory grows."""
-
-    def __init__(self, folder=None) -> None:
-        self.calls: list[str | tuple[str, int, bool, object]] = []
-        self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
-        self.slots = 512
-
-    def describe(self):
-        return {"name": "tensorrt", "gpu": "some", "memory": {"slots": self.slots}}
-
-    def forget(self) -> None:
-        self.calls.append("forget")
-
-    def generate(self, prompt, config, *, raw, template):
-        self.calls.append((prompt, config.seed, raw, template))
-        return Generation([1], "text", "stop", Stats(tokens=1), {}, config)
-
-
-def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
-    decoder = Recorder()
-    config = DecodeConfig(align=False, sample=True, seed=5)
-    source = BundleAnswers("best-of-2", decoder, config, PromptFormat(True, {"a": 1}), samples=2)
-    assert len(source("one") + source("two")) == 4
-    assert decoder.calls == [
-        call
-        for prompt in ("one", "two")
-        for sample in (0, 1)
-        for call in ("forget", (prompt, answer_seed(5, prompt, sample), True, {"a": 1}))
-    ]
-    seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
-    assert len(seeds) == 8
-    assert answer_seed(0, "a") == answer_seed(0, "a", 0)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_settings_of_a_bundles_answers(tmp_path):
-    """Whatever changes an answer is one of them; the engine's memory, the schedule and drafts are not."""
-    (tmp_path / "manifest.json").write_text("{}")
-    decoder = Recorder(tmp_path)
-
-    def settings(prompt_format=None, samples=1, **options):
-        config = DecodeConfig(**options)
-        return BundleAnswers("aligned", decoder, config, prompt_format or PromptFormat(), samples).settings
-
-    before = settings()
-    assert before["engine gpu"] == "some"
-    for options, changed in (
-        ({"seed": 1}, "seed"),
-        ({"max_new_tokens": 9}, "max_new_tokens"),
-        ({"top_k": 5}, "top_k"),
-        ({"prompt_format": PromptFormat(raw=True)}, "raw"),
-        ({"prompt_format": PromptFormat(template={"a": 1})}, "template"),
-        ({"samples": 3}, "samples"),
-        ({"schedule": "together", "draft": 2}, None),
-    ):
-        after = settings(**options)
-        assert [key for key in before if after[key] != before[key]] == [changed] * (changed is not None)
-        assert after.keys() == before.keys()
-    decoder.slots *= 2
-    assert settings() == before
-    (tmp_path / "manifest.json").write_text("{ }")
-    assert settings()["bundle"] != before["bundle"]
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,12 +35,6 @@ def test_a_weighted_sum_keeps_the_values_of_each_score() -> None:
     assert Combined([WeightedScore(LENGTH)]).name == "length"
 
 
-def test_scores_of_the_same_name_are_numbered() -> None:
-    values = Combined([WeightedScore(LENGTH), WeightedScore(LENGTH, 0.5)]).detail(PROMPTS, ANSWERS)
-    assert list(values.each) == ["length (1)", "length (2)"]
-    assert values.combined == [1.5, 4.5]
-
-
 def test_values_that_are_not_finite_weights_out_of_range_and_no_score_are_refused() -> None:
     for value in (math.nan, math.inf, -math.inf):
         broken = FunctionScore("broken", lambda prompts, answers, value=value: [0.0, value])
