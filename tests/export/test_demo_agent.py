@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from mara_deploy.train.policy import agent_policy
 from mara_deploy.train.task import open_task
 from mara_export.hf.sources import ModelSource
 from mara_runtime import AlignedDecoder, DecodeConfig
-from mara_runtime.errors import MaraError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo
 # ── the command's --out ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_out_may_hold_an_earlier_demo_and_nothing_else(bundle, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_replaces_an_earlier_demo_and_nothing_else(bundle, tmp_path, monkeypatch, capsys) -> None:
     """A refusal leaves everything there."""
     out, link, manifest = tmp_path / "demo", tmp_path / "link", tmp_path / "demo" / "manifest.json"
     shutil.copytree(bundle("demo"), out)
@@ -115,9 +115,11 @@ def test_out_may_hold_an_earlier_demo_and_nothing_else(bundle, tmp_path, monkeyp
         assert f"{out} contains {name}," in refused(out)
         (out / name).unlink()
 
-    def stop(out: Path) -> None:
-        raise MaraError(f"exported to {out}: {out.exists()}")
-
-    monkeypatch.setattr(demo, "export_demo", stop)
-    assert demo_command.main(["--out", str(out)]) == 2
-    assert f"exported to {out}: False" in capsys.readouterr().err
+    monkeypatch.setattr(demo, "export_demo", lambda _: bundle("demo"))
+    assert demo_command.main(["--out", str(out), "--prompts", "1"]) == 0
+    assert not out.exists()
+    shown = " ".join(capsys.readouterr().out.split())
+    counters = r"(\d+) tokens, (\d+) decisions over .*: accepted (\d+) at rank 1.*; all rejected (\d+)"
+    tokens, decisions, first, rejected = map(int, re.search(counters, shown).groups())
+    assert f"Aligned: {tokens} tokens, {decisions / tokens:.0%} of them decisions" in shown
+    assert f"accepted {first / decisions:.0%} at rank 1, all rejected {rejected / decisions:.0%}." in shown

@@ -130,14 +130,16 @@ def test_of_equal_logits_the_lower_ids_are_candidates() -> None:
     logits = torch.zeros(1, 300)
     logits[0, [250, 40, 90, 20, 11, 200]] = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     examined = []
+
+    def candidates(cache, tokens, counts):
+        examined.append(tokens.tolist())
+        return torch.zeros(len(tokens), 2), None
+
     lm = SimpleNamespace(
         hidden_size=2,
         prefill=lambda *_: (SimpleNamespace(keep=lambda _: None), torch.zeros(1, 2)),
         head=lambda _: logits,
-        candidates=lambda cache, tokens, counts: (
-            examined.append(tokens.tolist()) or torch.zeros(len(tokens), 2),
-            None,
-        ),
+        candidates=candidates,
         commit=lambda *_: None,
     )
     Environment(lm, EOS, 3, 1.0, 1).rollout([[0]], reference_policy, None)

@@ -89,16 +89,13 @@ def test_returns(learner, batch) -> None:
     assert learner.returns(batch).tolist() == pytest.approx(RETURNS, abs=1e-6)
 
 
-def test_critic_loss(learner, batch) -> None:
+def test_losses_by_hand(learner, batch) -> None:
+    """The actor's leaves forced states out."""
     taken = [(1.0, 0.5), (2.0, 2.5), (2.0, 2.5)]  # of both critics, for the actions 0, 1, 1
     expected = sum(
-        0.5 * sum((values[twin] - target) ** 2 for values, target in zip(taken, RETURNS, strict=True)) / 3
-        for twin in (0, 1)
+        0.5 * (value - target) ** 2 / 3 for pair, target in zip(taken, RETURNS, strict=True) for value in pair
     )
     assert float(learner.critic_loss(batch, learner.returns(batch)).detach()) == pytest.approx(expected, abs=1e-6)
-
-
-def test_actor_loss_leaves_forced_states_out(learner, batch) -> None:
     loss, entropy = learner.actor_loss(batch)
     # min(Q1, Q2) = (0.5, 2); the two free states have the reference 1/2
     gain = 0.25 * 0.5 + 0.75 * 2.0 + 0.2 * H - 0.1 * kl(0.75, 0.5)
@@ -148,15 +145,12 @@ def test_target_critics_move_by_the_target_rate(learner, batch) -> None:
         assert torch.allclose(target, old + CONFIG.target_rate * (new - old), atol=1e-7)
 
 
-def test_divergence_is_an_error(learner, batch) -> None:
-    with pytest.raises(NumericsError, match="training has diverged"):
-        learner.update(replace(batch, scores=torch.full_like(batch.scores, math.inf)))
-
-
-def test_gradients_are_clipped(learner, batch) -> None:
+def test_gradients_are_clipped_and_divergence_is_an_error(learner, batch) -> None:
     learner.update(replace(batch, scores=1000 * batch.scores))
     norm = torch.stack([p.grad.norm() for p in learner.critic.parameters()]).norm()
     assert float(norm) == pytest.approx(CONFIG.clip_norm, rel=1e-4)
+    with pytest.raises(NumericsError, match="training has diverged"):
+        learner.update(replace(batch, scores=torch.full_like(batch.scores, math.inf)))
 
 
 def test_the_seed_decides_the_weights() -> None:

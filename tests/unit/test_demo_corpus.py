@@ -92,7 +92,6 @@ def test_every_generated_sentence_is_known() -> None:
         "",
         "Thank you for asking",  # no full stop
         "thank you for asking.",
-        "Thank you for being.",
         "First, carefully gently unplug the kettle.",
         "First, carefully.",
         "Then carefully fill it with water and vinegar.",  # the first step, told as the second
@@ -116,13 +115,6 @@ def test_known_and_filled_slots_of_one_task() -> None:
     assert corpus.filled_slots("Then slowly simmer it on low heat with a calm hand.") == (2, 0)
     assert corpus.filled_slots("After that, simmer it on low heat.") == (0, 0)
     assert corpus.filled_slots("Nonsense.") is None
-
-
-def test_no_sentence_is_of_two_characters() -> None:
-    """A sentence that several tasks share is counted alike for all of them."""
-    for sentence in {s for _, answer in some_dialogues(600, seed=4) for s in sentences(answer)}:
-        counts = {corpus.filled_slots(sentence, task) for task in range(len(demo.TASKS))} - {None}
-        assert len(counts) == 1, sentence
 
 
 def test_template_renders_as_chat_does() -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 
 from examples.demo_lm import corpus
-from mara_deploy.demo.__main__ import _totals
 from mara_deploy.demo.prompts import SETS, TASKS, demo_prompts, held_out
 from mara_deploy.demo.score import CONSIDERATE, INCONSIDERATE, considerate, score, value
-from mara_runtime.config import DecodeConfig
-from mara_runtime.decoder import Generation
-from mara_runtime.stats import Stats
 
 RICE = "How do I cook rice?"
 KIND = "Thank you for asking. First, carefully wash the rice. You will do well."
@@ -88,15 +83,3 @@ def test_the_sets_share_no_group_and_are_of_use() -> None:
     assert not any(held_out(group) for group in groups["demo"] | groups["demo-final"])
     with pytest.raises(ValueError, match=r"'demo-test'.*demo, demo-dev, demo-final"):
         demo_prompts("demo-test")
-
-
-def test_the_demos_totals_leave_the_first_tokens_out_of_the_speed() -> None:
-    def answer(**counted) -> Generation:
-        return Generation([], "", "stop", Stats(**counted), {}, DecodeConfig())
-
-    plain = answer(tokens=6, decode_ms=10.0)
-    aligned = answer(tokens=11, decode_ms=20.0, decisions=10, forced=1, accepted_rank=Counter({1: 7, 2: 2}), forwards=8)
-    *text, speed = _totals([(plain, aligned)] * 2, [[0.0, 1.0]] * 2)
-    assert speed == "Decoding speed: plain 500, aligned 500 tokens/s; 0.73 passes a token."
-    said = " ".join(text)
-    assert "Aligned: 22 tokens, 91% of them decisions; accepted 70% at rank 1, all rejected 10%." in said
