@@ -126,10 +126,10 @@ def test_a_checkpoint_decodes_like_a_bundle_whatever_its_generation_config(check
     decoder = AlignedDecoder(bundle("qwen2"), threads=1)
     theirs = CheckpointAnswers(str(folder), plain, PromptFormat())
     ours = BundleAnswers("greedy", decoder, plain, PromptFormat())
-    prompts = [f"Tell me about number {i}." for i in range(12)]
-    ends = {decoder.generate(prompt, plain).token_ids[-1] for prompt in prompts}
-    assert ends > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
-    for prompt in prompts:
+    prompts = [f"Tell me about number {i}." for i in range(24)]
+    ends = {decoder.generate(prompt, plain).token_ids[-1]: prompt for prompt in prompts}
+    assert ends.keys() > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
+    for prompt in (*(ends[token] for token in checkpoints.EOS_IDS), *prompts[:4]):
         (a,), (b,) = theirs(prompt), ours(prompt)
         assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
 
