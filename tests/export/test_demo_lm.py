@@ -97,7 +97,7 @@ def test_greedy_answers_end_are_grammatical_and_full_of_decisions(model: Any, to
     assert alone.candidates == result.candidates[: len(alone.candidates)]
 
 
-SHORT = Recipe(steps=10, warmup_steps=3, tokenizer_dialogues=150, vocab_size=512, context=192, batch=2)
+SHORT = Recipe(steps=12, warmup_steps=3, tokenizer_dialogues=300, vocab_size=512, context=256, batch=2)
 
 
 def test_retraining_is_deterministic_and_learns() -> None:
