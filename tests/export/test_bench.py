@@ -2,78 +2,78 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mara_deploy.bench.measure import PROFILES
-from mara_deploy.demo import MODEL_FOLDER, export_demo
+from mara_deploy.demo import MODEL_FOLDER
 
-PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return export_demo(tmp_path_factory.mktemp("bench") / "demo", quiet=True, max_context=256).folder
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_measures_itself(command, demo):
-    done = command("bench", demo, "--rounds", 1, "--tokens", 8, "--context", 32)
+@pytest.fixture
+def bench(command, bundle):
+    """(option, …) → CommandResult of one round of eight tokens."""
+    return lambda *options: command("bench", bundle("demo"), *("--rounds", 1, "--tokens", 8, "--context", 32), *options)
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """(name, about=…, answer=…) → a --peer that answers each request with an expression of it, or ends at once."""
+
+    def make(name: str, answer: str | None, **about: Any) -> str:
+        lines = [
+            f"#!{sys.executable}",
+            "import json, sys",
+            f"print(json.dumps({ ({'name': name, 'versions': {}} | about)!r}), flush=True)",
+        ]
+        if answer is not None:
+            lines += [
+                "for line in sys.stdin:",
+                "    request = json.loads(line)",
+                f"    print(json.dumps({answer}), flush=True)",
+            ]
+        (tmp_path / name).write_text("\n".join(lines))
+        (tmp_path / name).chmod(0o755)
+        return f"{name}={tmp_path / name} model"
+
+    return make
+
+
+def figures(done) -> dict[str, Any]:
     assert (done.code, done.err) == (0, "")
-    table, _, last = done.out.rstrip().rpartition("\n")
-    figures = json.loads(last)
-    assert figures["steps"]["32"]["mara"]["ms"]["median"] > 0
-    assert figures["prefill"]["32"]["mara"]["ms"]["median"] > 0
-    assert figures["memory"]["mara"] > 1e6
-    assert len(figures["profiles"]) == len(PROFILES)
-    for profile in figures["profiles"]:
-        ways = profile["ways"]
-        assert ways["plain"]["ratio"]["median"] == 1.0
-        assert ways["aligned"]["passes_per_token"] > 0
-        assert 0 <= ways["aligned"]["host_share"] < 1
+    return json.loads(done.out.splitlines()[-1])
+
+
+def test_it_measures_itself(bench):
+    done = bench()
+    found = figures(done)
+    assert found["steps"]["32"]["mara"]["ms"]["median"] > 0
+    assert found["prefill"]["32"]["mara"]["ms"]["median"] > 0
+    assert found["memory"]["mara"] > 1e6
+    assert len(found["profiles"]) == len(PROFILES)
+    for profile in found["profiles"]:
+        plain, aligned, serial = (profile["ways"][way] for way in ("plain", "aligned", "one-by-one"))
+        assert plain["ratio"]["median"] == 1.0
+        assert aligned["passes_per_token"] > 0
+        assert 0 <= aligned["host_share"] < 1
+        expected = plain["passes_per_token"] / serial["passes_per_token"]
+        assert serial["expected_ratio"] == pytest.approx(expected, rel=0.5)
     for words in ("plain greedy step", "peak memory", "a pass by its rows", "synthetic acceptance 5: "):
-        assert words in table
+        assert words in done.out
 
 
-def test_hugging_face_is_measured_one_candidate_at_a_time(command, demo):
-    peer = f"hugging-face={sys.executable} {PEERS / 'hugging_face.py'} {MODEL_FOLDER}"
-    options = ["--rounds", 1, "--tokens", 8, "--context", 32, "--measure", "prefill,steps,profiles", "--profile", 1]
-    done = command("bench", demo, *options, "--peer", peer)
-    assert (done.code, done.err) == (0, "")
-    figures = json.loads(done.out.splitlines()[-1])
-    assert set(figures["steps"]["32"]) == {"mara", "hugging-face"}
-    assert set(figures["prefill"]["32"]) == {"mara"}  # the other one is slow
-    assert figures["contestants"]["hugging-face"]["versions"]["transformers"]
-    serial = figures["profiles"][0]["serial"]["hugging-face"]
-    assert serial["gain"] > 0
-    assert serial["ms_per_token"] > 0
-    assert "hugging-face, one pass per candidate" in done.out
-
-
-STAND_IN = """#!{python}
-import json, sys
-print(json.dumps({{"name": "steady", "versions": {{}}}}), flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    assert request["do"] == "decode", request
-    print(json.dumps({{"ms": [2.0] * request["tokens"]}}), flush=True)
-"""
-
-
-def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, tmp_path):
-    peer = tmp_path / "peer"
-    peer.write_text(STAND_IN.format(python=sys.executable))
-    peer.chmod(0o755)
+def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(bench, peer):
     tokens, step_ms = 8, 2.0
-    done = command(
-        *("bench", demo, "--rounds", 1, "--tokens", tokens, "--context", 32, "--measure", "profiles"),
-        *("--profile", 1, "--profile", 4, "--peer", f"steady={peer} model"),
-    )
-    assert (done.code, done.err) == (0, "")
+    steady = peer("steady", '{"ms": [2.0] * request["tokens"]}')
+    done = bench("--measure", "profiles", "--profile", 1, "--profile", 4, "--peer", steady)
+    first, repeated = figures(done)["profiles"]
     assert "steady, plain: 500.0 tokens/s; of it plain is ×" in done.out
-    first, repeated = json.loads(done.out.splitlines()[-1])["profiles"]
     for profile, ways in ((first, {"plain", "aligned"}), (repeated, {"plain", "aligned", "drafting"})):
         against = profile["peers"]["steady"]["mara_to_its_plain"]
         assert ways <= set(against)
@@ -82,31 +82,34 @@ def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(command, demo, t
             assert ratio["median"] == pytest.approx((tokens - 1) * step_ms / ours_ms)
 
 
-DYING = """#!{python}
-import json
-print(json.dumps({{"name": "dying", "versions": {{}}}}), flush=True)
-"""
+def test_a_peer_that_examines_one_candidate_at_a_time_is_compared_with_aligned_decoding(bench, peer):
+    """It is slow, and so not asked for a prefill."""
+    answer = '{"ms": [2.0] * request["tokens"] if request["do"] == "decode" else 7.0 * request["tokens"]}'
+    slow = peer("slow", answer, serial=True)
+    done = bench("--measure", "prefill,steps,profiles", "--profile", 1, "--peer", slow)
+    found = figures(done)
+    assert set(found["steps"]["32"]) == {"mara", "slow"}
+    assert set(found["prefill"]["32"]) == {"mara"}
+    serial = found["profiles"][0]["serial"]["slow"]
+    assert serial["ms_per_token"] == pytest.approx(7.0)
+    assert serial["gain"] > 0
+    assert "slow, one pass per candidate" in done.out
 
 
-def test_a_contestant_that_ends_too_early_is_named(command, demo, tmp_path):
-    peer = tmp_path / "peer"
-    peer.write_text(DYING.format(python=sys.executable))
-    peer.chmod(0o755)
-    done = command("bench", demo, "--measure", "steps", "--context", 32, "--peer", f"dying={peer}")
-    assert done.code == 2
-    assert done.err.startswith("mara-bench: error: dying ")
-    assert done.err.count("\n") == 1
-
-
-def test_a_prompt_of_several_chunks_and_few_candidates(command, tmp_path):
-    bundle = export_demo(tmp_path / "demo", quiet=True, max_context=512, max_candidates=4).folder
-    done = command("bench", bundle, "--rounds", 2, "--tokens", 8, "--context", 420, "--measure", "profiles")
-    assert (done.code, done.err) == (0, "")
-    for profile in json.loads(done.out.splitlines()[-1])["profiles"]:
-        one_by_one = profile["ways"]["one-by-one"]
-        assert one_by_one["expected_ratio"] == pytest.approx(
-            profile["ways"]["plain"]["passes_per_token"] / one_by_one["passes_per_token"], rel=0.5
-        )
+def test_hugging_face_is_a_peer():
+    """In this process: its command is that of the other peers, see tests/unit/test_bench_peers.py."""
+    script = ROOT / "benchmarks" / "peers" / "hugging_face.py"
+    spec = importlib.util.spec_from_file_location("hugging_face", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    peer = module.HuggingFace(str(MODEL_FOLDER), 1)
+    assert peer.describe()["serial"]
+    assert peer.describe()["versions"]["transformers"]
+    for context in (12, 12, 5):  # cached, cut back, filled again
+        assert len(peer.decode(context, 3)["ms"]) == 3
+    assert peer.prefill(20)["ms"] > 0
+    everything = {"decisions": 1.0, "accept": 1.0}
+    assert 0 < peer.serial(everything, 8, 4)["ms"] < peer.serial({**everything, "accept": 0.0}, 8, 4)["ms"]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +118,12 @@ def test_a_prompt_of_several_chunks_and_few_candidates(command, tmp_path):
         (["--peer", "broken=false"], "broken "),
         (["--peer", "absent=/nowhere/python x"], "/nowhere/python"),
         (["--engine", "tensorrt"], "mara: no engine can run"),
+        (None, "dying "),  # after it has started
     ],
 )
-def test_a_contestant_that_does_not_start_is_one_line(command, demo, options, named):
-    done = command("bench", demo, "--measure", "steps", *options)
+def test_a_contestant_that_fails_is_named_in_one_line(bench, peer, options, named):
+    done = bench("--measure", "steps", *(options or ("--peer", peer("dying", None))))
     assert done.code == 2
+    assert done.err.startswith("mara-bench: error: ")
     assert named in done.err
     assert done.err.count("\n") == 1

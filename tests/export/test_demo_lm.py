@@ -18,18 +18,6 @@ from mara_deploy.demo import MODEL_FOLDER as MODEL
 from mara_deploy.demo.prompts import prompts
 from mara_deploy.demo.score import sentences
 
-PERPLEXITY_BOUND = 1.5
-"""Held-out perplexity per answer token; measured: the shipped model 1.40, loaded with RoPE base 1e6 1.95, with a
-normalisation epsilon of 1e-2 1.84."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -46,44 +34,28 @@ def recipe() -> dict[str, Any]:
     return json.loads((MODEL / "recipe.json").read_text())
 
 
-def held_out_perplexity(model: Any, tokenizer: Any) -> float:
-    return math.exp(measure.validation_loss(model, tokenizer, n=100, seed=1))
-
-
 def test_folder_holds_exactly_the_model_and_is_small() -> None:
-    assert {f.name for f in MODEL.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "recipe.json",
-    }
+    configs = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+    others = {"model.safetensors", "tokenizer.json", "chat_template.jinja", "recipe.json"}
+    assert {f.name for f in MODEL.iterdir()} == configs | others
     assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 8_000_000
 
 
-def test_is_qwen2_in_fp32_with_a_list_of_end_tokens(model: Any, tokenizer: Any) -> None:
-    assert model.config.architectures == ["Qwen2ForCausalLM"]
-    assert model.dtype == torch.float32
-    assert model.config.max_position_embeddings == 512
-    ends = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
-    assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
-    assert model.generation_config.eos_token_id == ends == lm.end_ids(tokenizer)
-
-
-def test_recipe_matches_the_model_and_the_defaults(model: Any, recipe: dict[str, Any]) -> None:
-    assert recipe["recipe"] == json.loads(json.dumps(asdict(Recipe()))), "retrain the shipped model"
-    assert recipe["recipe"]["seed"] == 0
-    assert recipe["recipe"]["steps"] == 1400
+def test_it_is_qwen2_in_fp32_with_a_list_of_end_tokens_as_the_recipe_says(model, tokenizer, recipe) -> None:
     config, made = model.config, recipe["recipe"]
+    assert made == json.loads(json.dumps(asdict(Recipe()))), "retrain the shipped model"
+    assert (made["seed"], made["steps"]) == (0, 1400)
+    assert config.architectures == ["Qwen2ForCausalLM"]
+    assert model.dtype == torch.float32
     assert config.vocab_size == made["vocab_size"]
     assert config.hidden_size == made["hidden_size"]
     assert config.num_hidden_layers == made["layers"]
-    assert config.max_position_embeddings == made["context"]
+    assert config.max_position_embeddings == made["context"] == 512
     assert model.num_parameters() == recipe["parameters"]
     assert set(recipe["versions"]) == {"python", "torch", "transformers", "tokenizers"}
+    ends = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
+    assert model.generation_config.eos_token_id == ends == lm.end_ids(tokenizer)
 
 
 def test_shipped_tokenizer_is_the_one_that_the_recipe_makes(tokenizer: Any) -> None:
@@ -101,20 +73,15 @@ def test_chat_template_and_any_bytes_survive_the_tokenizer(tokenizer: Any) -> No
         assert tokenizer.decode(tokenizer(odd, add_special_tokens=False)["input_ids"]) == odd
 
 
-def test_held_out_perplexity(model: Any, tokenizer: Any, recipe: dict[str, Any]) -> None:
-    perplexity = held_out_perplexity(model, tokenizer)
-    assert perplexity < PERPLEXITY_BOUND
-    assert perplexity == pytest.approx(recipe["held_out"]["perplexity"], rel=0.05)
-
-
-@pytest.mark.parametrize("mistake", [{"rope_theta": 1e6}, {"rms_norm_eps": 1e-2}])
-def test_the_perplexity_bound_catches_a_model_loaded_wrongly(mistake: dict[str, float], tokenizer: Any) -> None:
-    wrong = AutoModelForCausalLM.from_pretrained(MODEL, **mistake).eval()
-    assert held_out_perplexity(wrong, tokenizer) > PERPLEXITY_BOUND
+def test_held_out_perplexity_is_as_recorded_and_shows_a_model_loaded_wrongly(model, tokenizer, recipe) -> None:
+    wrong = AutoModelForCausalLM.from_pretrained(MODEL, rope_theta=1e6).eval()
+    ours, theirs = (math.exp(measure.validation_loss(m, tokenizer, n=60, seed=1)) for m in (model, wrong))
+    assert ours == pytest.approx(recipe["held_out"]["perplexity"], rel=0.05)
+    assert theirs > 1.2 * ours
 
 
 def test_greedy_answers_end_are_grammatical_and_full_of_decisions(model: Any, tokenizer: Any) -> None:
-    asked = prompts(40, seed=7, held_out_split=True)
+    asked = prompts(24, seed=7, held_out_split=True)
     result = measure.greedy(model, tokenizer, asked)
     assert all(result.finished)
     assert max(result.lengths) < measure.MAX_NEW_TOKENS
@@ -122,18 +89,12 @@ def test_greedy_answers_end_are_grammatical_and_full_of_decisions(model: Any, to
     said = [corpus.known(s, prompt.task) for prompt, answer in pairs for s in sentences(answer)]
     assert len(said) > 3 * len(asked)
     assert sum(said) / len(said) > 0.9
-    assert len(set(result.answers)) > 35
+    assert len(set(result.answers)) > 0.8 * len(asked)
     assert 0.15 < result.decision_share < 0.40
     assert 2.5 < result.candidates_per_decision < 8
-
-
-def test_greedy_in_a_batch_is_greedy_alone(model: Any, tokenizer: Any) -> None:
-    asked = prompts(4, seed=8, held_out_split=True)
-    together = measure.greedy(model, tokenizer, asked)
-    alone = [measure.greedy(model, tokenizer, [p]) for p in asked]
-    assert together.answers == [a.answers[0] for a in alone]
-    assert together.lengths == [a.lengths[0] for a in alone]
-    assert together.candidates == [n for a in alone for n in a.candidates]
+    alone = measure.greedy(model, tokenizer, asked[:1])  # in a batch as alone
+    assert (alone.answers, alone.lengths) == (result.answers[:1], result.lengths[:1])
+    assert alone.candidates == result.candidates[: len(alone.candidates)]
 
 
 SHORT = Recipe(steps=12, warmup_steps=3, tokenizer_dialogues=300, vocab_size=512, context=256, batch=2)
@@ -181,21 +142,14 @@ def test_write_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [f.name for f in tmp_path.iterdir()] == ["new"]
 
 
-@pytest.mark.parametrize("command", [train, remake])
-def test_an_occupied_folder_is_refused_in_one_line(
-    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine.txt").write_text("keep")
-    assert command.main(["--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert str(tmp_path) in error
-    assert (tmp_path / "mine.txt").read_text() == "keep"
-
-
-@pytest.mark.parametrize("option", ["--steps=0", "--threads=0", "--seed=-1"])
-def test_numbers_out_of_range_are_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["--out", str(tmp_path / "lm"), option]) == 2
-    flag, _, value = option.partition("=")
-    assert f"error: {flag} is {value}; it must be " in capsys.readouterr().err
+def test_an_occupied_folder_and_numbers_out_of_range_are_refused_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    for flag, value in (("--steps", "0"), ("--threads", "0"), ("--seed", "-1")):
+        assert train.main(["--out", str(tmp_path / "lm"), f"{flag}={value}"]) == 2
+        assert f"error: {flag} is {value}; it must be " in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+    (tmp_path / "mine.txt").write_text("keep")
+    for command in (train, remake):
+        assert command.main(["--out", str(tmp_path)]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path) in error
+        assert (tmp_path / "mine.txt").read_text() == "keep"

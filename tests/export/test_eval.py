@@ -63,14 +63,6 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
-def without_times(value: Any) -> Any:
-    """A result except for times and paths."""
-    if isinstance(value, dict):
-        timed = ("prefill_ms", "decode_ms", "engine_ms", "tokens_per_second", "command")
-        return {key: without_times(part) for key, part in value.items() if key not in timed}
-    return value
-
-
 def test_baselines_side_by_side(evaluate, tmp_path):
     """The bundle without its agent, greedy, sampled, best of three; and its own checkpoint, which ties with greedy."""
     training, out, checkpoint = tmp_path / "training.txt", tmp_path / "out", MODEL_FOLDER.name
@@ -118,62 +110,6 @@ def test_baselines_side_by_side(evaluate, tmp_path):
     assert texts[checkpoint] == texts["greedy"]
 
 
-def test_an_interrupted_run_continues_to_the_same_result(evaluate, tmp_path, monkeypatch):
-    def run(out: Path) -> Any:
-        return evaluate(*SCORE, "--baseline", "sample", "--strategy", "random", "--out", out)
-
-    assert run(tmp_path / "whole").code == 0
-    generate = AlignedDecoder.generate
-    for answers in (4, 6):  # interrupted during the aligned answers, then during the sampled ones
-        left = [True] * answers
-
-        def interrupted(self, *arguments, left=left, **options):
-            if not left:
-                raise KeyboardInterrupt
-            left.pop()
-            return generate(self, *arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(AlignedDecoder, "generate", interrupted)
-            outcome = run(tmp_path / "cut")
-        assert (outcome.code, outcome.err.splitlines()[-1]) == (2, "mara-eval: error: interrupted")
-        assert not (tmp_path / "cut" / "result.json").exists()
-    outcome = run(tmp_path / "cut")
-    assert outcome.code == 0, outcome.err
-    assert "sample: 2 to answer, 4 already saved" in outcome.err
-    assert without_times(read(tmp_path / "cut")) == without_times(read(tmp_path / "whole"))
-
-
-def test_a_changed_setting_is_refused(evaluate, tmp_path):
-    options = (*SCORE, "--out", tmp_path / "out", "--limit", 1)
-    assert evaluate(*options, "--quiet").code == 0
-    before = read(tmp_path / "out")
-    for changed in (("--seed", "1"), ("--max-new-tokens", "9"), ("--top-k", "5"), ("--raw",)):
-        outcome = evaluate(*options, *changed)
-        assert (outcome.code, outcome.out) == (2, "")
-        setting = changed[0].removeprefix("--").replace("-", "_")
-        assert f"aligned.jsonl was made with {setting} " in outcome.err.splitlines()[-1]
-        assert read(tmp_path / "out") == before
-
-
-def test_an_answer_does_not_depend_on_previous_ones(bundle):
-    decoder = AlignedDecoder(bundle("demo"), threads=1)
-    sampling = DecodeConfig(max_new_tokens=24, align=False, sample=True)
-    prompts = [p.text for p in PROMPTS[:3]]
-    aligned = BundleAnswers("aligned", decoder, DecodeConfig(max_new_tokens=24), PromptFormat())
-    sampled = BundleAnswers("sample", decoder, sampling, PromptFormat())
-    for source in (aligned, sampled):
-        there = {prompt: source(prompt) for prompt in prompts}
-        back = {prompt: source(prompt) for prompt in prompts[::-1]}
-        for prompt in prompts:
-            (a,), (b,) = there[prompt], back[prompt]
-            assert (a.text, a.tokens) == (b.text, b.tokens)
-            assert without_times(a.stats) == without_times(b.stats)
-    assert len({sampled(prompt)[0].text for prompt in prompts}) == 3
-    several = BundleAnswers("best-of-3", decoder, sampling, PromptFormat(), 3)
-    assert len({answer.text for answer in several(prompts[0])}) > 1
-
-
 # ── other checkpoints ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -191,20 +127,22 @@ def test_a_checkpoint_decodes_like_a_bundle_whatever_its_generation_config(check
     theirs = CheckpointAnswers(str(folder), plain, PromptFormat())
     ours = BundleAnswers("greedy", decoder, plain, PromptFormat())
     prompts = [f"Tell me about number {i}." for i in range(24)]
-    ends = {decoder.generate(prompt, plain).token_ids[-1] for prompt in prompts}
-    assert ends > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
-    for prompt in prompts:
+    ends = {decoder.generate(prompt, plain).token_ids[-1]: prompt for prompt in prompts}
+    assert ends.keys() > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
+    for prompt in (*(ends[token] for token in checkpoints.EOS_IDS), *prompts[:4]):
         (a,), (b,) = theirs(prompt), ours(prompt)
         assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
 
 
-def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
-    def answers(**options: Any) -> CheckpointAnswers:
-        config = DecodeConfig(max_new_tokens=12, align=False, **options)
-        return CheckpointAnswers(str(checkpoint("llama")), config, PromptFormat(raw=True))
+def answers_of(folder: Path, *, raw: bool = False, **options: Any) -> CheckpointAnswers:
+    return CheckpointAnswers(str(folder), DecodeConfig(align=False, **options), PromptFormat(raw=raw))
 
-    best, narrow = answers(), answers(sample=True, top_k=1, temperature=3.0)
-    wide = answers(sample=True, top_p=1.0, temperature=3.0)
+
+def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
+    best, narrow, wide = (
+        answers_of(checkpoint("llama"), raw=True, max_new_tokens=12, **options)
+        for options in ({}, {"sample": True, "top_k": 1}, {"sample": True, "top_p": 1.0, "temperature": 3.0})
+    )
     prompts = ["One", "Two", "Three"]
     assert [narrow(p) for p in prompts] == [best(p) for p in prompts]
     state = torch.get_rng_state()
@@ -215,15 +153,12 @@ def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
 
 
 def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
-    def answers(prompt_format: PromptFormat | None = None, **options: Any) -> CheckpointAnswers:
-        config = DecodeConfig(align=False, **options)
-        return CheckpointAnswers(str(checkpoint("mistral")), config, prompt_format or PromptFormat())
-
-    (whole,) = answers(max_new_tokens=30)("One")
+    folder = checkpoint("mistral")
+    (whole,) = answers_of(folder, max_new_tokens=30)("One")
     stop = whole.text[4:6]
-    (cut,) = answers(max_new_tokens=30, stop=(stop,))("One")
+    (cut,) = answers_of(folder, max_new_tokens=30, stop=(stop,))("One")
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    long = answers(PromptFormat(raw=True), max_new_tokens=10_000)
+    long = answers_of(folder, raw=True, max_new_tokens=10_000)
     (most,) = long("a b c d e f g h " * 30)
     assert most.tokens < 512
     with pytest.raises(MaraError, match=r"the prompt has \d+ tokens; mistral has a context of 512"):
@@ -233,14 +168,13 @@ def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
 def test_settings_of_a_checkpoint_include_its_weights_and_options(checkpoint, tmp_path):
     folder = tmp_path / "qwen2"
     shutil.copytree(checkpoint("qwen2"), folder)
-    greedy, sampled = DecodeConfig(align=False), DecodeConfig(align=False, sample=True, seed=3)
-    first = CheckpointAnswers(str(folder), greedy, PromptFormat()).settings
-    assert first == CheckpointAnswers(str(checkpoint("qwen2")), greedy, PromptFormat()).settings
-    assert CheckpointAnswers(str(folder), sampled, PromptFormat()).settings["seed"] == 3
+    first = answers_of(folder).settings
+    assert first == answers_of(checkpoint("qwen2")).settings
+    assert answers_of(folder, sample=True, seed=3).settings["seed"] == 3
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    assert CheckpointAnswers(str(folder), greedy, PromptFormat()).settings["files"] != first["files"]
+    assert answers_of(folder).settings["files"] != first["files"]
 
 
 # ── what is refused; for the options alone see tests/unit/test_refusals.py ───────────────────────────────────────────
@@ -254,14 +188,8 @@ def test_settings_of_a_checkpoint_include_its_weights_and_options(checkpoint, tm
         (("--score", "scores_of_the_test:bad"), "the score scores_of_the_test:bad is inf"),
         ((*SCORE, "--baseline", "gredy"), "--baseline is 'gredy'"),
         ((*SCORE, "--baseline", "greedy", "--baseline", "greedy"), "--baseline greedy is given twice"),
-        (
-            (*SCORE, "--temperature", "1", "--baseline", str(MODEL_FOLDER)),
-            "--temperature is 1.0, but no --baseline samples",
-        ),
-        (
-            (*SCORE, "--template", "tokenize=false", "--baseline", str(MODEL_FOLDER)),
-            "the chat template variable 'tokenize' is reserved",
-        ),
+        ((*SCORE, "--temperature", "1", "--baseline", MODEL_FOLDER), "--temperature is 1.0, but no --baseline samples"),
+        ((*SCORE, "--template", "tokenize=false", "--baseline", MODEL_FOLDER), "variable 'tokenize' is reserved"),
         ((*SCORE, "--group-by", "nothing"), "entry 1 has no key 'nothing'"),
         ((*SCORE, "--training-prompts", "none.txt"), "none.txt cannot be read: No such file"),
         ((*SCORE, "--prompts", "demo-final", "--group-by", "group"), "--group-by is 'group'"),
@@ -277,16 +205,16 @@ def test_bad_input_is_one_line(evaluate, tmp_path, options, named):
 
 def test_quiet_prints_nothing_also_for_sharded_checkpoints(evaluate, tmp_path):
     """transformers draws a progress bar for several shards."""
-    judge = LlamaForSequenceClassification(LlamaConfig.from_pretrained(MODEL_FOLDER, num_labels=1))
-    for model, name in ((LlamaForCausalLM.from_pretrained(MODEL_FOLDER), "other"), (judge, "judge")):
-        model.save_pretrained(tmp_path / name, max_shard_size="500KB")
-        assert (tmp_path / name / "model.safetensors.index.json").is_file()
+    other, judge = tmp_path / "other", tmp_path / "judge"
+    config = LlamaConfig.from_pretrained(MODEL_FOLDER, num_labels=1)
+    for kind, folder in ((LlamaForCausalLM, other), (LlamaForSequenceClassification, judge)):
+        kind(config).save_pretrained(folder, max_shard_size="500KB")
+        assert (folder / "model.safetensors.index.json").is_file()
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            shutil.copy(MODEL_FOLDER / file, tmp_path / name)
-    for options in (("--score", tmp_path / "judge"), (*SCORE, "--baseline", tmp_path / "other")):
-        logging.enable_progress_bar()
-        outcome = evaluate("--limit", "1", "--out", tmp_path / str(options[0] + str(len(options))), "--quiet", *options)
-        assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+            shutil.copy(MODEL_FOLDER / file, folder)
+    logging.enable_progress_bar()
+    outcome = evaluate("--limit", 1, "--out", tmp_path / "out", "--quiet", "--score", judge, "--baseline", other)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
 
 
 def test_a_folder_in_use_is_left_alone(evaluate, tmp_path):
@@ -294,15 +222,13 @@ def test_a_folder_in_use_is_left_alone(evaluate, tmp_path):
     mine, out = tmp_path / "mine", tmp_path / "out"
     mine.mkdir()
     (mine / "letter.txt").write_text("Dear")
-    outcome = evaluate(*SCORE, "--out", mine)
-    assert outcome.code == 2
-    assert f"{mine} exists" in outcome.err
-    assert [path.name for path in mine.iterdir()] == ["letter.txt"]
     with run_lock(out):
-        outcome = evaluate(*SCORE, "--out", out, "--limit", 1, "--quiet")
-        assert (outcome.code, outcome.out) == (2, "")
-        assert f"another run is using {out}" in outcome.err
-        assert list(out.iterdir()) == []
+        for folder, named in ((mine, f"{mine} exists"), (out, f"another run is using {out}")):
+            outcome = evaluate(*SCORE, "--out", folder, "--limit", 1, "--quiet")
+            assert (outcome.code, outcome.out) == (2, "")
+            assert named in outcome.err
+    assert [path.name for path in mine.iterdir()] == ["letter.txt"]
+    assert list(out.iterdir()) == []
     assert evaluate(*SCORE, "--out", out, "--limit", 1, "--quiet").code == 0
     assert sorted(path.name for path in out.iterdir()) == ["answers", "report.html", "result.json", "scores"]
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mara_deploy.files import fingerprint
-from mara_deploy.scores.base import Combined, ScoreError, WeightedScore
+from mara_deploy.scores.base import ScoreError
 from mara_deploy.scores.load import load_score
 from mara_runtime.errors import OptionError
 
@@ -98,7 +98,7 @@ def of_texts(folder: Path, texts: list[str]) -> list[float]:
     return logits_one_by_one(folder, tokenizer(True)(texts)["input_ids"])[:, 0].tolist()
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_reward_model_reads_its_template(llama, batch_size) -> None:
     """In batches of texts of different lengths, whose last token is also the padding token."""
     score = load_score(str(llama), template=TEMPLATE, batch_size=batch_size)
@@ -116,12 +116,11 @@ def test_without_a_template_the_chat_template_adds_all_special_tokens(llama) -> 
     assert list(load_score(str(llama))(PROMPTS, ANSWERS)) == pytest.approx(of_texts(llama, texts), abs=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_classifier_gives_the_log_odds_of_a_label_of_a_pair(bert, batch_size) -> None:
+def test_a_classifier_gives_the_log_odds_of_a_label_of_a_pair(bert) -> None:
     """Of a softmax over the labels, or of a sigmoid for multi-label models."""
     pairs = tokenizer(False)(PROMPTS, ANSWERS)
     logits = logits_one_by_one(bert, pairs["input_ids"], pairs["token_type_ids"])
-    for kind, p in (("single", logits.softmax(1)[:, 2]), ("multi", logits.sigmoid()[:, 2])):
+    for kind, batch_size, p in (("single", 8, logits.softmax(1)[:, 2]), ("multi", 1, logits.sigmoid()[:, 2])):
         edit_config(bert, problem_type=f"{kind}_label_classification")
         score = load_score(f"{bert}#kind", batch_size=batch_size)
         assert list(score(PROMPTS, ANSWERS)) == pytest.approx((p / (1 - p)).log().tolist(), abs=1e-5)
@@ -155,16 +154,15 @@ def test_the_length_limit(llama, tmp_path) -> None:
         score(["how"], ["wait " * 29])
 
 
-def no_cuda() -> None:
-    raise AssertionError("Torch not compiled with CUDA enabled")
+def test_a_device_that_is_not_available(llama, monkeypatch) -> None:
+    def no_cuda() -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
 
-
-@pytest.mark.parametrize("device", ["foo", "meta", "cuda"])
-def test_a_device_that_is_not_available(llama, monkeypatch, device) -> None:
     monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
-    with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use cpu") as error:
-        load_score(str(llama), template=TEMPLATE, device=device)
-    assert "\n" not in str(error.value)
+    for device in ("foo", "meta", "cuda"):
+        with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use cpu") as error:
+            load_score(str(llama), template=TEMPLATE, device=device)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -172,12 +170,9 @@ def test_a_device_that_is_not_available(llama, monkeypatch, device) -> None:
     [
         ("no-such-folder", None, "there is no score 'no-such-folder': --score takes module:function"),
         ("someone/nothing", None, "the score someone/nothing cannot be loaded"),
-        ("./nofolder", None, "there is no folder ./nofolder"),
-        ("../no/folder", None, "there is no folder ../no/folder"),
         ("~/nofolder", None, "there is no folder ~/nofolder"),
         ("LLAMA", "{answer}", r"--score-template has the fields \['answer'\]"),
         ("LLAMA", "{prompt} {answer", "--score-template is not a valid template"),
-        ("LLAMA", "{prompt} {} {answer}", "--score-template has the fields"),
         ("LLAMA#kind", None, "single output: omit #kind"),
         ("BERT", None, r"bert has several labels: pass .*#LABEL with one of rude, plain, kind"),
         ("BERT#nice", None, "no label 'nice'"),
@@ -198,10 +193,3 @@ def test_the_fingerprint_of_a_hub_model_is_the_commit_that_was_loaded(llama, cac
     score = load_score("somebody/reward", template=TEMPLATE)
     cached("somebody/reward", llama, revision="b" * 40)
     assert score.fingerprint == "a" * 40
-
-
-def test_a_model_and_a_function_combined(llama) -> None:
-    model, function = load_score(str(llama), template=TEMPLATE), load_score("demo")
-    values = Combined([WeightedScore(model, 2.0), WeightedScore(function, -1.0)]).detail(PROMPTS, ANSWERS)
-    one, other = values.each.values()
-    assert values.combined == pytest.approx([2 * a - b for a, b in zip(one, other, strict=True)])

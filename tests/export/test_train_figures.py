@@ -56,9 +56,7 @@ def test_metrics_by_hand() -> None:
     assert found["scores"] == {"one": 1.5, "other": 4.5}
     assert found["example"] == {"prompt": "prompt 0", "answer": "text 0", "score": 1.0}
 
-
-def test_metrics_of_a_round_without_decisions() -> None:
-    found = metrics([Episode([5, 6], True, trajectory([], [], []), 0, 0, 0, 0)], [1.0])
+    found = metrics([Episode([5, 6], True, trajectory([], [], []), 0, 0, 0, 0)], [1.0])  # without decisions
     rates = ("accept_rate", "forced_rate", "intervention_rate", "decision_share")
     assert {found[name] for name in ("kl", "entropy", *rates)} == {0.0}
     assert (found["reward"], found["answer_tokens"]) == (1.0, 2.0)
@@ -71,8 +69,5 @@ def test_every_lap_is_another_permutation_of_the_prompts() -> None:
 
     assert [sorted(lap) for lap in laps(0)] == [list(range(7))] * 3
     assert len({tuple(lap) for lap in [*laps(0), *laps(1)]}) == 6
-
-
-def test_the_last_round_may_be_smaller() -> None:
-    config = TrainConfig(episodes=21, prompts_at_once=4)
+    config = TrainConfig(episodes=21, prompts_at_once=4)  # the last round may be smaller
     assert [len(round_indices(at, config, 7)) for at in (0, 16, 20)] == [4, 4, 1]

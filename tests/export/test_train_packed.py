@@ -26,17 +26,16 @@ def state(reference, tokens):
     return reference(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, -1]
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (5, 9, 1)]
-
-
-def test_prefill_candidates_and_the_next_position(pair) -> None:
+@torch.no_grad()
+def test_prefill_head_candidates_and_the_next_position(pair) -> None:
     lm, reference = pair
-    texts = prompts(reference.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(reference.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 9, 1)]
     cache, states = lm.prefill(texts, room=2)
-    for text, actual in zip(texts, states, strict=True):
-        assert torch.allclose(actual, state(reference, text), atol=TOLERANCE)
+    for text, actual, logits in zip(texts, states, lm.head(states), strict=True):
+        expected = reference(torch.tensor([text]), output_hidden_states=True)
+        assert torch.allclose(actual, expected.hidden_states[-1][0, -1], atol=TOLERANCE)
+        assert torch.allclose(logits, expected.logits[0, -1], atol=5 * TOLERANCE)
 
     # siblings: each sees its prompt and itself, not the others
     tokens, owner = [11, 12, 13, 14, 15, 16], [0, 0, 0, 1, 2, 2]
@@ -44,7 +43,8 @@ def test_prefill_candidates_and_the_next_position(pair) -> None:
     for token, sequence, actual in zip(tokens, owner, states, strict=True):
         assert torch.allclose(actual, state(reference, [*texts[sequence], token]), atol=TOLERANCE)
 
-    # commit the second candidate of the first, the only one of the second, the first of the third; drop the second
+    # commit the second candidate of the first, the only one of the second, the first of the third; drop the second:
+    # rejected candidates leave no trace
     lm.commit(siblings, torch.tensor([1, 3, 4]))
     cache.keep(torch.tensor([0, 2]))
     assert cache.lengths.tolist() == [6, 2]
@@ -52,26 +52,3 @@ def test_prefill_candidates_and_the_next_position(pair) -> None:
     states, _ = lm.candidates(cache, torch.tensor([17, 18, 19]), torch.tensor([1, 2]))
     for token, sequence, actual in zip([17, 18, 19], [0, 1, 1], states, strict=True):
         assert torch.allclose(actual, state(reference, [*texts[sequence], token]), atol=TOLERANCE)
-
-
-def test_the_head_gives_the_models_logits(pair) -> None:
-    lm, reference = pair
-    texts = prompts(reference.config.vocab_size)
-    logits = lm.head(lm.prefill(texts, room=1)[1])
-    with torch.no_grad():
-        expected = torch.stack([reference(torch.tensor([text])).logits[0, -1] for text in texts])
-    assert torch.allclose(logits, expected, atol=5 * TOLERANCE)
-
-
-def test_a_rejected_candidate_leaves_no_trace(pair) -> None:
-    """The trap of a shared cache: states do not depend on which siblings were examined."""
-    lm, reference = pair
-    text = prompts(reference.config.vocab_size)[:1]
-    outcomes = []
-    for tokens in ([11], [11, 12, 13], [13, 12, 11]):
-        cache, _ = lm.prefill(text, room=2)
-        _, siblings = lm.candidates(cache, torch.tensor(tokens), torch.tensor([len(tokens)]))
-        lm.commit(siblings, torch.tensor([tokens.index(11)]))
-        outcomes.append(lm.candidates(cache, torch.tensor([20]), torch.tensor([1]))[0])
-    for other in outcomes[1:]:
-        assert torch.allclose(outcomes[0], other, atol=TOLERANCE)

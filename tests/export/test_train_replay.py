@@ -36,18 +36,22 @@ def filled(folder, lengths, capacity=16, checkpoint=True):
     return replay, episodes
 
 
-@pytest.mark.parametrize("hidden_size", [128, 4096])
-def test_bytes_per_transition(tmp_path, hidden_size) -> None:
+def test_bytes_per_transition(tmp_path) -> None:
     """Each state is stored once, as float16: on the disk, with the reserve, at most 1.2 times its size and 64 bytes."""
     capacity = 1000
-    ReplayBuffer(tmp_path, capacity, hidden_size)
-    stored = sum(file.stat().st_size for file in tmp_path.iterdir()) - 5 * 128  # the headers of five .npy files
-    assert stored == ReplayBuffer.bytes_per_transition(hidden_size) * (capacity + capacity // 8)
-    assert stored / capacity <= 1.2 * hidden_size * 2 + 64
+    for hidden_size in (128, 4096):
+        folder = tmp_path / str(hidden_size)
+        ReplayBuffer(folder, capacity, hidden_size)
+        stored = sum(file.stat().st_size for file in folder.iterdir()) - 5 * 128  # the headers of five .npy files
+        assert stored == ReplayBuffer.bytes_per_transition(hidden_size) * (capacity + capacity // 8)
+        assert stored / capacity <= 1.2 * hidden_size * 2 + 64
 
 
-@pytest.mark.parametrize("n_step", [1, 3, 8])
-@pytest.mark.parametrize("lengths", [[5], [4, 1, 6], [*[6] * 15, 3, 1]], ids=["one", "three", "more than fit"])
+@pytest.mark.parametrize(
+    ("lengths", "n_step"),
+    [([5], 8), ([4, 1, 6], 3), ([*[6] * 15, 3, 1], 1), ([*[6] * 15, 3, 1], 3)],
+    ids=["one episode", "three", "one step", "more than fit"],
+)
 def test_batches_follow_the_trajectories(tmp_path, lengths, n_step) -> None:
     replay, episodes = filled(tmp_path, lengths, capacity=64)
     total = sum(lengths)
@@ -77,6 +81,8 @@ def test_batches_follow_the_trajectories(tmp_path, lengths, n_step) -> None:
 
 def test_transitions_of_a_checkpoint_are_not_overwritten(tmp_path) -> None:
     """A run that is killed resumes with the contents of its checkpoint."""
+    unsaved, _ = filled(tmp_path / "unsaved", [10, 8], checkpoint=False)
+    assert (len(unsaved), unsaved.room) == (16, 0)  # before the first checkpoint everything may be used
     replay, _ = filled(tmp_path, [8, 8])  # full, and saved
     replay.flush()
     before = replay.sample(np.random.default_rng(1), 64, 4)
@@ -94,11 +100,6 @@ def test_transitions_of_a_checkpoint_are_not_overwritten(tmp_path) -> None:
 
     replay.saved()  # a checkpoint makes room
     assert replay.room == 2
-
-
-def test_before_the_first_checkpoint_everything_may_be_used(tmp_path) -> None:
-    replay, _ = filled(tmp_path, [10, 8], checkpoint=False)
-    assert (len(replay), replay.room) == (16, 0)
 
 
 def test_files_of_another_run_are_refused(tmp_path) -> None:

@@ -50,16 +50,18 @@ def length(prompts, answers):
         return [float("nan")] * len(answers)
     return [len(answer) / 40 for answer in answers]
 """
-EPISODES = 44
+EPISODES = 32
 SMALL = {
     "episodes": EPISODES,
     "prompts-at-once": 2,
-    "max-new-tokens": 12,
-    "top-k": 6,
+    "max-new-tokens": 4,
+    "top-k": 4,
+    "top-p": 1,
+    "fallback": "first",
     "batch": 16,
     "updates-per-episode": 0.75,
     "start-transitions": 20,
-    "replay-transitions": 192,
+    "replay-transitions": 160,
     "n-step": 5,
     "checkpoint-minutes": 0,
     "threads": 1,
@@ -100,24 +102,24 @@ def resume(command):
     return lambda out, *options: command("train", "--resume", "--out", out, *options)
 
 
-_UNINTERRUPTED: dict[int, dict[str, Any]] = {}
+_UNINTERRUPTED: dict[int, Path] = {}
 
 
 @pytest.fixture
 def uninterrupted(run, tmp_path):
-    """episodes → `everything` of an uninterrupted run, made once."""
+    """episodes → folder of an uninterrupted run, made once."""
 
-    def result(episodes: int) -> dict[str, Any]:
+    def folder(episodes: int) -> Path:
         if episodes not in _UNINTERRUPTED:
             assert run(f"whole{episodes}", episodes=episodes).code == 0
-            _UNINTERRUPTED[episodes] = everything(tmp_path / f"whole{episodes}")
+            _UNINTERRUPTED[episodes] = tmp_path / f"whole{episodes}"
         return _UNINTERRUPTED[episodes]
 
-    return result
+    return folder
 
 
 @pytest.fixture
-def whole(uninterrupted) -> dict[str, Any]:
+def whole(uninterrupted) -> Path:
     return uninterrupted(EPISODES)
 
 
@@ -144,9 +146,11 @@ def same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return one == other
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def same_runs(one: Path, other: Path, capacity: int = SMALL["replay-transitions"]) -> bool:
+    return same(everything(one, capacity), everything(other, capacity))
 
 
 def error_of(result) -> str:
@@ -156,15 +160,23 @@ def error_of(result) -> str:
     return result.err.splitlines()[-1].removeprefix("mara-train: error: ")
 
 
+def recorded(monkeypatch, cls: type, name: str) -> list[tuple[Any, ...]]:
+    """The arguments of every call of a method from now on."""
+    calls, real = [], getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda *args: (calls.append(args), real(*args))[1])
+    return calls
+
+
 # ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(run, resume, scores, whole, tmp_path) -> None:
-    progress = whole["state"]["progress"]
+    state = everything(whole)["state"]
+    progress = state["progress"]
     assert progress["episodes"] == EPISODES
     assert progress["updates"] > 10
     assert 0 < progress["pending_updates"] < 1, "no update is pending at the checkpoint"
-    assert whole["state"]["added"] > SMALL["replay-transitions"], "the ring buffer has not wrapped"
+    assert state["added"] > SMALL["replay-transitions"], "the ring buffer has not wrapped"
 
     scores.CALLS = 0
     scores.TRIP = {3: "interrupt", 5: "terminate", 7: "fail"}
@@ -174,23 +186,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, resume, scores, whole
     assert "train_test_scores:length failed with RuntimeError: out of order" in error_of(resume("broken"))
     last = resume("broken", "--quiet")
     assert (last.code, last.err) == (0, "")
-    assert same(everything(tmp_path / "broken"), whole)
+    assert same_runs(tmp_path / "broken", whole)
 
 
 def test_the_times_of_checkpoints_do_not_matter(run, resume, scores, whole, monkeypatch, tmp_path) -> None:
     """A rare one is made in the middle of a round, when the reserve of the replay buffer is used up."""
-    saves, real = [], RunFolder.save
-    monkeypatch.setattr(RunFolder, "save", lambda *args: (saves.append(args), real(*args)))
-    assert run("rare", checkpoint_minutes=600).code == 0
-    assert len(saves) > 1, "the reserve was not used up"
-    assert same(everything(tmp_path / "rare"), whole)
-
+    saves = recorded(monkeypatch, RunFolder, "save")
     scores.CALLS, scores.TRIP = 0, {EPISODES // 2 - 1: "fail"}
     assert run("cut", checkpoint_minutes=600).code == 2
     done = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["progress"]["episodes"]
-    assert 0 < done < EPISODES - 4, "the reserve was not used up"
+    assert 0 < done < EPISODES - 4
+    assert saves, "the reserve was not used up"
     assert resume("cut").code == 0
-    assert same(everything(tmp_path / "cut"), whole)
+    assert same_runs(tmp_path / "cut", whole)
 
 
 def test_a_finished_run_can_be_extended(run, resume, whole, tmp_path, monkeypatch) -> None:
@@ -200,18 +208,13 @@ def test_a_finished_run_can_be_extended(run, resume, whole, tmp_path, monkeypatc
         file.write('{"episodes": 14, "sc')
     (tmp_path / "short" / ".checkpoint.pt.1.partial").write_text("cut o")
     assert "--episodes is 4, but the run already has 12" in error_of(resume("short", "--episodes", 4))
-    loads, real = [], RunFolder.load
-    monkeypatch.setattr(RunFolder, "load", lambda folder: loads.append(folder) or real(folder))
+    loads = recorded(monkeypatch, RunFolder, "load")
     assert resume("short", "--episodes", EPISODES).code == 0
     assert len(loads) == 1
-    assert same(everything(tmp_path / "short"), whole)
+    assert same_runs(tmp_path / "short", whole)
     assert not list((tmp_path / "short").glob(".*"))
-
-
-def test_more_episodes_must_fit_the_replay_buffer(run, resume) -> None:
-    """With few episodes, a round is smaller."""
-    assert run("out", episodes=2, prompts_at_once=8).code == 0
-    assert "--replay-transitions is 192" in error_of(resume("out", "--episodes", 8))
+    assert run("few", episodes=2, prompts_at_once=8).code == 0  # with few episodes, a round is smaller
+    assert "--replay-transitions is 160" in error_of(resume("few", "--episodes", 8))
 
 
 def test_a_resumed_run_keeps_model_device_and_precision(run, resume, cached, checkpoint, tmp_path) -> None:
@@ -255,59 +258,49 @@ def test_changed_inputs_are_refused(run, resume, checkpoint, tmp_path) -> None:
 # ── what a run does ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_seed_decides_weights_prompts_actions_and_batches(run, tmp_path) -> None:
+def test_the_seed_decides_prompts_actions_and_batches(run, whole, tmp_path) -> None:
     """For the weights see test_train_learner.py."""
-    for seed in (0, 1):
-        assert run(f"seed{seed}", seed=seed, episodes=8).code == 0
-    one, other = (everything(tmp_path / f"seed{seed}") for seed in (0, 1))
-    assert not same(one["agent"], other["agent"])
-    prompts = [[row["example"]["prompt"] for row in result["log"]] for result in (one, other)]
+    assert run("other", seed=1, episodes=8).code == 0
+    runs = [everything(folder) for folder in (whole, tmp_path / "other")]
+    prompts = [[row["example"]["prompt"] for row in result["log"][:4]] for result in runs]
     assert prompts[0] != prompts[1]
-    streams = {result["state"][use]["state"]["inc"] for result in (one, other) for use in ("actions", "batches")}
+    streams = {result["state"][use]["state"]["inc"] for result in runs for use in ("actions", "batches")}
     assert len(streams) == 4, "generators that draw the same numbers"
 
 
 def test_updates_begin_with_enough_transitions_and_none_is_lost(whole) -> None:
-    waiting = [row for row in whole["log"] if row["transitions"] < SMALL["start-transitions"]]
+    log = rows(whole)
+    waiting = [row for row in log if row["transitions"] < SMALL["start-transitions"]]
     assert waiting, "learning starts in the first round"
     episodes = waiting[-1]["episodes"]
-    expected = [int(0.75 * max(0, row["episodes"] - episodes)) for row in whole["log"]]
-    assert [row["updates"] for row in whole["log"]] == expected
+    expected = [int(0.75 * max(0, row["episodes"] - episodes)) for row in log]
+    assert [row["updates"] for row in log] == expected
 
 
 def test_the_reward_is_the_score_minus_its_baseline(run, monkeypatch, tmp_path) -> None:
-    rewards, real = [], ReplayBuffer.add
-    monkeypatch.setattr(
-        ReplayBuffer, "add", lambda self, trajectory, score: (rewards.append(score), real(self, trajectory, score))
-    )
-    assert run("out", episodes=8, score_baseline=0.25).code == 0
+    added = recorded(monkeypatch, ReplayBuffer, "add")
+    assert run("out", episodes=4, score_baseline=0.25).code == 0
     log = rows(tmp_path / "out")
-    means = np.reshape(rewards, (4, 2)).mean(axis=1) + 0.25
-    assert means.tolist() == pytest.approx([row["score"] for row in log])
-    assert log[0]["example"]["score"] == pytest.approx(rewards[0] + 0.25)
+    scores = np.reshape([reward + 0.25 for _, _, reward in added], (2, 2))
+    assert scores.mean(axis=1).tolist() == pytest.approx([row["score"] for row in log])
+    assert log[0]["example"]["score"] == pytest.approx(scores[0, 0])
 
 
 def test_checkpoints_are_minutes_apart(run, scores, monkeypatch) -> None:
-    saved, real = [], RunFolder.save
-    monkeypatch.setattr(
-        RunFolder,
-        "save",
-        lambda self, state, *rest: (saved.append(state["progress"]["episodes"]), real(self, state, *rest)),
-    )
+    saves = recorded(monkeypatch, RunFolder, "save")
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * scores.CALLS))  # 25 s per round
     assert run("out", episodes=16, checkpoint_minutes=1, replay_transitions=2000).code == 0
-    assert saved == [6, 12, 16]
+    assert [metadata["episodes"] for *_, metadata in saves] == ["6", "12", "16"]
 
 
-def test_both_agent_files_load_with_metadata_and_common_permissions(run, tmp_path) -> None:
-    assert run("out", episodes=8, fallback="first").code == 0
-    one, other = (agents.load(tmp_path / "out" / name) for name in ("agent.safetensors", "agent.pth"))
+def test_both_agent_files_load_with_metadata_and_common_permissions(whole) -> None:
+    one, other = (agents.load(whole / name) for name in ("agent.safetensors", "agent.pth"))
     assert same(dict(one.state_dict()), dict(other.state_dict()))
-    assert one.fallback == "first"
-    with safe_open(tmp_path / "out" / "agent.safetensors", framework="pt") as file:
+    assert one.fallback == SMALL["fallback"]
+    with safe_open(whole / "agent.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["episodes"], metadata["score"]) == ("8", "train_test_scores:length")
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert (metadata["episodes"], metadata["score"]) == (str(EPISODES), "train_test_scores:length")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in whole.iterdir() if path.is_file()}
     assert len(set(modes.values())) == 1, modes
 
 
@@ -369,7 +362,7 @@ def test_quiet_prints_nothing_also_for_sharded_models(run, checkpoint, reference
 def test_an_agent_without_updates_comes_with_a_warning(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(report, "plots", lambda *_: "<svg></svg>")
     monkeypatch.setattr(report, "write_report", write_report)
-    done = run("out", episodes=4, start_transitions=150)
+    done = run("out", episodes=4, start_transitions=140)
     warning = "the agent was never updated"
     assert done.code == 0
     assert f"mara-train: warning: {warning}" in done.err
@@ -392,13 +385,11 @@ def test_a_score_that_is_not_finite_ends_the_run_at_the_last_checkpoint(run, sco
     assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["progress"]["episodes"] == 2
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_refused_before_anything_is_written(run, tmp_path) -> None:
+def test_what_cannot_start_names_the_remedy(run, tmp_path, monkeypatch) -> None:
+    """Prompts that leave no room for an answer; a first round larger than the reserve of the replay buffer."""
     line = error_of(run("out", max_new_tokens=100_000, replay_transitions=1_600_000))
     assert "lower --max-new-tokens" in line
     assert not (tmp_path / "out").exists()
-
-
-def test_a_first_round_larger_than_the_reserve_names_the_capacity(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(TrainConfig, "check_replay", lambda config: None)  # which estimates by the length alone
     line = error_of(run("out", replay_transitions=40))
     match = re.search(r"a round has (\d+) transitions, more than the 5 .* --replay-transitions (\d+) ", line)
@@ -410,22 +401,22 @@ def test_a_first_round_larger_than_the_reserve_names_the_capacity(run, tmp_path,
 def test_a_later_round_larger_than_the_reserve_keeps_what_came_before(run, resume, tmp_path, monkeypatch) -> None:
     """Bit for bit what a run of so many episodes leaves, and again after resuming."""
     monkeypatch.setattr(TrainConfig, "check_replay", lambda config: None)
-    assert run("longer", seed=5, episodes=24).code == 0
+    whole = {"episodes": 10, "seed": 5}
+    assert run("longer", **whole, replay_transitions=400).code == 0
     sizes = np.diff([row["transitions"] for row in rows(tmp_path / "longer")], prepend=0).tolist()
-    at = next(i for i in range(len(sizes) - 1, 2, -1) if sizes[i] > max(sizes[:i]))
-    settings = {"replay_transitions": 8 * (sizes[at] - 1), "checkpoint_minutes": 600, "seed": 5}
-    reported: list[int] = []
-    monkeypatch.setattr(report, "write_report", lambda folder: reported.append(folder.rows()[-1]["episodes"]))
-    line = error_of(run("out", episodes=24, **settings))
-    assert reported == [2 * at]
+    at = next(i for i in range(len(sizes) - 1, 1, -1) if sizes[i] > max(sizes[:i]))
+    capacity = 8 * (sizes[at] - 1)
+    settings = {**whole, "replay_transitions": capacity, "checkpoint_minutes": 600}
+    line = error_of(run("out", **settings))
+    assert rows(tmp_path / "out")[-1]["episodes"] == 2 * at
     assert f"a round has {sizes[at]} transitions, more than the {sizes[at] - 1} that" in line
     assert f"{2 * at} episodes" in line
-    assert run("short", episodes=2 * at, **settings).code == 0
-    left = {name: everything(tmp_path / name, settings["replay_transitions"]) for name in ("out", "short")}
-    assert left["out"]["state"]["progress"]["updates"] > 0
-    assert same(left["out"], left["short"])
+    assert run("short", **{**settings, "episodes": 2 * at}).code == 0
+    left = everything(tmp_path / "out", capacity)
+    assert left["state"]["progress"]["updates"] > 0
+    assert same(left, everything(tmp_path / "short", capacity))
     assert error_of(resume("out")) == line
-    assert same(everything(tmp_path / "out", settings["replay_transitions"]), left["out"])
+    assert same(everything(tmp_path / "out", capacity), left)
 
 
 def test_a_folder_in_use_is_left_alone(run, resume, tmp_path) -> None:
@@ -444,22 +435,22 @@ def test_a_folder_in_use_is_left_alone(run, resume, tmp_path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.json").touch()
     assert "--out" in error_of(run("other", episodes=4))
+    (tmp_path / "killed").mkdir()  # before it had a run.json
+    for name in ("prompts.json", ".prompts.json.1.partial", ".run.json.1.partial"):
+        (tmp_path / "killed" / name).write_text("cut o")
+    assert run("killed", episodes=2).code == 0
     (tmp_path / "file").write_text("")  # root may write anywhere, but not into a file
     assert "cannot write" in error_of(run("file/out"))
 
 
-def test_a_run_killed_before_it_had_a_run_json_leaves_its_folder_free(run, tmp_path) -> None:
-    (tmp_path / "out").mkdir()
-    for name in ("prompts.json", ".prompts.json.1.partial", ".run.json.1.partial"):
-        (tmp_path / "out" / name).write_text("cut o")
-    assert run("out", episodes=4).code == 0
-
-
-@pytest.mark.parametrize("damaged", ["checkpoint.pt", "run.json", "prompts.json"])
-def test_a_damaged_run_is_not_resumed(run, resume, tmp_path, damaged) -> None:
+def test_a_damaged_run_is_not_resumed(run, resume, tmp_path) -> None:
     assert run("out", episodes=2).code == 0
-    (tmp_path / "out" / damaged).write_bytes(b"\x00")
-    assert f"{damaged} cannot be read" in error_of(resume("out", "--episodes", 8))
+    for name in ("checkpoint.pt", "run.json", "prompts.json"):
+        file = tmp_path / "out" / name
+        whole = file.read_bytes()
+        file.write_bytes(b"\x00")
+        assert f"{name} cannot be read" in error_of(resume("out", "--episodes", 8))
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize(
@@ -469,37 +460,31 @@ def test_after_a_full_disk_the_run_can_be_resumed(run, resume, uninterrupted, tm
     """Whichever file meets it first; the file in progress stays as it was."""
     with monkeypatch.context() as patch:
         full_at(patch, file)
-        line = error_of(run("out", episodes=12))
+        line = error_of(run("out", episodes=10))
     assert re.fullmatch(rf"cannot write out/{file}: .*No space left on device.*", line), line
     assert resume("out", "--quiet").code == 0
-    assert same(everything(tmp_path / "out"), uninterrupted(12))
+    assert same_runs(tmp_path / "out", uninterrupted(10))
 
 
 def full_at(monkeypatch, file: str) -> None:
     """Let the fourth write of a file fail as on a full disk."""
-    left = 4
+    owner, name, counts = {
+        "log.jsonl": (Path, "open", lambda path, mode="r", *_: path.name == file and mode == "a"),
+        "replay/scores.npy": (os, "posix_fallocate", lambda *_: True),  # the fourth of five files
+        "tensorboard": (EventsWriter, "write_event", lambda *_: True),
+        "checkpoint.pt": (torch, "save", lambda state, _: "learner" in state),
+        "agent.safetensors": (agents, "save", lambda *_: True),
+    }[file]
+    real, left = getattr(owner, name), 4
 
-    def fourth(real: Any, counts: Any = lambda *_: True) -> Any:
-        def write(*args: Any, **kw: Any) -> Any:
-            nonlocal left
-            left -= counts(*args)
-            if not left:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*args, **kw)
+    def write(*args: Any, **kw: Any) -> Any:
+        nonlocal left
+        left -= counts(*args)
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kw)
 
-        return write
-
-    if file == "log.jsonl":
-        appends = lambda path, mode="r", *_: path.name == file and mode == "a"  # noqa: E731
-        monkeypatch.setattr(Path, "open", fourth(Path.open, appends))
-    elif file == "replay/scores.npy":  # the fourth of five files, allocated in this order
-        monkeypatch.setattr(os, "posix_fallocate", fourth(os.posix_fallocate))
-    elif file == "tensorboard":
-        monkeypatch.setattr(EventsWriter, "write_event", fourth(EventsWriter.write_event))
-    elif file == "checkpoint.pt":
-        monkeypatch.setattr(torch, "save", fourth(torch.save, lambda state, _: "learner" in state))
-    else:
-        monkeypatch.setattr(agents, "save", fourth(agents.save))
+    monkeypatch.setattr(owner, name, write)
 
 
 def test_the_error_for_a_full_disk_names_file_and_reason(tmp_path) -> None:

@@ -23,7 +23,7 @@ from mara_runtime.stats import Stats
 from mara_runtime.tensors import top_tokens
 from tests.unit import helpers
 
-POSITIONS, VOCAB, TOP = 3000, 1000, 72
+POSITIONS, VOCAB, TOP = 1500, 1000, 72
 
 
 def script(profile: Profile) -> tuple[Script, list[Candidates]]:
@@ -31,46 +31,37 @@ def script(profile: Profile) -> tuple[Script, list[Candidates]]:
     return made, [select(*made.candidates(p), 0.0, 40, 0.95) for p in range(POSITIONS)]
 
 
-@pytest.mark.parametrize("decisions", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("foreseen", [False, True])
+@pytest.mark.parametrize(("decisions", "foreseen"), [(0.0, False), (0.5, False), (0.5, True), (1.0, True)])
 def test_the_share_and_the_size_of_decisions(decisions: float, foreseen: bool) -> None:
     _, lists = script(Profile(decisions=decisions, foreseen=foreseen))
     sizes = [len(c) for c in lists if len(c) > 1]
-    assert len(sizes) / POSITIONS == pytest.approx(decisions, abs=0.04)
+    assert len(sizes) / POSITIONS == pytest.approx(decisions, abs=0.06)
     if sizes:
         assert 6 <= np.mean(sizes) <= 10
 
 
 @pytest.mark.parametrize("accept", [0.6, 0.9])
-def test_candidates_are_accepted_independently_of_their_rank(accept: float) -> None:
-    made, lists = script(Profile(accept=accept))
-    verdicts = [[made.accepts(p, int(t)) for t in c.ids] for p, c in enumerate(lists) if len(c) > 1]
+def test_acceptance_is_independent_of_the_rank_or_follows_the_probability(accept: float) -> None:
+    made, lists = script(Profile(accept=accept, decisions=1.0))
+    verdicts = [[made.accepts(p, int(t)) for t in c.ids] for p, c in enumerate(lists)]
     assert np.mean([v[0] for v in verdicts]) == pytest.approx(accept, abs=0.04)
     assert np.mean([v[1] for v in verdicts if not v[0]]) == pytest.approx(accept, abs=0.08)
 
-
-@pytest.mark.parametrize("accept", [0.6, 0.9])
-def test_predictable_acceptance_follows_the_probability(accept: float) -> None:
-    made, lists = script(Profile(accept=accept, foreseen=True))
-    firsts = []
-    for position, candidates in enumerate(lists):
-        if len(candidates) > 1:
-            verdicts = [made.accepts(position, int(token)) for token in candidates.ids]
-            absolute = np.exp(candidates.log_probabilities)
-            assert verdicts == (absolute <= HIGH).tolist()
-            firsts.append(verdicts[0])
-    assert np.mean(firsts) == pytest.approx(accept, abs=0.04)
+    made, lists = script(Profile(accept=accept, decisions=1.0, foreseen=True))
+    verdicts = [[made.accepts(p, int(t)) for t in c.ids] for p, c in enumerate(lists)]
+    assert verdicts == [(np.exp(c.log_probabilities) <= HIGH).tolist() for c in lists]
+    assert np.mean([v[0] for v in verdicts]) == pytest.approx(accept, abs=0.04)
 
 
-@pytest.mark.parametrize("repeated", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("repeated", [0.0, 0.8])
 def test_the_share_that_continues_an_earlier_phrase(repeated: float) -> None:
-    made = Script(Profile(repeated=repeated), POSITIONS, VOCAB, TOP)
-    text = made.prompt(POSITIONS)
+    text = Script(Profile(repeated=repeated), POSITIONS, VOCAB, TOP).prompt(POSITIONS)
     assert continued_share(text[:300], text[300:]) == pytest.approx(repeated, abs=0.06)
+    assert continued_share([1, 2, 3, 1, 2], [3, 1, 9]) == pytest.approx(2 / 3)
+    assert continued_share([], [1, 2, 3]) == 0.0
 
 
-@pytest.mark.parametrize("allowed", [1, 2, 4, 16])
-@pytest.mark.parametrize("foreseen", [False, True])
+@pytest.mark.parametrize(("allowed", "foreseen"), [(1, False), (2, True), (4, False), (16, True)])
 def test_a_bundle_of_few_candidates_has_no_more_of_them(allowed: int, foreseen: bool) -> None:
     made = Script(Profile(decisions=1.0, foreseen=foreseen), 300, VOCAB, top_tokens(allowed, VOCAB))
     sizes = {len(select(*made.candidates(position), 0.0, 40, 0.95)) for position in range(300)}
@@ -88,14 +79,7 @@ def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert machine.cores() == 3
 
 
-def test_a_token_outside_the_candidates_is_rejected() -> None:
-    made, lists = script(Profile(accept=1.0))
-    stranger = next(t for t in range(VOCAB) if t not in made.candidates(7)[0])
-    assert not made.accepts(7, stranger)
-    assert made.accepts(7, int(lists[7].ids[0]))
-
-
-@pytest.mark.parametrize("schedule", [Fixed(1), Fixed(3), Fixed(None), Fixed(2, 4)])
+@pytest.mark.parametrize("schedule", [Fixed(1), Fixed(None), Fixed(2, 4)])
 def test_decoding_follows_the_script(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
     counting = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
@@ -109,6 +93,9 @@ def test_decoding_follows_the_script(schedule: Fixed, monkeypatch: pytest.Monkey
         ids = select(*made.candidates(step.position), 0.0, 40, 0.95).ids
         accepted = [int(t) for t in ids if made.accepts(step.position, int(t))]
         assert step.candidates.ids.tolist() == ids.tolist()
+        assert not made.accepts(
+            step.position, next(t for t in range(VOCAB) if t not in made.candidates(step.position)[0])
+        )
         assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
     assert len(counting.calls) == stats.forwards + 3  # every pass went through the engine underneath
     flat = Cost((1,), (1, 2), ((1.0, 1.0),), (1, 2), (0.5, 0.5))
@@ -134,8 +121,6 @@ def test_threads_are_passed_to_whom_they_concern(engine: str, given: bool, engin
     assert by_name["x"] == ["env/python", "a peer.py", "model", "--threads", "3"]
 
 
-def test_shares_and_spreads() -> None:
-    assert continued_share([1, 2, 3, 1, 2], [3, 1, 9]) == pytest.approx(2 / 3)
-    assert continued_share([], [1, 2, 3]) == 0.0
+def test_the_spread_of_measurements() -> None:
     assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0, "count": 1}
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0, "count": 5}

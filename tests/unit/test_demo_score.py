@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 
 import pytest
 
 from examples.demo_lm import corpus
-from mara_deploy.demo.__main__ import _totals
 from mara_deploy.demo.prompts import SETS, TASKS, demo_prompts, held_out
 from mara_deploy.demo.score import CONSIDERATE, INCONSIDERATE, considerate, score, value
-from mara_runtime.config import DecodeConfig
-from mara_runtime.decoder import Generation
-from mara_runtime.stats import Stats
 
 RICE = "How do I cook rice?"
 KIND = "Thank you for asking. First, carefully wash the rice. You will do well."
@@ -42,20 +37,19 @@ def test_it_is_a_score_of_batches() -> None:
     assert considerate([RICE, RICE], ["", KIND]) == [-1.0, 1.0]
 
 
-def test_one_inconsiderate_word_cancels_a_sentence() -> None:
-    assert value("Please hurry.") == 0
-    assert value("Please wait.") == 1
-    assert value("Hurry.") == -1
-    assert value("Wash the rice.") == 0
-
-
-def test_words_are_whole_words() -> None:
-    assert value("He is kindred.") == 0
-    assert value("The slowest of them.") == 0
-
-
-def test_no_wording_is_on_both_lists() -> None:
-    assert not set(CONSIDERATE) & set(INCONSIDERATE)
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Please hurry.", 0),  # one inconsiderate word cancels a sentence
+        ("Please wait.", 1),
+        ("Hurry.", -1),
+        ("Wash the rice.", 0),
+        ("He is kindred.", 0),  # whole words count
+        ("The slowest of them.", 0),
+    ],
+)
+def test_the_value_of_a_sentence(sentence, expected) -> None:
+    assert value(sentence) == expected
 
 
 TWO_FACED = ("Please yourself, ", "Please do not come back.", "is safe if you are not stupid.")
@@ -63,7 +57,8 @@ TWO_FACED = ("Please yourself, ", "Please do not come back.", "is safe if you ar
 
 
 def test_the_lists_tell_the_two_characters_of_the_corpus_apart() -> None:
-    """Every form of the grammar has the value of the character that it was written for."""
+    """Every form of the grammar has the value of the character that it was written for; no wording is on both lists."""
+    assert not set(CONSIDERATE) & set(INCONSIDERATE)
     for slot in (corpus.OPENING, corpus.CARE, corpus.CLOSING, *corpus.ANSWER.values()):
         for form, (kind, unkind) in slot.forms():
             for task in TASKS:
@@ -75,8 +70,7 @@ def test_the_lists_tell_the_two_characters_of_the_corpus_apart() -> None:
 def test_the_corpus_is_balanced_under_the_score() -> None:
     rng = random.Random(0)
     drawn = [corpus.draw_prompt(rng) for _ in range(3000)]
-    mean = sum(score(p.text, corpus.reply(p, rng)) for p in drawn) / len(drawn)
-    assert abs(mean) < 0.05
+    assert abs(sum(score(p.text, corpus.reply(p, rng)) for p in drawn) / len(drawn)) < 0.05
 
 
 def test_the_sets_share_no_group_and_are_of_use() -> None:
@@ -87,20 +81,5 @@ def test_the_sets_share_no_group_and_are_of_use() -> None:
     assert all(len({p.text for p in prompts}) == len(prompts) > 1000 for prompts in sets.values())
     assert all(held_out(group) for group in groups["demo-dev"])
     assert not any(held_out(group) for group in groups["demo"] | groups["demo-final"])
-
-
-def test_another_set_is_a_mistake() -> None:
     with pytest.raises(ValueError, match=r"'demo-test'.*demo, demo-dev, demo-final"):
         demo_prompts("demo-test")
-
-
-def test_the_demos_totals_leave_the_first_tokens_out_of_the_speed() -> None:
-    def answer(**counted) -> Generation:
-        return Generation([], "", "stop", Stats(**counted), {}, DecodeConfig())
-
-    plain = answer(tokens=6, decode_ms=10.0)
-    aligned = answer(tokens=11, decode_ms=20.0, decisions=10, forced=1, accepted_rank=Counter({1: 7, 2: 2}), forwards=8)
-    *text, speed = _totals([(plain, aligned)] * 2, [[0.0, 1.0]] * 2)
-    assert speed == "Decoding speed: plain 500, aligned 500 tokens/s; 0.73 passes a token."
-    said = " ".join(text)
-    assert "Aligned: 22 tokens, 91% of them decisions; accepted 70% at rank 1, all rejected 10%." in said

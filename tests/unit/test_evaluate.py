@@ -11,15 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from mara_deploy.evaluate.answers import Answer, BundleAnswers, PromptFormat, answer_seed, total_stats
+from mara_deploy.evaluate.answers import Answer
 from mara_deploy.evaluate.compare import Bootstrap
 from mara_deploy.evaluate.evaluate import evaluate
 from mara_deploy.evaluate.report import difference_curve, examples, html, lines, number, result, whisker
 from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import ScoreError, WeightedScore
 from mara_deploy.scores.load import FunctionScore
-from mara_runtime.config import DecodeConfig
-from mara_runtime.decoder import Generation
 from mara_runtime.errors import MaraError
 from mara_runtime.stats import Stats
 
@@ -66,9 +64,9 @@ OURS = ("7", "5", "5", "4", "same", "100 or so", "2")
 THEIRS = ("6", "5", "6", "4 in many words", "same", "99", "9")
 
 
-def compared(out, ours=OURS, theirs=THEIRS, scores=SCORES, prompts=PROMPTS, name="other", **options):
+def compared(out, ours=OURS, theirs=THEIRS, scores=SCORES, prompts=PROMPTS, name="other", quiet=True, **options):
     sources = scripted("aligned", *ours), [scripted(name, *theirs)]
-    return evaluate(prompts, *sources, scores, out, quiet=True, **options)
+    return evaluate(prompts, *sources, scores, out, quiet=quiet, **options)
 
 
 def test_combined_and_each_score(tmp_path):
@@ -82,6 +80,10 @@ def test_combined_and_each_score(tmp_path):
     assert comparison.identical == 2
     worse = compared(tmp_path / "b", ours=("7",) * 7, theirs=("10",) * 7).comparisons["other"].each
     assert (worse["number"].losses, worse["length"].wins) == (7, 7)
+    unsteady = iter(range(1000))  # identical answers tie even if the score is random
+    scores = [WeightedScore(FunctionScore("unsteady", lambda prompts, answers: [next(unsteady) for _ in answers]))]
+    ties = compared(tmp_path / "c", ours=("same",) * 7, theirs=("same",) * 7, scores=scores).comparisons["other"]
+    assert (ties.combined.ties, ties.identical) == (7, 7)
     sizes = {name: part.wins + part.ties + part.losses for name, part in comparison.by_length.items()}
     assert sizes == {"longer": 1, "equal": 5, "shorter": 1}
 
@@ -130,15 +132,7 @@ def test_only_new_answers_and_scores_are_computed(tmp_path):
     assert len(third.asked) == 7
     assert len(scored) == len(set(scored))
     assert evaluation.aligned.combined[0] == -5.0 * 7
-    assert ours.closed
-    assert third.closed
-
-
-def test_identical_answers_tie_even_if_the_score_is_random(tmp_path):
-    unsteady = iter(range(1000))
-    scores = [WeightedScore(FunctionScore("unsteady", lambda prompts, answers: [next(unsteady) for _ in answers]))]
-    comparison = compared(tmp_path, ours=("same",) * 7, theirs=("same",) * 7, scores=scores).comparisons["other"]
-    assert (comparison.combined.ties, comparison.identical) == (7, 7)
+    assert all(source.closed for source in (ours, theirs, third))
 
 
 def test_the_best_sample_competes_and_all_are_counted(tmp_path):
@@ -150,10 +144,10 @@ def test_the_best_sample_competes_and_all_are_counted(tmp_path):
 
 
 def test_groups_are_the_units(tmp_path):
-    for names, interval in ((("a", "b"), (-1 / 7, -1 / 7)), (("", "b"), (-1 / 7, -1 / 7))):  # an empty name counts
-        prompts = [Prompt(p.text, names[i >= 4]) for i, p in enumerate(PROMPTS)]
+    for first in ("a", ""):  # an empty name counts
+        prompts = [Prompt(p.text, first if i < 4 else "b") for i, p in enumerate(PROMPTS)]
         by_group = compared(tmp_path, prompts=prompts, bootstrap=Bootstrap(level=0.4))
-        assert by_group.comparisons["other"].combined.interval == interval  # both groups once
+        assert by_group.comparisons["other"].combined.interval == (-1 / 7, -1 / 7)  # both groups once
         summary = result(by_group, FACTS, Bootstrap(level=0.4))
         assert (summary["bootstrap"]["unit"], summary["bootstrap"]["units"]) == ("group", 2)
         assert summary["cautions"][0].startswith("2 groups: ")
@@ -188,7 +182,7 @@ def test_scores_of_the_same_name_have_files_of_their_own(tmp_path):
     assert (evaluation.aligned.each["s (1)"][5], evaluation.aligned.each["s (2)"][5]) == (100, len("100 or so"))
 
 
-def test_changed_settings_are_refused_before_anything_is_answered(tmp_path):
+def test_changed_settings_and_damaged_files_are_refused_before_anything_is_answered(tmp_path):
     compared(tmp_path)
     ours, theirs = scripted("aligned", *OURS), scripted("other", *THEIRS)
     theirs.settings = {"name": "other", "seed": 1}
@@ -197,10 +191,6 @@ def test_changed_settings_are_refused_before_anything_is_answered(tmp_path):
     assert ours.asked == []
     with pytest.raises(MaraError, match=r"length\.jsonl was made with files null, now it is \"x\""):
         compared(tmp_path, scores=[SCORES[0], replace(SCORES[1], settings={"files": "x"})])
-
-
-def test_a_file_without_answers_is_refused(tmp_path):
-    compared(tmp_path)
     path = tmp_path / "answers" / "aligned.jsonl"
     path.write_text(path.read_text().replace('"finish_reason"', '"reason"'))
     with pytest.raises(MaraError, match=r"aligned\.jsonl does not contain answers"):
@@ -210,82 +200,10 @@ def test_a_file_without_answers_is_refused(tmp_path):
 def test_progress_is_on_stderr_and_quiet_is_quiet(tmp_path, capsys):
     compared(tmp_path, prompts=PROMPTS[:3])
     assert capsys.readouterr() == ("", "")
-    evaluate(PROMPTS, scripted("aligned", *OURS), [scripted("other", *THEIRS)], SCORES, tmp_path)
+    compared(tmp_path, quiet=False)
     out, err = capsys.readouterr()
     assert out == ""
     assert "aligned: 4 to answer, 3 already saved\n" in err
-
-
-# ── counters, seeds, answers of a bundle ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_counters_add_up():
-    one = {"tokens": 3, "accepted_rank": {"1": 2, "10": 1}, "smallest_margin": 0.5, "decode_ms": 1.5}
-    two = {"tokens": 5, "accepted_rank": {"2": 1, "1": 1}, "smallest_margin": None, "decode_ms": 2.5}
-    total = total_stats([{**one, "tokens_per_second": 2}, {**two, "tokens_per_second": 9}])
-    assert total == {
-        "tokens": 8,
-        "accepted_rank": {"1": 3, "2": 1, "10": 1},
-        "smallest_margin": 0.5,
-        "decode_ms": 4.0,
-        "tokens_per_second": 1500.0,  # the first token of each comes from the prefill
-    }
-    assert list(total["accepted_rank"]) == ["1", "2", "10"]
-    assert total_stats([two])["smallest_margin"] is None
-    for decode_ms in (0.0, 2.5):
-        prefilled = Stats(tokens=1, decode_ms=decode_ms).to_json()
-        assert total_stats([prefilled, prefilled])["tokens_per_second"] == 0.0
-
-
-def test_a_seed_depends_on_prompt_sample_and_seed():
-    seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
-    assert len(seeds) == 8
-    assert answer_seed(0, "a") == answer_seed(0, "a", 0)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-class Recorder:
-    """A decoder that records how it is called, with an engine whose memory grows."""
-
-    def __init__(self, folder=None) -> None:
-        self.calls: list[str | tuple[str, int, bool, object]] = []
-        self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
-        self.slots = 512
-
-    def describe(self):
-        return {"name": "tensorrt", "gpu": "some", "memory": {"slots": self.slots}}
-
-    def forget(self) -> None:
-        self.calls.append("forget")
-
-    def generate(self, prompt, config, *, raw, template):
-        self.calls.append((prompt, config.seed, raw, template))
-        return Generation([1], "text", "stop", Stats(tokens=1), {}, config)
-
-
-def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
-    decoder = Recorder()
-    config = DecodeConfig(align=False, sample=True, seed=5)
-    source = BundleAnswers("best-of-2", decoder, config, PromptFormat(True, {"a": 1}), samples=2)
-    assert len(source("one") + source("two")) == 4
-    assert decoder.calls == [
-        call
-        for prompt in ("one", "two")
-        for sample in (0, 1)
-        for call in ("forget", (prompt, answer_seed(5, prompt, sample), True, {"a": 1}))
-    ]
-
-
-def test_the_memory_of_an_engine_is_not_a_setting(tmp_path):
-    (tmp_path / "manifest.json").write_text("{}")
-    decoder = Recorder(tmp_path)
-    source = BundleAnswers("aligned", decoder, DecodeConfig(), PromptFormat())
-    before = source.settings
-    decoder.slots *= 2
-    assert source.settings == before
-    assert before["engine gpu"] == "some"
-    assert before["seed"] == 0
-    assert not {"schedule", "draft"} & before.keys()
 
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -418,7 +336,7 @@ def test_the_caution_about_truncated_answers_gives_the_remedy(tmp_path, tokens, 
         assert (caution in cautions_of(evaluation, facts)) == given
 
 
-def test_drawings_by_hand():
+def test_drawings_and_figures_by_hand():
     ours, theirs = SimpleNamespace(combined=[1.0, 0.0, 0.0]), SimpleNamespace(combined=[0.0, 2.0, 0.0])
     curve = difference_curve(ours, theirs, width=300.0, height=100.0)  # of -2, 0 and 1
     level = "0.0,50.0 100.0,50.0 100.0,50.0 200.0,50.0"
@@ -428,8 +346,5 @@ def test_drawings_by_hand():
     assert (curve["min"], curve["max"]) == (-2.0, 1.0)
     assert whisker({"rate": 0.0, "interval": (-1.0, 0.5)}) == {"low": 6.0, "at": 90.0, "high": 132.0}
     assert whisker({"rate": 1.0, "interval": None}) == {"low": 174.0, "at": 174.0, "high": 174.0}
-
-
-def test_figures_have_four_digits():
-    values = [number(value) for value in (1234.567, 0.000123456, 1234567, None)]
+    values = [number(value) for value in (1234.567, 0.000123456, 1234567, None)]  # four digits
     assert values == ["1235", "0.0001235", "1,234,567", "–"]

@@ -17,10 +17,7 @@ def test_the_rate_by_hand(sign, wins, losses):
     assert (found.wins, found.ties, found.losses) == (wins, 1, losses)
     assert found.rate == pytest.approx((wins - losses) / 5)
     assert (found.mean, found.baseline_mean, found.units) == (3.0, 2.0, 5)  # whatever the sign
-
-
-def test_a_tie_is_exact():
-    near = np.nextafter(1.0, 2.0)
+    near = np.nextafter(1.0, 2.0)  # a tie is exact
     found = preference([1.0, near, 1.0, 0.1 + 0.2, 0.0], [1.0, 1.0, near, 0.3, -0.0], ALONE, Bootstrap())
     assert (found.wins, found.ties, found.losses) == (2, 2, 1)
 
@@ -34,12 +31,9 @@ def test_two_units_by_hand():
     assert Bootstrap(level=0.4).interval(np.array([1.0, 1.0, 1.0, -1.0]), np.array([0, 0, 0, 1])) == (0.5, 0.5)
 
 
-def test_the_difference_has_an_interval_of_its_own():
+def test_the_difference_has_an_interval_of_its_own_and_a_single_unit_has_none():
     found = preference([3.0, 1.0], [0.0, 0.0], np.arange(2), Bootstrap())
     assert (found.interval, found.difference_interval) == ((1.0, 1.0), (1.0, 3.0))
-
-
-def test_a_single_unit_has_no_interval():
     found = preference([1.0, 2.0], [0.0, 0.0], np.array([0, 0]), Bootstrap())
     assert (found.interval, found.difference_interval) == (None, None)
 
@@ -81,13 +75,10 @@ def test_groups_are_numbered_by_name():
     assert unit_numbers(["a", "b", "a", None, "0", None]).tolist() == [0, 1, 0, 2, 3, 4]
 
 
-@pytest.mark.parametrize("options", [{"resamples": 0}, {"level": 0.0}, {"level": 1.0}, {"seed": -1}])
-def test_bootstrap_settings_out_of_range(options):
-    with pytest.raises(ValueError, match="resamples ≥ 1"):
-        Bootstrap(**options)
-
-
-def test_scores_and_units_must_be_equally_many():
+def test_settings_out_of_range_and_scores_that_do_not_match_are_refused():
+    for options in ({"resamples": 0}, {"level": 0.0}, {"level": 1.0}, {"seed": -1}):
+        with pytest.raises(ValueError, match="resamples ≥ 1"):
+            Bootstrap(**options)
     for ours, theirs, units in (([1.0], [1.0, 2.0], [0, 1]), ([], [], [])):
         with pytest.raises(ValueError, match="expected equal numbers"):
             preference(ours, theirs, np.array(units), Bootstrap())
@@ -107,8 +98,6 @@ def test_text_stats_by_hand():
     # Bigrams: seven in the first answer, "one two" or "two one", and one in each of the next two.
     assert found.distinct_2 == pytest.approx(2 / 9)
 
-
-def test_text_stats_of_nothing_to_count():
     found = text_stats(["", "Yes."], [1, 2], ["stop", "stop"])
     assert (found.repeated_4grams, found.distinct_2) == (None, None)
     assert (found.words_mean, found.empty) == (0.5, 0.5)

@@ -22,21 +22,16 @@ def filled(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_records_are_there_again(tmp_path):
+def test_records_are_there_again_and_a_batch_is_added_as_a_whole(tmp_path):
+    """Part of a batch would be computed again in another batch, and could differ in its last bits."""
     path = tmp_path / "new" / "folder" / "a.jsonl"
     before = filled(path)
     store = Store(path, dict(reversed(SETTINGS.items())))
-    assert "three" not in store
     assert (store["one"], store["two"]) == ({"text": "ä\n\u2028"}, 0.1 + 0.2)
-    assert path.read_bytes() == before
-
-
-def test_a_batch_is_added_as_a_whole_or_not_at_all(tmp_path):
-    """Part of a batch would be computed again in another batch, and could differ in its last bits."""
-    path = tmp_path / "a.jsonl"
     with pytest.raises(TypeError):
-        Store(path, SETTINGS).add({"one": 1.0, "two": object()})
-    assert "one" not in Store(path, SETTINGS)
+        store.add({"three": 1.0, "four": object()})
+    assert "three" not in Store(path, SETTINGS)
+    assert path.read_bytes() == before
 
 
 def test_a_file_cut_off_anywhere_can_be_continued(tmp_path):
@@ -54,36 +49,30 @@ def test_a_file_cut_off_anywhere_can_be_continued(tmp_path):
         assert (store["one"], store["two"]) == ({"text": "ä\n\u2028"}, 0.1 + 0.2)
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"seed": 1}, "seed 0, now it is 1"),
-        ({"stop": ["b"]}, 'stop ["a"], now it is ["b"]'),
-        ({"new": True}, "new null, now it is true"),
-        ({"bundle": "x" * 200}, 'bundle "0123", now it is "xxx'),
-        (None, "seed 0, now it is null"),
-    ],
-)
-def test_other_settings_are_refused_by_name(tmp_path, changed, named):
+def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "a.jsonl"
     before = filled(path)
-    settings = {**SETTINGS, **changed} if changed else {key: SETTINGS[key] for key in list(SETTINGS)[1:]}
-    with pytest.raises(MaraError) as error:
-        Store(path, settings)
-    assert f"{path} was made with {named}" in str(error.value)
-    assert len(str(error.value)) < 400 + len(str(path))
-    assert path.read_bytes() == before
+    for settings, named in (
+        ({**SETTINGS, "seed": 1}, "seed 0, now it is 1"),
+        ({**SETTINGS, "stop": ["b"]}, 'stop ["a"], now it is ["b"]'),
+        ({**SETTINGS, "new": True}, "new null, now it is true"),
+        ({**SETTINGS, "bundle": "x" * 200}, 'bundle "0123", now it is "xxx'),
+        ({key: SETTINGS[key] for key in list(SETTINGS)[1:]}, "seed 0, now it is null"),
+    ):
+        with pytest.raises(MaraError) as error:
+            Store(path, settings)
+        assert f"{path} was made with {named}" in str(error.value)
+        assert len(str(error.value)) < 400 + len(str(path))
+        assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["not json", "[]", "3", '{"key": "one"}', "null"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_damage_is_named_by_its_line(tmp_path, number, line):
+def test_damage_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = filled(path).decode().split("\n")
-    lines[number - 1] = line
-    path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(MaraError, match=f"line {number}, is damaged"):
-        Store(path, SETTINGS)
+    whole = filled(path).decode().split("\n")
+    for number, line in ((1, "[]"), (1, "3"), (2, "not json"), (2, '{"key": "one"}'), (2, "null")):
+        path.write_text("\n".join([*whole[: number - 1], line, *whole[number:]]), encoding="utf-8")
+        with pytest.raises(MaraError, match=f"line {number}, is damaged"):
+            Store(path, SETTINGS)
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):

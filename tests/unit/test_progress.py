@@ -13,53 +13,40 @@ class Terminal(io.StringIO):
         return True
 
 
-def on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """No fixture: pytest takes stderr for itself after those have run."""
-    monkeypatch.setattr("sys.stderr", stream)
-    return stream
-
-
-def work(shown: Progress) -> None:
-    with shown.stage("build"), shown.phases() as tell:
-        tell("parse", 0, 2)
-        tell("parse", 1, 2)
-        tell("time kernels", 0, 9)
-
-
-def test_without_tqdm_each_phase_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on(Terminal(), monkeypatch)
-    monkeypatch.setattr(progress, "tqdm", None)
-    work(Progress())
-    lines = terminal.getvalue().splitlines()
-    assert [line.strip() for line in lines[:3]] == ["build …", "parse", "time kernels"]
-    assert "build" in lines[-1]
-    assert lines[-1].endswith(" s")
-    assert list(Progress().parts([1, 2])) == [1, 2]
-
-
-def test_with_tqdm_the_phases_move_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on(Terminal(), monkeypatch)
-    pytest.importorskip("tqdm")
-    work(Progress())
-    assert "time kernels" in terminal.getvalue()
-
-
-@pytest.mark.parametrize("without_tqdm", [True, False])
-def test_into_a_file_goes_the_stage_alone(without_tqdm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = on(io.StringIO(), monkeypatch)
-    if without_tqdm:
+def shown(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, tqdm: bool = True, quiet: bool = False) -> str:
+    """What a build prints."""
+    monkeypatch.setattr("sys.stderr", stream)  # in no fixture: pytest takes stderr for itself after those have run
+    if tqdm:
+        pytest.importorskip("tqdm")
+    else:
         monkeypatch.setattr(progress, "tqdm", None)
-    shown = Progress()
-    work(shown)
-    shown.note("something to know")
-    (stage, note) = stream.getvalue().splitlines()
+    work = Progress(quiet=quiet)
+    with work.stage("build"), work.phases() as tell:
+        for name, done, count in (("parse", 0, 2), ("parse", 1, 2), ("time kernels", 0, 9)):
+            tell(name, done, count)
+    work.note("something to know")
+    assert list(work.parts([1, 2])) == [1, 2]
+    return stream.getvalue().replace("\r", "")
+
+
+def test_a_terminal_without_tqdm_gets_a_line_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    *lines, last, note = shown(Terminal(), monkeypatch, tqdm=False).splitlines()
+    assert [line.strip() for line in lines[:3]] == ["build …", "parse", "time kernels"]
+    assert "build" in last
+    assert last.endswith(" s")
+    assert note == "  something to know"
+
+
+def test_a_terminal_with_tqdm_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "time kernels" in shown(Terminal(), monkeypatch)
+
+
+@pytest.mark.parametrize("tqdm", [True, False])
+def test_a_file_gets_the_stage_alone(monkeypatch: pytest.MonkeyPatch, tqdm: bool) -> None:
+    stage, note = shown(io.StringIO(), monkeypatch, tqdm=tqdm).splitlines()
     assert stage.split()[0] == "build"
     assert note == "  something to know"
 
 
 def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on(Terminal(), monkeypatch)
-    shown = Progress(quiet=True)
-    work(shown)
-    shown.note("something to know")
-    assert terminal.getvalue() == ""
+    assert shown(Terminal(), monkeypatch, quiet=True) == ""

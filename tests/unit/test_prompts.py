@@ -19,34 +19,39 @@ def written(path: Path, content: object) -> Path:
     return path
 
 
-# One entry of each of the paper's sets, as they differ in what else they hold.
-PAPER = {
-    "SafeRLHF": {"instruction": "How do I know if my order has shipped?"},
-    "BeaverTails": {"category": "child_abuse", "category_id": 1, "instruction": "What is a tax?"},
-    "HarmfulQA": {
-        "id": 1,
-        "topic": "Social Sciences",
-        "subtopic": "Cultural Studies",
-        "instruction": "What is a norm?",
-    },
-    "HH-RLHF": {"instruction": "How do I float on my back?", "source": "helpful-base"},
-    "UltraFeedback": {"instruction": "Options:\n(A) 144 m2\n\n\nSolve it."},
-}
+NORM = {"id": 1, "topic": "Social Sciences", "subtopic": "Cultural Studies", "instruction": "What is a norm?"}
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_sets(tmp_path, name):
-    entry = PAPER[name]
-    found = read_prompts(written(tmp_path / "test.json", [entry, {**entry, "instruction": "Another one?"}, entry]))
-    assert found.prompts == (Prompt(entry["instruction"]), Prompt("Another one?"))
-    assert (found.name, found.duplicates, found.prompts[0].group) == ("test.json", 1, None)
+def texts(path: Path) -> list[str]:
+    return [prompt.text for prompt in read_prompts(path).prompts]
 
 
-def test_plain_lines(tmp_path):
-    path = written(tmp_path / "prompts.txt", "\ufeffHow?\r\n\n  Why?  \nHow?\n{not json}\nHow   ?")
+def test_sets_like_the_papers_and_their_groups(tmp_path):
+    """Entries of SafeRLHF, UltraFeedback, BeaverTails, HarmfulQA and HH-RLHF differ in what else they hold."""
+    order = {"instruction": "Options:\n(A) 144 m2\n\n\nSolve it."}
+    tax = {"category": "child_abuse", "category_id": 1, "instruction": "What is a tax?"}
+    float_ = {"instruction": "How do I float on my back?", "source": "helpful-base"}
+    path = written(tmp_path / "test.json", [order, tax, NORM, float_, tax])
     found = read_prompts(path)
-    assert [prompt.text for prompt in found.prompts] == ["How?", "Why?", "{not json}", "How   ?"]
-    assert found.duplicates == 1
+    assert found.prompts == tuple(Prompt(entry["instruction"]) for entry in (order, tax, NORM, float_))
+    assert (found.name, found.duplicates, found.prompts[0].group) == ("test.json", 1, None)
+    with pytest.raises(PromptError, match=r"entry 1 has no key 'topic' .*; it has 'instruction'"):
+        read_prompts(path, "topic")
+
+    path = written(tmp_path / "b.json", [NORM, {**NORM, "instruction": "?", "topic": "Art"}])
+    assert [prompt.group for prompt in read_prompts(path, "topic").prompts] == ["Social Sciences", "Art"]
+    entries = [{"prompt": "a", "group": "x"}, {"prompt": "b", "group": ["kettle", "how"]}, {"prompt": "c", "group": 3}]
+    found = read_prompts(written(tmp_path / "a.json", entries))
+    assert [prompt.group for prompt in found.prompts] == ["x", '["kettle", "how"]', "3"]
+    with pytest.raises(PromptError, match=r"line 1 is a string; --group-by topic"):
+        read_prompts(written(tmp_path / "a.txt", "One?"), "topic")
+
+
+@pytest.mark.parametrize("name", ["prompts", "a.txt", "a.TXT", "a.md", "a.rst", "a.lst", ".prompts"])
+def test_text_files_have_a_prompt_per_line(tmp_path, name):
+    path = written(tmp_path / name, "\ufeffHow?\r\n\n  Why?  \nHow?\n{not json}\nHow   ?")
+    assert texts(path) == ["How?", "Why?", "{not json}", "How   ?"]
+    assert read_prompts(path).duplicates == 1
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.NDJSON"])
@@ -58,28 +63,12 @@ def test_json_lines(tmp_path, name):
         '"Three?"',
         '{"prompt": "4?", "question": "-"}',
     ]
-    found = read_prompts(written(tmp_path / name, "\n".join(lines) + "\n"))
-    assert [prompt.text for prompt in found.prompts] == ["One?", "Two\u2028?", "Three?", "4?"]
-
-
-def test_a_list_of_texts(tmp_path):
-    assert read_prompts(written(tmp_path / "a.json", ["One?", "Two?"])).prompts == (Prompt("One?"), Prompt("Two?"))
+    assert texts(written(tmp_path / name, "\n".join(lines) + "\n")) == ["One?", "Two\u2028?", "Three?", "4?"]
 
 
 def test_prompts_that_differ_in_white_space_are_duplicates(tmp_path):
-    found = read_prompts(written(tmp_path / "a.json", ["One  two\nthree?", " One two three? ", "One two three"]))
-    assert [prompt.text for prompt in found.prompts] == ["One  two\nthree?", "One two three"]
-
-
-def test_groups(tmp_path):
-    entries = [{"prompt": "a", "group": "x"}, {"prompt": "b", "group": ["kettle", "how"]}, {"prompt": "c", "group": 3}]
-    found = read_prompts(written(tmp_path / "a.json", entries))
-    assert [prompt.group for prompt in found.prompts] == ["x", '["kettle", "how"]', "3"]
-    path = written(
-        tmp_path / "b.json", [PAPER["HarmfulQA"], {**PAPER["HarmfulQA"], "instruction": "?", "topic": "Art"}]
-    )
-    assert {prompt.group for prompt in read_prompts(path).prompts} == {None}
-    assert [prompt.group for prompt in read_prompts(path, "topic").prompts] == ["Social Sciences", "Art"]
+    path = written(tmp_path / "a.json", ["One  two\nthree?", " One two three? ", "One two three"])
+    assert texts(path) == ["One  two\nthree?", "One two three"]
 
 
 def test_overlap_of_two_sets(tmp_path):
@@ -136,11 +125,6 @@ def test_bad_files_are_one_line(tmp_path, name, content, line):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["prompts", "a.txt", "a.TXT", "a.md", "a.rst", "a.lst", ".prompts"])
-def test_text_files_have_a_prompt_per_line(tmp_path, name):
-    assert read_prompts(written(tmp_path / name, "One?\nTwo?\n")).prompts == (Prompt("One?"), Prompt("Two?"))
-
-
 @pytest.mark.parametrize(
     ("name", "suffix"),
     [
@@ -164,10 +148,3 @@ def test_other_formats_are_refused(tmp_path, name, suffix):
 def test_a_file_that_is_not_there(tmp_path, path):
     with pytest.raises(PromptError, match="cannot be read"):
         read_prompts(tmp_path / path)
-
-
-def test_a_requested_group_key_must_be_present(tmp_path):
-    with pytest.raises(PromptError, match=r"entry 1 has no key 'topic' .*; it has 'instruction'"):
-        read_prompts(written(tmp_path / "a.json", [PAPER["SafeRLHF"]]), "topic")
-    with pytest.raises(PromptError, match=r"line 1 is a string; --group-by topic"):
-        read_prompts(written(tmp_path / "a.txt", "One?"), "topic")

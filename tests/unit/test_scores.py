@@ -22,6 +22,9 @@ LENGTH = FunctionScore("length", length)
 
 
 def test_a_weighted_sum_keeps_the_values_of_each_score() -> None:
+    """A function gets lists."""
+    both = FunctionScore("lists", lambda *given: [isinstance(part, list) for part in given])
+    assert both(tuple(PROMPTS), tuple(ANSWERS)) == [1.0, 1.0]
     of_prompt = FunctionScore("of the prompt", lambda prompts, _: [len(p) for p in prompts])
     combined = Combined([WeightedScore(of_prompt, 2.0), WeightedScore(LENGTH, -1.0)])
     values = combined.detail(PROMPTS, ANSWERS)
@@ -32,29 +35,17 @@ def test_a_weighted_sum_keeps_the_values_of_each_score() -> None:
     assert Combined([WeightedScore(LENGTH)]).name == "length"
 
 
-def test_scores_of_the_same_name_are_numbered() -> None:
-    values = Combined([WeightedScore(LENGTH), WeightedScore(LENGTH, 0.5)]).detail(PROMPTS, ANSWERS)
-    assert list(values.each) == ["length (1)", "length (2)"]
-    assert values.combined == [1.5, 4.5]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_names_score_and_prompt(value) -> None:
-    broken = FunctionScore("broken", lambda prompts, answers: [0.0, value])
-    with pytest.raises(ScoreError, match=rf"broken is {value} .*'bb'"):
-        Combined([WeightedScore(LENGTH), WeightedScore(broken)])(PROMPTS, ANSWERS)
+def test_values_that_are_not_finite_weights_out_of_range_and_no_score_are_refused() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        broken = FunctionScore("broken", lambda prompts, answers, value=value: [0.0, value])
+        with pytest.raises(ScoreError, match=rf"broken is {value} .*'bb'"):
+            Combined([WeightedScore(LENGTH), WeightedScore(broken)])(PROMPTS, ANSWERS)
     large = FunctionScore("large", lambda prompts, answers: [0.0, 1e308])
     with pytest.raises(ScoreError, match=r"combined score is inf .*'bb'"):
         Combined([WeightedScore(large, 10.0)])(PROMPTS, ANSWERS)
-
-
-@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
-def test_a_weight_out_of_range_is_refused(weight) -> None:
-    with pytest.raises(ScoreError, match="--weight of length is"):
-        Combined([WeightedScore(LENGTH, weight)])
-
-
-def test_at_least_one_score_is_required() -> None:
+    for weight in (0.0, math.nan, math.inf):
+        with pytest.raises(ScoreError, match="--weight of length is"):
+            Combined([WeightedScore(LENGTH, weight)])
     with pytest.raises(ScoreError, match="at least one --score"):
         Combined([])
 
@@ -126,18 +117,10 @@ def test_an_error_of_the_function_names_the_line_that_failed(modules) -> None:
     ],
 )
 def test_anything_but_numbers_is_named(returned, named) -> None:
-    with pytest.raises(ScoreError, match=f"the score odd returned .*{named}"):
-        checked_values("odd", FunctionScore("odd", lambda *_: returned), PROMPTS, ANSWERS)
-    if isinstance(returned, list):
-        with pytest.raises(ScoreError, match=f"the score odd returned .*{named}"):  # a score of another kind
-            checked_values("odd", lambda *_: returned, PROMPTS, ANSWERS)
-
-
-def test_a_function_gets_lists() -> None:
-    def kinds(prompts, answers):
-        return [isinstance(prompts, list), isinstance(answers, list)]
-
-    assert FunctionScore("kinds", kinds)(tuple(PROMPTS), tuple(ANSWERS)) == [1.0, 1.0]
+    kinds = [FunctionScore("odd", lambda *_: returned), *[lambda *_: returned] * isinstance(returned, list)]
+    for score in kinds:  # a function, and a score of another kind
+        with pytest.raises(ScoreError, match=f"the score odd returned .*{named}"):
+            checked_values("odd", score, PROMPTS, ANSWERS)
 
 
 def test_the_demos_score_takes_no_template() -> None:

@@ -1,0 +1,93 @@
+"""Answers of a bundle for an evaluation: their seeds, the settings they depend on, and counters over all of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat, answer_seed, total_stats
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decoder import Generation
+from mara_runtime.stats import Stats
+
+
+def test_counters_add_up():
+    one = {"tokens": 3, "accepted_rank": {"1": 2, "10": 1}, "smallest_margin": 0.5, "decode_ms": 1.5}
+    two = {"tokens": 5, "accepted_rank": {"2": 1, "1": 1}, "smallest_margin": None, "decode_ms": 2.5}
+    total = total_stats([{**one, "tokens_per_second": 2}, {**two, "tokens_per_second": 9}])
+    assert total == {
+        "tokens": 8,
+        "accepted_rank": {"1": 3, "2": 1, "10": 1},
+        "smallest_margin": 0.5,
+        "decode_ms": 4.0,
+        "tokens_per_second": 1500.0,  # the first token of each comes from the prefill
+    }
+    assert list(total["accepted_rank"]) == ["1", "2", "10"]
+    assert total_stats([two])["smallest_margin"] is None
+    for decode_ms in (0.0, 2.5):
+        prefilled = Stats(tokens=1, decode_ms=decode_ms).to_json()
+        assert total_stats([prefilled, prefilled])["tokens_per_second"] == 0.0
+
+
+class Recorder:
+    """A decoder that records how it is called, with an engine whose memory grows."""
+
+    def __init__(self, folder=None) -> None:
+        self.calls: list[str | tuple[str, int, bool, object]] = []
+        self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
+        self.slots = 512
+
+    def describe(self):
+        return {"name": "tensorrt", "gpu": "some", "memory": {"slots": self.slots}}
+
+    def forget(self) -> None:
+        self.calls.append("forget")
+
+    def generate(self, prompt, config, *, raw, template):
+        self.calls.append((prompt, config.seed, raw, template))
+        return Generation([1], "text", "stop", Stats(tokens=1), {}, config)
+
+
+def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
+    decoder = Recorder()
+    config = DecodeConfig(align=False, sample=True, seed=5)
+    source = BundleAnswers("best-of-2", decoder, config, PromptFormat(True, {"a": 1}), samples=2)
+    assert len(source("one") + source("two")) == 4
+    assert decoder.calls == [
+        call
+        for prompt in ("one", "two")
+        for sample in (0, 1)
+        for call in ("forget", (prompt, answer_seed(5, prompt, sample), True, {"a": 1}))
+    ]
+    seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
+    assert len(seeds) == 8
+    assert answer_seed(0, "a") == answer_seed(0, "a", 0)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_settings_of_a_bundles_answers(tmp_path):
+    """Whatever changes an answer is one of them; the engine's memory, the schedule and drafts are not."""
+    (tmp_path / "manifest.json").write_text("{}")
+    decoder = Recorder(tmp_path)
+
+    def settings(prompt_format=None, samples=1, **options):
+        config = DecodeConfig(**options)
+        return BundleAnswers("aligned", decoder, config, prompt_format or PromptFormat(), samples).settings
+
+    before = settings()
+    assert before["engine gpu"] == "some"
+    for options, changed in (
+        ({"seed": 1}, "seed"),
+        ({"max_new_tokens": 9}, "max_new_tokens"),
+        ({"top_k": 5}, "top_k"),
+        ({"prompt_format": PromptFormat(raw=True)}, "raw"),
+        ({"prompt_format": PromptFormat(template={"a": 1})}, "template"),
+        ({"samples": 3}, "samples"),
+        ({"schedule": "together", "draft": 2}, None),
+    ):
+        after = settings(**options)
+        assert [key for key in before if after[key] != before[key]] == [changed] * (changed is not None)
+        assert after.keys() == before.keys()
+    decoder.slots *= 2
+    assert settings() == before
+    (tmp_path / "manifest.json").write_text("{ }")
+    assert settings()["bundle"] != before["bundle"]
