@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from mara_deploy.bench.contestant import Contestants, commands
 from mara_deploy.bench.measure import PROFILES, Bench
 from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES
 from mara_runtime.errors import OptionError
@@ -124,7 +123,7 @@ def _bench(args: argparse.Namespace) -> None:
         "rounds": arguments.rounds,
         **results,
     }
-    print(json.dumps(document))
+    print_json(document)
 
 
 def _contexts(arguments: BenchArguments, capacity: int) -> list[int]:

@@ -59,7 +59,7 @@ def template_variables(settings: Sequence[str]) -> dict[str, Any]:
         key, sign, value = setting.partition("=")
         try:
             variables[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             sign = ""
         if not key or not sign:
             raise OptionError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
 from mara_runtime.options import Options, option, required
 
@@ -52,7 +52,7 @@ def _inspect(args: argparse.Namespace) -> None:
     arguments = from_args(InspectArguments, args)
     bundle = Bundle.open(arguments.bundle)
     if arguments.json:
-        print(json.dumps(json.loads(bundle.manifest.to_json()), ensure_ascii=False))
+        print_json(json.loads(bundle.manifest.to_json()))
     else:
         print("\n".join(summary(bundle)))
         print("intact    every file has the size and sha256 of the manifest")

@@ -12,7 +12,7 @@ from typing import Any
 
 from mara_deploy import demo, memory
 from mara_deploy.commands.options import add_options, from_args, given, reject, values_of
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
 from mara_export.errors import ModelError
 from mara_export.hf.families import (
@@ -81,7 +81,7 @@ def _memory(args: argparse.Namespace) -> None:
         title, rows = of_model(arguments.model, args)
     if arguments.json:
         settings = [{**setting.to_json(), "slots": setting.slots, **sizes.to_json()} for setting, sizes in rows]
-        print(json.dumps({"model": title, "system_bytes": SYSTEM_BYTES, "settings": settings}, ensure_ascii=False))
+        print_json({"model": title, "system_bytes": SYSTEM_BYTES, "settings": settings})
     else:
         print("\n".join([title, "", *table(rows), "", *NOTES]))
 

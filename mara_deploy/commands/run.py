@@ -19,7 +19,7 @@ from mara_deploy.commands.decoding import (
     template_variables,
 )
 from mara_deploy.commands.options import add_options, from_args
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -105,8 +105,7 @@ def _run(args: argparse.Namespace) -> None:
         pieces = decoder.stream(prompt, config, raw=options.raw, template=variables)
         result = _answer(pieces, trace, echo=not options.json)
     if options.json:
-        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        print(json.dumps(result.to_json(), ensure_ascii=not utf8))
+        print_json(result.to_json())
         return
     if result.text is None:
         print(",".join(map(str, result.token_ids)), end="")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
-import os
-import signal
+import json
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
+from mara_deploy.commands import process
 from mara_runtime.errors import MaraError
 from mara_runtime.versions import installed
 
 EXIT_BAD_INPUT = 2
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,74 +38,46 @@ class Parser(argparse.ArgumentParser):
 
 def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse and run `body`; return the exit code. Errors the user can fix are one line on stderr and exit code 2."""
-    args = parser.parse_args(argv)
-    try:
-        with _termination_unwinds():
+    with process.prepared():
+        debug = False
+        try:
+            given = sys.argv[1:] if argv is None else argv
+            if reason := process.reject_unreadable(given):
+                parser.error(reason)
+            args = parser.parse_args(given)
+            debug = args.debug
             body(args)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except (MaraError, KeyboardInterrupt, Terminated, OSError) as error:
-        if args.debug or (isinstance(error, OSError) and error.errno not in (*_FULL, errno.EPIPE)):
-            raise
-        if isinstance(error, OSError):
-            _discard_output()
-        if isinstance(error, BrokenPipeError):  # the reader has exited, as `head` does
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has exited, as `head` does
+            if debug:
+                raise
+            process.discard_output()
             sys.stderr.close()
             return EXIT_BAD_INPUT
-        if isinstance(error, MaraError):
-            message = " ".join(str(error).split())
-        else:
-            message = f"cannot write: {error.strerror}" if isinstance(error, OSError) else "interrupted"
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"{parser.prog}: error: {message}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        except (Exception, KeyboardInterrupt, process.Terminated) as error:
+            message = process.one_line(error)
+            if debug or message is None:
+                raise
+            if isinstance(error, OSError):
+                process.discard_output()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"{parser.prog}: error: {message}", file=sys.stderr)
+            return EXIT_BAD_INPUT
     return 0
+
+
+def print_json(value: object) -> None:
+    """Print a line of JSON, with escapes where the stream cannot show a letter."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not utf8))
 
 
 @contextlib.contextmanager
 def needs_extra(extra: str, purpose: str) -> Iterator[None]:
-    """Report an ImportError as the packages that `purpose` needs. extra: of pyproject.toml."""
+    """Report an absent package as one that `purpose` needs. extra: of pyproject.toml."""
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MaraError(
             f"{purpose} needs packages that are not installed ({error}): pip install 'mara-deploy[{extra}]'"
         ) from None
-
-
-def _discard_output() -> None:
-    """Redirect stdout: Python would try to write the rest of the buffer again at exit."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP: like Ctrl-C, except that nothing may continue afterwards."""
-
-
-@contextlib.contextmanager
-def _termination_unwinds() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP unless ignored, unwind the stack as Ctrl-C does, so that nothing half-written remains."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
-        yield
-        return
-
-    received = False
-
-    def terminate(*_: object) -> None:
-        nonlocal received
-        if not received:  # a closing terminal sends several, and the cleanup of the first must finish
-            received = True
-            raise Terminated
-
-    numbers = [signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, terminate) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -172,8 +172,9 @@ def parse(text: str, where: str) -> Manifest:
             f"{where} has schema version {shortened(version)}; this release reads version {SCHEMA_VERSION}: "
             "export the bundle again, or install the release that made it"
         )
-    manifest = _Reader(where, root).manifest()
-    if root.get("sha256") != checksum(root):
+    reader = _Reader(where, root)
+    manifest = reader.manifest()
+    if reader.text("sha256") != checksum(root):
         raise BundleError(
             f"{where} was changed: its content differs from its checksum; copy or export the bundle again"
         )

@@ -1,0 +1,117 @@
+"""The process a command runs in, as it comes: closed or narrow streams, signals, memory, broken libraries.
+
+`prepared` makes it safe once, before anything is parsed or printed. `one_line` says which failures are the
+environment's, not this project's: they are reported without a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+
+from mara_runtime.errors import MaraError, first_line
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate memory", "not enough memory")
+"""How libraries say in their exceptions that memory has run out."""
+
+
+class Terminated(BaseException):
+    """A signal that ends the process: like Ctrl-C, except that nothing may continue afterwards."""
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Make the standard streams usable; let signals that end a process unwind the stack, as Ctrl-C does."""
+    _open_streams()
+    with _termination_unwinds():
+        yield
+
+
+def reject_unreadable(argv: Sequence[str]) -> str | None:
+    """Why arguments cannot be used: not UTF-8, or `--option=--`, whose value argparse drops; None if they can."""
+    for argument in argv:
+        if not argument.isascii():
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                return f"the argument {argument!a} is not valid UTF-8"
+        if argument.startswith("--") and argument.endswith("=--"):
+            return f"{argument[:-3]} is '--', which is not a value"
+    return None
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message for an error that the user can do something about; None for a defect of this project."""
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        return "interrupted"
+    message = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in message.lower() for words in _NO_MEMORY):
+        why = "" if isinstance(error, MemoryError) else f" ({first_line(error)})"
+        return f"there is not enough memory{why}: mara-memory estimates what a model needs"
+    if isinstance(error, MaraError):
+        return message
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"the package {error.name} is not installed: pip install it, or the extra of mara-deploy that contains it"
+        )
+    if isinstance(error, ImportError):
+        return f"a package is installed but cannot be imported: {first_line(error)}"
+    if isinstance(error, OSError) and error.strerror:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"cannot write: {error.strerror}"
+        return f"{ascii(str(error.filename))[1:-1]}: {error.strerror}" if error.filename else error.strerror
+    return None
+
+
+def discard_output() -> None:
+    """Redirect stdout to nowhere: Python would try to write the rest of the buffer again at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _open_streams() -> None:
+    """Open closed streams to nowhere, as the next file would get their descriptor; replace letters they cannot show."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+            if getattr(sys, name) is None:
+                setattr(sys, name, os.fdopen(opened, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Raise Terminated for signals that would end the process, so that nothing half-written remains."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
+        yield
+        return
+
+    received = False
+
+    def terminate(*_: object) -> None:
+        nonlocal received
+        if not received:  # a closing terminal sends several, and the cleanup of the first must finish
+            received = True
+            raise Terminated
+
+    names = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # batch systems announce their end by the last three
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    previous = {number: signal.signal(number, terminate) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
