@@ -87,15 +87,19 @@ def subject(reference, agent):
 
 @pytest.fixture(scope="session")
 def answers(subject):
-    """(name, count, options) → [(prompt, the oracle's answer)] of the first so many prompts, computed once."""
+    """(name, count, every, options) → [(prompt, the oracle's answer)] of so many prompts, computed once.
+
+    every: take each prompt (1) or each second one (2).
+    """
 
     @cache
     def answer(name: str, index: int, **options):
         model, agent, prompts = subject(name)
         return oracle.decode(model, agent, prompts[index], eos_ids=model.generation_config.eos_token_id, **options)
 
-    def get(name: str, count: int | None = None, **options):
-        return [(prompt, answer(name, i, **options)) for i, prompt in enumerate(subject(name)[2][:count])]
+    def get(name: str, count: int | None = None, every: int = 2, **options):
+        chosen = list(enumerate(subject(name)[2]))[::every][:count]
+        return [(prompt, answer(name, index, **options)) for index, prompt in chosen]
 
     return get
 
@@ -145,11 +149,8 @@ def follow(decoder: AlignedDecoder, config: DecodeConfig, prompt: list[int], tru
     if len(tally.excused) == excused_before:
         assert result is not None
         assert result.token_ids == truth.token_ids
-        wanted = dict(truth.counters)
-        for name in ("accepted_rank", "candidate_counts"):
-            wanted[name] = {str(number): count for number, count in wanted[name].items()}
-        wanted["smallest_margin"] = pytest.approx(wanted["smallest_margin"], abs=MARGIN_TOLERANCE)
-        assert result.stats.algorithm() == wanted
+        margin = pytest.approx(truth.counters["smallest_margin"], abs=MARGIN_TOLERANCE)
+        assert result.stats.algorithm() == {**truth.counters, "smallest_margin": margin}
 
 
 def follow_all(decoder: AlignedDecoder, config: DecodeConfig, cases, what: str) -> None:
@@ -181,10 +182,12 @@ DEFAULT_PAIRS = [
 """Each model once, each lowering with several."""
 
 
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.long)])
 @pairs(*DEFAULT_PAIRS, ("llama", "decomposed"))
-def test_64_tokens_of_each_prompt_are_the_oracle_s(name, lowering, answers, decoder):
+def test_64_tokens_of_each_prompt_are_the_oracle_s(name, lowering, every, answers, decoder):
     """By default, and in another way for each prompt."""
-    product, cases, others = decoder(name, lowering), answers(name, **OPTIONS), Tally(f"{name}, {lowering}, other ways")
+    product, cases = decoder(name, lowering), answers(name, every=every, **OPTIONS)
+    others = Tally(f"{name}, {lowering}, other ways")
     follow_all(product, DecodeConfig(**OPTIONS), cases, f"{name}, {lowering}, default")
     for index, (prompt, truth) in enumerate(cases):
         follow(product, DecodeConfig(**OPTIONS, **WAYS[index % len(WAYS)]), prompt, truth, others)

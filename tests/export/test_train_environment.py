@@ -70,7 +70,7 @@ def test_the_more_probable_action_is_the_oracles(architecture, fallback, environ
         assert episode.decisions == counters["decisions"]
         assert episode.examined == len(episode.trajectory) == counters["examined"]
         assert episode.forced == counters["forced"]
-        first = counters["accepted_rank"].get(1, 0) + (counters["forced"] if fallback == "first" else 0)
+        first = counters["accepted_rank"].get("1", 0) + (counters["forced"] if fallback == "first" else 0)
         assert episode.interventions == counters["decisions"] - first
         (alone,) = environment.rollout([prompt], policy, None, fallback=fallback, record=False)
         assert alone.token_ids == episode.token_ids

@@ -104,7 +104,7 @@ def test_facts_of_nvidia_smi(tmp_path, monkeypatch):
 
 def test_facts_of_a_jetson(tmp_path):
     for name in ("proc/device-tree/model", "etc/nv_tegra_release"):  # either file tells; Thor has nvidia-smi, too
-        assert find(put(tmp_path / name, {name: ORIN_NANO[name]}), smi).facts()["kind"] == "jetson"
+        assert find(put(tmp_path / name.replace("/", "-"), {name: ORIN_NANO[name]}), smi).facts()["kind"] == "jetson"
     facts = find(put(tmp_path, ORIN_NANO), lambda _: "NV Power Mode: MAXN_SUPER\n2\n").facts()
     expected = {
         "kind": "jetson", "name": "NVIDIA Jetson Orin Nano Developer Kit Super", "l4t": "36.4.3", "memory_mib": 7620,
