@@ -62,6 +62,18 @@ class CudaEngine(OrtEngine):
         """whether passes run as CUDA graphs; a text: why not"""
         self._graph_ids = count(1)  # 0 is ONNX Runtime's own
         super().__init__(bundle, threads)
+        self._try_a_row()
+
+    def _try_a_row(self) -> None:
+        """Run one row: without cuDNN, or without kernels for this GPU, a provider opens and fails in its first pass."""
+        try:
+            self._run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; it needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their "
+                "libraries to LD_LIBRARY_PATH) and an onnxruntime-gpu with kernels for this GPU: --engine cpu does not"
+            ) from error
+        self._memory.zero()
 
     def _open(self, path: Path, options: Any) -> Any:
         provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
