@@ -58,10 +58,11 @@ def grown(name: str, size: int, slots: int) -> int:
     opposite holds.
     """
     least = size + size // 16 if name == "cpu" else 2 * size
-    return _rounded(max(slots, least))
+    return rounded(max(slots, least))
 
 
-def _rounded(slots: int) -> int:
+def rounded(slots: int) -> int:
+    """The next size that a cache may have."""
     return -(-slots // FIRST_SLOTS) * FIRST_SLOTS
 
 
@@ -124,7 +125,7 @@ class CpuMemory:
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`."""
-        size = min(_rounded(slots), self._capacity)
+        size = min(rounded(slots), self._capacity)
         if not size <= self.slots < 2 * size:
             self._allocate(size, self._slab[:, :, :, :kept])
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.engines.ort import CpuMemory, OrtEngine
+from mara_runtime.engines.ort import CpuMemory, OrtEngine, rounded
 from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError
 from mara_runtime.tensors import ModelShape
@@ -85,7 +85,8 @@ class CudaEngine(OrtEngine):
         return self._open_session(path, options, provider_options)
 
     def _make_memory(self, capacity: int) -> CudaMemory:
-        return CudaMemory(self._shape, self._dtype, capacity)
+        # fused attention takes no mask whose rows are not aligned, so the last size, too, has to be a multiple
+        return CudaMemory(self._shape, self._dtype, rounded(capacity))
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""
