@@ -260,6 +260,29 @@ def test_a_pass_that_fails_is_an_error_of_one_line(bundle: Bundle, monkeypatch: 
         CpuEngine(bundle).run(chain([1]))
 
 
+def test_a_device_without_memory_for_the_cache(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = make.ort("cuda", 4)
+    engine.run(chain([1]))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory\nat line 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        with pytest.raises(EngineError, match=r"KV cache of 8 slots: out of memory; "):
+            engine.run(chain([1] * 6, 1))
+    assert engine.memory.slots == 4
+    engine.run(chain([1] * 6, 1))
+
+
+def test_every_size_of_a_cache_on_cuda_is_a_multiple(make: Maker) -> None:
+    """Its fused attention takes no mask of other sizes (tests/cuda)."""
+    engine: Any = make.ort("cuda", 32)
+    assert engine.cache.capacity == -(-SLOTS // 32) * 32 > SLOTS
+    engine.memory.grow(engine.cache.capacity)
+    assert engine.memory.slots == engine.cache.capacity
+
+
 def test_opening_leaves_an_empty_cache(make: Maker) -> None:
     """Whatever an engine runs to see whether it can."""
     engine: Any = make.ort("cuda", 4)

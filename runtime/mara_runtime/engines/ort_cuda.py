@@ -1,7 +1,7 @@
 """ONNX Runtime on CUDA: the KV cache stays on the device.
 
 NumPy cannot reach the entries there, so an entry that moves is recomputed as a row of the next pass (recompute.py).
-Not yet run on hardware.
+Not yet run on hardware; tests/cuda count what a pass asks of CUDA.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.engines.ort import CpuMemory, OrtEngine, rounded
 from mara_runtime.engines.recompute import Recompute
-from mara_runtime.errors import EngineError
+from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
 
 
@@ -29,6 +29,15 @@ class CudaMemory(CpuMemory):
     def __init__(self, shape: ModelShape, dtype: str, capacity: int) -> None:
         super().__init__(shape, dtype, capacity)
         self.recompute = Recompute()
+
+    def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
+        try:
+            super()._allocate(slots, entries)
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise EngineError(
+                f"the GPU has no memory for a KV cache of {slots} slots: {first_line(error)}; ask for fewer tokens, or "
+                "decode with --engine cpu"
+            ) from error
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
