@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mara_runtime.bundle import Bundle
+from mara_runtime.config import DecodeConfig
+from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Pass
 from mara_runtime.engines.ort_cuda import CudaEngine
@@ -20,6 +22,8 @@ RUNS = 3
 """Of every pass: the first allocates memory or captures a CUDA graph, the others are what a pass costs."""
 ROWS = (1, 2, 4, 40)
 PROMPTS = (20, 256)
+MOST_ROWS = 65
+"""Of the widths that are all tried: one more than bindings are kept for."""
 
 
 def mark(name: str) -> None:
@@ -67,6 +71,10 @@ def run_all(engine: CudaEngine, label: str) -> None:
         mark(f"{label}: growth from {engine.memory.slots} slots")
         engine.run(candidates(1, 20, engine.memory.slots))
     run_works(engine, f"{label}, full size")
+    mark(f"{label}: every width")
+    for rows in range(1, MOST_ROWS + 1):
+        engine.run(candidates(rows, 20))
+        engine.run(Pass.prefill(range(rows), 0, last=True))
 
 
 def run_works(engine: CudaEngine, label: str) -> None:
@@ -115,6 +123,12 @@ def passes(bundle: Bundle) -> Any:
     }
 
 
+def answer(bundle: Bundle) -> Any:
+    """An answer, from calibration to text. It means nothing, as every output is zero."""
+    config = DecodeConfig(max_new_tokens=12)
+    return AlignedDecoder(bundle, engine="cuda").generate("How do I keep bread fresh?", config).to_json()
+
+
 def opening(bundle: Bundle) -> Any:
     """Which engine is opened, and why others are not."""
     engine, declined = open_engine(bundle, "auto")
@@ -123,4 +137,5 @@ def opening(bundle: Bundle) -> Any:
 
 if __name__ == "__main__":
     what, folder = sys.argv[1:]
-    print(json.dumps({"passes": passes, "opening": opening}[what](Bundle.open(Path(folder)))))
+    does = {"passes": passes, "answer": answer, "opening": opening}[what]
+    print(json.dumps(does(Bundle.open(Path(folder)))))

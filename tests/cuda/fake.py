@@ -120,10 +120,10 @@ class Result:
 
 
 class FakeCuda:
-    """The stand-ins, compiled."""
+    """The stand-ins, compiled into a folder, and a folder that onnxruntime-gpu is installed in."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, wheel: Path = WHEEL) -> None:
+        self._folder, self._wheel = folder, wheel
         build(folder)
 
     def run(self, capability: int, *command: str, without: str | None = None, no_kernels: bool = False) -> Result:
@@ -144,7 +144,7 @@ class FakeCuda:
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": str(libraries),
-            "PYTHONPATH": os.pathsep.join(map(str, (WHEEL, ROOT, ROOT / "export", ROOT / "runtime"))),
+            "PYTHONPATH": os.pathsep.join(map(str, (self._wheel, ROOT, ROOT / "export", ROOT / "runtime"))),
             "FAKE_CUDA_CAPABILITY": str(capability),
             "FAKE_CUDA_LOG": str(log),
             # from 9.0 on, attention is a graph of cuDNN's, which the stand-in does not build

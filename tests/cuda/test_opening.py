@@ -1,4 +1,4 @@
-"""A CUDA provider that opens and cannot compute: `auto` takes the CPU, and says why."""
+"""Which engine `auto` opens: where a CUDA provider opens and cannot compute, the CPU's, which records why."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def test_auto_falls_back_to_the_cpu(fake: FakeCuda, bundle: Callable[[str, str],
 def test_auto_takes_the_gpu_where_nothing_lacks(fake: FakeCuda, bundle: Callable[[str, str], Path]) -> None:
     said = fake.run(87, "tests.cuda.child", "opening", str(bundle("demo", "fp16"))).said
     assert said["engine"] == "cuda"
+
+
+def test_an_answer_is_decoded(fake: FakeCuda, bundle: Callable[[str, str], Path]) -> None:
+    """From the calibration of passes to the text."""
+    said = fake.run(87, "tests.cuda.child", "answer", str(bundle("demo", "fp16"))).said
+    assert said["token_ids"]
+    assert said["stats"]["decisions"] > 0
+    assert said["stats"]["engine"]["name"] == "cuda"

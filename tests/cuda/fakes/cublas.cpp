@@ -15,6 +15,7 @@ int cublasGetMathMode(void*, int* mode) {
 const char* cublasGetStatusName(int) { return "a status of cublas"; }
 const char* cublasGetStatusString(int) { return "a status of cublas"; }
 
+COUNTED(cublasDcopy_v2)
 COUNTED(cublasDgeam)
 COUNTED(cublasDgemmBatched)
 COUNTED(cublasDgemmStridedBatched)
