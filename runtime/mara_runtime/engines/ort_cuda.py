@@ -79,8 +79,8 @@ class CudaEngine(OrtEngine):
             self._run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
         except EngineError as error:
             raise EngineError(
-                f"{error}; it needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their "
-                "libraries to LD_LIBRARY_PATH) and an onnxruntime-gpu with kernels for this GPU: --engine cpu does not"
+                f"{error}; CUDA needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their "
+                "libraries to LD_LIBRARY_PATH) and an onnxruntime-gpu with kernels for this GPU; else take --engine cpu"
             ) from error
         self._memory.zero()
 
