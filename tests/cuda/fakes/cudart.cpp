@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "log.h"
@@ -48,6 +49,17 @@ const char* when() { return capture == nullptr ? "" : "captured "; }
 
 void forbidden(const char* call) {
   if (capture != nullptr) fake::note("forbidden %s", call);
+}
+
+cudaError_t wait(const char* call) {
+  forbidden(call);
+  fake::note("wait %s", call);
+  return cudaSuccess;
+}
+
+cudaError_t discard(void* graph) {
+  delete static_cast<Graph*>(graph);
+  return cudaSuccess;
 }
 
 cudaError_t launch(const void* function) {
@@ -88,9 +100,15 @@ const char* direction(cudaMemcpyKind kind) {
   return names[kind];
 }
 
-cudaError_t created(void** object) {
-  *object = fake::handle();
+template <typename T>
+cudaError_t give(T* place, T value) {
+  *place = value;
   return cudaSuccess;
+}
+
+template <typename T>
+cudaError_t created(T* object) {
+  return give(object, static_cast<T>(fake::handle()));
 }
 
 }  // namespace
@@ -99,10 +117,7 @@ extern "C" {
 
 // ── kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-void** __cudaRegisterFatBinary(void*) {
-  static void* binary;
-  return &binary;
-}
+void** __cudaRegisterFatBinary(void*) { return static_cast<void**>(fake::handle()); }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
@@ -113,19 +128,15 @@ unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 0; }
 cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
   *grid = *block = dim3(1);
   *shared = 0;
-  *static_cast<void**>(stream) = nullptr;
-  return cudaSuccess;
+  return give(static_cast<void**>(stream), static_cast<void*>(nullptr));
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
-  *kernel = static_cast<cudaKernel_t>(const_cast<void*>(function));
-  return cudaSuccess;
+  return give(kernel, static_cast<cudaKernel_t>(const_cast<void*>(function)));
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t) { return launch(kernel); }
-cudaError_t cudaLaunchKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t) {
-  return launch(function);
-}
-cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3, dim3, void**, size_t, cudaStream_t) {
-  return launch(function);
+cudaError_t cudaLaunchKernel(const void* host, dim3, dim3, void**, size_t, cudaStream_t) { return launch(host); }
+cudaError_t cudaLaunchCooperativeKernel(const void* host, dim3, dim3, void**, size_t, cudaStream_t) {
+  return launch(host);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void* function, void**) { return launch(function); }
 cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* argument) {
@@ -134,14 +145,13 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* argume
 }
 cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void*, cudaJitOption*, void**, unsigned,
                                 cudaLibraryOption*, void**, unsigned) {
-  return created(reinterpret_cast<void**>(library));
+  return created(library);
 }
 cudaError_t cudaLibraryUnload(cudaLibrary_t) { return cudaSuccess; }
 cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t, const char* name) {
   char* address = strdup(name);
   kernel_names()[address] = name;
-  *kernel = reinterpret_cast<cudaKernel_t>(address);
-  return cudaSuccess;
+  return give(kernel, reinterpret_cast<cudaKernel_t>(address));
 }
 cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t, cudaFuncAttribute, int, int) { return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
@@ -154,25 +164,15 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
-  *blocks = 2;
-  return cudaSuccess;
+  return give(blocks, 2);
 }
 
 // ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
+cudaError_t cudaGetDeviceCount(int* count) { return give(count, 1); }
+cudaError_t cudaGetDevice(int* device) { return give(device, 0); }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
-  return cudaSuccess;
-}
+cudaError_t cudaDriverGetVersion(int* version) { return give(version, 13000); }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
@@ -216,22 +216,16 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
   device->maxBlocksPerMultiProcessor = 32;
   device->maxGridSize[0] = 2147483647;
   device->maxGridSize[1] = device->maxGridSize[2] = 65535;
-  device->concurrentKernels = device->unifiedAddressing = 1;
-  device->cooperativeLaunch = device->memoryPoolsSupported = 1;
+  device->concurrentKernels = device->unifiedAddressing = device->cooperativeLaunch = device->memoryPoolsSupported = 1;
   return cudaSuccess;
 }
-const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice ? "cudaErrorNoKernelImageForDevice" : "an error of CUDA";
-}
+const char* cudaGetErrorName(cudaError_t) { return "an error of CUDA"; }
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
-                                                  : "an error of CUDA";
+  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for the device" : "an error of CUDA";
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() {
-  const cudaError_t error = last_error;
-  last_error = cudaSuccess;
-  return error;
+  return std::exchange(last_error, cudaSuccess);
 }
 
 // ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,17 +243,13 @@ cudaError_t cudaMallocHost(void** address, size_t size) { return cudaHostAlloc(a
 cudaError_t cudaFreeHost(void* address) { return release(pinned_blocks, address, "cudaFreeHost"); }
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   *available = 15ull << 30;
-  *total = 16ull << 30;
-  return cudaSuccess;
+  return give(total, size_t{16} << 30);
 }
-cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
-  return created(reinterpret_cast<void**>(pool));
-}
+cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) { return created(pool); }
 cudaError_t cudaMemPoolDestroy(cudaMemPool_t) { return cudaSuccess; }
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
 cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr, void* value) {
-  std::memset(value, 0, 8);
-  return cudaSuccess;
+  return give(static_cast<unsigned long long*>(value), 0ull);
 }
 cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
@@ -312,34 +302,21 @@ cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t) 
 
 // ── streams, events and graphs ──────────────────────────────────────────────────────────────────────────────────────
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return created(reinterpret_cast<void**>(stream)); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return created(stream); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  forbidden("cudaStreamSynchronize");
-  fake::note("wait stream");
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize() {
-  forbidden("cudaDeviceSynchronize");
-  fake::note("wait device");
-  return cudaSuccess;
-}
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return created(reinterpret_cast<void**>(event)); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return wait("cudaStreamSynchronize"); }
+cudaError_t cudaDeviceSynchronize() { return wait("cudaDeviceSynchronize"); }
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return created(event); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t, cudaStream_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
-  *milliseconds = 1;
-  return cudaSuccess;
+  return give(milliseconds, 1.0f);
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
-  forbidden("cudaEventSynchronize");
-  fake::note("wait event");
-  return cudaSuccess;
-}
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return wait("cudaEventSynchronize"); }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   forbidden("cudaStreamBeginCapture");
@@ -347,18 +324,13 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
-  *graph = reinterpret_cast<cudaGraph_t>(capture);
-  capture = nullptr;
-  return cudaSuccess;
+  return give(graph, reinterpret_cast<cudaGraph_t>(std::exchange(capture, nullptr)));
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = capture == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
-  return cudaSuccess;
+  return give(status, capture == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  *executable = reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph)));
-  fake::note("instantiate");
-  return cudaSuccess;
+  return give(executable, reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph))));
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   fake::note("replay");
@@ -371,13 +343,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   }
   return cudaSuccess;
 }
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-  delete reinterpret_cast<Graph*>(graph);
-  return cudaSuccess;
-}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
-  delete reinterpret_cast<Graph*>(executable);
-  return cudaSuccess;
-}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return discard(graph); }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return discard(executable); }
 
 }  // extern "C"
