@@ -33,13 +33,22 @@ ifeq ($(shell uname -sm),Linux x86_64)
 endif
 	touch $@
 
+# ONNX Runtime's CUDA build (255 MB) and NVIDIA's headers, in folders of their own: tests/cuda runs it without a GPU, on
+# stand-ins of the CUDA libraries that it compiles with g++.
+$(VENV)/.cuda: $(VENV)/.ready
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(PIP) install --no-deps --upgrade --target $(VENV)/onnxruntime-gpu onnxruntime-gpu==1.31.1
+	$(PIP) install --no-deps --upgrade --target $(VENV)/cuda-headers nvidia-cuda-runtime==13.5.37 nvidia-cuda-crt==13.5.37
+endif
+	touch $@
+
 demo: setup
 	$(BIN)/python -m mara_deploy.demo
 
 test: setup
 	$(PYTEST) -m "not long"
 
-test-long: setup $(VENV)/.names
+test-long: setup $(VENV)/.names $(VENV)/.cuda
 	$(PYTEST)
 
 # The runtime at the lowest versions that pyproject.toml permits, in an environment of its own; LOWEST=python3.10 names

@@ -91,7 +91,12 @@ class Setting(Options):
         """Slots of the KV cache at its largest."""
         if self.on_tensorrt:
             return engine_slots(self.context, self.max_candidates)
-        return self.context + spare_slots(self.max_candidates)
+        slots = self.context + spare_slots(self.max_candidates)
+        if self.target != "cuda":
+            return slots
+        from mara_runtime.engines.ort import rounded  # NumPy comes with it, which --help does not need
+
+        return rounded(slots)
 
 
 @dataclass(frozen=True)

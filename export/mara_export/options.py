@@ -128,10 +128,10 @@ class ExportOptions(Options):
 
     def _check_quantisation(self) -> None:
         self._complete("quantiser", QUANTISERS[0])
-        quantisers = LOWERINGS[self.lowering].quantisers
-        if self.quantiser not in quantisers:
-            supported = ", ".join(quantisers)
-            raise OptionError(f"--quantiser is {self.quantiser!r}; --lowering {self.lowering} supports {supported}")
+        for option_, row in (("lowering", LOWERINGS[self.lowering]), ("target", TARGETS[self.target])):
+            if self.quantiser not in row.quantisers:
+                supported = ", ".join(row.quantisers)
+                raise OptionError(f"--quantiser is {self.quantiser!r}; --{option_} {row.name} supports {supported}")
         if self.quantiser == "hqq" and self.precision != "int4":
             raise OptionError(f"--quantiser is 'hqq', which is for --precision int4, not {self.precision}")
         sizes = TARGETS[self.target].block_sizes[self.precision]

@@ -89,6 +89,8 @@ class Target:
     """type of activations and KV cache, by precision"""
     fixed_shapes: bool
     """output sizes must follow from input sizes, as TensorRT and CUDA graphs need"""
+    quantisers: tuple[str, ...] = QUANTISERS
+    """those whose weights it multiplies as they are; a lowering may have fewer"""
     is_tensorrt: bool = False
     """engines are built from the graph (mara-build)"""
     just_in_time: bool = False
@@ -117,6 +119,7 @@ TARGETS = {
         block_sizes=_ORT_BLOCKS,
         compute=_NARROW,
         fixed_shapes=True,
+        quantisers=("rtn", "k-quant"),
     ),
     "tensorrt": Target(
         lowerings=("portable", "decomposed"),

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import ort
+from mara_runtime.engines import open_engine, ort
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
@@ -222,6 +222,71 @@ def test_a_provider_that_onnx_runtime_silently_replaces_is_refused(bundle: Bundl
         pytest.skip("this ONNX Runtime has the CUDA provider")
     with pytest.raises(EngineError, match=r"CUDAExecutionProvider.*pip install"):
         CudaEngine(bundle)
+
+
+class Failing:
+    """A session that opens, and whose passes fail, as on a GPU that the library has no kernels for."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, *_: Any) -> None:
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+def test_a_provider_that_cannot_compute_is_refused_when_it_is_opened(
+    bundle: Bundle, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make.ort("cuda", 4)
+    session = CudaEngine._open
+    monkeypatch.setattr(CudaEngine, "_open", lambda *given: Failing(session(*given)))
+    both = replace(bundle, manifest=replace(bundle.manifest, targets=("cpu", "cuda")))
+    engine, declined = open_engine(both, "auto")
+    assert engine.describe()["name"] == "cpu"
+    assert f"cannot run {both.path('step.onnx')}: no kernel image is available; " in declined["cuda"]
+    assert "cuDNN" in declined["cuda"]
+    with pytest.raises(EngineError, match=r"no kernel image is available; .*cuDNN"):
+        open_engine(both, "cuda")
+
+
+def test_a_pass_that_fails_is_an_error_of_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = CpuEngine._open
+    monkeypatch.setattr(CpuEngine, "_open", lambda *given: Failing(session(*given)))
+    with pytest.raises(EngineError, match=r"cannot run .*step\.onnx: no kernel image is available$"):
+        CpuEngine(bundle).run(chain([1]))
+
+
+def test_a_device_without_memory_for_the_cache(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = make.ort("cuda", 4)
+    engine.run(chain([1]))
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory\nat line 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        with pytest.raises(EngineError, match=r"KV cache of 8 slots: out of memory; "):
+            engine.run(chain([1] * 6, 1))
+    assert engine.memory.slots == 4
+    engine.run(chain([1] * 6, 1))
+
+
+def test_every_size_of_a_cache_on_cuda_is_a_multiple(make: Maker) -> None:
+    """Its fused attention takes no mask of other sizes (tests/cuda)."""
+    engine: Any = make.ort("cuda", 32)
+    assert engine.cache.capacity == -(-SLOTS // 32) * 32 > SLOTS
+    engine.memory.grow(engine.cache.capacity)
+    assert engine.memory.slots == engine.cache.capacity
+
+
+def test_opening_leaves_an_empty_cache(make: Maker) -> None:
+    """Whatever an engine runs to see whether it can."""
+    engine: Any = make.ort("cuda", 4)
+    assert engine.cache.tokens == []
+    assert not engine.memory.entries.any()
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EXPORT + "--precision int8 --quantiser best", ("--quantiser is 'best'", "rtn, hqq, k-quant")),
     (EXPORT + "--precision int4 --quantiser k-quant --block-size 64", ("--block-size is 64", "k-quant", "32")),
     (EXPORT + "--precision int4 --quantiser hqq --lowering portable", ("--quantiser is 'hqq'", "supports rtn")),
+    (EXPORT + "--target cuda --precision int4 --quantiser hqq", ("--quantiser is 'hqq'", "--target cuda supports rtn")),
     (EXPORT + "--no-build --target cuda", ("--no-build", "tensorrt and tensorrt-rtx")),
     (EXPORT + "--out=", ("--out is empty",)),
     ("export --model= --agent a", ("--model is empty",)),

@@ -80,6 +80,7 @@ class _GroupedAttention:
     def __init__(self, graph: ir.Graph, context: GraphContext) -> None:
         self._add, self._shape = Builder(graph, "grouped"), context.shape
         self._groups = context.shape.num_heads // context.shape.num_kv_heads
+        self._on_cuda = context.options.target == "cuda"
         self._still = len(context.rotary[0])
         cos, sin = still_tables(context.rotary, context.shape)
         self._tables = self._add.weight("rotary/cos", cos), self._add.weight("rotary/sin", sin)
@@ -102,8 +103,7 @@ class _GroupedAttention:
         if any(rotates):
             positions = self._positions_of(rotates)
             heads = add("RotaryEmbedding", heads, positions, *self._tables, out=f"{name}/rotated", domain=MICROSOFT)
-        sizes = add.ints(shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        queries, keys, values = add.several("Split", [heads, sizes], [f"{name}/{part}" for part in "qkv"], axis=1)
+        queries, keys, values = self._split(heads, name)
         if groups > 1 and not swapped:
             queries = self._swap(queries, f"{name}/q", shape.num_kv_heads, groups)
         rows = add("Reshape", queries, add.ints(1, -1, shape.num_kv_heads * shape.head_dim), out=f"{name}/rows")
@@ -170,6 +170,22 @@ class _GroupedAttention:
         else:
             rows = self._add("Transpose", value, out=f"{name}_rows", perm=_HEADS_LAST)
         return self._add("Reshape", rows, self._add.ints(0, 0, -1), out=name)
+
+    def _split(self, heads: ir.Value, name: str) -> Sequence[ir.Value]:
+        """(S, all heads, head_dim) as queries, keys and values.
+
+        ONNX Runtime's CUDA provider copies sizes and addresses of unequal parts to the device, in four copies, unless
+        there are three parts of the last axis.
+        """
+        add, size, names = self._add, self._shape.head_dim, [f"{name}/{part}" for part in "qkv"]
+        counts = self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads
+        if not self._on_cuda:
+            return add.several("Split", [heads, add.ints(*counts)], names, axis=1)
+        rows = add("Reshape", heads, add.ints(0, -1), out=f"{name}/qkv_rows")
+        sizes = add.ints(*(count * size for count in counts))
+        parts = add.several("Split", [rows, sizes], [f"{part}_row" for part in names], axis=1)
+        apart = zip(parts, counts, names, strict=True)
+        return [add("Reshape", part, add.ints(0, count, size), out=out) for part, count, out in apart]
 
     def _swap(self, value: ir.Value, name: str, outer: int, inner: int) -> ir.Value:
         """(1, …) of heads in the order (outer, inner) as (1, S, inner, outer, head_dim)."""

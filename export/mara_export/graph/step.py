@@ -21,8 +21,9 @@ from mara_runtime.tensors import ModelShape
 
 LARGEST = 3.4e38
 """Sums of a state from here on count as infinite, in float32."""
-_NOBODY = np.finfo(np.float32).min
-"""A score below that of every accepted row, unless its priority says never."""
+_NOBODY = np.nextafter(np.finfo(np.float32).min, np.float32(0))
+"""A score below that of every accepted row, unless its priority says never. The lowest number but one: a search for the
+greatest that starts from the lowest, and takes only what is greater, finds this one too."""
 
 
 def join_agent(graph: ir.Graph, context: GraphContext) -> None:

@@ -1,14 +1,15 @@
 """ONNX Runtime: a bundle's step graph in one session, the KV cache in place.
 
 Past and present of a layer are bound to the same memory, so a pass writes its entries where they stay. Inputs and
-outputs are NumPy arrays that ONNX Runtime reads and writes in place, bound once for each shape of pass: a new binding
-costs more than the rest of the host's work in a step.
+outputs are NumPy arrays in one block each, which ONNX Runtime reads and writes in place or, on a device, with one copy;
+they are bound once for each shape of pass: a new binding costs more than the rest of the host's work in a step.
 
 `CpuEngine` is here; ort_cuda.py has the engine for CUDA.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
+from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.errors import EngineError, OptionError, first_line
@@ -56,10 +58,11 @@ def grown(name: str, size: int, slots: int) -> int:
     opposite holds.
     """
     least = size + size // 16 if name == "cpu" else 2 * size
-    return _rounded(max(slots, least))
+    return rounded(max(slots, least))
 
 
-def _rounded(slots: int) -> int:
+def rounded(slots: int) -> int:
+    """The next size that a cache may have."""
     return -(-slots // FIRST_SLOTS) * FIRST_SLOTS
 
 
@@ -73,9 +76,9 @@ class Binding:
     inputs: dict[str, NDArray[Any]]
     outputs: dict[str, NDArray[Any]]
     uploads: Sequence[tuple[Any, NDArray[Any]]] = ()
-    """values on a device, and the arrays copied to them before a pass"""
+    """memory on a device, and the block of all inputs that is copied to it before a pass"""
     downloads: Sequence[tuple[Any, NDArray[Any]]] = ()
-    """values on a device, and the arrays that they are copied to after a pass"""
+    """memory on a device, and the block of all outputs that it is copied to after a pass"""
 
 
 BindingKey = tuple[int, int, int]
@@ -122,7 +125,7 @@ class CpuMemory:
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`."""
-        size = min(_rounded(slots), self._capacity)
+        size = min(rounded(slots), self._capacity)
         if not size <= self.slots < 2 * size:
             self._allocate(size, self._slab[:, :, :, :kept])
 
@@ -158,7 +161,7 @@ class OrtEngine(ABC):
             raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
         self._bundle, self._threads = bundle, threads
         manifest = bundle.manifest
-        path = bundle.path(manifest.step.file)
+        self._path = path = bundle.path(manifest.step.file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
         options.log_severity_level = 3
@@ -233,11 +236,14 @@ class OrtEngine(ABC):
         if work.full:
             for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
                 bound.binding.bind_output(name, "cpu")
-        for value, array in bound.uploads:
-            value.update_inplace(array)
-        self._session.run_with_iobinding(bound.binding, bound.options)
-        for value, array in bound.downloads:
-            array[...] = value.numpy()
+        try:
+            for memory, block in bound.uploads:
+                memory.update_inplace(block)
+            self._session.run_with_iobinding(bound.binding, bound.options)
+            for memory, block in bound.downloads:
+                block[...] = memory.numpy()
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise EngineError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
         if not work.full:
             return read_outputs(bound.outputs, work, row_offset)
         *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
@@ -253,34 +259,39 @@ class OrtEngine(ABC):
         return bound
 
     def _make_binding(self, key: BindingKey, cached: bool) -> Binding:
-        import onnxruntime as ort
-
         rows, heads, judged = key
         sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": judged, "P": heads + 1}
-
-        def arrays(wanted: Sequence[tensors.Tensor]) -> dict[str, NDArray[Any]]:
-            return {
-                t.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in t.shape], t.dtype)
-                for t in wanted
-                if "C" not in t.shape and t.name not in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
-            }
-
-        inputs = arrays(tensors.step_inputs(self._shape))
-        outputs = arrays(tensors.step_outputs(self._shape, self._top))
-        device, binding = self._memory.device, self._session.io_binding()
-        values = {n: ort.OrtValue.ortvalue_from_numpy(a, device, 0) for n, a in (inputs | outputs).items()}
-        for name in inputs:
-            binding.bind_ortvalue_input(name, values[name])
-        for name in outputs:
-            binding.bind_ortvalue_output(name, values[name])
+        binding = self._session.io_binding()
+        inputs, uploads = self._bind_block(binding.bind_input, tensors.step_inputs(self._shape), sizes)
+        outputs, downloads = self._bind_block(binding.bind_output, tensors.step_outputs(self._shape, self._top), sizes)
         for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), self._memory.values, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
-        options = self._run_options(cached)
-        if self.name == "cpu":  # the values are the arrays
-            return Binding(binding, options, inputs, outputs)
-        copies = [[(values[n], a) for n, a in side.items() if a.size] for side in (inputs, outputs)]
-        return Binding(binding, options, inputs, outputs, *copies)
+        return Binding(binding, self._run_options(cached), inputs, outputs, uploads, downloads)
+
+    def _bind_block(
+        self, bind: Any, wanted: Sequence[tensors.Tensor], sizes: dict[int | str, int]
+    ) -> tuple[dict[str, NDArray[Any]], list[tuple[Any, NDArray[Any]]]]:
+        """Bind the small tensors of one side to one block of memory, which a single copy moves to or from a device.
+
+        Returns the arrays by name, and (memory on the device, the arrays' block), if it is not that block itself.
+        """
+        import onnxruntime as ort
+
+        shapes: dict[str, tuple[list[int], np.dtype[Any], int]] = {}
+        size = 0
+        for tensor in wanted:
+            if "C" not in tensor.shape and tensor.name not in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
+                shape, dtype = [sizes[d] if isinstance(d, str) else d for d in tensor.shape], np.dtype(tensor.dtype)
+                shapes[tensor.name] = shape, dtype, size
+                size += aligned(math.prod(shape) * dtype.itemsize)
+        block, device = np.zeros(size, np.uint8), self._memory.device
+        memory = ort.OrtValue.ortvalue_from_numpy(block, device, 0)  # on a CPU it is the block
+        arrays = {}
+        for name, (shape, dtype, start) in shapes.items():
+            bind(name, device, 0, dtype.type, shape, memory.data_ptr() + start)
+            arrays[name] = block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return arrays, [] if self.name == "cpu" else [(memory, block)]
 
     def describe(self) -> dict[str, Any]:
         """See `Engine.describe`."""

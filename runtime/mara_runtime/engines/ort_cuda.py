@@ -1,7 +1,7 @@
 """ONNX Runtime on CUDA: the KV cache stays on the device.
 
 NumPy cannot reach the entries there, so an entry that moves is recomputed as a row of the next pass (recompute.py).
-Not yet run on hardware.
+Not yet run on hardware; tests/cuda count what a pass asks of CUDA.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.engines.ort import CpuMemory, OrtEngine
+from mara_runtime.engines.ort import CpuMemory, OrtEngine, rounded
 from mara_runtime.engines.recompute import Recompute
-from mara_runtime.errors import EngineError
+from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
 
 
@@ -29,6 +29,15 @@ class CudaMemory(CpuMemory):
     def __init__(self, shape: ModelShape, dtype: str, capacity: int) -> None:
         super().__init__(shape, dtype, capacity)
         self.recompute = Recompute()
+
+    def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
+        try:
+            super()._allocate(slots, entries)
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise EngineError(
+                f"the GPU has no memory for a KV cache of {slots} slots: {first_line(error)}; ask for fewer tokens, or "
+                "decode with --engine cpu"
+            ) from error
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
@@ -62,6 +71,18 @@ class CudaEngine(OrtEngine):
         """whether passes run as CUDA graphs; a text: why not"""
         self._graph_ids = count(1)  # 0 is ONNX Runtime's own
         super().__init__(bundle, threads)
+        self._try_a_row()
+
+    def _try_a_row(self) -> None:
+        """Run one row: without cuDNN, or without kernels for this GPU, a provider opens and fails in its first pass."""
+        try:
+            self._run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; CUDA needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their "
+                "libraries to LD_LIBRARY_PATH) and an onnxruntime-gpu with kernels for this GPU; else take --engine cpu"
+            ) from error
+        self._memory.zero()
 
     def _open(self, path: Path, options: Any) -> Any:
         provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
@@ -73,7 +94,8 @@ class CudaEngine(OrtEngine):
         return self._open_session(path, options, provider_options)
 
     def _make_memory(self, capacity: int) -> CudaMemory:
-        return CudaMemory(self._shape, self._dtype, capacity)
+        # fused attention takes no mask whose rows are not aligned, so the last size, too, has to be a multiple
+        return CudaMemory(self._shape, self._dtype, rounded(capacity))
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""

@@ -1,0 +1,6 @@
+// The driver, of which ONNX Runtime links one function.
+#include "log.h"
+
+extern "C" {
+SUCCEEDS(cuTensorMapEncodeTiled)
+}
