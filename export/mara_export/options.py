@@ -128,13 +128,17 @@ class ExportOptions(Options):
 
     def _check_quantisation(self) -> None:
         self._complete("quantiser", QUANTISERS[0])
-        for option_, row in (("lowering", LOWERINGS[self.lowering]), ("target", TARGETS[self.target])):
-            if self.quantiser not in row.quantisers:
-                supported = ", ".join(row.quantisers)
-                raise OptionError(f"--quantiser is {self.quantiser!r}; --{option_} {row.name} supports {supported}")
+        lowering, target = LOWERINGS[self.lowering], TARGETS[self.target]
+        for choice, quantisers in (
+            (f"--lowering {self.lowering}", lowering.quantisers),
+            (f"--target {self.target}", target.quantisers),
+        ):
+            if self.quantiser not in quantisers:
+                supported = ", ".join(quantisers)
+                raise OptionError(f"--quantiser is {self.quantiser!r}; {choice} supports {supported}")
         if self.quantiser == "hqq" and self.precision != "int4":
             raise OptionError(f"--quantiser is 'hqq', which is for --precision int4, not {self.precision}")
-        sizes = TARGETS[self.target].block_sizes[self.precision]
+        sizes = target.block_sizes[self.precision]
         self._complete("block_size", sizes[0])
         if self.block_size not in sizes:
             supported = f"blocks of {' or '.join(map(str, sorted(sizes)))}"
