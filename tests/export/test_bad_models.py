@@ -6,6 +6,7 @@ Refusals of options are in tests/unit/test_refusals.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -131,6 +132,23 @@ def rope(**values: Any) -> Damage:
     return configured(rope_parameters=values)
 
 
+def links(name: str) -> Damage:
+    """A file of the folder is a link to one outside."""
+
+    def damage(folder: Path) -> None:
+        outside = folder.parent / "outside"
+        outside.mkdir()
+        (outside / name).write_text("a secret")
+        (folder / name).symlink_to(outside / name)
+
+    return damage
+
+
+def custom_code(folder: Path) -> None:
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise SystemExit('it runs')")
+
+
 REFUSED: dict[str, tuple[str, Damage, str]] = {
     "no weight of a layer": ("qwen2", without("model.layers.1.mlp.up_proj.weight"), r"qwen2 .*up_proj\.weight"),
     "no norm": ("qwen2", without("model.norm.weight"), r"qwen2 .*model\.norm\.weight"),
@@ -146,6 +164,17 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "a cut shard": ("qwen2", cut_a_shard, r"model-00002-of-00002\.safetensors is damaged .*fetch or copy it again"),
     "a lost shard": ("qwen2", lose_a_shard, "00002-of-00002"),
     "a pickle": ("qwen2", pickled, r"qwen2.*model\.safetensors"),
+    "code to generate with": ("qwen2", custom_code, "custom_generate"),
+    "a link as template": ("qwen2", links("chat_template.jinja"), r"chat_template\.jinja is a link"),
+    "a pipe": ("qwen2", lambda folder: os.mkfifo(folder / "notes.json"), r"notes\.json is not a regular file"),
+    **{
+        f"a shard {name}": (
+            "qwen2",
+            file("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}}).encode()),
+            r"index\.json names ",
+        )
+        for name in ("../outside.safetensors", "/dev/zero", "pytorch_model.bin")
+    },
     "no family": ("qwen2", configured(model_type=...), r"config\.json has no model_type"),
     "another family": ("qwen2", configured(model_type="gemma2"), "qwen2.*'gemma2'.*qwen2, qwen3, llama, mistral"),
     "a family of its own code": (

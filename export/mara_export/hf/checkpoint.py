@@ -16,8 +16,11 @@ from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
 from mara_export.hf.sources import ModelSource
 from mara_runtime.errors import first_line
+from mara_runtime.files import read_file
 
-_GENERATION = "generation_config.json"
+_GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
+_MOST_BYTES = 1 << 26
+"""Of a configuration."""
 _MAX_MESSAGE = 300
 """Length at which messages of other libraries are cut: some list every model there is."""
 
@@ -33,11 +36,35 @@ def from_pretrained(kind: Any, source: ModelSource, *, part: str = "", **options
 
     part: of the model, for messages. Raises ModelError.
     """
+    _check_folder(source)
     try:
         return kind.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         subject = f"the {part} of {source.name}" if part else source.name
         raise ModelError(f"{subject} cannot be loaded: {_why(error, source)}") from error
+
+
+def _check_folder(source: ModelSource) -> None:
+    """Reject a folder that runs code of its own in spite of `trust_remote_code`, or reads files from elsewhere."""
+    folder, name = source.folder, source.name
+    if (folder / _CUSTOM_GENERATE).exists():
+        raise ModelError(
+            f"{name} has a folder {_CUSTOM_GENERATE}, whose code transformers would run: remove the folder"
+        )
+    inside = folder.resolve(), (folder.parent.parent / "blobs").resolve()  # where the Hub's cache keeps its files
+    for path in folder.iterdir():
+        target = path.resolve()
+        if path.suffix != ".safetensors" and path.is_symlink() and not any(map(target.is_relative_to, inside)):
+            raise ModelError(f"{name}: its {path.name} is a link to outside the folder: copy the file it stands for")
+        if target.exists() and not target.is_file() and not target.is_dir():
+            raise ModelError(f"{name}: its {path.name} is not a regular file")
+    index = read_json(folder / _INDEX)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    for shard in set(shards.values()) if isinstance(shards, dict) else ():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelError(
+                f"{name}: its {_INDEX} names {str(shard)[:80]!r}, which is not a .safetensors file in the folder"
+            )
 
 
 def _why(error: Exception, source: ModelSource) -> str:
@@ -124,7 +151,7 @@ def _check_generation_config(source: ModelSource) -> None:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; None if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path, _MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError):
         return None
 
