@@ -101,11 +101,18 @@ def read_config(source: ModelSource) -> Any:
                 f"{source.name}: its config.json has rope_parameters that are not those of one rotary embedding for "
                 "all layers; this is not supported"
             )
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in rope:
-                setattr(config, name, rope[name])
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-        config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+        new = {**rope, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
+        for name in ("rope_theta", "partial_rotary_factor", "rope_scaling"):
+            if name not in new:
+                continue
+            old = values.get(name) if isinstance(values, dict) else None
+            if old is not None and old != new[name]:
+                raise ModelError(
+                    f"{source.name}: its config.json says {name} twice, as {old!r} and, in rope_parameters, as "
+                    f"{new[name]!r}: remove the wrong one"
+                )
+            setattr(config, name, new[name])
     if (source.folder / _GENERATION).is_file() and isinstance(values, dict) and "eos_token_id" not in values:
         config.eos_token_id = None  # not the default of its class
     return config
