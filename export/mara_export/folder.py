@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -60,19 +61,36 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
     Raises MaraError, which names `out`, where either cannot be written.
     """
     created = [path for path in (needs, *needs.parents) if not path.exists()]  # deepest first
-    folder = None
+    folder, lock = None, contextlib.ExitStack()
     try:
         with _disk_errors(out):
             needs.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+            _remove_abandoned(parent, prefix)
+            unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
+            folder = unlocked
+            lock.enter_context(locked(unlocked, wait=False))
+            folder = unlocked.rename(
+                unlocked.with_suffix(".partial")
+            )  # from now on others may ask whether it is in use
         with _disk_errors(out, only_in=folder):
             yield folder
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        with lock:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the temporary folders of processes that were killed: those that nobody has locked."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*.partial"):
+        if "." in folder.name.removeprefix(prefix).removesuffix(".partial") or folder.is_symlink():
+            continue  # of another destination, whose name begins with this one's
+        with contextlib.suppress(OSError), locked(folder, wait=False) as supported:  # BlockingIOError: in use
+            if supported:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -87,8 +87,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Lock an existing folder against other processes, where system and file system support locks.
+def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock an existing folder against other processes; yields whether system and file system support that.
 
     wait: block until the lock is free; otherwise raise BlockingIOError if it is not. The lock is on the folder itself:
     it leaves no file behind, and ends with the process, however that ends.
@@ -96,16 +96,16 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield False
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle, supported = os.open(folder, os.O_RDONLY), True
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:  # a file system without locks
-            pass
-        yield
+            supported = False
+        yield supported
     finally:
         os.close(handle)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
+from mara_export.folder import working_folder
 from mara_runtime.errors import MaraError, first_line
-from mara_runtime.files import write_atomic
+from mara_runtime.files import locked, write_atomic
 from mara_runtime.versions import installed
 
 
@@ -81,3 +82,17 @@ def test_the_first_line_of_an_error(error, line):
 def test_versions_of_packages_that_are_not_installed_are_left_out():
     found = installed("onnxruntime", "no-such-package", "numpy")
     assert list(found.items()) == [("onnxruntime", version("onnxruntime")), ("numpy", version("numpy"))]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    """But nothing that a running one is writing, and nothing of another destination."""
+    abandoned, running, other = (
+        tmp_path / name for name in (".out.ab.partial", ".out.cd.partial", ".out.b.ab.partial")
+    )
+    for folder in (abandoned, running, other):
+        (folder / "engines").mkdir(parents=True)
+    with locked(running, wait=False), working_folder(tmp_path / "out") as folder:
+        assert sorted(tmp_path.iterdir()) == sorted([folder, running, other])
+        with working_folder(tmp_path / "out"):
+            assert folder.is_dir()
+    assert sorted(tmp_path.iterdir()) == sorted([running, other])
