@@ -86,13 +86,12 @@ def test_versions_of_packages_that_are_not_installed_are_left_out():
 
 def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
     """But nothing that a running one is writing, and nothing of another destination."""
-    abandoned, running, other = (
-        tmp_path / name for name in (".out.ab.partial", ".out.cd.partial", ".out.b.ab.partial")
-    )
+    abandoned, running = tmp_path / ".out.ab.partial", tmp_path / ".out.cd.partial"
+    other = tmp_path / ".out.b.ab.partial"
     for folder in (abandoned, running, other):
         (folder / "engines").mkdir(parents=True)
-    with locked(running, wait=False), working_folder(tmp_path / "out") as folder:
-        assert sorted(tmp_path.iterdir()) == sorted([folder, running, other])
+    with locked(running, wait=False), working_folder(tmp_path / "out") as mine:
+        assert sorted(tmp_path.iterdir()) == sorted([mine, running, other])
         with working_folder(tmp_path / "out"):
-            assert folder.is_dir()
+            assert mine.is_dir()
     assert sorted(tmp_path.iterdir()) == sorted([running, other])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
+from mara_runtime.engines.cores import default_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
@@ -154,7 +155,7 @@ class OrtEngine(ABC):
     name: ClassVar[str]
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        """threads: default one per physical core. Raises EngineError and OptionError."""
+        """threads: default one per physical core that this process may use. Raises EngineError and OptionError."""
         import onnxruntime as ort
 
         if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -163,7 +164,7 @@ class OrtEngine(ABC):
         manifest = bundle.manifest
         self._path = path = bundle.path(manifest.step.file)
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.intra_op_num_threads = threads or default_threads() or 0  # 0: one per physical core
         options.log_severity_level = 3
         self._session = self._open(path, options)
         self._shape, self._dtype = manifest.model.shape, manifest.step.cache
