@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -135,6 +135,9 @@ curves = st.lists(st.floats(0, 3), min_size=9, max_size=9).map(lambda steps: np.
     st.sampled_from([0, 0, 0, 1, 2, 5]),
     st.booleans(),
 )
+@example(
+    [0.9, 0.5], list(np.linspace(1, 1.1, 10)), 1.0, 0.0, False, [0.9, 0.9], 0, False
+)  # rows are free, so a draft pays
 def test_the_plan_is_the_cheapest_of_all(chances, curve, head_first, head_more, rerun, guess, start, exhaustive):
     count = len(chances)
     start = min(start, count - 1)
