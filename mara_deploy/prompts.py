@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_runtime.chat import reject_unknown, variables_of
 from mara_runtime.errors import OptionError, PromptError, first_line
 
 TEXT_KEYS = ("instruction", "prompt", "question")
@@ -207,9 +208,13 @@ def _rendered(prompt: str, tokenizer: Any, model: str, template: Mapping[str, An
     if conflicts := sorted(reserved & template.keys()):
         raise OptionError(f"the chat template variable {conflicts[0]!r} is reserved: omit it from --template")
     try:
+        if template:
+            reject_unknown(variables_of(tokenizer.chat_template), template)
         text: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
         )
+    except OptionError:
+        raise
     except Exception as error:  # a template is a program and can raise anything
         raise PromptError(
             f"the chat template of {model} rejects the prompt {prompt[:60]!r}: {first_line(error)}"

@@ -7,15 +7,15 @@ The environment follows Hugging Face's documented contract for chat templates (b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from mara_runtime.errors import PromptError
+from mara_runtime.errors import OptionError, PromptError
 from mara_runtime.sandbox import Sandbox
 
 Message = Mapping[str, Any]
@@ -70,7 +70,10 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except Exception as error:  # a TemplateError, or Python's error at excessive nesting
             raise PromptError(f"the bundle's chat template is not valid Jinja: {_line(error)}; use --raw") from None
+        if taken := sorted(_RESERVED & special_tokens.keys()):
+            raise PromptError(f"the chat template's special token {taken[0]!r} has the name of a variable; use --raw")
         self._special_tokens = dict(special_tokens)
+        self._variables = variables_of(source)
 
     def render(
         self,
@@ -81,17 +84,32 @@ class ChatTemplate:
     ) -> str:
         """Text of a conversation. messages: {"role": …, "content": …}; variables: of the template.
 
-        Raises PromptError when the template rejects them (an unknown role, a wrong order, …).
+        Raises PromptError when the template rejects them (an unknown role, a wrong order, …), and OptionError for a
+        variable that it does not have.
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
-        if reserved := sorted(_RESERVED & values.keys()):
-            raise PromptError(f"the chat template's variable {reserved[0]!r} is set by the decoder: leave it out")
+        reject_unknown(self._variables, variables or {})
         values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         self._environment.begin()
         try:
             return self._template.render(values)
         except Exception as error:  # a template is a program and may fail like any program
             raise PromptError(f"the bundle's chat template rejects these messages: {_line(error)}") from None
+
+
+def variables_of(source: str) -> set[str]:
+    """Variables that a valid chat template reads and a caller may set."""
+    environment = _environment()
+    environment.begin()
+    return meta.find_undeclared_variables(environment.parse(source)) - environment.globals.keys() - _RESERVED
+
+
+def reject_unknown(known: Set[str], variables: Mapping[str, Any]) -> None:
+    """Raise OptionError for a variable that the chat template does not read."""
+    for name in variables:
+        if name not in known:
+            has = ", ".join(sorted(known)) or "none"
+            raise OptionError(f"--template sets {name!r}, which the chat template does not read; it reads {has}")
 
 
 def _line(error: Exception) -> str:

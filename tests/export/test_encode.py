@@ -49,6 +49,11 @@ def test_reserved_template_variables_are_refused(tokenizer, name):
         encode(MESSAGE, tokenizer, "m", template={"brief": True, name: False})
 
 
+def test_variables_that_the_template_does_not_read_are_refused(tokenizer):
+    with pytest.raises(OptionError, match=r"--template sets 'breif', .* it reads .*brief"):
+        encode(MESSAGE, tokenizer, "m", template={"breif": True})
+
+
 def test_an_error_of_the_template_names_model_and_prompt(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no, thank you') }}"
     with pytest.raises(PromptError, match=r"the chat template of m rejects the prompt 'How do I cook rice\?': no, th"):
