@@ -24,9 +24,15 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 @contextlib.contextmanager
 def working_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty."""
+    """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty.
+
+    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the one folder that the
+    user may write to.
+    """
     out = out.absolute()
-    with _temporary(out.parent, out, prefix=f".{out.name}.", needs=out.parent) as folder:
+    stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
+    parent = out if stays else out.parent
+    with _temporary(parent, out, prefix=f".{out.name}.", needs=parent) as folder:
         yield folder
 
 
@@ -39,7 +45,11 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
         yield folder
         with _disk_errors(out):
             _apply_umask(folder)
-            folder.replace(out)
+            if folder.parent != out:
+                folder.replace(out)
+                return
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST_FILE):  # which comes last
+                path.replace(out / path.name)
 
 
 def require_free(out: Path) -> None:
@@ -50,8 +60,13 @@ def require_free(out: Path) -> None:
 
 
 def _reject_taken(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir())))):
         raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
+
+
+def _may_stay(path: Path) -> bool:
+    """Whether a folder counts as empty in spite of this: a temporary folder of ours, or what comes with a volume."""
+    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".new"))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
-from mara_export.folder import working_folder
+from mara_export.folder import whole_or_absent, working_folder
 from mara_runtime.errors import MaraError, first_line
 from mara_runtime.files import locked, write_atomic
 from mara_runtime.versions import installed
@@ -95,3 +95,22 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) ->
         with working_folder(tmp_path / "out"):
             assert mine.is_dir()
     assert sorted(tmp_path.iterdir()) == sorted([running, other])
+
+
+def test_a_mount_point_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be replaced by a folder beside it; the manifest comes last, and a failure leaves it empty."""
+    out = tmp_path / "volume"
+    (out / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    with pytest.raises(FileNotFoundError), whole_or_absent(out) as folder:
+        (folder / "a.onnx").rename(folder / "b.onnx")
+    assert [path.name for path in out.iterdir()] == ["lost+found"]
+    arrived: list[str] = []
+    replaced = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: arrived.append(path.name) or replaced(path, to))
+    with working_folder(out), whole_or_absent(out) as folder:  # the trace lies there, too
+        for name in ("a.onnx", "manifest.json", "tokenizer.json"):
+            (folder / name).touch()
+    assert arrived[-1] == "manifest.json"
+    assert {path.name for path in out.iterdir()} == {"lost+found", "a.onnx", "manifest.json", "tokenizer.json"}
+    assert list(tmp_path.iterdir()) == [out]

@@ -187,10 +187,11 @@ def test_a_masked_slot_with_nan_reaches_every_row_until_the_cache_is_cleared(bun
 # ── opening ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(None, 0), (3, 3)])
+@pytest.mark.parametrize(("threads", "fewer", "expected"), [(None, None, 0), (None, 2, 2), (3, 2, 3)])
 def test_the_session_has_its_threads_and_is_opened_within_huge_pages(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, expected: int
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int | None, fewer: int | None, expected: int
 ) -> None:
+    """fewer: cores that the process may use, if it has not all."""
     opened, inside = [], []
     session = onnxruntime.InferenceSession
 
@@ -203,6 +204,7 @@ def test_the_session_has_its_threads_and_is_opened_within_huge_pages(
         opened.append(options.intra_op_num_threads)
         return session(path, options, **how)
 
+    monkeypatch.setattr(ort, "default_threads", lambda: fewer)
     monkeypatch.setattr(ort, "huge_pages", watched)
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     facts = CpuEngine(bundle, threads).describe()
