@@ -189,7 +189,7 @@ def test_settings_of_a_checkpoint_include_its_weights_and_options(checkpoint, tm
         ((*SCORE, "--baseline", "gredy"), "--baseline is 'gredy'"),
         ((*SCORE, "--baseline", "greedy", "--baseline", "greedy"), "--baseline greedy is given twice"),
         ((*SCORE, "--temperature", "1", "--baseline", MODEL_FOLDER), "--temperature is 1.0, but no --baseline samples"),
-        ((*SCORE, "--template", "tokenize=false", "--baseline", MODEL_FOLDER), "variable 'tokenize' is reserved"),
+        ((*SCORE, "--template", "tokenize=false", "--baseline", MODEL_FOLDER), "--template sets 'tokenize'"),
         ((*SCORE, "--group-by", "nothing"), "entry 1 has no key 'nothing'"),
         ((*SCORE, "--training-prompts", "none.txt"), "none.txt cannot be read: No such file"),
         ((*SCORE, "--prompts", "demo-final", "--group-by", "group"), "--group-by is 'group'"),

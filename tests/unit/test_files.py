@@ -102,7 +102,7 @@ def test_a_mount_point_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest
     out = tmp_path / "volume"
     (out / "lost+found").mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
-    with pytest.raises(FileNotFoundError), whole_or_absent(out) as folder:
+    with pytest.raises(MaraError), whole_or_absent(out) as folder:
         (folder / "a.onnx").rename(folder / "b.onnx")
     assert [path.name for path in out.iterdir()] == ["lost+found"]
     arrived: list[str] = []
