@@ -26,8 +26,8 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def working_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty.
 
-    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the one folder that the
-    user may write to.
+    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the only folder that
+    the user may write to.
     """
     out = out.absolute()
     stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
