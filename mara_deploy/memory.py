@@ -143,7 +143,7 @@ def estimate(model: Decoder, setting: Setting, engine_bytes: int | None = None) 
         engine_memory_bytes(model, setting) if engine_bytes is None else engine_bytes,
         kv_bytes(model, setting),
         workspace_bytes(model, setting),
-        TENSORRT_HOST_BYTES if setting.on_tensorrt else ORT_HOST_BYTES + _outgrown_bytes(model, setting),
+        TENSORRT_HOST_BYTES if setting.on_tensorrt else ORT_HOST_BYTES + outgrown_bytes(model, setting),
     )
 
 
@@ -227,7 +227,7 @@ def _slot_bytes(model: Decoder, setting: Setting) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * setting.number_bytes
 
 
-def _outgrown_bytes(model: Decoder, setting: Setting) -> int:
+def outgrown_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the smaller KV cache that ONNX Runtime's engine keeps while it fills the last, larger one."""
     from mara_runtime.engines.ort import FIRST_SLOTS, grown  # NumPy comes with it, which --help does not need
 

@@ -86,10 +86,11 @@ def summary(bundle: Bundle) -> list[str]:
         f"tokenizer {text}",
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
     ]
-    return lines + _parity_lines(m.parity)
+    return lines + parity_lines(m.parity)
 
 
-def _parity_lines(report: dict[str, object] | None) -> list[str]:
+def parity_lines(report: dict[str, object] | None) -> list[str]:
+    """What the gate's report says, for people. What is not readable in it is left out."""
     if report is None:
         return ["parity    NOT CHECKED: exported with --no-gate"]
     outcome = "passed" if report.get("passed") is True else "NOT PASSED"

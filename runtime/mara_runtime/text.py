@@ -48,6 +48,12 @@ class TextSide:
             raise self._template
         return ChatTemplate(self._template, self._special_tokens)
 
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """Tokens that are not part of the decoded text, by id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special}
+
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens that the tokenizer adds. Raises PromptError."""
         if not text:
@@ -90,7 +96,8 @@ class TextStream:
 
     Bytes of an incomplete character and any tail that may become a stop string are withheld: the pieces together are
     what the tokenizer decodes from all ids at once. (Exception: some tokenizers with byte tokens retract a complete
-    character when a stray byte follows it; text already returned stays.)
+    character when a stray byte follows it; text already returned stays.) Stop strings may contain special tokens, which
+    the text itself does not.
     """
 
     def __init__(self, side: TextSide, stop: Sequence[str] = ()) -> None:
@@ -103,12 +110,19 @@ class TextStream:
         self._decoded = ""
         self._sent = 0  # characters of it returned
         self.stopped = False
+        named = {i: token for i, token in side.special_tokens.items() if any(token in text for text in stop)}
+        self._named, self._hidden = named, dict[int, int]()
+        """special tokens of stop strings; where the searched text contains one, and how long it is"""
+        self._searched = ""
 
     def push(self, token_id: int) -> str:
         """Text that is final after one more token; sets `stopped` at a stop string."""
         self._token_ids.append(token_id)
         self._decode(unfinished=False)
-        return self._release(withheld=max((_overlap(self._decoded, s) for s in self._stop), default=0))
+        if token_id in self._named:
+            self._hidden[len(self._searched)] = len(self._named[token_id])
+            self._searched += self._named[token_id]
+        return self._release(withheld=max((_overlap(self._searched, s) for s in self._stop), default=0))
 
     def finish(self) -> str:
         """Text withheld so far; call it after the last token."""
@@ -120,6 +134,7 @@ class TextStream:
         text = self._side.decode(self._token_ids[self._start :])
         if len(text) > len(known) and (unfinished or not text.endswith(_REPLACEMENT)):
             self._decoded += text[len(known) :]
+            self._searched += text[len(known) :]
             self._start, self._known = self._known, len(self._token_ids)
 
     @property
@@ -130,9 +145,10 @@ class TextStream:
     def _release(self, withheld: int) -> str:
         if self.stopped:
             return ""
-        stops = [at for at in (self._decoded.find(s) for s in self._stop) if at >= 0]
+        stops = [at for at in (self._searched.find(s) for s in self._stop) if at >= 0]
         self.stopped = bool(stops)
-        end = min(stops) if stops else len(self._decoded) - withheld
+        end = min(stops) if stops else len(self._searched) - withheld
+        end -= sum(min(length, end - at) for at, length in self._hidden.items() if at < end)
         piece = self._decoded[self._sent : end]
         self._sent = max(self._sent, end)
         return piece

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from mara_deploy import agent as agents
 from mara_export.errors import ModelError
 from mara_export.export import export
-from mara_export.hf import sources
 from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
@@ -260,7 +260,7 @@ def test_a_model_that_transformers_cannot_run_is_one_line(checkpoint, agent, tmp
 
 
 def test_what_is_not_there_is_named(refused, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sources, "_snapshot", None)  # the Hub is not even asked
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # the Hub is not even asked
     for model in ("/nowhere/model", "./nowhere", "qwen9", "~nosuchuser/model"):
         names(refused(model=model), model)
     for agent in (f"{tmp_path}/none.pth", str(tmp_path), "~nosuchuser/a.pth"):

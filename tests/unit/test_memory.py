@@ -71,7 +71,7 @@ def test_the_cache_holds_keys_and_values_of_every_slot():
     # the cache of 2016 is held while that of 2129 is filled; for 256 tokens that of 320, while that of 337 is
     grown = estimate(SMALL, on_cpu).host_bytes - estimate(SMALL, Setting("cpu", "fp32", 256)).host_bytes
     assert grown == (2016 - 320) * 2 * a_slot
-    assert memory._outgrown_bytes(SMALL, Setting("cuda", "fp16", 2048)) == 2048 * a_slot
+    assert memory.outgrown_bytes(SMALL, Setting("cuda", "fp16", 2048)) == 2048 * a_slot
 
 
 def test_weights_by_precision():

@@ -243,8 +243,12 @@ def test_a_provider_that_cannot_compute_is_refused_when_it_is_opened(
     bundle: Bundle, make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make.ort("cuda", 4)
-    session = CudaEngine._open
-    monkeypatch.setattr(CudaEngine, "_open", lambda *given: Failing(session(*given)))
+    session, fails = onnxruntime.InferenceSession, [True, False, True]  # cuda; cpu, in its place; cuda by name
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda *given, **how: Failing(session(*given, **how)) if fails.pop(0) else session(*given, **how),
+    )
     both = replace(bundle, manifest=replace(bundle.manifest, targets=("cpu", "cuda")))
     engine, declined = open_engine(both, "auto")
     assert engine.describe()["name"] == "cpu"
@@ -255,8 +259,8 @@ def test_a_provider_that_cannot_compute_is_refused_when_it_is_opened(
 
 
 def test_a_pass_that_fails_is_an_error_of_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = CpuEngine._open
-    monkeypatch.setattr(CpuEngine, "_open", lambda *given: Failing(session(*given)))
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **how: Failing(session(*given, **how)))
     with pytest.raises(EngineError, match=r"cannot run .*step\.onnx: no kernel image is available$"):
         CpuEngine(bundle).run(chain([1]))
 

@@ -171,6 +171,24 @@ def test_stop_texts_beside_broken_bytes_and_special_tokens(side):
     assert stream(side, [*ids[:2], USER, ids[2]], ["##"])[1:] == ("a", True)
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "stopped"),
+    [
+        (["<eos>"], "ab", True),  # the token's id ends the answer, as its text is never shown
+        (["b<eos>"], "a", True),
+        (["b<eos>c"], "a", True),
+        (["<eos>cx"], "abc", False),  # withheld until it cannot be a stop text any more
+        (["<bos>", "c"], "ab", True),
+        (["eos>c"], "abc", False),  # part of a special token is not text
+        (["bc"], "a", True),  # only special tokens that a stop text contains are looked at
+    ],
+)
+def test_stop_texts_with_special_tokens(side, stop, text, stopped):
+    ids = [*byte_ids(side, "ab"), EOS, *byte_ids(side, "c")]
+    pieces, joined, ended = stream(side, ids, stop)
+    assert ("".join(pieces), joined, ended) == (text, text, stopped)
+
+
 letters = st.text(alphabet="ab#", max_size=14)
 stops = st.lists(st.text(alphabet="ab#", min_size=1, max_size=4), min_size=1, max_size=3)
 
