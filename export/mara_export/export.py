@@ -21,7 +21,7 @@ from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import check_chat_template, end_of_turn, load_tokenizer, write_tokenizer
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
@@ -121,6 +121,13 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     """
     progress = progress or Progress(quiet=True)
     manifest = _manifest(traced, options)
+    if traced.tokenizer is not None and (token := end_of_turn(traced.tokenizer)) is not None:
+        token_id, text = token
+        if token_id not in manifest.model.eos_token_ids:
+            progress.note(
+                f"note: the chat template ends an answer with {text}, which is not an end token of the model: add "
+                f"--eos '{text}' if answers run on"
+            )
     reference = _reference(traced, options)
     with whole_or_absent(out) as folder:
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
@@ -248,6 +255,19 @@ def _check_parity(
     return report
 
 
+def _eos_token_ids(traced: Traced, options: ExportOptions) -> tuple[int, ...]:
+    """The model's end tokens and those of --eos. Raises OptionError."""
+    ids = dict.fromkeys(traced.model.eos_token_ids)
+    for token in options.eos:
+        if traced.tokenizer is None:
+            raise OptionError(f"--eos is {token!r}, and {traced.model.source} has no tokenizer to look it up in")
+        token_id = traced.tokenizer.get_vocab().get(token)
+        if token_id is None or token_id >= traced.model.shape.vocab_size:
+            raise OptionError(f"--eos is {token!r}, which is not a token of {traced.model.source}")
+        ids[token_id] = None
+    return tuple(ids)
+
+
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
     shape = traced.model.shape
@@ -255,7 +275,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     return Manifest(
-        model=traced.model,
+        model=replace(traced.model, eos_token_ids=_eos_token_ids(traced, options)),
         agent=traced.agent,
         max_context=options.max_context or traced.max_context,
         max_candidates=options.max_candidates,

@@ -101,6 +101,11 @@ class ExportOptions(Options):
         None, "maximum number of tokens, prompt and answer", least=2, unset="4096, or the model's own limit if smaller"
     )
     max_candidates: int = option(64, "maximum number of candidates per position", least=1, most=MAX_CANDIDATES)
+    eos: tuple[str, ...] = option(
+        (),
+        "end answers at this token of the tokenizer, too, in addition to the model's own end tokens",
+        metavar="TOKEN",
+    )
     gate: bool = option(
         True, "skip the parity gate, which compares the bundle with Hugging Face; recorded in the manifest"
     )

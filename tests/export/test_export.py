@@ -293,3 +293,20 @@ def test_other_configurations_pass_the_gate(tmp_path, architecture, tie, config)
     assert (manifest.parity["passed"], manifest.model.tied, manifest.tokenizer) == (True, tie, None)
     graph = onnx.load(bundle.path("step.onnx"), load_external_data=False).graph
     assert sum(manifest.model.shape.vocab_size in t.dims for t in graph.initializer) == (1 if tie else 2)
+
+
+def test_answers_end_at_the_tokens_of_the_model_and_of_eos(traced, tmp_path, capsys) -> None:
+    model = replace(traced("qwen2").model, eos_token_ids=(5,))
+    made = replace(traced("qwen2"), model=model)
+    options = ExportOptions(eos=("<pad>", "<pad>"), max_context=MAX_CONTEXT, gate=False)
+    bundle = finish(made, options, tmp_path / "out", Progress())
+    assert bundle.manifest.model.eos_token_ids == (5, checkpoints.SPECIAL_TOKENS["<pad>"])
+    assert (
+        "ends an answer with </s>, which is not an end token of the model: add --eos '</s>'" in capsys.readouterr().err
+    )
+    finish(made, replace(options, eos=("</s>",)), tmp_path / "ends", Progress())
+    assert "--eos" not in capsys.readouterr().err
+    with pytest.raises(OptionError, match="--eos is '<nothing>', which is not a token of qwen2"):
+        finish(made, replace(options, eos=("<nothing>",)), tmp_path / "none")
+    with pytest.raises(OptionError, match="has no tokenizer"):
+        finish(replace(made, tokenizer=None), options, tmp_path / "none")

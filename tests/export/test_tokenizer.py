@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import check_chat_template, end_of_turn, load_tokenizer, write_tokenizer
 from mara_runtime.text import TextSide
 from tests import checkpoints
 from tests.export.conftest import edit_json
@@ -265,3 +265,13 @@ def test_a_template_that_prints_the_time_is_compared_again_when_the_second_chang
         PreTrainedTokenizerFast, "apply_chat_template", lambda *args, **more: next(seconds) or real(*args, **more)
     )
     assert refusal(folder, BOS_AND_TEXT) == ""
+
+
+def test_the_token_that_ends_a_turn_is_read_from_the_template(folder) -> None:
+    assert end_of_turn(load(folder)) == (checkpoints.EOS_ID, "</s>")
+    turns = "{% for m in messages %}{{ m.content }}#{% if m.role == 'assistant' %} @{% endif %}{% endfor %}"
+    for after, expected in (("<pad>", checkpoints.SPECIAL_TOKENS["<pad>"]), ("", None), ("e", None)):
+        configure(folder, chat_template=turns.replace("#", "").replace("@", after))
+        assert end_of_turn(load(folder)) == (expected and (expected, "<pad>"))
+    configure(folder, chat_template="{{ raise_exception('user messages only') }}")
+    assert end_of_turn(load(folder)) is None

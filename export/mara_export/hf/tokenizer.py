@@ -104,6 +104,17 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
     )
 
 
+def end_of_turn(tokenizer: Any) -> tuple[int, str] | None:
+    """The special token that the chat template puts after an answer, as (id, text); None without one."""
+    answer = "Boil it."
+    conversation = [*_MESSAGES, {"role": "assistant", "content": answer}]
+    text, _ = _rendered(lambda: str(tokenizer.apply_chat_template(conversation, tokenize=False)))
+    _, found, rest = (text or "").rpartition(answer)
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    following = [token for token in special if found and rest.strip().startswith(token)]
+    return (special[longest], longest) if (longest := max(following, key=len, default=None)) is not None else None
+
+
 def _rendered(render: Callable[[], str]) -> tuple[str | None, str]:
     """The text, or None and the error."""
     try:
