@@ -21,7 +21,7 @@ from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, end_of_turn, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import check_chat_template, end_of_turn, end_tokens, load_tokenizer, write_tokenizer
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
@@ -72,11 +72,13 @@ def trace(
     max_context: int | None = None,
     max_candidates: int = 64,
     gate: bool = True,
+    eos: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate: as in ExportOptions. Raises ModelError.
+    max_context, max_candidates, gate, eos: as in ExportOptions. Raises ModelError, and OptionError for tokens that the
+    tokenizer does not have.
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
@@ -85,9 +87,15 @@ def trace(
     tokenizer = load_tokenizer(source)
     if tokenizer is not None:
         check_chat_template(tokenizer, source.name)
+    added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
         model = load_model(source)
-    eos = eos_token_ids(model, tokenizer)
+    ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
+    if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
+        progress.note(
+            f"note: the chat template ends an answer with {end[1]}, which is not an end token of the model: add "
+            f"--eos '{end[1]}' if answers run on"
+        )
     reference = None
     if gate:
         with progress.stage("run the reference (Hugging Face eager)"):
@@ -101,7 +109,7 @@ def trace(
         gc.collect()  # it sits in cycles
     return Traced(
         ModelFacts(
-            source.name, source.revision, config.model_type, sizes.shape, sizes.intermediate_size, sizes.tied, eos
+            source.name, source.revision, config.model_type, sizes.shape, sizes.intermediate_size, sizes.tied, ends
         ),
         AgentFacts(
             agent_name, agent.hidden_size, agent.widths, agent.fallback, "last hidden state after the final norm"
@@ -121,13 +129,6 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     """
     progress = progress or Progress(quiet=True)
     manifest = _manifest(traced, options)
-    if traced.tokenizer is not None and (token := end_of_turn(traced.tokenizer)) is not None:
-        token_id, text = token
-        if token_id not in manifest.model.eos_token_ids:
-            progress.note(
-                f"note: the chat template ends an answer with {text}, which is not an end token of the model: add "
-                f"--eos '{text}' if answers run on"
-            )
     reference = _reference(traced, options)
     with whole_or_absent(out) as folder:
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
@@ -172,7 +173,7 @@ def export_all(
     """
     first, first_out = bundles[0]
     for options, _ in bundles:
-        for name in ("max_context", "max_candidates", "gate"):
+        for name in ("max_context", "max_candidates", "gate", "eos"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
     outs = [out.absolute() for _, out in bundles]
@@ -189,6 +190,7 @@ def export_all(
             max_context=first.max_context,
             max_candidates=first.max_candidates,
             gate=first.gate,
+            eos=first.eos,
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]
@@ -255,19 +257,6 @@ def _check_parity(
     return report
 
 
-def _eos_token_ids(traced: Traced, options: ExportOptions) -> tuple[int, ...]:
-    """The model's end tokens and those of --eos. Raises OptionError."""
-    ids = dict.fromkeys(traced.model.eos_token_ids)
-    for token in options.eos:
-        if traced.tokenizer is None:
-            raise OptionError(f"--eos is {token!r}, and {traced.model.source} has no tokenizer to look it up in")
-        token_id = traced.tokenizer.get_vocab().get(token)
-        if token_id is None or token_id >= traced.model.shape.vocab_size:
-            raise OptionError(f"--eos is {token!r}, which is not a token of {traced.model.source}")
-        ids[token_id] = None
-    return tuple(ids)
-
-
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
     shape = traced.model.shape
@@ -275,7 +264,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     return Manifest(
-        model=replace(traced.model, eos_token_ids=_eos_token_ids(traced, options)),
+        model=traced.model,
         agent=traced.agent,
         max_context=options.max_context or traced.max_context,
         max_candidates=options.max_candidates,

@@ -22,7 +22,7 @@ import torch
 
 from mara_deploy.agent import untrained
 from mara_deploy.demo.__main__ import main as demo_main
-from mara_export.export import export, export_all, finish
+from mara_export.export import export, export_all, finish, trace
 from mara_export.hf.sources import ModelSource, resolve_model
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
@@ -295,18 +295,15 @@ def test_other_configurations_pass_the_gate(tmp_path, architecture, tie, config)
     assert sum(manifest.model.shape.vocab_size in t.dims for t in graph.initializer) == (1 if tie else 2)
 
 
-def test_answers_end_at_the_tokens_of_the_model_and_of_eos(traced, tmp_path, capsys) -> None:
-    model = replace(traced("qwen2").model, eos_token_ids=(5,))
-    made = replace(traced("qwen2"), model=model)
-    options = ExportOptions(eos=("<pad>", "<pad>"), max_context=MAX_CONTEXT, gate=False)
-    bundle = finish(made, options, tmp_path / "out", Progress())
-    assert bundle.manifest.model.eos_token_ids == (5, checkpoints.SPECIAL_TOKENS["<pad>"])
-    assert (
-        "ends an answer with </s>, which is not an end token of the model: add --eos '</s>'" in capsys.readouterr().err
+def test_answers_end_at_the_tokens_of_the_model_and_of_eos(checkpoint, agent, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("mara_export.export.end_of_turn", lambda _: (7, "<seven>"))
+    source, pad = resolve_model(str(checkpoint("qwen2"))), checkpoints.SPECIAL_TOKENS["<pad>"]
+    (tmp_path / "trace").mkdir()
+    traced = trace(
+        source, agent("qwen2"), "a", tmp_path / "trace", gate=False, eos=("<pad>", "</s>"), progress=Progress()
     )
-    finish(made, replace(options, eos=("</s>",)), tmp_path / "ends", Progress())
-    assert "--eos" not in capsys.readouterr().err
-    with pytest.raises(OptionError, match="--eos is '<nothing>', which is not a token of qwen2"):
-        finish(made, replace(options, eos=("<nothing>",)), tmp_path / "none")
-    with pytest.raises(OptionError, match="has no tokenizer"):
-        finish(replace(made, tokenizer=None), options, tmp_path / "none")
+    assert traced.model.eos_token_ids[-1] == pad
+    assert traced.model.eos_token_ids.count(checkpoints.EOS_ID) == 1
+    assert "ends an answer with <seven>, which is not an end token of the model: add --eos '<seven>'" in (
+        capsys.readouterr().err
+    )

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, end_of_turn, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import check_chat_template, end_of_turn, end_tokens, load_tokenizer, write_tokenizer
+from mara_runtime.errors import OptionError
 from mara_runtime.text import TextSide
 from tests import checkpoints
 from tests.export.conftest import edit_json
@@ -275,3 +276,17 @@ def test_the_token_that_ends_a_turn_is_read_from_the_template(folder) -> None:
         assert end_of_turn(load(folder)) == (expected and (expected, "<pad>"))
     configure(folder, chat_template="{{ raise_exception('user messages only') }}")
     assert end_of_turn(load(folder)) is None
+
+
+def test_end_tokens_are_those_of_the_vocabulary(folder) -> None:
+    tokenizer = load(folder)
+    assert end_tokens(tokenizer, ["<pad>", "</s>"], 320, "m") == [
+        checkpoints.SPECIAL_TOKENS["<pad>"],
+        checkpoints.EOS_ID,
+    ]
+    assert end_tokens(None, [], 320, "m") == []
+    for missing, given, named in ((tokenizer, "<x>", "m has no such token"), (None, "</s>", "m has no tokenizer")):
+        with pytest.raises(OptionError, match=f"--eos is '{given}'; {named}"):
+            end_tokens(missing, [given], 320, "m")
+    with pytest.raises(OptionError, match="no such token"):
+        end_tokens(tokenizer, ["<pad>"], 3, "m")  # an id that the model does not have

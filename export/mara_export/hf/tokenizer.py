@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import from_pretrained, read_json
 from mara_export.hf.sources import ModelSource
 from mara_runtime.chat import ChatTemplate
-from mara_runtime.errors import PromptError
+from mara_runtime.errors import OptionError, PromptError
 from mara_runtime.manifest import TokenizerFacts
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -102,6 +102,16 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
     raise ModelError(
         f"the chat template of {name} {problem}; correct or remove it ({TEMPLATE_FILE}, tokenizer_config.json)"
     )
+
+
+def end_tokens(tokenizer: Any | None, tokens: Sequence[str], vocab_size: int, name: str) -> list[int]:
+    """Ids of the tokens of --eos. name: of the model, for messages. Raises OptionError."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    for token in tokens:
+        if not vocabulary.get(token, vocab_size) < vocab_size:
+            why = f"{name} has no tokenizer" if tokenizer is None else f"{name} has no such token"
+            raise OptionError(f"--eos is {token!r}; {why}")
+    return [vocabulary[token] for token in tokens]
 
 
 def end_of_turn(tokenizer: Any) -> tuple[int, str] | None:
