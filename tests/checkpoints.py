@@ -2,7 +2,7 @@
 
 Nothing is trained. A random transformer with strong attention and a random head is a chaotic map of its
 whole context: greedy text does not fall into a loop, and a cache that holds one wrong entry changes the ids
-within a few tokens (tests/export/test_oracle.py proves it for each architecture). What a random model lacks
+within a few tokens (tests/export/test_tiny_models.py proves it for each architecture). What a random model lacks
 is a peaked next-token distribution; one number, the scale of the final norm, is set by bisection so that
 half of the positions have a single candidate. Random signs in the final norm keep a tied head from
 preferring the token that was just read.
