@@ -84,9 +84,7 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
             unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
             folder = unlocked
             lock.enter_context(locked(unlocked, wait=False))
-            folder = unlocked.rename(
-                unlocked.with_suffix(".partial")
-            )  # from now on others may ask whether it is in use
+            folder = unlocked.rename(unlocked.with_suffix(".partial"))  # others remove one that is not locked
         with _disk_errors(out, only_in=folder):
             yield folder
     finally:

@@ -26,8 +26,12 @@ MOST_CHARACTERS = 16_000_000
 """Of any one text."""
 _CALL_STEPS = 10
 _CHARACTERS_PER_STEP = 64
+_SIZED_BY_ARGUMENT = {
+    "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "to_bytes",
+}  # fmt: skip
+"""Methods and filters whose result has the size that a number says."""
 _LARGEST_ARGUMENT = 10_000
-"""Of numbers given to functions: widths, counts."""
+"""Of those numbers."""
 _MOST_BITS = 4096
 """Of integers that `*` and `**` make."""
 _WIDE_FIELD = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
@@ -155,7 +159,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _check(self, name: str, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse a function, method or filter whose result would be too large. owner: the text or list it works on."""
         values = [*args, *kwargs.values()]
-        if any(isinstance(value, int) and abs(value) > _LARGEST_ARGUMENT for value in values):
+        large = any(isinstance(value, int) and abs(value) > _LARGEST_ARGUMENT for value in values)
+        if large and name in _SIZED_BY_ARGUMENT:
             raise SecurityError(f"it calls {name} with a number beyond {_LARGEST_ARGUMENT:,}")
         longest = max((len(v) if isinstance(v, str) else v for v in values if isinstance(v, (str, int))), default=0)
         if name in ("format", "format_map"):

@@ -44,6 +44,7 @@ HOSTILE = {
     "join": "{{ range(9999) | join('a' * 50000) }}",
     "str.join": "{{ ('a' * 50000).join('b' * 50000) }}",
     "str.translate": "{{ ('a' * 50000).translate({97: 'b' * 50000}) }}",
+    "int.to_bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "batch": "{{ [1] | batch(1000000000, 'x') | list }}",
     "sum of lists": "{% set r = range(9999) | list %}{{ ([r] * 99) | sum(start=[]) }}",
     "strftime": "{{ strftime_now('%Y' * 50000) }}",
@@ -69,6 +70,11 @@ def test_a_template_that_explodes_is_refused_within_its_budget(source: str, monk
     finally:
         tracemalloc.stop()
     assert peak < 20e6
+
+
+def test_large_numbers_are_values_like_any_other() -> None:
+    source = "{% set ns = namespace(limit=131072) %}{{ ns.limit }} {{ x | default(200000) }} {{ 99999 is gt(20000) }}"
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "hello"}]) == "131072 200000 True"
 
 
 def test_a_conversation_of_a_thousand_messages_takes_less_than_a_tenth_of_the_budget(
