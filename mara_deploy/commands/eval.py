@@ -53,7 +53,7 @@ class EvalArguments(Options):
 
     bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
     prompts: str = required(
-        "one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
+        "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo-final",
         metavar="FILE",
     )
     limit: int | None = option(None, "evaluate only N of the prompts, evenly spaced", least=1)
@@ -131,14 +131,20 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.report import html, lines, result
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
+    from mara_deploy.scores.base import Combined
 
     prompt_format = PromptFormat(arguments.raw, variables)
-    prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
-    decoder = engine.open(
-        arguments.bundle,
-        lambda message: None if arguments.quiet else print(f"mara-eval: {message}", file=sys.stderr),
-    )
+    weighted = judges(scores, device, batch)
+    prompt_set = find_prompts(arguments.prompts, arguments.group_by, Combined(weighted).columns)
+
+    def report(message: str) -> None:
+        if not arguments.quiet:
+            print(f"mara-eval: {message}", file=sys.stderr)
+
+    for remark in prompt_set.remarks:
+        report(remark)
+    decoder = engine.open(arguments.bundle, report)
     if decoder.text_side is None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
@@ -146,9 +152,9 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
+    Combined(weighted).room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
-    weighted = judges(scores, device, batch)
     with run_lock(out):
         evaluation = evaluate(
             prompts,
@@ -177,6 +183,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "file": prompt_set.name,
                 "read": len(prompt_set.prompts) + prompt_set.duplicates,
                 "duplicates": prompt_set.duplicates,
+                "remarks": list(prompt_set.remarks),
                 "refused": refused,
                 "limit": arguments.limit,
                 "unique": len(prompts),
@@ -199,7 +206,7 @@ def _answerable(sources: Sequence[AnswerSource], prompts: Sequence[Prompt], skip
     for number, prompt in enumerate(prompts, 1):
         try:
             for source in sources:
-                source.check(prompt.text)
+                source.check(prompt.asked)
         except PromptError as error:
             if not skip:
                 raise PromptError(f"prompt {number}: {error}; or skip such prompts with --skip-refused") from None

@@ -61,8 +61,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         action=_AddScore,
         default=[],
         metavar="SCORE",
-        help="module:function, called with prompts and answers; the folder or Hub id of a reward or classification "
-        "model, with #LABEL appended if it has several labels; or demo (can be repeated)",
+        help="module:function or file.py:function, called with prompts and answers; the folder or Hub id of a reward "
+        "or classification model, with #LABEL appended if it has several labels; or demo (can be repeated)",
     )
     group.add_argument(
         "--weight",

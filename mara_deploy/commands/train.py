@@ -24,7 +24,8 @@ from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.scores.base import WeightedScore
+    from mara_deploy.prompts import Prompt
+    from mara_deploy.scores.base import Combined, WeightedScore
     from mara_deploy.train.folder import RunFolder
     from mara_deploy.train.task import TrainingTask
 
@@ -49,7 +50,7 @@ class TrainArguments(Options):
     model: str | None = option(None, MODEL_HELP, metavar="MODEL")
     prompts: str | None = option(
         None,
-        "one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo",
+        "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo",
         metavar="FILE",
     )
     resume: bool = option(False, "continue the run in --out")
@@ -134,24 +135,33 @@ def _begin(arguments: TrainArguments, args: argparse.Namespace, config: TrainCon
     """A new run. Nothing is written if it cannot start."""
     from mara_deploy.files import run_lock
     from mara_deploy.prompts import find_prompts
+    from mara_deploy.scores.base import Combined
     from mara_deploy.train.folder import RunFolder
 
     RunFolder.check_unused(arguments.out)
-    prompts = [prompt.text for prompt in find_prompts(str(arguments.prompts)).prompts]
-    facts = _describe(arguments, args, config, len(prompts))
-    task = _open(facts, prompts, config)
+    facts = _describe(arguments, args, config)
+    score = Combined(_judges(facts))
+    found = find_prompts(str(arguments.prompts), columns=score.columns)
+    facts["prompts"] = {"source": found.name, "count": len(found.prompts), "remarks": list(found.remarks)}
+    for remark in found.remarks:
+        if not arguments.quiet:
+            print(f"mara-train: {remark}", file=sys.stderr)
+    task = _open(facts, found.prompts, score, config)
     lock.enter_context(run_lock(arguments.out))
+    prompts = [prompt.to_json() for prompt in found.prompts]
     return _Run(RunFolder.new(arguments.out, facts, prompts), facts, config, task)
 
 
 def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
     """The run in `out`, from its last checkpoint."""
     from mara_deploy.files import run_lock
+    from mara_deploy.prompts import read_prompts
+    from mara_deploy.scores.base import Combined
     from mara_deploy.train.folder import RunFolder
 
     folder = RunFolder.existing(out)
     lock.enter_context(run_lock(folder.path))
-    facts, prompts, checkpoint = folder.run, folder.prompts, folder.load()
+    facts, checkpoint = folder.run, folder.load()
     done = checkpoint["progress"]["episodes"] if checkpoint else 0
     changes = given(TrainConfig, args)  # --episodes, or nothing
     config = replace(TrainConfig.from_json(facts["config"]), **changes)
@@ -160,17 +170,17 @@ def _resume(out: Path, args: argparse.Namespace, lock: ExitStack) -> _Run:
             f"--episodes is {config.episodes}, but the run already has {done}: give a larger number, or leave it out"
         )
     config.check_replay()
-    task = _open(facts, prompts, config)
+    score = Combined(_judges(facts))
+    task = _open(facts, read_prompts(folder.prompts, columns=score.columns).prompts, score, config)
     folder.describe(facts)
     return _Run(folder, facts, config, task, checkpoint, done)
 
 
-def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> TrainingTask:
+def _open(facts: dict[str, Any], prompts: Sequence[Prompt], score: Combined, config: TrainConfig) -> TrainingTask:
     """Load what the run needs, and complete `facts`."""
     import torch
 
     from mara_deploy.files import fingerprint
-    from mara_deploy.scores.base import Combined
     from mara_deploy.train.task import open_task
 
     torch.set_num_threads(facts["threads"])
@@ -179,7 +189,7 @@ def _open(facts: dict[str, Any], prompts: list[str], config: TrainConfig) -> Tra
     if model["name"] is not None and source.revision != model["revision"]:
         raise MaraError(f"{source.name} is at revision {source.revision}, but the run started with {model['revision']}")
     model |= {"name": source.name, "revision": source.revision}
-    score = Combined(_judges(facts))
+    score.room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
     facts["score"], facts["config"] = score.name, config.to_json()
     where = {name: facts[name] for name in ("device", "dtype", "template")}
     task = open_task(source, prompts, score, config, **where)
@@ -247,14 +257,14 @@ def new_config(arguments: TrainArguments, args: argparse.Namespace) -> TrainConf
     return config
 
 
-def _describe(arguments: TrainArguments, args: argparse.Namespace, config: TrainConfig, prompts: int) -> dict[str, Any]:
+def _describe(arguments: TrainArguments, args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     import torch
 
     scores, score_device, score_batch = score_options(args)
     packages = ("mara-deploy", "torch", "transformers", "numpy")
     return {
         "model": {"asked": arguments.model, "name": None, "revision": None},
-        "prompts": {"source": Path(str(arguments.prompts)).name, "count": prompts},
+        "prompts": None,
         "score": None,
         "scores": [asdict(score) for score in scores],
         "score_device": score_device,

@@ -16,7 +16,7 @@ from transformers import (
 
 from mara_deploy.evaluate.answers import Answer, PromptFormat, answer_seed
 from mara_deploy.files import fingerprint
-from mara_deploy.prompts import encode
+from mara_deploy.prompts import Asked, encode
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.hf.sources import resolve_model
@@ -55,7 +55,7 @@ class CheckpointAnswers:
             "checkpoint": self.name,
             "files": self._source.revision or fingerprint(self._source.folder),
             "device": self._device,
-            "raw": self._format.raw,
+            "raw": self._format.raw or not self._tokenizer.chat_template,
             "template": dict(self._format.template or {}),
             "max_new_tokens": config.max_new_tokens,
             "stop": list(config.stop),
@@ -71,12 +71,12 @@ class CheckpointAnswers:
         """See `AnswerSource`."""
         self._model = None
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: Asked) -> None:
         """See `AnswerSource`."""
         self._encode(prompt)
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> list[Answer]:
+    def __call__(self, prompt: Asked) -> list[Answer]:
         """See `AnswerSource`."""
         self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
@@ -110,7 +110,7 @@ class CheckpointAnswers:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
         return load_model(self._source, "sdpa", dtype).to(self._device)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: Asked) -> list[int]:
         ids = encode(prompt, self._tokenizer, self.name, raw=self._format.raw, template=self._format.template)
         if len(ids) >= self._context:
             raise PromptError(

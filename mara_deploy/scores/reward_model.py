@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from mara_deploy.devices import torch_device
 from mara_deploy.files import fingerprint
-from mara_deploy.scores.base import ScoreError
+from mara_deploy.prompts import Asked, messages
+from mara_deploy.scores.base import ScoreError, shown
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import from_pretrained, read_config
 from mara_export.hf.sources import ModelSource, is_hub_id, local_path, resolve_model
@@ -27,13 +29,16 @@ class RewardModel:
     """Callable (prompts, answers) → floats: the model's single output, or the log-odds of one label.
 
     For multi-label models (`problem_type`), the log-odds of a label are its logit. The text is the filled-in template,
-    or the tokenizer's chat template, or else the pair of prompt and answer.
+    or the tokenizer's chat template, which conversations need, or else the pair of prompt and answer.
 
     spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
     {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
     batch_size: texts per pass, ≥ 1.
     Raises ScoreError, or OptionError for the device.
     """
+
+    columns: Sequence[str] = ()
+    """See `Score`."""
 
     def __init__(self, spec: str, template: str | None, device: str, batch_size: int) -> None:
         name, _, label = spec.partition("#")
@@ -60,6 +65,7 @@ class RewardModel:
         self._label = _label_index(model.config, label, name, source.name)
         self._template, self._batch_size = template, batch_size
         self._max_tokens = _position_limit(model)
+        self._arguments = inspect.signature(model.forward).parameters.keys()
         self._multi_label = model.config.problem_type not in (None, "single_label_classification")
         # Decoder heads, named `score`, read the last token, which transformers locates by the padding id. That id may
         # also be a token of the text. With padding on the left and an id that no token has, the last token is last.
@@ -75,8 +81,16 @@ class RewardModel:
         """Identifies the weights: the commit of a Hub model, else checksums of the folder."""
         return self._source.revision or fingerprint(self._source.folder)
 
+    def room(self, prompts: Sequence[Asked]) -> int | None:
+        """Tokens that an answer to any of the prompts can have; None: any number. Raises ScoreError if there are none,
+        or if the model does not run."""
+        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
+        masks = [self._encode(part, ["."] * len(part), "remove it")["attention_mask"] for part in parts]
+        self(prompts[:1], ["."])
+        return self._max_tokens and self._max_tokens - max(int(mask.sum(1).max()) for mask in masks) + 1
+
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Asked], answers: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """(N,) scores, computed in batches. Raises ScoreError for a text that is too long."""
         values: list[float] = []
         for start in range(0, len(prompts), self._batch_size):
@@ -86,14 +100,20 @@ class RewardModel:
             values += self._values(logits).tolist()
         return values
 
-    def _encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Any:
+    def _encode(self, prompts: Sequence[Asked], answers: Sequence[str], remedy: str = "lower --max-new-tokens") -> Any:
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         pairs = list(zip(prompts, answers, strict=True))
+        by_chat = self._template is None and self._tokenizer.chat_template
+        if not by_chat and (conversation := next((p for p in prompts if not isinstance(p, str)), None)):
+            raise ScoreError(
+                f"the score {self.name} reads a prompt as one text, and {shown(conversation)} is a conversation: it "
+                "needs the chat template of the score's tokenizer"
+            )
         if self._template is not None:
             texts = [self._template.format(prompt=prompt, answer=answer) for prompt, answer in pairs]
             inputs = self._tokenizer(texts, **options)
-        elif self._tokenizer.chat_template:
-            chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in pairs]
+        elif by_chat:
+            chats = [[*messages(prompt), {"role": "assistant", "content": answer}] for prompt, answer in pairs]
             texts = [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
             inputs = self._tokenizer(texts, add_special_tokens=False, **options)  # the template adds them
         else:
@@ -102,11 +122,13 @@ class RewardModel:
         for prompt, length in zip(prompts, lengths, strict=True):
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ScoreError(
-                    f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {prompt[:80]!r} with "
-                    f"its answer has {length}: lower --max-new-tokens"
+                    f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {shown(prompt)} with "
+                    f"its answer has {length}: {remedy}"
                 )
         if self._reads_last_token:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        for name in inputs.keys() - self._arguments:  # such as the token types of a tokenizer made for another model
+            del inputs[name]
         return inputs
 
     def _values(self, logits: Tensor) -> Tensor:

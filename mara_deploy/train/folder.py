@@ -38,8 +38,8 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def new(cls, path: Path, run: Mapping[str, Any], prompts: list[str]) -> RunFolder:
-        """Create the folder of a new run. Raises MaraError if `path` is in use."""
+    def new(cls, path: Path, run: Mapping[str, Any], prompts: list[Any]) -> RunFolder:
+        """Create the folder of a new run. prompts: entries of a prompt file. Raises MaraError if `path` is in use."""
         cls.check_unused(path)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -73,20 +73,16 @@ class RunFolder:
     @property
     def run(self) -> dict[str, Any]:
         """The content of run.json. Raises MaraError if it is damaged."""
-        run: dict[str, Any] = self._read(_RUN)
+        try:
+            run: dict[str, Any] = json.loads((self.path / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MaraError(f"{self.path / _RUN} cannot be read: {error}") from None
         return run
 
     @property
-    def prompts(self) -> list[str]:
-        """The training prompts. Raises MaraError if prompts.json is damaged."""
-        prompts: list[str] = self._read(_PROMPTS)
-        return prompts
-
-    def _read(self, name: str) -> Any:
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise MaraError(f"{self.path / name} cannot be read: {error}") from None
+    def prompts(self) -> Path:
+        """The training prompts: a prompt file."""
+        return self.path / _PROMPTS
 
     @property
     def replay(self) -> Path:

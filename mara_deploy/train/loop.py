@@ -165,5 +165,5 @@ def round_metrics(rollouts: Rollouts, kl_weight: float) -> Row:
         "decision_share": decisions / max(1, sum(len(e.token_ids) + e.finished for e in episodes)),  # of tokens
         "answer_tokens": float(np.mean([len(e.token_ids) for e in episodes])),
         "finished_share": float(np.mean([e.finished for e in episodes])),
-        "example": {"prompt": rollouts.prompts[0], "answer": rollouts.texts[0], "score": scores.combined[0]},
+        "example": {"prompt": rollouts.prompts[0].text, "answer": rollouts.texts[0], "score": scores.combined[0]},
     }

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mara_deploy.devices import torch_device
-from mara_deploy.prompts import encode
+from mara_deploy.prompts import Prompt, encode
 from mara_deploy.scores.base import Combined, ScoreValues
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Environment, Episode
@@ -29,7 +29,7 @@ from mara_runtime.errors import PromptError
 class Rollouts:
     """Answers to some prompts, and their scores."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     episodes: list[Episode]
     texts: list[str]
     """without special tokens"""
@@ -43,8 +43,8 @@ class TrainingTask:
     environment: Environment
     tokenizer: Any
     """of Hugging Face"""
-    prompts: Sequence[str]
-    """unique user messages"""
+    prompts: Sequence[Prompt]
+    """distinct"""
     tokens: Sequence[Sequence[int]]
     """their token ids, including the generation prompt"""
     score: Combined
@@ -71,12 +71,13 @@ class TrainingTask:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # like the runtime's tokenizer, keep spaces before punctuation
         )
-        return Rollouts(prompts, episodes, texts, self.score.detail(prompts, texts))
+        columns = {name: [prompt.columns[name] for prompt in prompts] for name in self.score.columns}
+        return Rollouts(prompts, episodes, texts, self.score.detail([p.asked for p in prompts], texts, **columns))
 
 
 def open_task(
     source: ModelSource,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     score: Combined,
     config: TrainConfig,
     *,
@@ -97,12 +98,12 @@ def open_task(
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training requires: add its tokenizer.json")
-    tokens = [encode(prompt, tokenizer, source.name, template=template) for prompt in prompts]
+    tokens = [encode(prompt.asked, tokenizer, source.name, template=template) for prompt in prompts]
     for prompt, ids in zip(prompts, tokens, strict=True):
         if len(ids) + config.max_new_tokens > context:
             raise PromptError(
                 f"a prompt of {len(ids)} tokens and an answer of {config.max_new_tokens} exceed the context of "
-                f"{source.name}, {context} ({prompt[:60]!r}): lower --max-new-tokens, or remove the prompt"
+                f"{source.name}, {context} ({prompt.text[:60]!r}): lower --max-new-tokens, or remove the prompt"
             )
     if dtype == "auto":
         dtype = "bfloat16" if on.type == "cuda" else "float32"

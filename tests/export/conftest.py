@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
 from mara_deploy.demo import NAME, demo_agent, demo_model
+from mara_deploy.scores import load
+from mara_deploy.scores.function import load_function
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
@@ -147,6 +149,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     def run(name: str, *argv: object, stdin: str | TextIO = "") -> CommandResult:
         main = importlib.import_module(f"mara_deploy.commands.{name}").main
+        monkeypatch.setattr(load, "IsolatedScore", load_function)  # tests watch and change their scores
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         capfd.readouterr()
         try:

@@ -17,6 +17,7 @@ from mara_deploy import demo
 from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
 from mara_deploy.demo import __main__ as demo_command
 from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import Combined, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
@@ -69,7 +70,8 @@ def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo
     asked = [prompt.text for name in SETS[1:] for prompt in demo_prompts(name)]
     asked = asked if count is None else asked[:: len(asked) // count][:count]
     score = Combined([WeightedScore(load_score("demo"))])
-    task = open_task(ModelSource(MODEL_FOLDER, "demo", None), asked, score, RECIPES["demo"], device="cpu")
+    source, prompts = ModelSource(MODEL_FOLDER, "demo", None), [Prompt(text) for text in asked]
+    task = open_task(source, prompts, score, RECIPES["demo"], device="cpu")
     decoder = AlignedDecoder(bundle("demo"), threads=1)
     config = DecodeConfig(max_new_tokens=RECIPES["demo"].max_new_tokens, schedule="together")
     eos = set(decoder.bundle.manifest.model.eos_token_ids)

@@ -22,7 +22,7 @@ from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import run_lock
 from mara_deploy.scores import load
-from mara_deploy.scores.load import FunctionScore
+from mara_deploy.scores.function import FunctionScore
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.errors import MaraError
@@ -76,7 +76,7 @@ def test_baselines_side_by_side(evaluate, tmp_path):
     found = read(out)
     assert found["prompts"] == {
         "file": "prompts.json", "read": 7, "duplicates": 1, "refused": 0, "limit": None, "unique": 6,
-        "training_file": "training.txt",
+        "training_file": "training.txt", "remarks": [],
     }  # fmt: skip
     assert found["in_training"] == [PROMPTS[4].text]
     groups = len({p.group[0] for p in PROMPTS})
@@ -233,9 +233,13 @@ def test_a_folder_in_use_is_left_alone(evaluate, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["answers", "report.html", "result.json", "scores"]
 
 
+def length(prompts, answers):
+    return [len(answer) for answer in answers]
+
+
 def test_saved_scores_of_a_model_are_valid_for_a_type_of_device(monkeypatch):
     """A GPU computes in another precision; a function does not depend on it."""
-    monkeypatch.setattr(load, "load_score", lambda spec, **_: FunctionScore(spec, len, "the same"))
+    monkeypatch.setattr(load, "load_score", lambda spec, **_: FunctionScore(spec, length, "the same"))
     options = [ScoreOption("demo"), ScoreOption("someone/reward")]
     settings = [[judge.settings for judge in judges(options, device, None)] for device in (None, "cpu", "cuda:1")]
     assert [function for function, _ in settings] == [{"template": None, "code or weights": "the same"}] * 3

@@ -449,7 +449,7 @@ def test_a_damaged_run_is_not_resumed(run, resume, tmp_path) -> None:
         file = tmp_path / "out" / name
         whole = file.read_bytes()
         file.write_bytes(b"\x00")
-        assert f"{name} cannot be read" in error_of(resume("out", "--episodes", 8))
+        assert name in error_of(resume("out", "--episodes", 8))
         file.write_bytes(whole)
 
 
