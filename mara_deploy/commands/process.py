@@ -33,14 +33,22 @@ def prepared() -> Iterator[None]:
         yield
 
 
-def reject_unreadable(argv: Sequence[str]) -> str | None:
-    """Why arguments cannot be used: not UTF-8, or `--option=--`, whose value argparse drops; None if they can."""
+def unusable(argv: Sequence[str]) -> str | None:
+    """Why a command cannot start, or None.
+
+    Its working directory is gone, which ends libraries without an exception; an argument is not UTF-8; or it is
+    `--option=--`, whose value argparse drops.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        return f"the working directory cannot be read ({error.strerror}): change to another"
     for argument in argv:
         if not argument.isascii():
             try:
                 argument.encode()
             except UnicodeEncodeError:
-                return f"the argument {argument!a} is not valid UTF-8"
+                return f"the argument {argument!a} is not valid UTF-8, or the locale is not UTF-8: set PYTHONUTF8=1"
         if argument.startswith("--") and argument.endswith("=--"):
             return f"{argument[:-3]} is '--', which is not a value"
     return None

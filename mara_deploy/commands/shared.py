@@ -42,7 +42,7 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
         debug = False
         try:
             given = sys.argv[1:] if argv is None else argv
-            if reason := process.reject_unreadable(given):
+            if reason := process.unusable(given):
                 parser.error(reason)
             args = parser.parse_args(given)
             debug = args.debug

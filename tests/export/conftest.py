@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,7 @@ from mara_deploy.scores.function import load_function
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
+from mara_export.targets import LOWERINGS
 from tests import checkpoints
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
@@ -33,6 +35,12 @@ torch.set_num_threads(1)
 
 CHECKPOINT_SEED, AGENT_SEED = 0, 1
 MAX_CONTEXT, MAX_CANDIDATES = 256, 64
+COVERING = {("qwen2", "ort"), ("qwen3", "portable"), ("llama", "decomposed"), ("mistral", "ort")}
+"""Every architecture and every lowering once; the other combinations are left to `make test-long`."""
+PAIRS = [
+    pytest.param(both, id="-".join(both), marks=() if both in COVERING else pytest.mark.long)
+    for both in product(checkpoints.ARCHITECTURES, LOWERINGS)
+]
 
 
 @pytest.fixture(scope="session")

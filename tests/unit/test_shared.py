@@ -103,6 +103,19 @@ def test_arguments_that_argparse_mistakes_are_refused(argument: str, capsys: pyt
     assert capsys.readouterr().err.startswith("mara-test: error: ")
 
 
+def test_a_working_directory_that_is_gone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as left:
+        guarded(Parser("mara-test", ""), lambda _: None, [])
+    assert left.value.code == 2
+    assert "the working directory cannot be read" in capsys.readouterr().err
+
+
 def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
     """Letters are replaced, JSON is escaped, and no file that is opened later becomes a stream."""
     folder = helpers.make_bundle(tmp_path / "bundle")
