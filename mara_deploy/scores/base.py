@@ -171,12 +171,13 @@ def _describe(error: BaseException) -> str:
     """Type, message and location of an error in another's code: its innermost line outside Python, packages and us."""
     paths = sysconfig.get_paths()
     ours = (*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(__file__).parent), "<")
-    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    files = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    theirs = [(file, line) for file, line in files if not file.startswith(ours) and "site-packages" not in file]
     location = ""
     if theirs:
-        file = Path(theirs[-1].filename)
+        file = Path(theirs[-1][0])
         name = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-        location = f" ({name}:{theirs[-1].lineno})"
+        location = f" ({name}:{theirs[-1][1]})"
     try:
         message = " ".join(str(error).split())
     except Exception:  # it is another's class

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_deploy import demo
-from mara_deploy.scores.base import ScoreError
+from mara_deploy.scores.base import ScoreError, foreign
 from mara_deploy.scores.function import FunctionScore, IsolatedScore
 from mara_runtime.bundle import sha256
 
@@ -41,7 +41,8 @@ def load_score(
             f"the score {spec} is a model, which requires packages that are not installed ({error}): pip install "
             "'mara-deploy[train]', or pass a Python function (module:function)"
         ) from None
-    return RewardModel(spec, template, device, batch_size)
+    with foreign(spec):
+        return RewardModel(spec, template, device, batch_size)
 
 
 def is_function(spec: str) -> bool:

@@ -63,9 +63,11 @@ class RewardModel:
         self.name = source.name + (f"#{label}" if label else "")
         self._source, self._model, self._tokenizer = source, model, tokenizer
         self._label = _label_index(model.config, label, name, source.name)
-        self._template, self._batch_size = template, batch_size
-        self._max_tokens = _position_limit(model)
-        self._arguments = inspect.signature(model.forward).parameters.keys()
+        self._template, self._max_tokens = template, _position_limit(model)
+        self._arguments = set(inspect.signature(model.forward).parameters)
+        if getattr(model.config, "type_vocab_size", 2) < 2:
+            self._arguments.discard("token_type_ids")
+        self._batch_size = batch_size if "attention_mask" in self._arguments else 1  # it would read the padding
         self._multi_label = model.config.problem_type not in (None, "single_label_classification")
         # Decoder heads, named `score`, read the last token, which transformers locates by the padding id. That id may
         # also be a token of the text. With padding on the left and an id that no token has, the last token is last.
@@ -85,9 +87,9 @@ class RewardModel:
         """Tokens that an answer to any of the prompts can have; None: any number. Raises ScoreError if there are none,
         or if the model does not run."""
         parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
-        masks = [self._encode(part, ["."] * len(part), "remove it")["attention_mask"] for part in parts]
+        longest = max(self._encode(part, ["."] * len(part), "remove it")[1] for part in parts)
         self(prompts[:1], ["."])
-        return self._max_tokens and self._max_tokens - max(int(mask.sum(1).max()) for mask in masks) + 1
+        return self._max_tokens and self._max_tokens - longest + 1
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Asked], answers: Sequence[str], **columns: Sequence[Any]) -> list[float]:
@@ -95,13 +97,16 @@ class RewardModel:
         values: list[float] = []
         for start in range(0, len(prompts), self._batch_size):
             part = slice(start, start + self._batch_size)
-            inputs = self._encode(prompts[part], answers[part]).to(self._model.device)
-            logits = self._model(**inputs).logits.float()  # (B, labels)
+            inputs, _ = self._encode(prompts[part], answers[part])
+            logits = self._model(**inputs.to(self._model.device)).logits.float()  # (B, labels)
             values += self._values(logits).tolist()
         return values
 
-    def _encode(self, prompts: Sequence[Asked], answers: Sequence[str], remedy: str = "lower --max-new-tokens") -> Any:
-        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    def _encode(
+        self, prompts: Sequence[Asked], answers: Sequence[str], remedy: str = "lower --max-new-tokens"
+    ) -> tuple[Any, int]:
+        """The model's inputs, and the tokens of the longest text."""
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "return_attention_mask": True}
         pairs = list(zip(prompts, answers, strict=True))
         by_chat = self._template is None and self._tokenizer.chat_template
         if not by_chat and (conversation := next((p for p in prompts if not isinstance(p, str)), None)):
@@ -129,7 +134,7 @@ class RewardModel:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         for name in inputs.keys() - self._arguments:  # such as the token types of a tokenizer made for another model
             del inputs[name]
-        return inputs
+        return inputs, max(lengths)
 
     def _values(self, logits: Tensor) -> Tensor:
         """(B, labels) → (B,)."""
@@ -160,8 +165,8 @@ def _position_limit(model: Any) -> int | None:
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if padding is not None and name.endswith("position_embeddings"):
-            limit = module.num_embeddings - padding - 1
-    return limit
+            limit = len(module.weight) - padding - 1
+    return limit if limit is not None and limit > 0 else None
 
 
 def _load_classifier(source: ModelSource, device: str) -> Any:
