@@ -152,6 +152,21 @@ def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
     assert first == [wide(p) for p in prompts] != [best(p) for p in prompts]
 
 
+def test_a_baseline_without_a_chat_template_is_a_caution(evaluate, tmp_path):
+    """Terminal, result and report say so, and the settings what each side got."""
+    other = tmp_path / "plain"
+    shutil.copytree(MODEL_FOLDER, other)
+    (other / "chat_template.jinja").unlink()
+    outcome = evaluate(*SCORE, "--limit", 2, "--out", tmp_path / "out", "--baseline", other)
+    assert outcome.code == 0, outcome.err
+    caution = "aligned is asked with text in its chat template, plain with plain text, without a chat template"
+    assert f"note: {caution}" in outcome.out
+    found = read(tmp_path / "out")
+    assert any(caution in text for text in found["cautions"])
+    assert caution in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert {name: settings["raw"] for name, settings in found["decoding"].items()} == {"aligned": False, "plain": True}
+
+
 def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
     folder = checkpoint("mistral")
     (whole,) = answers_of(folder, max_new_tokens=30)("One")

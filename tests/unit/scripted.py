@@ -15,7 +15,7 @@ from mara_deploy.scores.function import FunctionScore
 from mara_runtime.stats import Stats
 
 PROMPTS = [Prompt(f"Question {i}?") for i in range(7)]
-STATS = {**Stats(tokens=3, decisions=2, forced=1, smallest_margin=0.5).to_json(), "accepted_rank": {"1": 1}}
+STATS = {**Stats(tokens=3, decisions=3, forced=1, smallest_margin=0.5).to_json(), "accepted_rank": {"2": 2}}
 
 
 class Scripted:

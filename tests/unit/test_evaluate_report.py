@@ -92,11 +92,46 @@ def test_examples_are_the_worst_the_best_and_a_random_selection(tmp_path):
         ({"theirs": ("a " * 9,) * 7}, "Aligned answers have 1 words on average, those of other 9"),
         ({"ours": ("9",) * 7, "theirs": ("1",) * 7}, "All prompts have the same outcome against other"),
         ({"name": "best-of-3"}, "best-of-3 selects its answer by the same score"),
+        ({"theirs": OURS}, "Every answer is the same as that of other."),
+        ({"theirs": ("?",) * 7}, "100% of the answers of other equal its answer to another prompt."),
+        ({"ours": ("1", "2") * 4, "theirs": ("3", "4") * 4}, "The score length is 1 for every answer of every side"),
     ],
 )
 def test_cautions(tmp_path, options, caution):
     assert caution in cautions_of(compared(tmp_path / "a", **options))
     assert caution not in cautions_of(compared(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("counters", "caution"),
+    [
+        ({"decisions": 0, "forced": 0, "accepted_rank": {}}, "The agent decided nothing, as every position had one"),
+        (
+            {"decisions": 9, "forced": 0, "accepted_rank": {"1": 9}},
+            "The agent accepted the LLM's best candidate in every",
+        ),
+        ({"decisions": 8, "forced": 4, "accepted_rank": {"1": 4}}, "rejected all candidates in 50% of its decisions"),
+        ({"decisions": 9, "forced": 4, "accepted_rank": {"1": 5}}, None),
+        ({"decisions": 9, "forced": 0, "accepted_rank": {"1": 8, "2": 1}}, None),
+        (None, None),
+    ],
+)
+def test_cautions_about_the_agent(tmp_path, counters, caution):
+    evaluation = compared(tmp_path)
+    evaluation = replace(evaluation, aligned=replace(evaluation.aligned, counters=counters))
+    found = cautions_of(evaluation)
+    assert caution in found if caution else "The agent" not in found
+
+
+def test_sides_that_are_asked_differently_are_a_caution(tmp_path):
+    for ours, theirs in ((False, True), (True, False), (True, True), (False, False)):
+        facts = {**FACTS, "decoding": {"aligned": {"raw": ours}, "other": {"raw": theirs}}}
+        with_template = (
+            "aligned is asked with text in its chat template, other with plain text, without a chat template"
+        )
+        found = cautions_of(compared(tmp_path), facts)
+        assert ("the two sides are asked differently" in found) == (ours != theirs)
+        assert (with_template in found) == (theirs and not ours)
 
 
 def test_subsets_of_few_prompts_are_a_caution(tmp_path):
