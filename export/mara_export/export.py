@@ -18,10 +18,17 @@ from mara_export.folder import file_entries, require_free, whole_or_absent, work
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, end_of_turn, end_tokens, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import (
+    check_chat_template,
+    end_of_turn,
+    end_tokens,
+    load_tokenizer,
+    template_checksum,
+    write_tokenizer,
+)
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
@@ -29,6 +36,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts
+from mara_runtime.training import Training
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
@@ -38,6 +46,7 @@ class ExportableAgent(Protocol):
     """What an agent must offer: a torch module (N, D) → (N, 2) with these facts."""
 
     fallback: str
+    origin: Training | None
 
     @property
     def hidden_size(self) -> int: ...  # noqa: D102
@@ -96,6 +105,10 @@ def trace(
             f"note: the chat template ends an answer with {end[1]}, which is not an end token of the model: add "
             f"--eos '{end[1]}' if answers run on"
         )
+    weights = fingerprint(model)
+    if agent.origin is not None:
+        for doubt in agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
+            progress.note(f"note: the agent may not align this model: {doubt}")
     reference = None
     if gate:
         with progress.stage("run the reference (Hugging Face eager)"):
@@ -109,10 +122,22 @@ def trace(
         gc.collect()  # it sits in cycles
     return Traced(
         ModelFacts(
-            source.name, source.revision, config.model_type, sizes.shape, sizes.intermediate_size, sizes.tied, ends
+            source=source.name,
+            revision=source.revision,
+            architecture=config.model_type,
+            shape=sizes.shape,
+            intermediate_size=sizes.intermediate_size,
+            tied=sizes.tied,
+            eos_token_ids=ends,
+            weights=weights,
         ),
         AgentFacts(
-            agent_name, agent.hidden_size, agent.widths, agent.fallback, "last hidden state after the final norm"
+            source=agent_name,
+            hidden_size=agent.hidden_size,
+            widths=agent.widths,
+            fallback=agent.fallback,
+            state="last hidden state after the final norm",
+            training=agent.origin,
         ),
         tokenizer,
         pipeline.TracedGraph(llm, folder / "agent.onnx", sizes.shape, rotary),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from mara_runtime.files import read_file
 _GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
+_SAMPLE = 256
+"""Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
 _MAX_MESSAGE = 300
 """Length at which messages of other libraries are cut: some list every model there is."""
 
@@ -161,6 +164,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_file(path, _MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def fingerprint(model: Any) -> str:
+    """Of a model's weights, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
