@@ -18,7 +18,7 @@ from mara_export.folder import file_entries, require_free, whole_or_absent, work
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.tokenizer import (
@@ -98,7 +98,8 @@ def trace(
         check_chat_template(tokenizer, source.name)
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
-        model = load_model(source)
+        model = load_model(source, config=reference_config(source) if gate else config)
+    model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
         progress.note(
@@ -114,12 +115,16 @@ def trace(
         with progress.stage("run the reference (Hugging Face eager)"):
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             reference = parity.run_reference(model, source.name, agent, prompts, max_candidates, progress)
+        del model
+        gc.collect()  # it sits in cycles
+        with progress.stage(f"load {source.name}, as the export reads it"):
+            model = load_model(source, config=config)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
         trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, folder / "agent.onnx")
         del model
-        gc.collect()  # it sits in cycles
+        gc.collect()
     return Traced(
         ModelFacts(
             source=source.name,

@@ -121,15 +121,29 @@ def read_config(source: ModelSource) -> Any:
     return config
 
 
-def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    """The LLM, ready to run. attention: a name that transformers knows.
+def reference_config(source: ModelSource) -> Any:
+    """The configuration as transformers itself reads it, for the gate: `read_config` has no part in it.
+
+    What only transformers 5 says is handed over under its old name; a value under that name stays. Raises ModelError.
+    """
+    said = read_json(source.folder / "config.json") or {}
+    scaling = dict(said.get("rope_parameters") or {})
+    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
+    missing = {name: value for name, value in old.items() if value is not None and said.get(name) is None}
+    return from_pretrained(AutoConfig, source, **missing)
+
+
+def load_model(
+    source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32, config: Any = None
+) -> Any:
+    """The LLM, ready to run. attention: a name that transformers knows; config: default as `read_config` reads it.
 
     Rejects a checkpoint with missing weights, which transformers would initialise at random, and one with unexpected
     weights, which it would ignore. Raises ModelError.
     """
     _check_generation_config(source)
     options: dict[str, Any] = {
-        "config": read_config(source),
+        "config": read_config(source) if config is None else config,
         "dtype": dtype,
         "attn_implementation": attention,
         "output_loading_info": True,
