@@ -5,9 +5,10 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,9 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
-from mara_runtime.errors import MaraError, first_line
+from mara_runtime.errors import BundleError, MaraError, first_line
 from mara_runtime.files import write_atomic
+from mara_runtime.json_reader import JsonReader, load_object
+from mara_runtime.training import Training
 
+METADATA = "mara"
+"""Key of the one JSON text in a .safetensors file's metadata: {"fallback": …, "training": {…} or null}."""
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
 DEFAULT_FALLBACK = "first"
@@ -47,6 +52,8 @@ class Agent(nn.Module):
         self.linear2 = nn.Linear(widths[0], widths[1])
         self.output_linear = nn.Linear(widths[1], 2)
         self.fallback = DEFAULT_FALLBACK
+        self.origin: Training | None = None
+        """what it was trained under; None: not known"""
 
     @property
     def hidden_size(self) -> int:
@@ -78,11 +85,12 @@ def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> 
         return Agent(hidden_size, widths).eval()
 
 
-def save(agent: Agent, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file whose metadata records the fallback and `metadata`. Raises OSError."""
-    everything = {**(metadata or {}), "fallback": agent.fallback}
+def save(agent: Agent, path: Path) -> None:
+    """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
+    training = None if agent.origin is None else asdict(agent.origin)
+    metadata = {METADATA: json.dumps({"fallback": agent.fallback, "training": training}, sort_keys=True)}
     try:
-        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=everything))
+        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=metadata))
     except SafetensorError as error:  # raised for a full disk
         raise OSError(str(error)) from error
 
@@ -118,10 +126,21 @@ def load(path: Path) -> Agent:
     agent.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     if not all(torch.isfinite(p).all() for p in agent.parameters()):
         raise AgentError(f"{path} is damaged: some weights are not finite")
-    agent.fallback = metadata.get("fallback", DEFAULT_FALLBACK)
-    if agent.fallback not in FALLBACKS:
-        raise AgentError(f"{path} records the fallback {agent.fallback!r}; expected one of {', '.join(FALLBACKS)}")
+    if METADATA in metadata:
+        agent.fallback, agent.origin = _read_metadata(path, metadata[METADATA])
     return agent.eval()
+
+
+def _read_metadata(path: Path, text: str) -> tuple[str, Training | None]:
+    """(fallback, training) of an agent's file."""
+    try:
+        reader = JsonReader(f"{path} has metadata", {METADATA: load_object(text)}, "train the agent again")
+        reader.reject_unknown(METADATA, ("fallback", "training"))
+        return reader.text(f"{METADATA}.fallback", FALLBACKS), Training.read(reader, f"{METADATA}.training")
+    except ValueError as error:
+        raise AgentError(f"{path} has metadata that is not valid JSON ({error}): train the agent again") from None
+    except BundleError as error:
+        raise AgentError(str(error)) from None
 
 
 def _suggestion(path: Path) -> str:

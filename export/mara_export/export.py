@@ -18,10 +18,17 @@ from mara_export.folder import file_entries, require_free, whole_or_absent, work
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, end_of_turn, end_tokens, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import (
+    check_chat_template,
+    end_of_turn,
+    end_tokens,
+    load_tokenizer,
+    template_checksum,
+    write_tokenizer,
+)
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
@@ -29,6 +36,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts
+from mara_runtime.training import Training
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
@@ -38,6 +46,7 @@ class ExportableAgent(Protocol):
     """What an agent must offer: a torch module (N, D) → (N, 2) with these facts."""
 
     fallback: str
+    origin: Training | None
 
     @property
     def hidden_size(self) -> int: ...  # noqa: D102
@@ -89,30 +98,51 @@ def trace(
         check_chat_template(tokenizer, source.name)
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
-        model = load_model(source)
+        model = load_model(source, config=reference_config(source) if gate else config)
+    model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
         progress.note(
             f"note: the chat template ends an answer with {end[1]}, which is not an end token of the model: add "
             f"--eos '{end[1]}' if answers run on"
         )
+    weights = fingerprint(model)
+    if agent.origin is not None:
+        for doubt in agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
+            progress.note(f"note: the agent may not align this model: {doubt}")
     reference = None
     if gate:
         with progress.stage("run the reference (Hugging Face eager)"):
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             reference = parity.run_reference(model, source.name, agent, prompts, max_candidates, progress)
+        del model
+        gc.collect()  # it sits in cycles
+        with progress.stage(f"load {source.name}, as the export reads it"):
+            model = load_model(source, config=config)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
         trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, folder / "agent.onnx")
         del model
-        gc.collect()  # it sits in cycles
+        gc.collect()
     return Traced(
         ModelFacts(
-            source.name, source.revision, config.model_type, sizes.shape, sizes.intermediate_size, sizes.tied, ends
+            source=source.name,
+            revision=source.revision,
+            architecture=config.model_type,
+            shape=sizes.shape,
+            intermediate_size=sizes.intermediate_size,
+            tied=sizes.tied,
+            eos_token_ids=ends,
+            weights=weights,
         ),
         AgentFacts(
-            agent_name, agent.hidden_size, agent.widths, agent.fallback, "last hidden state after the final norm"
+            source=agent_name,
+            hidden_size=agent.hidden_size,
+            widths=agent.widths,
+            fallback=agent.fallback,
+            state="last hidden state after the final norm",
+            training=agent.origin,
         ),
         tokenizer,
         pipeline.TracedGraph(llm, folder / "agent.onnx", sizes.shape, rotary),

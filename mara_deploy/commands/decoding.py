@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,20 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
     return config
 
 
+def report_departures(decoder: AlignedDecoder, config: DecodeConfig, variables: Mapping[str, Any] | None) -> None:
+    """Say on stderr why the agent may not align, and where decoding differs from its training.
+
+    variables: of the chat template, as given; None: the prompts do not use it.
+    """
+    manifest = decoder.bundle.manifest
+    training = manifest.agent.training
+    if training is None or not config.align:
+        return
+    template = training.template if variables is None else decoder.variables(variables)
+    for what in (*manifest.doubts, *training.departures(decoder.resolve(config), template)):
+        print(f"note: {what}", file=sys.stderr)
+
+
 def template_variables(settings: Sequence[str]) -> dict[str, Any]:
     """The values of `--template` by key. Raises OptionError."""
     variables = {}
@@ -70,6 +85,4 @@ def template_variables(settings: Sequence[str]) -> dict[str, Any]:
 
 def prompt_options(manifest: Manifest) -> str:
     """Example options for `mara-run` with this bundle."""
-    prompt = "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'
-    few = manifest.max_candidates < DecodeConfig().top_k
-    return f"{prompt} --top-k {manifest.max_candidates}" if few else prompt
+    return "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'

@@ -18,6 +18,7 @@ from mara_deploy.commands.decoding import (
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
+    report_departures,
     template_variables,
 )
 from mara_deploy.commands.options import add_options, from_args
@@ -149,6 +150,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
+    config = decoder.resolve(config)
+    report_departures(decoder, config, None if arguments.raw else variables)
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
@@ -175,7 +178,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
                 "agent": manifest.agent.source,
-                "fallback": config.fallback or manifest.agent.fallback,
+                "fallback": config.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
             },
@@ -226,12 +229,13 @@ def _answer_sources(
 
     greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, prompt_format)]
+    ours = replace(prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template))
+    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, ours)]
     for name in arguments.baseline:
         if name == "greedy":
-            sources.append(BundleAnswers(name, decoder, greedy, prompt_format))
+            sources.append(BundleAnswers(name, decoder, greedy, ours))
         elif (samples := _samples(name)) is not None:
-            sources.append(BundleAnswers(name, decoder, sampled, prompt_format, samples))
+            sources.append(BundleAnswers(name, decoder, sampled, ours, samples))
         else:
             sources.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, prompt_format))
     names = [file_name(source.name) for source in sources]

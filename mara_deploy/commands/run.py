@@ -16,6 +16,7 @@ from mara_deploy.commands.decoding import (
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
+    report_departures,
     template_variables,
 )
 from mara_deploy.commands.options import add_options, from_args
@@ -96,6 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     if not options.json:
         _announce(decoder, config)
+    report_departures(decoder, config, None if options.raw or options.input_ids else variables)
     with _tracer(options.trace, decoder) as trace:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
@@ -139,9 +141,8 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         if name in decoder.bundle.manifest.targets:  # nobody expects the others to run
             print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
-        agent = decoder.bundle.manifest.agent
-        fallback = config.fallback or agent.fallback
-        print(f"agent {agent.source}, fallback {fallback}", file=sys.stderr)
+        fallback = decoder.resolve(config).fallback
+        print(f"agent {decoder.bundle.manifest.agent.source}, fallback {fallback}", file=sys.stderr)
 
 
 def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:

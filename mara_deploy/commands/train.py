@@ -209,8 +209,6 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
     from mara_deploy.train.monitor import Monitor, deferred_interrupt
     from mara_deploy.train.report import write_report
 
-    by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
-    metadata = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     try:
         with (
             deferred_interrupt(lambda text: print(f"\nmara-train: {text}", file=sys.stderr)) as stop,
@@ -223,7 +221,6 @@ def _run(run: _Run, quiet: bool) -> tuple[int, list[str]]:
                 checkpoint=run.checkpoint,
                 on_round=monitor,
                 stop=stop,
-                metadata=metadata,
             )
     except MaraError:
         with suppress(MaraError):  # the first error is the cause

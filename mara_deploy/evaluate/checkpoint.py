@@ -120,7 +120,8 @@ class CheckpointAnswers:
 
 
 def _filters(config: DecodeConfig) -> LogitsProcessorList:
-    filters = [TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)]
+    top_k, top_p = config.candidates
+    filters = [TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
     if config.temperature != 1.0:
         filters.append(TemperatureLogitsWarper(config.temperature))
     return LogitsProcessorList(filters)

@@ -94,11 +94,11 @@ class RunFolder:
         """Folder of the event files."""
         return self.path / "tensorboard"
 
-    def save(self, state: Mapping[str, Any], agent: agents.Agent, metadata: Mapping[str, str]) -> None:
-        """Write a checkpoint and the agent. metadata: of the agent's file."""
+    def save(self, state: Mapping[str, Any], agent: agents.Agent) -> None:
+        """Write a checkpoint and the agent."""
         write_file(self.path / _CHECKPOINT, lambda path: _torch_save(dict(state), path))
         with writing(self.path / "agent.safetensors"):
-            agents.save(agent, self.path / "agent.safetensors", metadata)
+            agents.save(agent, self.path / "agent.safetensors")
         write_file(self.path / "agent.pth", lambda path: _torch_save(agents.cpu_state(agent), path))
 
     def load(self) -> dict[str, Any] | None:

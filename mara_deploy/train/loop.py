@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,11 +42,10 @@ def train(
     checkpoint: Mapping[str, Any] | None = None,
     on_round: Callable[[Row], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-    metadata: Mapping[str, str] | None = None,
 ) -> Learner:
     """Train until `config.episodes`, or until `stop` returns true.
 
-    checkpoint: the folder's last one, to resume from; on_round: called after each round; metadata: of the agent file.
+    checkpoint: the folder's last one, to resume from; on_round: called after each round.
     Ends with a checkpoint. Resuming from it gives the same result as an uninterrupted run: on a CPU bit for bit, with
     the same number of threads.
     Raises MaraError (ScoreError, NumericsError), and leaves the last checkpoint. If the replay buffer cannot take a
@@ -65,6 +64,10 @@ def train(
 
     def save(actions_state: Mapping[str, Any]) -> None:
         replay.flush()
+        if task.training is not None:
+            learner.actor.origin = replace(
+                task.training, episodes=progress.episodes, updates=progress.updates, transitions=replay.added
+            )
         folder.save(
             {
                 "learner": learner.state(),
@@ -74,7 +77,6 @@ def train(
                 "added": replay.added,
             },
             learner.actor,
-            {**(metadata or {}), "episodes": str(progress.episodes), "updates": str(progress.updates)},
         )
         replay.saved()
 

@@ -18,11 +18,12 @@ from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_deploy.train.policy import Policy
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_model, read_config
 from mara_export.hf.families import check_supported
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import load_tokenizer
+from mara_export.hf.tokenizer import load_tokenizer, template_checksum
 from mara_runtime.errors import PromptError
+from mara_runtime.training import Training
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class TrainingTask:
     tokens: Sequence[Sequence[int]]
     """their token ids, including the generation prompt"""
     score: Combined
+    training: Training | None = None
+    """what the agent's file records; without counters"""
 
     @property
     def hidden_size(self) -> int:
@@ -111,4 +114,18 @@ def open_task(
     model = load_model(source, ATTENTION, dtypes[dtype]).to(on)
     eos = frozenset(eos_token_ids(model, tokenizer))
     environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens)
-    return TrainingTask(environment, tokenizer, prompts, tokens, score)
+    training = Training(
+        model=source.name,
+        architecture=model.config.model_type,
+        weights=fingerprint(model),
+        chat_template=template_checksum(tokenizer),
+        template=dict(template or {}),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        score=score.name,
+        episodes=0,
+        updates=0,
+        transitions=0,
+    )
+    return TrainingTask(environment, tokenizer, prompts, tokens, score, training)

@@ -73,7 +73,8 @@ class ChatTemplate:
         if taken := sorted(_RESERVED & special_tokens.keys()):
             raise PromptError(f"the chat template's special token {taken[0]!r} has the name of a variable; use --raw")
         self._special_tokens = dict(special_tokens)
-        self._variables = variables_of(source)
+        self.variables = variables_of(source)
+        """that a caller may set"""
 
     def render(
         self,
@@ -88,7 +89,7 @@ class ChatTemplate:
         variable that it does not have.
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
-        reject_unknown(self._variables, variables or {})
+        reject_unknown(self.variables, variables or {})
         values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         self._environment.begin()
         try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import Message
-from mara_runtime.config import DecodeConfig
+from mara_runtime.config import TOP_K, TOP_P, DecodeConfig
 from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
@@ -127,7 +127,7 @@ class AlignedDecoder:
 
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
-        template: variables for the chat template, {"enable_thinking": False} say.
+        template: variables for the chat template, {"enable_thinking": False} say; others are as in training.
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
         variables without a template.
         """
@@ -146,14 +146,14 @@ class AlignedDecoder:
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
-                ids = side.encode_chat(prompt, template)  # type: ignore[arg-type]
+                ids = side.encode_chat(prompt, self.variables(template))  # type: ignore[arg-type]
             elif raw or not side.has_template:
                 if template:
                     where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
                     raise OptionError(f"variables of the chat template are given, which {where}")
                 ids = side.encode_raw(prompt)
             else:
-                ids = side.encode_chat([{"role": "user", "content": prompt}], template)
+                ids = side.encode_chat([{"role": "user", "content": prompt}], self.variables(template))
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):
@@ -169,6 +169,14 @@ class AlignedDecoder:
             )
         return ids
 
+    def variables(self, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Variables for the chat template: those given, and of the others those that the agent was trained with."""
+        training, side = self.bundle.manifest.agent.training, self.text_side
+        trained = {}
+        if training is not None and training.template and side is not None and side.has_template:
+            trained = {name: training.template[name] for name in training.template if name in side.template.variables}
+        return {**trained, **(template or {})}
+
     def stream(
         self,
         prompt: Prompt,
@@ -178,7 +186,7 @@ class AlignedDecoder:
         template: Mapping[str, Any] | None = None,
     ) -> Iterator[Piece]:
         """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
-        config = self._resolve(config or DecodeConfig())
+        config = self.resolve(config or DecodeConfig())
         ids = self.encode(prompt, raw=raw, template=template)
         with self._cache.lock:
             self._cache.owner = answer = object()
@@ -200,13 +208,23 @@ class AlignedDecoder:
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result
 
-    def _resolve(self, config: DecodeConfig) -> DecodeConfig:
-        most = self.bundle.manifest.max_candidates
-        if config.top_k > most and (config.align or config.sample):  # greedy decoding has no candidates
+    def resolve(self, config: DecodeConfig) -> DecodeConfig:
+        """The configuration with what it leaves to the bundle: top-k, top-p and fallback as the agent was trained.
+
+        Raises OptionError for what the bundle does not allow.
+        """
+        most, agent = self.bundle.manifest.max_candidates, self.bundle.manifest.agent
+        if config.top_k is not None and config.top_k > most and (config.align or config.sample):
             raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
         if config.stop and self.text_side is None:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")
-        return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
+        top_k, top_p = (TOP_K, TOP_P) if agent.training is None else (agent.training.top_k, agent.training.top_p)
+        return replace(
+            config,
+            top_k=min(top_k, most) if config.top_k is None else config.top_k,
+            top_p=top_p if config.top_p is None else config.top_p,
+            fallback=config.fallback or agent.fallback,
+        )
 
     def _check_owner(self, answer: object) -> None:
         if self._cache.owner is not answer:

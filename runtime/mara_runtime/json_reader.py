@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from mara_runtime.errors import BundleError
@@ -58,10 +59,9 @@ def shortened(value: Any) -> str:
 class JsonReader:
     """Values by their path, as in "model.shape.num_layers"; a number in a path is an index. Raises BundleError."""
 
-    def __init__(self, where: str, root: dict[str, Any]) -> None:
-        """where: the file, for messages."""
-        self._where = where
-        self._root = root
+    def __init__(self, where: str, root: dict[str, Any], remedy: str = "export the bundle again") -> None:
+        """where: the file, for messages; remedy: what mends it."""
+        self._where, self._root, self._remedy = where, root, remedy
 
     def number(self, path: str) -> float:
         """A finite number of at least 0."""
@@ -98,11 +98,11 @@ class JsonReader:
             raise self.wrong(path, f"is {shortened(values)}, not a list of texts")
         return values
 
-    def count(self, path: str) -> int:
-        """A whole number of at least 1."""
+    def count(self, path: str, least: int = 1) -> int:
+        """A whole number of at least `least`."""
         value: int = self.get(path, int)
-        if value < 1:
-            raise self.wrong(path, f"is {value}, not a positive number")
+        if value < least:
+            raise self.wrong(path, f"is {value}, not {'a positive number' if least else 'a number of at least 0'}")
         return value
 
     def counts(self, path: str, least: int = 1) -> tuple[int, ...]:
@@ -119,6 +119,12 @@ class JsonReader:
             raise self.wrong(path, "has a value of another kind")
         return values
 
+    def reject_unknown(self, path: str, names: Collection[str]) -> None:
+        """Raise BundleError for a name that the object at `path` should not have."""
+        for name in self.get(path, dict):
+            if name not in names:
+                raise self.wrong(f"{path}.{shortened(name)[1:-1]}", "is not known here")
+
     def wrong(self, path: str, what: str) -> BundleError:
         """The error for a field: `what` is wrong with it."""
-        return BundleError(f"{self._where}: the field {path} {what}; export the bundle again")
+        return BundleError(f"{self._where}: the field {path} {what}; {self._remedy}")

@@ -12,6 +12,7 @@ from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
+from mara_runtime.training import Training
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -40,6 +41,8 @@ class ModelFacts:
     tied: bool
     """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]
+    weights: str
+    """fingerprint, to be compared with that of the model an agent was trained for"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class AgentFacts:
     """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
     """which hidden state it takes"""
+    training: Training | None
+    """None: not known, as of released agents"""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,15 @@ class Manifest:
         """KV slots that decoding may need: of a full context, and of one more decision."""
         return self.max_context + spare_slots(self.max_candidates)
 
+    @property
+    def doubts(self) -> list[str]:
+        """Why the agent may not align this model, one clause each."""
+        if self.agent.training is None:
+            return []
+        template = None if self.tokenizer is None else self.tokenizer.chat_template
+        checksum = None if template is None else self.files[template].sha256
+        return list(self.agent.training.doubts(self.model.source, self.model.weights, checksum))
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -197,6 +211,7 @@ class _Reader(JsonReader):
                 intermediate_size=self.count("model.intermediate_size"),
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
+                weights=self.text("model.weights"),
             ),
             agent=AgentFacts(
                 source=self.text("agent.source"),
@@ -204,6 +219,7 @@ class _Reader(JsonReader):
                 widths=self.counts("agent.widths"),
                 fallback=self.text("agent.fallback", FALLBACKS),
                 state=self.text("agent.state"),
+                training=Training.read(self, "agent.training"),
             ),
             max_context=self.count("max_context"),
             max_candidates=self.count("max_candidates"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -16,9 +17,12 @@ from safetensors.torch import save_file
 from mara_deploy import agent as agents
 from mara_deploy.agent import AgentError
 from mara_export.graph.trace import trace_agent
+from mara_runtime.training import Training
 from tests import checkpoints
+from tests.unit.helpers import TRAINING
 
 D = 24
+ORIGIN = Training(**TRAINING)
 WIDTHS = (32, 16)
 
 
@@ -196,19 +200,49 @@ def test_the_fallback_of_the_file(tmp_path) -> None:
     """Recorded, missing (the paper's), or unknown."""
     path = tmp_path / "agent.safetensors"
     for fallback in ("first", "last"):
-        save_file(STATE, path, metadata={"fallback": fallback})
-        agent = agents.load(path)
-        assert agent.fallback == fallback
-        agents.save(agent, tmp_path / "again.safetensors")
-        assert agents.load(tmp_path / "again.safetensors").fallback == fallback
+        agent = agents.load(saved(path, STATE))
+        agent.fallback, agent.origin = fallback, ORIGIN
+        agents.save(agent, path)
+        again = agents.load(path)
+        assert (again.fallback, again.origin) == (fallback, ORIGIN)
+        agents.save(again, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     for metadata in (None, {}, {"format": "pt"}):
         save_file(STATE, path, metadata=metadata)
-        assert agents.load(path).fallback == "first"
+        assert (agents.load(path).fallback, agents.load(path).origin) == ("first", None)
     assert agents.load(saved(tmp_path / "agent.pth", STATE)).fallback == "first"
-    for fallback in ("middle", "", "LAST"):
-        save_file(STATE, path, metadata={"fallback": fallback})
-        with pytest.raises(AgentError, match=f"'{fallback}'; expected one of first, last"):
+
+
+METADATA = {"fallback": "last", "training": TRAINING}
+BAD_METADATA = [
+    ("{", "JSON"),
+    ("[1]", r"mara is \[1\]"),
+    ("[" * 99 + "]" * 99, "nested"),
+    ('{"fallback": NaN}', "NaN"),
+    *((json.dumps({**METADATA, "fallback": name}), "not one of first, last") for name in ("middle", "", "LAST")),
+    (json.dumps({**METADATA, "more": 1}), r"mara\.more is not known"),
+    (json.dumps({"fallback": "last"}), r"mara\.training is missing"),
+    *(
+        (json.dumps({**METADATA, "training": {**TRAINING, name: value}}), rf"mara\.training\.{name}")
+        for name, value in (
+            *((name, []) for name in TRAINING),
+            *(("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("updates", -1), ("more", 1), ("episodes", True)),
+        )
+    ),
+    *(
+        (json.dumps({**METADATA, "training": {k: v for k, v in TRAINING.items() if k != name}}), rf"{name} is missing")
+        for name in TRAINING
+    ),
+]
+
+
+def test_metadata_that_cannot_be_read_is_named(tmp_path) -> None:
+    path = tmp_path / "agent.safetensors"
+    for text, named in BAD_METADATA:
+        save_file(STATE, path, metadata={"mara": text})
+        with pytest.raises(AgentError, match=named) as error:
             agents.load(path)
+        assert str(error.value).startswith(str(path))
 
 
 # ── agents in use ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from mara_runtime.files import read_file
 _GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
+_SAMPLE = 256
+"""Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
 _MAX_MESSAGE = 300
 """Length at which messages of other libraries are cut: some list every model there is."""
 
@@ -118,15 +121,29 @@ def read_config(source: ModelSource) -> Any:
     return config
 
 
-def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    """The LLM, ready to run. attention: a name that transformers knows.
+def reference_config(source: ModelSource) -> Any:
+    """The configuration as transformers itself reads it, for the gate: `read_config` has no part in it.
+
+    What only transformers 5 says is handed over under its old name; a value under that name stays. Raises ModelError.
+    """
+    said = read_json(source.folder / "config.json") or {}
+    scaling = dict(said.get("rope_parameters") or {})
+    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
+    missing = {name: value for name, value in old.items() if value is not None and said.get(name) is None}
+    return from_pretrained(AutoConfig, source, **missing)
+
+
+def load_model(
+    source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32, config: Any = None
+) -> Any:
+    """The LLM, ready to run. attention: a name that transformers knows; config: default as `read_config` reads it.
 
     Rejects a checkpoint with missing weights, which transformers would initialise at random, and one with unexpected
     weights, which it would ignore. Raises ModelError.
     """
     _check_generation_config(source)
     options: dict[str, Any] = {
-        "config": read_config(source),
+        "config": read_config(source) if config is None else config,
         "dtype": dtype,
         "attn_implementation": attention,
         "output_loading_info": True,
@@ -161,6 +178,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_file(path, _MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def fingerprint(model: Any) -> str:
+    """Of a model's weights, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,12 @@ def _chat_template(tokenizer: Any) -> str | None:
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
     return template or None
+
+
+def template_checksum(tokenizer: Any | None) -> str | None:
+    """SHA-256 of the template that goes into a bundle; None without one."""
+    template = None if tokenizer is None else _chat_template(tokenizer)
+    return template and hashlib.sha256(template.encode()).hexdigest()
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, str]:
