@@ -24,6 +24,16 @@ Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float
 # ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def message(number: int, content: bytes) -> bytes:
+    """A field of up to 127 bytes in protobuf's encoding."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+GRAPH = message(7, 11 * message(11, b""))
+"""With the inputs of one layer, and nothing else."""
+OTHER_GRAPH = GRAPH + message(2, b"another producer")
+
+
 def make_bundle(
     folder: Path,
     *,
@@ -38,7 +48,7 @@ def make_bundle(
     fallback: str = "first",
     targets: Sequence[str] = ("cpu",),
     noise: dict[str, float] | None = None,
-    graph: bytes = b"a graph",
+    graph: bytes = GRAPH,
 ) -> Path:
     """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
