@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
 from mara_runtime.files import locked, umask, write_atomic
+from mara_runtime.graph_file import check_graph
 from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -222,7 +223,7 @@ def _remove_unlisted(root: Path) -> None:
     with contextlib.suppress(OSError, MaraError):
         listed = Bundle.open(root, verify=False).manifest.files
         for path in (root / "engines").glob("*/*.engine"):
-            inside = path.resolve().is_relative_to(root.resolve())
+            inside = path.parent.resolve().is_relative_to(root.resolve())
             if inside and path.relative_to(root).as_posix() not in listed:
                 path.unlink(missing_ok=True)
 
@@ -240,9 +241,10 @@ def _entry(path: Path) -> FileEntry:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write or replace `manifest.json` atomically: a reader sees the old one or the new one, even after a power loss.
 
-    Raises BundleError, and writes nothing, for one that could not be read back.
+    Raises BundleError, and writes nothing, for a bundle that could not be opened.
     """
     path = folder / MANIFEST_FILE
     text = manifest.to_json()
     parse(text, str(path))
+    check_graph(folder / manifest.step.file, manifest)
     write_atomic(path, text)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mara_runtime.errors import BundleError
 from mara_runtime.files import read_file
+from mara_runtime.graph_file import check_graph
 from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
 
 _MOST_MANIFEST_BYTES = 1 << 24
@@ -26,9 +27,10 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = True) -> Bundle:
-        """Read the manifest and, with `verify`, compare every file with its size and checksum.
+        """Read the manifest and, with `verify`, compare every file with its size and checksum; look through the graph.
 
-        Raises BundleError for a folder that is not a bundle, another schema version, a missing or changed file.
+        Raises BundleError for a folder that is not a bundle, another schema version, a missing or changed file, and
+        for a graph that no export writes.
         """
         folder = Path(folder)
         path = folder / MANIFEST_FILE
@@ -44,23 +46,24 @@ class Bundle:
         bundle = cls(folder.absolute(), parse(text, str(path)))  # whatever the working directory is later
         if verify:
             bundle.verify()
+        check_graph(bundle.path(bundle.manifest.step.file), bundle.manifest)
         return bundle
 
     def verify(self) -> None:
-        """Compare every file with the manifest. Raises BundleError with the first that differs."""
-        root = self.folder.resolve()
+        """Compare every file with the manifest. Raises BundleError with the first that differs.
+
+        The content decides: a file may be a link to anywhere, as in the cache of the Hugging Face Hub.
+        """
         for name, entry in self.manifest.files.items():
             try:
-                self._verify_file(name, entry, root)
+                self._verify_file(name, entry)
             except OSError as error:
                 raise BundleError(f"{self.folder}: {name[:80]} cannot be read: {error.strerror}") from None
 
-    def _verify_file(self, name: str, entry: FileEntry, root: Path) -> None:
+    def _verify_file(self, name: str, entry: FileEntry) -> None:
         path = self.path(name)
         if not path.is_file():
             raise BundleError(f"{self.folder}: {name} is missing; copy or export the bundle again")
-        if not path.resolve().is_relative_to(root):
-            raise BundleError(f"{self.folder}: {name} is a link to outside the bundle; export the bundle again")
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise BundleError(

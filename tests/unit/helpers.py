@@ -41,6 +41,16 @@ TRAINING: dict[str, Any] = {
 """What an agent was trained under."""
 
 
+def message(number: int, content: bytes) -> bytes:
+    """A field of up to 127 bytes in protobuf's encoding."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+GRAPH = message(7, 11 * message(11, b""))
+"""With the inputs of one layer, and nothing else."""
+OTHER_GRAPH = GRAPH + message(2, b"another producer")
+
+
 def make_bundle(
     folder: Path,
     *,
@@ -56,7 +66,7 @@ def make_bundle(
     training: dict[str, Any] | None = None,
     targets: Sequence[str] = ("cpu",),
     noise: dict[str, float] | None = None,
-    graph: bytes = b"a graph",
+    graph: bytes = GRAPH,
 ) -> Path:
     """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

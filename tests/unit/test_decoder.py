@@ -256,7 +256,7 @@ def test_opens_a_path_a_text_or_an_open_bundle_and_verifies_it(tmp_path):
     small = TableEngine(REJECTING, helpers.sum_agent, slots - 1)
     with pytest.raises(EngineError, match=f"{slots - 1} KV slots.* {slots}"):
         AlignedDecoder(folder, engine=small)
-    (folder / "step.onnx").write_bytes(b"A graph")
+    (folder / "step.onnx.data").write_bytes(bytes(256))
     with pytest.raises(BundleError, match="damaged"):
         AlignedDecoder(folder, engine=engine)
     assert AlignedDecoder(folder, engine=engine, verify=False).text_side is None

@@ -102,6 +102,20 @@ def test_engines_of_another_release_gpu_or_system_go_with_the_first_that_is_repl
     assert plain(second.manifest.engines) == [facts(64, "tensorrt-rtx"), new]
 
 
+def test_no_link_is_written_through(bundle: Bundle, tmp_path: Path) -> None:
+    """As the Hub's cache lays out a bundle: what a build changes is a file of its own, and a link goes alone."""
+    add(bundle, [facts(64)])
+    blobs = {}
+    for name in entries(bundle.folder):
+        path, blob = bundle.path(name), tmp_path / f"blob {len(blobs)}"
+        path.rename(blob)
+        path.symlink_to(blob)
+        blobs[blob] = blob.read_bytes()
+    after = add(Bundle.open(bundle.folder), [replace(facts(64), decode_rows=7), facts(128)])
+    assert assert_whole(bundle.folder) == after
+    assert {blob: blob.read_bytes() for blob in blobs} == blobs
+
+
 BEFORE = [facts(64, version="10.3"), facts(256)]
 RENAMES = 3
 """Two engines and the manifest."""
@@ -268,7 +282,7 @@ def test_two_that_write_the_manifest_at_once_take_turns(bundle: Bundle, monkeypa
 
 @pytest.mark.parametrize("what", ["graph", "facts"])
 def test_a_bundle_that_was_exported_anew_meanwhile_is_refused(bundle: Bundle, what: str) -> None:
-    changed = {"graph": b"another graph"} if what == "graph" else {"max_context": 64}
+    changed = {"graph": helpers.OTHER_GRAPH} if what == "graph" else {"max_context": 64}
     helpers.make_bundle(bundle.folder, **changed)  # type: ignore[arg-type]
     now = Bundle.open(bundle.folder)
     with pytest.raises(MaraError, match="was exported again while its engine was built"):

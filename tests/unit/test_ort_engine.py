@@ -308,7 +308,7 @@ def test_opening_leaves_an_empty_cache(make: Maker) -> None:
 def test_a_graph_that_does_not_fit_its_manifest_is_refused(
     bundle: Bundle, tmp_path: Path, sizes: dict[str, Any] | None, named: str
 ) -> None:
-    graph = b"a graph" if sizes is None else bundle.path("step.onnx").read_bytes()
+    graph = helpers.GRAPH if sizes is None else bundle.path("step.onnx").read_bytes()
     folder = helpers.make_bundle(tmp_path, graph=graph, **{"max_candidates": CANDIDATES, **(sizes or {})})
     with pytest.raises(EngineError, match=named) as caught:
         CpuEngine(Bundle.open(folder))
