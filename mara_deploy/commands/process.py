@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mara_runtime.errors import MaraError, first_line
 
@@ -40,7 +41,7 @@ def unusable(argv: Sequence[str]) -> str | None:
     `--option=--`, whose value argparse drops.
     """
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError as error:
         return f"the working directory cannot be read ({error.strerror}): change to another"
     for argument in argv:
