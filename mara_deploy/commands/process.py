@@ -47,7 +47,7 @@ def unusable(argv: Sequence[str]) -> str | None:
     `--option=--`, whose value argparse drops.
     """
     try:
-        os.getcwd()
+        Path.cwd()
     except OSError as error:
         return f"the working directory cannot be read ({error.strerror}): change to another"
     for argument in argv:
