@@ -60,7 +60,7 @@ def test_a_file_beside_the_run_hides_no_module_from_the_command(here) -> None:
     """`python -m` puts the working directory first."""
     (here / "statistics.py").write_text("raise ImportError('this is mine')\n")
     (here / "prompts.txt").write_text("How?\n")
-    line = "-m mara_deploy.commands.eval none --prompts prompts.txt --score demo".split()
+    line = ["-m", "mara_deploy.commands.eval", "none", "--prompts", "prompts.txt", "--score", "demo"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, check=False)
     assert run.stderr.startswith("mara-eval: error: there is no bundle at none")
