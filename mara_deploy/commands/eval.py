@@ -155,7 +155,9 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
-    Combined(weighted).room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
+    room = Combined(weighted).room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
+    if room is not None and room < config.max_new_tokens:
+        report(f"a score reads {room} tokens of an answer to the longest prompt: a longer answer ends the command")
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
     with run_lock(out):

@@ -28,8 +28,14 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Make the standard streams usable; let signals that end a process unwind the stack, as Ctrl-C does."""
+    """Make the standard streams usable; let signals that end a process unwind the stack, as Ctrl-C does.
+
+    Files in the working directory, which `python -m` searches first, no longer hide modules of Python's or of packages.
+    """
     _open_streams()
+    with contextlib.suppress(OSError):  # the working directory is gone
+        here = "", str(Path.cwd())
+        sys.path.sort(key=lambda path: path in here)
     with _termination_unwinds():
         yield
 

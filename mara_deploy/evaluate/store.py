@@ -18,7 +18,7 @@ from typing import Any
 from mara_deploy.prompts import Asked, key_of
 from mara_deploy.scores.base import Combined, Score, WeightedScore, checked_values, shorten, unique_names
 from mara_runtime.errors import MaraError
-from mara_runtime.files import writing
+from mara_runtime.files import read_file, writing
 
 _SEAL = ', "sha256": "'
 
@@ -36,7 +36,7 @@ class Store:
         current: dict[str, Any] = json.loads(json.dumps(settings))
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
+            content = read_file(path, path.stat().st_size) if path.exists() else b""
             complete = content[: content.rfind(b"\n") + 1]
             for number, line in enumerate(complete.splitlines(), 1):
                 self._read(number, line, current)

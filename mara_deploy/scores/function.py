@@ -142,13 +142,17 @@ def serve() -> None:
         except BaseException as error:  # also its KeyboardInterrupt: that of a terminal does not come here
             failed = failure(f"the score {score.name if score else request['spec']} failed", error)
             reply = {"error": str(failed), "transient": failed.transient}
-        print(dumps(reply), file=replies, flush=True)
+        try:
+            print(dumps(reply), file=replies, flush=True)
+        except OSError:  # the run has ended, or the function has closed our files
+            os._exit(1)
 
 
 def _receive(requests: IO[bytes], received: queue.SimpleQueue[bytes]) -> None:
     """Pass on the requests; when there are no more, as the run has ended, end even a call that does not."""
-    for line in requests:
-        received.put(line)
+    with suppress(OSError):
+        for line in requests:
+            received.put(line)
     received.put(b"")
     time.sleep(_GRACE_SECONDS)
     os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -110,6 +111,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MaraError, match="cannot write"):
         Store(tmp_path / "file" / "a.jsonl", SETTINGS)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(MaraError, match=r"cannot write .*pipe\.jsonl: it is not a regular file"):
+        Store(tmp_path / "pipe.jsonl", SETTINGS)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     store = Store(tmp_path / "a.jsonl", SETTINGS)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))

@@ -56,6 +56,16 @@ def test_a_file_is_found_and_hides_no_module(here, monkeypatch, spec, file, name
     assert list(score(PROMPTS, ANSWERS)) == [1.0, 3.0]
 
 
+def test_a_file_beside_the_run_hides_no_module_from_the_command(here) -> None:
+    """`python -m` puts the working directory first."""
+    (here / "statistics.py").write_text("raise ImportError('this is mine')\n")
+    (here / "prompts.txt").write_text("How?\n")
+    line = ["-m", "mara_deploy.commands.eval", "none", "--prompts", "prompts.txt", "--score", "demo"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, check=False)
+    assert run.stderr.startswith("mara-eval: error: there is no bundle at none")
+
+
 @pytest.mark.parametrize(
     ("spec", "text", "reason"),
     [
@@ -98,6 +108,9 @@ def in_a_generator(prompts, answers):
 def leaving(prompts, answers): sys.exit(0)
 def interrupting(prompts, answers): raise KeyboardInterrupt
 def exiting(prompts, answers): os._exit(0)
+def closing(prompts, answers):
+    os.closerange(3, 256)
+    return [1.0, 1.0]
 def killed(prompts, answers): os.kill(os.getpid(), signal.SIGKILL)
 def not_a_number(prompts, answers): return [float("nan")] * len(answers)
 async def asynchronous(): return [1.0]
@@ -113,18 +126,20 @@ def a_coroutine(prompts, answers): return asynchronous()
         ("leaving", r"failed with SystemExit: 0 \(failing.py:10\)"),
         ("interrupting", r"failed with KeyboardInterrupt \(failing.py:11\)"),
         ("exiting", "ended its process, with exit code 0"),
+        ("closing", "ended its process, with exit code 1"),
         ("killed", "ended its process, with signal SIGKILL"),
         ("not_a_number", "is nan for the answer to the prompt 'a'"),
         ("a_coroutine", "returned <coroutine .*; it must return a list"),
     ],
 )
-def test_whatever_happens_in_a_call_is_one_line(here, function, reason) -> None:
+def test_whatever_happens_in_a_call_is_one_line(here, capfd, function, reason) -> None:
     (here / "failing.py").write_text(FAILING)
     score = load_score(f"failing:{function}")
     for _ in range(2):
         with pytest.raises(ScoreError, match=f"^the score failing:{function} {reason}") as caught:
             score(PROMPTS, ANSWERS)
         assert caught.value.transient == (function == "in_a_generator")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 DISTURBING = """
