@@ -82,23 +82,25 @@ def trace(
     max_candidates: int = 64,
     gate: bool = True,
     eos: Sequence[str] = (),
+    ignore_weights: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos: as in ExportOptions. Raises ModelError, and OptionError for tokens that the
-    tokenizer does not have.
+    max_context, max_candidates, gate, eos, ignore_weights: as in ExportOptions. Raises ModelError, and OptionError for
+    tokens that the tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
     config, context = vet(source, agent, agent_name, max_context)
     sizes = decoder_sizes(config.to_dict(), source.name)
     tokenizer = load_tokenizer(source)
-    if tokenizer is not None:
-        check_chat_template(tokenizer, source.name)
+    if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
+        progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
-        model = load_model(source, config=reference_config(source) if gate else config)
+        first = reference_config(source) if gate else config
+        model = load_model(source, config=first, ignore_weights=ignore_weights)
     model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
@@ -118,7 +120,7 @@ def trace(
         del model
         gc.collect()  # it sits in cycles
         with progress.stage(f"load {source.name}, as the export reads it"):
-            model = load_model(source, config=config)
+            model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
@@ -135,6 +137,7 @@ def trace(
             tied=sizes.tied,
             eos_token_ids=ends,
             weights=weights,
+            ignored_weights=tuple(ignore_weights),
         ),
         AgentFacts(
             source=agent_name,
@@ -203,7 +206,7 @@ def export_all(
     """
     first, first_out = bundles[0]
     for options, _ in bundles:
-        for name in ("max_context", "max_candidates", "gate", "eos"):
+        for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
     outs = [out.absolute() for _, out in bundles]
@@ -221,6 +224,7 @@ def export_all(
             max_candidates=first.max_candidates,
             gate=first.gate,
             eos=first.eos,
+            ignore_weights=first.ignore_weights,
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mara_deploy import agent as agents
+from mara_runtime import AlignedDecoder, DecodeConfig
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
 
@@ -82,6 +83,10 @@ def test_training_export_and_decoding_agree(command, train, model, tmp_path) -> 
     assert "--top-k is 5, and was 3" in notes
     assert 'the template\'s mood is "wild", and was "calm"' in notes
     assert run(bundle, "--no-align")[1] == ""  # no agent runs
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    config = DecodeConfig(max_new_tokens=4)
+    expected = AlignedDecoder(bundle, threads=1).generate(begun, config, continue_final_message=True)
+    assert run(bundle, "--prefill", "Well")[0]["token_ids"] == expected.token_ids
 
     other = checkpoints.make("llama", tmp_path / "other", seed=7)
     checkpoints.add_tokenizer(other, 384)

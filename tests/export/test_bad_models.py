@@ -112,6 +112,15 @@ def of_another_kind(state: dict[str, torch.Tensor]) -> None:
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints hold it; it is computed
 
 
+def with_value_head(state: dict[str, torch.Tensor]) -> None:
+    state["v_head.weight"], state["v_head.bias"] = torch.ones(1, 64), torch.ones(1)
+
+
+def in_float8(state: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state[name], state[f"{name}_scale_inv"] = state[name].to(torch.float8_e4m3fn), torch.ones(1, 1)
+
+
 def not_a_number(state: dict[str, torch.Tensor]) -> None:
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
 
@@ -123,9 +132,7 @@ def pickled(folder: Path) -> None:
 
 
 def template(folder: Path) -> None:
-    tokens = {"additional_special_tokens": ["<pad>", "<|end|>"]}
-    text = "{{ additional_special_tokens[1] }}{{ messages[0].content }}"
-    edit_json(folder / "tokenizer_config.json", **tokens, chat_template=text)
+    edit_json(folder / "tokenizer_config.json", chat_template="{{ '%0999999d' % 1 }}{{ messages[0].content }}")
 
 
 def rope(**values: Any) -> Damage:
@@ -155,7 +162,15 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "no embedding": ("qwen2", without("model.embed_tokens.weight"), r"qwen2 .*embed_tokens\.weight"),
     "no head": ("llama", weights(as_reward_model), r"llama .*lm_head\.weight"),
     "tied under the other name": ("qwen2", weights(tied_under_the_other_name), r"lacks model\.embed_tokens\.weight$"),
-    "another kind of weight": ("qwen2", weights(of_another_kind), r"q_norm"),
+    "another kind of weight": ("qwen2", weights(of_another_kind), r"q_norm.* with --ignore-weights 'model\*'"),
+    "a value head": ("llama", weights(with_value_head), r"v_head\.bias, v_head\.weight; .*--ignore-weights 'v_head\*'"),
+    "fp8": ("llama", weights(in_float8), r"llama is quantised: .*q_proj\.weight is stored as F8_E4M3"),
+    "fp8, said": (
+        "llama",
+        configured(quantization_config={"quant_method": "fp8"}),
+        r"quantised already \(fp8\): export",
+    ),
+    "quantised by MLX": ("llama", configured(quantization={"bits": 4}), r"quantised already \(quantization\)"),
     "not a number": ("qwen2", weights(not_a_number), "not finite in transformers, too"),
     "another shape": ("qwen2", configured(intermediate_size=80), "qwen2 cannot be loaded"),
     "another vocabulary": ("qwen2", configured(vocab_size=330), "size mismatch for .*320.*330"),
