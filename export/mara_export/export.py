@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 
 from mara_export import parity
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import file_entries, require_free, whole_or_absent, working_folder, write_manifest
+from mara_export.folder import claimed, file_entries, plain, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
@@ -161,7 +162,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     Raises MaraError (OptionError, ParityError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
-    manifest = _manifest(traced, options)
+    out, manifest = plain(out), _manifest(traced, options)
     reference = _reference(traced, options)
     with whole_or_absent(out) as folder:
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
@@ -209,12 +210,13 @@ def export_all(
         for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
-    outs = [out.absolute() for _, out in bundles]
+    outs = [plain(out).absolute() for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
-    for out in outs:
-        require_free(out)
-    with working_folder(first_out) as folder:
+    with contextlib.ExitStack() as claims:
+        for out in outs:
+            claims.enter_context(claimed(out))
+        folder = claims.enter_context(working_folder(first_out))
         traced = trace(
             source,
             agent,

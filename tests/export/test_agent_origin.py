@@ -58,9 +58,10 @@ def test_training_export_and_decoding_agree(command, train, model, tmp_path) -> 
         given = ["--model", source, "--agent", agent, "--out", tmp_path / name, "--no-gate", "--max-context", 64]
         done = command("export", *given, *more)
         assert done.code == 0, done.err
-        return tmp_path / name, " ".join(re.findall(r"note: (.*)", done.err))
+        return (tmp_path / name).resolve(), " ".join(re.findall(r"note: (.*)", done.err))
 
-    bundle, notes = export("bundle", model)
+    bundle, notes = export("a/x/../bundle", model)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["bundle"]
     assert notes == ""
     shown = command("inspect", bundle).out
     assert all(text in shown for text in ("trained for chatty", "8 episodes", "top-k 3, top-p 0.99", 'mood="calm"'))

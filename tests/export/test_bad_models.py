@@ -1,10 +1,8 @@
-"""Models, agents and output folders that `mara-export` refuses: one short line that names the fault, nothing written.
-
-Refusals of options are in tests/unit/test_refusals.py.
-"""
+"""Models, agents and output folders that `mara-export` refuses: one line that names the fault, nothing written."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mara_deploy import agent as agents
 from mara_export.errors import ModelError
 from mara_export.export import export
+from mara_export.folder import claimed
 from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
@@ -190,6 +189,15 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
         )
         for name in ("../outside.safetensors", "/dev/zero", "pytorch_model.bin")
     },
+    **{
+        f"{name} that begins with {mark!r}": (
+            "qwen2",
+            file(name, mark + b"{}"),
+            f"{name} begins with a byte order mark",
+        )
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+        for mark in (codecs.BOM_UTF8, codecs.BOM_UTF16_LE)
+    },
     "no family": ("qwen2", configured(model_type=...), r"config\.json has no model_type"),
     "another family": ("qwen2", configured(model_type="gemma2"), "qwen2.*'gemma2'.*qwen2, qwen3, llama, mistral"),
     "a family of its own code": (
@@ -307,6 +315,7 @@ def test_a_context_beyond_the_models_own_is_refused(refused) -> None:
         ("--out full", "full exists already and is not an empty folder"),
         ("--out . --precision fp16 --precision int4", "cpu-int4 exists already and is not an empty folder"),
         ("--out full/file/out", "full/file/out: "),
+        ("--out a/../held", "another export is writing"),
     ],
 )
 def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monkeypatch, command, options, message):
@@ -314,7 +323,8 @@ def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monke
     for folder in ("full", "cpu-int4"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
-    outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options.split())
+    with claimed(tmp_path / "held"):
+        outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options.split())
     names(outcome.refusal("mara-export"), message)
 
 

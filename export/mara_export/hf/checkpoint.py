@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fnmatch
 import hashlib
@@ -22,6 +23,7 @@ from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
 
 _GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
 _SAMPLE = 256
@@ -64,6 +66,10 @@ def _check_folder(source: ModelSource) -> None:
             raise ModelError(f"{name}: its {path.name} is a link to outside the folder: copy the file it stands for")
         if target.exists() and not target.is_file() and not target.is_dir():
             raise ModelError(f"{name}: its {path.name} is not a regular file")
+        if path.suffix in (".json", ".jinja") and target.is_file():
+            with target.open("rb") as file:
+                if file.read(3).startswith(_BYTE_ORDER_MARKS):
+                    raise ModelError(f"{name}: its {path.name} begins with a byte order mark: save it as UTF-8 without")
     index = read_json(folder / _INDEX)
     shards = index.get("weight_map") if isinstance(index, dict) else None
     for shard in set(shards.values()) if isinstance(shards, dict) else ():
