@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from mara_runtime.training import Training
 
 METADATA = "mara"
 """Key of the one JSON text in a .safetensors file's metadata: {"fallback": …, "training": {…} or null}."""
+MOST_BYTES = 1 << 28
+"""Of an agent's file, and of its weights in float32; those of a 70B LLM's agent take 35 MB."""
+_MAKES_BYTES = (b"bytearray", b"_codecs")
+"""What torch.load would call in a pickle, and what could make any amount of bytes."""
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
 DEFAULT_FALLBACK = "first"
@@ -111,10 +116,14 @@ def load(path: Path) -> Agent:
         exists = False
     if not exists:
         raise AgentError(f"there is no agent file at {path}{_suggestion(path)}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise AgentError(f"{path} is not a MARA agent: it has {size:,} bytes, and an agent has at most {MOST_BYTES:,}")
     state, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
             raise AgentError(f"{path} is not a MARA agent: {name} is not a dense floating-point tensor")
+    if 4 * sum(tensor.numel() for tensor in state.values()) > MOST_BYTES:  # a view may be larger than the file
+        raise AgentError(f"{path} is not a MARA agent: its tensors take more than {MOST_BYTES:,} bytes")
     if any(name.startswith("linear11.") for name in state):
         raise AgentError(f"{path} holds the twin critics of a training run: pass the actor's file instead")
     agent = Agent(*_sizes(path, state))
@@ -181,6 +190,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        entries = []  # a file of PyTorch before 1.6, or a damaged one
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise AgentError(f"{path} has compressed entries, which torch.save does not write: save the agent again")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise AgentError(f"{path} has entries that are larger than the file: fetch or save the agent again")
+    if any(name in path.read_bytes() for name in _MAKES_BYTES):
+        raise AgentError(f"{path} is not a plain state dict of tensors: its pickle makes bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch comments on the age of the format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 
 from mara_export import parity
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import file_entries, require_free, whole_or_absent, working_folder, write_manifest
+from mara_export.folder import claimed, file_entries, plain, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
@@ -82,23 +83,25 @@ def trace(
     max_candidates: int = 64,
     gate: bool = True,
     eos: Sequence[str] = (),
+    ignore_weights: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos: as in ExportOptions. Raises ModelError, and OptionError for tokens that the
-    tokenizer does not have.
+    max_context, max_candidates, gate, eos, ignore_weights: as in ExportOptions. Raises ModelError, and OptionError for
+    tokens that the tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
     config, context = vet(source, agent, agent_name, max_context)
     sizes = decoder_sizes(config.to_dict(), source.name)
     tokenizer = load_tokenizer(source)
-    if tokenizer is not None:
-        check_chat_template(tokenizer, source.name)
+    if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
+        progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
-        model = load_model(source, config=reference_config(source) if gate else config)
+        first = reference_config(source) if gate else config
+        model = load_model(source, config=first, ignore_weights=ignore_weights)
     model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
@@ -118,7 +121,7 @@ def trace(
         del model
         gc.collect()  # it sits in cycles
         with progress.stage(f"load {source.name}, as the export reads it"):
-            model = load_model(source, config=config)
+            model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
@@ -135,6 +138,7 @@ def trace(
             tied=sizes.tied,
             eos_token_ids=ends,
             weights=weights,
+            ignored_weights=tuple(ignore_weights),
         ),
         AgentFacts(
             source=agent_name,
@@ -158,7 +162,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     Raises MaraError (OptionError, ParityError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
-    manifest = _manifest(traced, options)
+    out, manifest = plain(out), _manifest(traced, options)
     reference = _reference(traced, options)
     with whole_or_absent(out) as folder:
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
@@ -203,15 +207,16 @@ def export_all(
     """
     first, first_out = bundles[0]
     for options, _ in bundles:
-        for name in ("max_context", "max_candidates", "gate", "eos"):
+        for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
-    outs = [out.absolute() for _, out in bundles]
+    outs = [plain(out).absolute() for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
-    for out in outs:
-        require_free(out)
-    with working_folder(first_out) as folder:
+    with contextlib.ExitStack() as claims:
+        for out in outs:
+            claims.enter_context(claimed(out))
+        folder = claims.enter_context(working_folder(first_out))
         traced = trace(
             source,
             agent,
@@ -221,6 +226,7 @@ def export_all(
             max_candidates=first.max_candidates,
             gate=first.gate,
             eos=first.eos,
+            ignore_weights=first.ignore_weights,
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]

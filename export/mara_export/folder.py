@@ -30,17 +30,29 @@ def working_folder(out: Path) -> Iterator[Path]:
     It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the only folder that
     the user may write to.
     """
-    out = out.absolute()
-    stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
-    parent = out if stays else out.parent
+    out = plain(out).absolute()
+    parent = _parent(out)
     with _temporary(parent, out, prefix=f".{out.name}.", needs=parent) as folder:
         yield folder
+
+
+def plain(out: Path) -> Path:
+    """The path without `..`, whose folder before may not exist; the last part may still be a link."""
+    if ".." not in out.parts:
+        return out
+    return Path(os.path.realpath(out)) if out.name == ".." else Path(os.path.realpath(out.parent)) / out.name
+
+
+def _parent(out: Path) -> Path:
+    """Where the temporary folders of `out` lie."""
+    stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
+    return out if stays else out.parent
 
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
-    out = out.absolute()
+    out = plain(out).absolute()
     _reject_taken(out)
     with working_folder(out) as folder:
         yield folder
@@ -53,11 +65,58 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
                 path.replace(out / path.name)
 
 
-def require_free(out: Path) -> None:
-    """Raise now the MaraError that `whole_or_absent` would raise later, and leave no trace."""
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other exports from `out`. Raises MaraError where `whole_or_absent` would, and while another one has it."""
+    out = plain(out).absolute()
     _reject_taken(out)
-    with working_folder(out):
+    busy = f"another export is writing {out}: wait until it has ended, or choose another --out"
+    with _claim(_parent(out) / f".{out.name}.lock", out, busy):
+        yield
+
+
+def require_free(out: Path) -> None:
+    """Raise now the MaraError that `claimed` would raise later, and leave no trace."""
+    with claimed(out):
         pass
+
+
+@contextlib.contextmanager
+def _claim(lock: Path, out: Path, busy: str) -> Iterator[None]:
+    """Hold a lock folder, and remove it in the end: a process that is killed leaves an empty one that nobody holds.
+
+    Raises MaraError: `busy`, or that `out` cannot be written.
+    """
+    with _made(lock.parent, out), contextlib.ExitStack() as held:
+        while True:
+            with _disk_errors(out):
+                lock.mkdir(exist_ok=True)
+                try:
+                    held.enter_context(locked(lock, wait=False))
+                    break
+                except BlockingIOError:
+                    raise MaraError(busy) from None
+                except FileNotFoundError:  # another one has just ended
+                    continue
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.rmdir()
+
+
+@contextlib.contextmanager
+def _made(folder: Path, out: Path) -> Iterator[None]:
+    """Make a folder and its parents where they are missing; in the end remove those of them that stay empty."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
+    try:
+        with _disk_errors(out):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _reject_taken(out: Path) -> None:
@@ -67,7 +126,7 @@ def _reject_taken(out: Path) -> None:
 
 def _may_stay(path: Path) -> bool:
     """Whether a folder counts as empty in spite of this: a temporary folder of ours, or what comes with a volume."""
-    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".new"))
+    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".new", ".lock"))
 
 
 @contextlib.contextmanager
@@ -76,25 +135,21 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
 
     Raises MaraError, which names `out`, where either cannot be written.
     """
-    created = [path for path in (needs, *needs.parents) if not path.exists()]  # deepest first
     folder, lock = None, contextlib.ExitStack()
-    try:
-        with _disk_errors(out):
-            needs.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(parent, prefix)
-            unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
-            folder = unlocked
-            lock.enter_context(locked(unlocked, wait=False))
-            folder = unlocked.rename(unlocked.with_suffix(".partial"))  # others remove one that is not locked
-        with _disk_errors(out, only_in=folder):
-            yield folder
-    finally:
-        with lock:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-        for path in created:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+    with _made(needs, out):
+        try:
+            with _disk_errors(out):
+                _remove_abandoned(parent, prefix)
+                unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
+                folder = unlocked
+                lock.enter_context(locked(unlocked, wait=False))
+                folder = unlocked.rename(unlocked.with_suffix(".partial"))  # others remove one that is not locked
+            with _disk_errors(out, only_in=folder):
+                yield folder
+        finally:
+            with lock:
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
@@ -141,7 +196,8 @@ def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     """
     root, engines = bundle.folder, bundle.path(f"engines/{target}")
     _reject_link(root, engines)
-    with _temporary(root, root, prefix=".new.", needs=engines) as folder:
+    busy = f"another mara-build is adding engines for {target} to {root}: wait until it has ended"
+    with _claim(root / f".{target}.lock", root, busy), _temporary(root, root, prefix=".new.", needs=engines) as folder:
         with _disk_errors(root), tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engines):
             pass
         yield folder

@@ -24,6 +24,7 @@ from mara_deploy.commands.decoding import (
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.scoring import add_score_options, judges, score_options
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
+from mara_export.options import IGNORE_HELP
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -75,6 +76,7 @@ class EvalArguments(Options):
         metavar="BASELINE",
     )
     sample_checkpoint: bool = option(False, "sample from checkpoint baselines instead of greedy decoding")
+    ignore_weights: tuple[str, ...] = option((), f"checkpoint baselines: {IGNORE_HELP}", metavar="PATTERN")
     temperature: float | None = option(
         None, "softmax temperature of baselines that sample, applied after --top-k and --top-p", above=0, unset="1.0"
     )
@@ -89,8 +91,9 @@ class EvalArguments(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         sampling = {name for name in self.baseline if _samples(name) is not None}
-        if self.sample_checkpoint and not set(self.baseline) - {"greedy", *sampling}:
-            raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint; leave it out")
+        for flag, value in (("--sample-checkpoint", self.sample_checkpoint), ("--ignore-weights", self.ignore_weights)):
+            if value and not set(self.baseline) - {"greedy", *sampling}:
+                raise OptionError(f"{flag} is given, but no --baseline is a checkpoint; leave it out")
         if self.temperature is not None and not sampling and not self.sample_checkpoint:
             raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
         if self.template and self.raw:
@@ -239,7 +242,8 @@ def _answer_sources(
         elif (samples := _samples(name)) is not None:
             sources.append(BundleAnswers(name, decoder, sampled, ours, samples))
         else:
-            sources.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, prompt_format))
+            checkpoint = sampled if arguments.sample_checkpoint else greedy
+            sources.append(_checkpoint(name, checkpoint, prompt_format, arguments.ignore_weights))
     names = [file_name(source.name) for source in sources]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
@@ -253,7 +257,7 @@ def _samples(baseline: str) -> int | None:
     return 1 if baseline == "sample" else None
 
 
-def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) -> AnswerSource:
+def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat, ignored: Sequence[str]) -> AnswerSource:
     with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers
@@ -261,7 +265,7 @@ def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) ->
 
     silence_transformers()
     try:
-        return CheckpointAnswers(name, config, prompt_format)
+        return CheckpointAnswers(name, config, prompt_format, ignored)
     except ModelError as error:
         raise OptionError(f"--baseline is {name!r}, which is not greedy, sample or best-of-N: {error}") from None
 

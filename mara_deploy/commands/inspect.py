@@ -74,6 +74,7 @@ def summary(bundle: Bundle) -> list[str]:
         f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
         f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
         f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
+        *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
         f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
         f"falls back to the {m.agent.fallback} candidate",
         *_training(m.agent.training),

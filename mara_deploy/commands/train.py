@@ -19,6 +19,7 @@ from mara_deploy.commands.scoring import ScoreModelOptions, ScoreOption, add_sco
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
 from mara_deploy.models import MODEL_HELP, find_model
 from mara_deploy.train.config import RECIPES, TrainConfig
+from mara_export.options import IGNORE_HELP
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
@@ -58,6 +59,7 @@ class TrainArguments(Options):
         None, "defaults of the settings", choices=tuple(RECIPES), unset="demo for --model demo, else paper"
     )
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    ignore_weights: tuple[str, ...] = option((), IGNORE_HELP, metavar="PATTERN")
     device: str = option("auto", "device of the LLM: auto (CUDA if available), cpu, cuda", metavar="DEVICE")
     dtype: str = option(
         "auto",
@@ -191,7 +193,7 @@ def _open(facts: dict[str, Any], prompts: Sequence[Prompt], score: Combined, con
     model |= {"name": source.name, "revision": source.revision}
     score.room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
     facts["score"], facts["config"] = score.name, config.to_json()
-    where = {name: facts[name] for name in ("device", "dtype", "template")}
+    where = {name: facts[name] for name in ("device", "dtype", "template", "ignore_weights")}
     task = open_task(source, prompts, score, config, **where)
     files = None if source.revision else fingerprint(source.folder)  # reads all weights
     if model.get("files") not in (None, files):
@@ -267,6 +269,7 @@ def _describe(arguments: TrainArguments, args: argparse.Namespace, config: Train
         "score_device": score_device,
         "score_batch": score_batch,
         "template": template_variables(arguments.template),
+        "ignore_weights": list(arguments.ignore_weights),
         "device": arguments.device,
         "dtype": arguments.dtype,
         "config": config.to_json(),

@@ -87,11 +87,13 @@ def open_task(
     device: str = "auto",
     dtype: str = "auto",
     template: Mapping[str, Any] | None = None,
+    ignore_weights: Sequence[str] = (),
 ) -> TrainingTask:
     """Load the LLM and tokenise the prompts.
 
     device: torch device, auto for CUDA if available; dtype: of the LLM, auto for bfloat16 on CUDA and float32 on a CPU;
     template: variables for the chat template. Without a chat template, prompts are plain text.
+    ignore_weights: patterns of surplus weights to leave out.
     Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
     """
     if device == "auto":
@@ -111,7 +113,7 @@ def open_task(
     if dtype == "auto":
         dtype = "bfloat16" if on.type == "cuda" else "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    model = load_model(source, ATTENTION, dtypes[dtype]).to(on)
+    model = load_model(source, ATTENTION, dtypes[dtype], ignore_weights=ignore_weights).to(on)
     eos = frozenset(eos_token_ids(model, tokenizer))
     environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens)
     training = Training(

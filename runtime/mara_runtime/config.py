@@ -45,9 +45,7 @@ class DecodeConfig(Options):
     fallback: str | None = option(
         None, "candidate to emit when all are rejected", choices=FALLBACKS, unset="as recorded with the agent"
     )
-    threshold: float = option(
-        0.0, "accept candidates whose margin exceeds this; write negative values as --threshold=-1e-3"
-    )
+    threshold: float = option(0.0, "accept candidates whose margin exceeds this")
     schedule: str = option(
         "adaptive", "how candidates share forward passes; affects speed, not the result", choices=SCHEDULES
     )

@@ -122,12 +122,20 @@ class AlignedDecoder:
             self._cache.clear()
             self._acceptance, self._drafts = Acceptance(), NGrams()
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Token ids of a prompt.
 
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
         template: variables for the chat template, {"enable_thinking": False} say; others are as in training.
+        continue_final_message: the last message of the conversation is the beginning of the answer.
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
         variables without a template.
         """
@@ -139,14 +147,17 @@ class AlignedDecoder:
                 f"the prompt is of type {type(prompt).__name__}; it must be a text, a list of messages, or a list or "
                 "NumPy array of token ids"
             )
-        if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+        is_ids = not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt)
+        if continue_final_message and (is_ids or isinstance(prompt, str)):
+            raise PromptError("continue_final_message needs a conversation, whose last message the answer continues")
+        if is_ids:
             if template:
                 raise OptionError("variables of the chat template are given, which token ids leave out")
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
-                ids = side.encode_chat(prompt, self.variables(template))  # type: ignore[arg-type]
+                ids = side.encode_chat(prompt, self.variables(template), continue_final_message)  # type: ignore[arg-type]
             elif raw or not side.has_template:
                 if template:
                     where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
@@ -184,13 +195,17 @@ class AlignedDecoder:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> Iterator[Piece]:
-        """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
+        """Decode an answer token by token; see `encode` for prompts. The last piece carries the result.
+
+        Its text is what comes after the prompt, also after a final message that it continues.
+        """
         config = self.resolve(config or DecodeConfig())
-        ids = self.encode(prompt, raw=raw, template=template)
+        ids = self.encode(prompt, raw=raw, template=template, continue_final_message=continue_final_message)
         with self._cache.lock:
             self._cache.owner = answer = object()
-            return self._pieces(ids, config, answer)
+            return self._pieces(ids, config, answer, ids if continue_final_message else ())
 
     def generate(
         self,
@@ -199,11 +214,13 @@ class AlignedDecoder:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> Generation:
         """Decode a whole answer; see `encode` for prompts. Threads that ask at the same time wait for each other."""
         result = None
         with self._cache.lock:
-            for piece in self.stream(prompt, config, raw=raw, template=template):
+            options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
+            for piece in self.stream(prompt, config, raw=raw, **options):
                 result = piece.result
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result
@@ -242,7 +259,7 @@ class AlignedDecoder:
             return Adaptive(self._cost, self._acceptance)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
-    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object, context: Sequence[int]) -> Iterator[Piece]:
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
@@ -251,7 +268,7 @@ class AlignedDecoder:
         with self._cache.lock:
             self._check_owner(answer)  # before a measurement overwrites the cache of another answer
             session = self._session(config)
-        stream = TextStream(self.text_side, config.stop) if self.text_side else None
+        stream = TextStream(self.text_side, config.stop, context) if self.text_side else None
         emitted: list[int] = []
         steps = decode(self.engine, session, request, stats)
         while True:

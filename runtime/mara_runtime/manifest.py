@@ -43,6 +43,8 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     weights: str
     """fingerprint, to be compared with that of the model an agent was trained for"""
+    ignored_weights: tuple[str, ...]
+    """patterns of weights that lay in the checkpoint and were left out"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class TokenizerFacts:
 
     file: str
     chat_template: str | None
-    special_tokens: dict[str, str]
+    special_tokens: dict[str, str | list[str]]
     """by the names that chat templates use: bos_token, eos_token, …"""
 
 
@@ -212,6 +214,7 @@ class _Reader(JsonReader):
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
                 weights=self.text("model.weights"),
+                ignored_weights=tuple(self.texts("model.ignored_weights")),
             ),
             agent=AgentFacts(
                 source=self.text("agent.source"),
@@ -239,7 +242,7 @@ class _Reader(JsonReader):
                 chat_template=None
                 if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
-                special_tokens=self.dict_of(str, "tokenizer.special_tokens"),
+                special_tokens=self._special_tokens("tokenizer.special_tokens"),
             ),
             made_with=self.dict_of(str, "made_with"),
             parity=self.get("parity", dict, type(None)),
@@ -285,6 +288,13 @@ class _Reader(JsonReader):
         if self.get("noise", dict, type(None)) is None:
             return None
         return Noise(margins=self.number("noise.margins"), logits=self.number("noise.logits"))
+
+    def _special_tokens(self, path: str) -> dict[str, str | list[str]]:
+        tokens: dict[str, str | list[str]] = self.get(path, dict)
+        for token in tokens.values():
+            if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
+                raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
+        return tokens
 
     def _file(self, path: str) -> str:
         """The name of a file that `files` lists."""

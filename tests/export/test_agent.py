@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pickle
 import random
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -176,6 +180,45 @@ class _Touch:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+class _Bytes:
+    """Unpickling this calls a function that PyTorch's reader allows."""
+
+    def __init__(self, function: Callable[..., Any], *given: object) -> None:
+        self.called = function, given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.called
+
+
+def test_a_small_file_takes_little_memory(tmp_path, monkeypatch) -> None:
+    path = saved(tmp_path / "agent.pth", STATE)
+    for compression, named in ((zipfile.ZIP_DEFLATED, "compressed entries"), (zipfile.ZIP_STORED, None)):
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "a.pth", "w", compression) as copy:
+            for name in whole.namelist():
+                copy.writestr(name, whole.read(name))
+        if named:
+            with pytest.raises(AgentError, match=named):
+                agents.load(tmp_path / "a.pth")
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x01\x02")  # the last entry of the directory: its size is at 24
+    data[at + 20 : at + 28] = 2 * (1 << 30).to_bytes(4, "little")
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(AgentError, match="larger than the file"):
+        agents.load(tmp_path / "a.pth")
+    for bomb in (_Bytes(bytearray, 1 << 32), _Bytes(codecs.encode, b"a", "hex")):
+        for zipped in (True, False):
+            torch.save({**STATE, "more": bomb}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(AgentError, match=r"its pickle makes bytes|cannot be read"):
+                agents.load(tmp_path / "a.pth")
+    wide = {**STATE, "linear1.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}
+    with pytest.raises(AgentError, match="its tensors take more than 268,435,456 bytes"):
+        agents.load(saved(tmp_path / "a.pth", wide))
+    monkeypatch.setattr(agents, "MOST_BYTES", 1000)
+    for name in ("agent.pth", "agent.safetensors"):
+        with pytest.raises(AgentError, match=r"it has [\d,]+ bytes, and an agent has at most 1,000"):
+            agents.load(saved(tmp_path / name, STATE))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

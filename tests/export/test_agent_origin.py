@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mara_deploy import agent as agents
+from mara_runtime import AlignedDecoder, DecodeConfig
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
 
@@ -57,9 +58,10 @@ def test_training_export_and_decoding_agree(command, train, model, tmp_path) -> 
         given = ["--model", source, "--agent", agent, "--out", tmp_path / name, "--no-gate", "--max-context", 64]
         done = command("export", *given, *more)
         assert done.code == 0, done.err
-        return tmp_path / name, " ".join(re.findall(r"note: (.*)", done.err))
+        return (tmp_path / name).resolve(), " ".join(re.findall(r"note: (.*)", done.err))
 
-    bundle, notes = export("bundle", model)
+    bundle, notes = export("a/x/../bundle", model)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["bundle"]
     assert notes == ""
     shown = command("inspect", bundle).out
     assert all(text in shown for text in ("trained for chatty", "8 episodes", "top-k 3, top-p 0.99", 'mood="calm"'))
@@ -82,6 +84,10 @@ def test_training_export_and_decoding_agree(command, train, model, tmp_path) -> 
     assert "--top-k is 5, and was 3" in notes
     assert 'the template\'s mood is "wild", and was "calm"' in notes
     assert run(bundle, "--no-align")[1] == ""  # no agent runs
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    config = DecodeConfig(max_new_tokens=4)
+    expected = AlignedDecoder(bundle, threads=1).generate(begun, config, continue_final_message=True)
+    assert run(bundle, "--prefill", "Well")[0]["token_ids"] == expected.token_ids
 
     other = checkpoints.make("llama", tmp_path / "other", seed=7)
     checkpoints.add_tokenizer(other, 384)

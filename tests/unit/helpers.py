@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {
     "model": "example/tiny",
     "architecture": "qwen2",
     "weights": "0123",
-    "chat_template": None,
+    "chat_template": "4567",
     "template": {},
     "top_k": 3,
     "top_p": 0.4,
@@ -113,6 +113,7 @@ def manifest_json(
             "tied": True,
             "eos_token_ids": [0],
             "weights": "0123",
+            "ignored_weights": [],
         },
         "agent": {
             "source": "agent.pth",

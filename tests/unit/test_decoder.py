@@ -126,6 +126,22 @@ def test_top_k_is_bounded_by_the_bundle(tmp_path):
     assert decoder.generate("q", replace(GREEDY, max_new_tokens=1)).token_ids  # it has no candidates
 
 
+def test_an_answer_that_is_begun_goes_on(tmp_path):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' * add_generation_prompt }}"
+    )
+    decoder, _ = make_decoder(tmp_path, saying("Hello there"), chat_template=template)
+    begun = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Hello"}]
+    result = decoder.generate(begun, GREEDY, continue_final_message=True)
+    assert (result.text, result.finish_reason) == (" there", "stop")
+    assert result.stats.tokens == len(result.token_ids) == len(ids_of("Hello there")) - len(ids_of("Hello")) + 1
+    assert "".join(piece.text for piece in decoder.stream(begun, GREEDY, continue_final_message=True)) == " there"
+    assert decoder.encode(begun, continue_final_message=True) == decoder.encode(begun)[:-1]  # <assistant> opens a turn
+    for prompt in ("q", [1, 2]):
+        with pytest.raises(PromptError, match="continue_final_message needs a conversation"):
+            decoder.stream(prompt, GREEDY, continue_final_message=True)
+
+
 @pytest.mark.parametrize(
     ("training", "given", "used"),
     [

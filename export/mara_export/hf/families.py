@@ -189,8 +189,13 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     own = getattr(config, "max_position_embeddings", None)
     if type(own) is not int or own < 1:
         raise ModelError(f"{name}: its config.json has max_position_embeddings = {own!r}; expected a positive integer")
-    if getattr(config, "quantization_config", None) or getattr(config, "quantization", None):  # the second is MLX's
-        raise ModelError(f"{name} is already quantised; export its original checkpoint")
+    for key in ("quantization_config", "quantization"):  # the second is MLX's
+        if how := getattr(config, key, None):
+            method = str(how.get("quant_method", "")) if isinstance(how, dict) else ""
+            raise ModelError(
+                f"{name} is quantised already ({method or key}): export the checkpoint that it was made from, in "
+                "float16, bfloat16 or float32"
+            )
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
