@@ -59,7 +59,7 @@ class Bundle:
             try:
                 self._verify_file(name, entry)
             except OSError as error:
-                raise BundleError(f"{self.folder}: {name[:80]} cannot be read: {error.strerror}") from None
+                raise BundleError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
 
     def unlisted(self) -> list[str]:
         """Files in the folder that the manifest does not list: no command reads them."""

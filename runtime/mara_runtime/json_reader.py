@@ -14,6 +14,8 @@ MAX_DEPTH = 16
 """Of nesting; a manifest needs five."""
 MOST = 2**31 - 1
 """The largest whole number: sizes beyond would overflow in an engine."""
+MOST_LETTERS = 500
+"""Of a text that people see."""
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
 """Control characters, which would reach the terminal."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -112,10 +114,10 @@ class JsonReader:
         return value
 
     def text(self, path: str, allowed: tuple[str, ...] | None = None) -> str:
-        """A text without control characters, one of `allowed` if given."""
+        """A short text without control characters, one of `allowed` if given."""
         value: str = self.get(path, str)
-        if _UNSHOWABLE.search(value):
-            raise self.wrong(path, f"is {shortened(value)}, which has control characters")
+        if len(value) > MOST_LETTERS or _UNSHOWABLE.search(value):
+            raise self.wrong(path, f"is {shortened(value)}, which is too long or has control characters")
         if allowed is not None and value not in allowed:
             raise self.wrong(path, f"is {shortened(value)}, not one of {', '.join(allowed)}")
         return value

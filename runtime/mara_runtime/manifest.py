@@ -16,6 +16,8 @@ from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
+MOST_NAME = 255
+"""Characters of a file's name, with its folders."""
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
 
@@ -286,7 +288,13 @@ class _Reader(JsonReader):
 
     def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
         parts = name.split("/")
-        if not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+        if (
+            len(name) > MOST_NAME
+            or not name.isprintable()
+            or "\\" in name
+            or ":" in name
+            or any(part in ("", ".", "..") for part in parts)
+        ):
             raise self.wrong("files", f"names {shortened(name)}, which does not lie inside the bundle")
         if unknown := sorted(entry.keys() - {"size_bytes", "sha256"}):
             raise self.wrong(f"files[{shortened(name)}][{shortened(unknown[0])}]", "is not known to this release")
