@@ -144,8 +144,9 @@ def _read_metadata(path: Path, text: str) -> tuple[str, Training | None]:
     """(fallback, training) of an agent's file."""
     try:
         reader = JsonReader(f"{path} has metadata", {METADATA: load_object(text)}, "train the agent again")
-        reader.reject_unknown(METADATA, ("fallback", "training"))
-        return reader.text(f"{METADATA}.fallback", FALLBACKS), Training.read(reader, f"{METADATA}.training")
+        found = reader.text(f"{METADATA}.fallback", FALLBACKS), Training.read(reader, f"{METADATA}.training")
+        reader.reject_unknown()
+        return found
     except ValueError as error:
         raise AgentError(f"{path} has metadata that is not valid JSON ({error}): train the agent again") from None
     except BundleError as error:

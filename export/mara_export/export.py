@@ -6,7 +6,7 @@ import contextlib
 import gc
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -295,8 +295,6 @@ def _check_parity(
 
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
-    shape = traced.model.shape
-    top = tensors.top_tokens(options.max_candidates, shape.vocab_size)
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     return Manifest(
@@ -316,8 +314,4 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
         parity=None,
         noise=None,
         files={},
-        io={
-            "inputs": [asdict(t) for t in tensors.step_inputs(shape, options.cache)],
-            "outputs": [asdict(t) for t in tensors.step_outputs(shape, top, options.cache)],
-        },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,16 @@ class Bundle:
             try:
                 self._verify_file(name, entry)
             except OSError as error:
-                raise BundleError(f"{self.folder}: {name[:80]} cannot be read: {error.strerror}") from None
+                raise BundleError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
+
+    def unlisted(self) -> list[str]:
+        """Files in the folder that the manifest does not list: no command reads them."""
+        found = (
+            os.path.relpath(Path(where, name), self.folder)
+            for where, _, names in os.walk(self.folder)
+            for name in names
+        )
+        return sorted(name for name in found if name not in {*self.manifest.files, MANIFEST_FILE})
 
     def _verify_file(self, name: str, entry: FileEntry) -> None:
         path = self.path(name)

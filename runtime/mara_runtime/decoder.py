@@ -10,6 +10,7 @@ Each is a thin wrapper around the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -73,6 +74,17 @@ class Piece:
     step: Step
     result: Generation | None = None
     """the whole answer, on the last piece"""
+
+
+class _Locked(Iterator[Piece]):
+    """Pieces made one at a time under a lock, so that threads may share a stream: each piece goes to one of them."""
+
+    def __init__(self, pieces: Iterator[Piece], lock: AbstractContextManager[Any]) -> None:
+        self._pieces, self._lock = pieces, lock
+
+    def __next__(self) -> Piece:
+        with self._lock:
+            return next(self._pieces)
 
 
 class AlignedDecoder:
@@ -205,7 +217,7 @@ class AlignedDecoder:
         ids = self.encode(prompt, raw=raw, template=template, continue_final_message=continue_final_message)
         with self._cache.lock:
             self._cache.owner = answer = object()
-            return self._pieces(ids, config, answer, ids if continue_final_message else ())
+        return _Locked(self._pieces(ids, config, answer, ids if continue_final_message else ()), self._cache.lock)
 
     def generate(
         self,
@@ -260,21 +272,20 @@ class AlignedDecoder:
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
     def _pieces(self, ids: list[int], config: DecodeConfig, answer: object, context: Sequence[int]) -> Iterator[Piece]:
+        """Runs under the cache's lock."""
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
         request = Request(ids, config, config.fallback or manifest.agent.fallback, eos, limit)
         stats = Stats()
-        with self._cache.lock:
-            self._check_owner(answer)  # before a measurement overwrites the cache of another answer
-            session = self._session(config)
+        self._check_owner(answer)  # before a measurement overwrites the cache of another answer
+        session = self._session(config)
         stream = TextStream(self.text_side, config.stop, context) if self.text_side else None
         emitted: list[int] = []
         steps = decode(self.engine, session, request, stats)
         while True:
-            with self._cache.lock:
-                self._check_owner(answer)
-                step = next(steps)
+            self._check_owner(answer)
+            step = next(steps)
             emitted.append(step.token)
             text = stream.push(step.token) if stream else ""
             ended = step.token in eos or (stream is not None and stream.stopped)

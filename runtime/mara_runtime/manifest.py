@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mara_runtime.config import FALLBACKS
+from mara_runtime.config import ENGINES, FALLBACKS
 from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
+from mara_runtime.reports import read_build, read_parity, read_quantisation
 from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
 from mara_runtime.training import Training
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
+MOST_NAME = 255
+"""Characters of a file's name, with its folders."""
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
 
@@ -145,8 +148,6 @@ class Manifest:
     """None when not measured"""
     files: dict[str, FileEntry]
     """every file except the manifest, by its path in the bundle"""
-    io: dict[str, Any]
-    """inputs and outputs of the graph: name, dtype, shape"""
 
     @property
     def slots(self) -> int:
@@ -190,7 +191,10 @@ def parse(text: str, where: str) -> Manifest:
         )
     reader = _Reader(where, root)
     manifest = reader.manifest()
-    if reader.text("sha256") != checksum(root):
+    reader.count("schema_version")
+    stated = reader.text("sha256")
+    reader.reject_unknown()
+    if stated != checksum(root):
         raise BundleError(
             f"{where} was changed: its content differs from its checksum; copy or export the bundle again"
         )
@@ -226,12 +230,12 @@ class _Reader(JsonReader):
             ),
             max_context=self.count("max_context"),
             max_candidates=self.count("max_candidates"),
-            targets=tuple(self.texts("targets")),
+            targets=self._targets(),
             step=GraphFacts(
                 self._file("step.file"),
                 self.text("step.lowering"),
                 self.text("step.precision"),
-                self.get("step.quantisation", dict, type(None)),
+                read_quantisation(self, "step.quantisation"),
                 self.text("step.cache", tuple(CACHE_BYTES)),
             ),
             engines=self._engines(),
@@ -244,16 +248,21 @@ class _Reader(JsonReader):
                 else self._file("tokenizer.chat_template"),
                 special_tokens=self._special_tokens("tokenizer.special_tokens"),
             ),
-            made_with=self.dict_of(str, "made_with"),
-            parity=self.get("parity", dict, type(None)),
+            made_with=self.dict_of(str, "made_with", shown=True),
+            parity=read_parity(self, "parity"),
             noise=self._noise(),
             files={
                 name: FileEntry(entry["size_bytes"], entry["sha256"])
                 for name, entry in self.dict_of(dict, "files").items()
                 if self._is_file_entry(name, entry)
             },
-            io=self.get("io", dict),
         )
+
+    def _targets(self) -> tuple[str, ...]:
+        targets = self.texts("targets")
+        if not targets or not {*targets} <= {*ENGINES}:
+            raise self.wrong("targets", f"is {shortened(targets)}, not a list of {', '.join(ENGINES)}")
+        return tuple(targets)
 
     def _engines(self) -> tuple[EngineFacts, ...]:
         engines: dict[tuple[str, int], EngineFacts] = {}
@@ -281,7 +290,7 @@ class _Reader(JsonReader):
             version=self.text(f"{path}.version"),
             compute_capability=self.text(f"{path}.compute_capability"),
             platform=self.text(f"{path}.platform"),
-            options=self.get(f"{path}.options", dict),
+            options=read_build(self, f"{path}.options"),
         )
 
     def _noise(self) -> Noise | None:
@@ -305,8 +314,16 @@ class _Reader(JsonReader):
 
     def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
         parts = name.split("/")
-        if not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+        if (
+            len(name) > MOST_NAME
+            or not name.isprintable()
+            or "\\" in name
+            or ":" in name
+            or any(part in ("", ".", "..") for part in parts)
+        ):
             raise self.wrong("files", f"names {shortened(name)}, which does not lie inside the bundle")
+        if unknown := sorted(entry.keys() - {"size_bytes", "sha256"}):
+            raise self.wrong(f"files[{shortened(name)}][{shortened(unknown[0])}]", "is not known to this release")
         size = entry.get("size_bytes")
         if type(size) is not int or size < 0:
             raise self.wrong(f"files[{shortened(name)}].size_bytes", f"is {shortened(size)}")

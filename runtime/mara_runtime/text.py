@@ -15,6 +15,8 @@ from mara_runtime.tokenizer import one_line, open_tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Decoded from bytes that are not a character, or not yet."""
 _MOST_TEMPLATE_BYTES = 1 << 22
+_MOST_LETTERS = 256
+"""Of a token: more text than this allows is not even tokenised, which takes memory and cannot be interrupted."""
 
 
 class TextSide:
@@ -24,6 +26,8 @@ class TextSide:
         facts = bundle.manifest.tokenizer
         if facts is None:
             raise BundleError(f"{bundle.folder} has no tokenizer: give the prompt as --input-ids")
+        self._max_context = bundle.manifest.max_context
+        self._most = _MOST_LETTERS * self._max_context
         self.tokenizer = open_tokenizer(bundle.path(facts.file))
         self._special_tokens = facts.special_tokens
         self._template: str | BundleError | None = None
@@ -89,6 +93,11 @@ class TextSide:
             raise PromptError(
                 f"the prompt is not valid Unicode: it contains {code}, which is not a character"
             ) from None
+        if len(text) > self._most:
+            raise PromptError(
+                f"the prompt has {len(text):,} characters, which this bundle's {self._max_context} tokens cannot hold: "
+                "shorten it, or export with a larger --max-context"
+            )
         with one_line(PromptError, "the bundle's tokenizer cannot encode this prompt"):
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 

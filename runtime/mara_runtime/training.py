@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mara_runtime.config import DecodeConfig
@@ -42,7 +42,6 @@ class Training:
         """The object at `path`, or None for null. Raises BundleError with the field that is wrong."""
         if reader.get(path, dict, type(None)) is None:
             return None
-        reader.reject_unknown(path, [each.name for each in fields(cls)])
         top_p = reader.number(f"{path}.top_p")
         if not 0 < top_p <= 1:
             raise reader.wrong(f"{path}.top_p", f"is {top_p}, which is not above 0 and at most 1")

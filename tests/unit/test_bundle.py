@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mara_deploy.commands import inspect
 from mara_runtime import bundle as bundle_module
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import BundleError
@@ -65,6 +66,16 @@ def test_what_links_lead_to_is_verified(folder: Path, tmp_path: Path) -> None:
         assert Bundle.open(copy).manifest == whole
         target.write_bytes(bytes(256))
         assert "step.onnx.data is damaged" in refused(copy)
+
+
+def test_files_that_the_manifest_does_not_list_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("engines/cpu/stray.so", "new\nline", ".hidden"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert Bundle.open(folder).unlisted() == [".hidden", "engines/cpu/stray.so", "new\nline"]
+    assert inspect.main([str(folder)]) == 0
+    named = [line.split(" ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["'.hidden'", "'engines/cpu/stray.so'", r"'new\nline'"]
 
 
 def test_sha256_of_a_file_longer_than_a_piece(tmp_path: Path) -> None:

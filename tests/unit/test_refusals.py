@@ -45,6 +45,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--top-p 1.5", ("--top-p is 1.5", "from 0 to 1")),
     (RUN + "--top-p nan", ("--top-p is nan",)),
     (RUN + "--threads 0", ("--threads is 0", WHOLE_1)),
+    (RUN + "--threads 100000", ("--threads is 100000", "between 1 and")),
     (RUN + "--seed -1", ("--seed is -1", "at least 0")),
     (RUN + "--threshold inf", ("--threshold is inf", "a finite number")),
     (RUN + "--no-align --sample --temperature 0", ("--temperature is 0.0", "above 0")),

@@ -270,7 +270,11 @@ def test_a_conversation_that_cannot_be_encoded_is_refused(side, messages, named)
         side.encode_chat(messages)
 
 
-@pytest.mark.parametrize(("text", "named"), [("", "empty"), *((text, "Unicode") for text in SURROGATES)], ids=ascii)
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "empty"), *((text, "Unicode") for text in SURROGATES), ("x" * 10**6, "1,000,000 characters.* 32 tokens")],
+    ids=lambda text: ascii(text[:20]),
+)
 def test_raw_text_that_cannot_be_encoded_is_refused(side, text, named):
     with pytest.raises(PromptError, match=named):
         side.encode_raw(text)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
-from mara_runtime.engines.cores import default_threads
+from mara_runtime.engines.cores import default_threads, most_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
@@ -31,7 +31,6 @@ from mara_runtime.errors import EngineError, OptionError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine."""
-MAX_THREADS = 1024
 FIRST_SLOTS = 32
 """Initial size of the KV cache; until it has its full size, it is a multiple of this."""
 _WIDEST_CACHED = 64
@@ -159,8 +158,11 @@ class OrtEngine(ABC):
         """threads: default one per physical core that this process may use. Raises EngineError and OptionError."""
         import onnxruntime as ort
 
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
+        most = most_threads()
+        if threads is not None and not 1 <= threads <= most:
+            raise OptionError(
+                f"--threads is {threads}; it must lie between 1 and {most}, the processors that may be used"
+            )
         self._bundle, self._threads = bundle, threads
         manifest = bundle.manifest
         self._path = path = bundle.path(manifest.step.file)
