@@ -78,6 +78,14 @@ class Combined:
                 raise ScoreError(f"the combined score is {value} for the answer to the prompt {shorten(prompt)!r}")
         return ScoreValues(combined, each)
 
+    def room(self, prompts: Sequence[str]) -> int | None:
+        """Tokens that an answer to any of the prompts can have for scores with a limit; None: none has one.
+
+        Raises ScoreError for a prompt that leaves none.
+        """
+        limits = [score.room(prompts) for score in self._scores if hasattr(score, "room")]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """(N,) weighted sums, see `detail`."""
         return self.detail(prompts, answers).combined

@@ -30,14 +30,14 @@ class RewardModel:
     or the tokenizer's chat template, or else the pair of prompt and answer.
 
     spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
-    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
-    batch_size: texts per pass, ≥ 1.
+    {answer}, None for the tokenizer's chat template; device: torch device or auto, float32 on a CPU, else the stored
+    precision; batch_size: texts per pass, ≥ 1.
     Raises ScoreError, or OptionError for the device.
     """
 
     def __init__(self, spec: str, template: str | None, device: str, batch_size: int) -> None:
         name, _, label = spec.partition("#")
-        torch_device("--score-device", device, "cpu")
+        device = str(torch_device("--score-device", device))
         if template is not None:
             _check_template(template)
         folder = local_path(name)
@@ -86,7 +86,15 @@ class RewardModel:
             values += self._values(logits).tolist()
         return values
 
-    def _encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Any:
+    def room(self, prompts: Sequence[str]) -> int | None:
+        """Tokens that an answer to any of the prompts can have; None: no limit. Raises ScoreError if one has none."""
+        if self._max_tokens is None:
+            return None
+        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
+        masks = [self._encode(part, ["."] * len(part), "remove it")["attention_mask"] for part in parts]
+        return self._max_tokens - max(int(mask.sum(1).max()) for mask in masks) + 1
+
+    def _encode(self, prompts: Sequence[str], answers: Sequence[str], remedy: str = "lower --max-new-tokens") -> Any:
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
         pairs = list(zip(prompts, answers, strict=True))
         if self._template is not None:
@@ -103,7 +111,7 @@ class RewardModel:
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ScoreError(
                     f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {prompt[:80]!r} with "
-                    f"its answer has {length}: lower --max-new-tokens"
+                    f"its answer has {length}: {remedy}"
                 )
         if self._reads_last_token:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -14,11 +14,14 @@ import torch
 from mara_deploy import agent as agents
 from mara_deploy.train import report
 from mara_deploy.train.replay import ReplayBuffer
+from tests.export.conftest import copy_model
 
 SCORES = """
 import os, signal
 CALLS = 0
 TRIP = {}                                      # {call: what happens during it}
+
+class RateLimitError(Exception): pass
 
 def length(prompts, answers):
     global CALLS
@@ -28,6 +31,15 @@ def length(prompts, answers):
         os.kill(os.getpid(), signal.SIGINT)
     elif trip == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    elif trip == "batch system":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    elif trip == "stop now":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    elif trip == "offline":
+        raise ConnectionResetError("no route")
+    elif trip == "busy":
+        raise RateLimitError("slow down")
     elif trip == "fail":
         raise RuntimeError("out of order")
     elif trip == "nan":
@@ -65,8 +77,16 @@ def scores(tmp_path, monkeypatch):
     del sys.modules["train_test_scores"]
 
 
+@pytest.fixture(scope="session")
+def talker(checkpoint, tmp_path_factory) -> Path:
+    """A checkpoint with so many end tokens that some answers of few tokens end by themselves."""
+    folder = copy_model(checkpoint("qwen2"), tmp_path_factory.mktemp("talker") / "talker")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 300, 6))}))
+    return folder
+
+
 @pytest.fixture
-def run(command, checkpoint, scores, tmp_path, monkeypatch):
+def run(command, talker, scores, tmp_path, monkeypatch):
     """(folder, setting=value, …) → CommandResult of a new run in it, without a report, as plots are slow."""
     monkeypatch.setattr(report, "write_report", lambda folder: None)
     (tmp_path / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(7)))
@@ -74,7 +94,7 @@ def run(command, checkpoint, scores, tmp_path, monkeypatch):
     def train(out: str, model: Any = None, score: tuple[Any, ...] = ("train_test_scores:length",), **settings: Any):
         settings = {**SMALL, **{name.replace("_", "-"): value for name, value in settings.items()}}
         options = [part for name, value in settings.items() for part in (f"--{name}", value) if part is not None]
-        inputs = ["--model", model or checkpoint("qwen2"), "--prompts", "prompts.txt", "--score", *score]
+        inputs = ["--model", model or talker, "--prompts", "prompts.txt", "--score", *score]
         return command("train", *inputs, "--out", out, *options, "--widths", 16, 8)
 
     return train
@@ -111,13 +131,17 @@ def everything(out: Path, capacity: int = SMALL["replay-transitions"]) -> dict[s
     """All that a run leaves, except times."""
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     agent = agents.load(out / "agent.safetensors")
-    replay = ReplayBuffer(out / "replay", capacity, agent.hidden_size, state["added"])
+    replay = ReplayBuffer(out / "replay", capacity, agent.hidden_size, state["replay"])
     return {
         "agent": dict(agent.state_dict()),
-        "state": state,
+        "state": {name: value for name, value in state.items() if name != "log"},
         "replay": vars(replay.sample(np.random.default_rng(0), 200, 1)),
         "log": [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows(out)],
     }
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    return json.loads((out / "run.json").read_text())
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -87,8 +88,12 @@ def test_terminal_report_and_tensorboard_show_the_log(run, scores, tmp_path, mon
     assert {"rollout/kl", "rollout/forced_rate", "learner/critic_loss", "time/rollout_seconds"} <= set(events)
 
     # markup in answers stays text
-    folder = RunFolder.existing(tmp_path / "out")
-    folder.log({**last, "example": {"prompt": "<b>", "answer": "<script>alert(1)</script>", "score": 0.5}})
+    folder = RunFolder(tmp_path / "out")
+    with (tmp_path / "out" / "log.jsonl").open("a") as file:
+        file.write(
+            json.dumps({**last, "example": {"prompt": "<b>", "answer": "<script>alert(1)</script>", "score": 0.5}})
+            + "\n"
+        )
     monkeypatch.setattr(report, "plots", lambda *_: "<svg></svg>")
     write_report(folder)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -111,12 +116,12 @@ def read_events(folder: Path) -> dict[str, dict[int, float]]:
     return values
 
 
-def test_quiet_prints_nothing_also_for_sharded_models(run, checkpoint, reference, tmp_path) -> None:
+def test_quiet_prints_nothing_also_for_sharded_models(run, talker, reference, tmp_path) -> None:
     """transformers draws a progress bar for several shards."""
     logging.enable_progress_bar()  # another test may have turned it off
     reference("qwen2").save_pretrained(tmp_path / "model", max_shard_size="50KB")
     assert (tmp_path / "model" / "model.safetensors.index.json").is_file()
-    for file in checkpoint("qwen2").glob("tokenizer*"):
+    for file in (*talker.glob("tokenizer*"), talker / "generation_config.json"):
         shutil.copy(file, tmp_path / "model")
     done = run("out", model=tmp_path / "model", quiet=None, episodes=4)
     assert (done.code, done.out, done.err) == (0, "", "")
