@@ -18,7 +18,7 @@ def device_name(name: str) -> str:
 
 
 def torch_device(flag: str, name: str, alternatives: str = "auto or cpu") -> torch.device:
-    """The device of that name, or of auto. Raises OptionError, naming flag and alternatives, if it is of no use here."""
+    """The device of that name, or of auto. Raises OptionError, naming flag and alternatives, if it is of no use."""
     name = device_name(name)
     try:
         device = torch.device(name)

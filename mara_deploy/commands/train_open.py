@@ -185,12 +185,13 @@ def resume(arguments: TrainArguments, args: argparse.Namespace, lock: ExitStack,
     folder = RunFolder(arguments.out)
     lock.enter_context(run_lock(folder.path))
     facts = folder.run()
-    prompts, checkpoint = folder.prompts(facts), folder.load()
     try:
-        config = TrainConfig.from_json(facts["config"])
-    except TypeError:
-        raise damaged(folder.path / RUN_FILE, "another version of mara-train wrote it") from None
-    before, done, fixed = _changeable(facts), checkpoint["progress"]["episodes"], given(TrainConfig, args)
+        config, before = TrainConfig.from_json(facts["config"]), _changeable(facts)
+        prompts, _ = folder.prompts(facts), facts["changes"]
+    except (AttributeError, KeyError, TypeError, OptionError) as error:
+        raise damaged(folder.path / RUN_FILE, f"another version of mara-train wrote it: {error!r}") from None
+    checkpoint = folder.load()
+    done, fixed = checkpoint["progress"]["episodes"], given(TrainConfig, args)
     config = replace(config, **fixed)
     if config.episodes < done:
         raise OptionError(
