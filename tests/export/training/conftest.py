@@ -92,12 +92,17 @@ def run(command, talker, scores, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("".join(f"prompt number {i}\n" for i in range(7)))
 
     def train(out: str, model: Any = None, score: tuple[Any, ...] = ("train_test_scores:length",), **settings: Any):
-        settings = {**SMALL, **{name.replace("_", "-"): value for name, value in settings.items()}}
-        options = [part for name, value in settings.items() for part in (f"--{name}", value) if part is not None]
-        inputs = ["--model", model or talker, "--prompts", "prompts.txt", "--score", *score]
-        return command("train", *inputs, "--out", out, *options, "--widths", 16, 8)
+        return command("train", *new_run(out, model or talker, score, **settings))
 
     return train
+
+
+def new_run(out: str, model: Any, score: tuple[Any, ...], **settings: Any) -> list[Any]:
+    """The arguments of mara-train."""
+    settings = {**SMALL, **{name.replace("_", "-"): value for name, value in settings.items()}}
+    options = [part for name, value in settings.items() for part in (f"--{name}", value) if part is not None]
+    inputs = ["--model", model, "--prompts", "prompts.txt", "--score", *score]
+    return [*inputs, "--out", out, *options, "--widths", 16, 8]
 
 
 @pytest.fixture
