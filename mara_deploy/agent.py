@@ -5,14 +5,15 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
@@ -81,10 +82,17 @@ def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> 
 def save(agent: Agent, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file whose metadata records the fallback and `metadata`. Raises OSError."""
     everything = {**(metadata or {}), "fallback": agent.fallback}
-    try:
-        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=everything))
-    except SafetensorError as error:  # raised for a full disk
-        raise OSError(str(error)) from error
+    write_atomic(path, _in_order(safetensors.torch.save(cpu_state(agent), everything)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A .safetensors file whose metadata is sorted; the library's order differs from run to run."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    ordered = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:
