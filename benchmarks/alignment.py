@@ -36,7 +36,7 @@ from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.folder import RunFolder
-from mara_deploy.train.loop import train
+from mara_deploy.train.loop import first_checkpoint, train
 from mara_deploy.train.policy import Policy, agent_policy, reference_policy
 from mara_deploy.train.task import TrainingTask, open_task
 from mara_export.hf.sources import ModelSource
@@ -142,8 +142,10 @@ def trained(seed: int) -> agents.Agent:
     config = replace(RECIPES["demo"], seed=seed)
     prompts = demo_prompts()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder.new(Path(scratch) / "run", {}, [p.text for p in prompts])
-        return train(demo_task(prompts), config, folder).actor
+        task = demo_task(prompts)
+        checkpoint = first_checkpoint(task.hidden_size, config)
+        folder = RunFolder.new(Path(scratch) / "run", {}, [p.text for p in prompts], checkpoint)
+        return train(task, config, folder, checkpoint).actor
 
 
 def demo_task(prompts: Sequence[DemoPrompt]) -> TrainingTask:

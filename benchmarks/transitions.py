@@ -83,7 +83,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     print(f"{'ratio':<22} {statistics.median(ratios):8.1f} [{min(ratios):.1f}, {max(ratios):.1f}]")
     size = ReplayBuffer.bytes_per_transition(task.hidden_size)
-    print(f"{'bytes a transition':<22} {size:8} + 1/8 in reserve; its state alone {2 * task.hidden_size}")
+    print(f"{'bytes a transition':<22} {size:8}; its state alone {2 * task.hidden_size}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": args.threads, **versions}
     print(

@@ -12,9 +12,9 @@ import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
@@ -94,10 +94,17 @@ def save(agent: Agent, path: Path) -> None:
     """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
     training = None if agent.origin is None else asdict(agent.origin)
     metadata = {METADATA: json.dumps({"fallback": agent.fallback, "training": training}, sort_keys=True)}
-    try:
-        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=metadata))
-    except SafetensorError as error:  # raised for a full disk
-        raise OSError(str(error)) from error
+    write_atomic(path, _in_order(safetensors.torch.save(cpu_state(agent), metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A .safetensors file whose metadata is sorted; the library's order differs from run to run."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    ordered = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mara_runtime.errors import MaraError, first_line
@@ -106,13 +106,33 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+_ENDS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Signals that end a process; batch systems announce its end by the last three."""
+
+
+@contextlib.contextmanager
+def ends_deferred(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first signal that would end the process asks for an end at the next opportunity; a further one unwinds.
+
+    notify: takes a message for the user. Yields a function that returns whether the end was asked for.
+    """
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        with contextlib.suppress(OSError, RuntimeError):  # no terminal, or in the middle of another message
+            notify("interrupted: finishing the round and saving; interrupt again to stop now with the rounds before it")
+
+    with _handled(("SIGINT", *_ENDS), ask):
+        yield lambda: asked
+
+
 @contextlib.contextmanager
 def _termination_unwinds() -> Iterator[None]:
     """Raise Terminated for signals that would end the process, so that nothing half-written remains."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
-        yield
-        return
-
     received = False
 
     def terminate(*_: object) -> None:
@@ -121,12 +141,20 @@ def _termination_unwinds() -> Iterator[None]:
             received = True
             raise Terminated
 
-    names = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # batch systems announce their end by the last three
+    with _handled(_ENDS, terminate):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(names: Sequence[str], handler: Callable[..., None]) -> Iterator[None]:
+    """Handle signals, except those that are ignored, as nohup lets SIGHUP be."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
+        yield
+        return
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    previous = {number: signal.signal(number, terminate) for number in numbers}
+    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

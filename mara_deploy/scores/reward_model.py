@@ -32,8 +32,8 @@ class RewardModel:
     or the tokenizer's chat template, which conversations need, or else the pair of prompt and answer.
 
     spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
-    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
-    batch_size: texts per pass, ≥ 1.
+    {answer}, None for the tokenizer's chat template; device: torch device or auto, float32 on a CPU, else the stored
+    precision; batch_size: texts per pass, ≥ 1.
     Raises ScoreError, or OptionError for the device.
     """
 
@@ -42,7 +42,7 @@ class RewardModel:
 
     def __init__(self, spec: str, template: str | None, device: str, batch_size: int) -> None:
         name, _, label = spec.partition("#")
-        torch_device("--score-device", device, "cpu")
+        device = str(torch_device("--score-device", device))
         if template is not None:
             _check_template(template)
         folder = local_path(name)

@@ -213,7 +213,7 @@ def test_a_device_that_is_not_available(llama, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
     for device in ("foo", "meta", "cuda"):
-        with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use cpu") as error:
+        with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use auto or cpu") as error:
             load_score(str(llama), template=TEMPLATE, device=device)
         assert "\n" not in str(error.value)
 

@@ -190,11 +190,14 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (TRAIN + "--score-baseline inf", ("--score-baseline is inf", "finite")),
     (TRAIN + "--discount 1.5", ("--discount is 1.5", "at most 1")),
     (TRAIN + "--n-step 0", ("--n-step is 0", WHOLE_1)),
-    (TRAIN + "--target-entropy 2", ("--target-entropy is 2.0", "from 0 to 1")),
+    (TRAIN + "--target-entropy 2", ("--target-entropy is 2.0", "from 0 to 0.98")),
     (TRAIN + "--batch 0", ("--batch is 0", WHOLE_1)),
     (TRAIN + "--updates-per-episode 0", ("--updates-per-episode is 0.0", "above 0")),
     (TRAIN + "--start-transitions 0", ("--start-transitions is 0", WHOLE_1)),
-    (TRAIN + "--replay-transitions 10", ("--replay-transitions is 10", "--start-transitions, 4096")),
+    (
+        TRAIN + "--replay-transitions 10 --start-transitions 11",
+        ("--replay-transitions is 10", "--start-transitions, 11"),
+    ),
     (TRAIN + "--learning-rate inf", ("--learning-rate is inf", "above 0")),
     (TRAIN + "--clip-norm -1", ("--clip-norm is -1.0", "above 0")),
     (TRAIN + "--target-rate 0", ("--target-rate is 0.0", "at most 1")),
@@ -202,15 +205,14 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (TRAIN + "--alpha-form sqrt", ("--alpha-form is 'sqrt'", "log, direct")),
     (TRAIN + "--seed -1", ("--seed is -1", f"from 0 to {2**63 - 1}")),
     (TRAIN + "--checkpoint-minutes -1", ("--checkpoint-minutes is -1.0", "at least 0")),
-    # one round of 16 answers of 512 tokens, 8192 transitions, against an eighth of the buffer
-    (
-        TRAIN + "--prompts-at-once 16 --max-new-tokens 512 --replay-transitions 65528",
-        ("--replay-transitions is 65528", "--prompts-at-once", "--max-new-tokens", "65529"),
-    ),
-    (RESUME + "--model demo --n-step 3 --threads 2", ("--episodes", "leave out --model, --threads, --n-step")),
+    (TRAIN + "--target-entropy 1", ("--target-entropy is 1.0", "from 0 to 0.98")),
+    (RESUME + "--n-step 3 --device cpu --seed 0", ("--resume", "--episodes", "leave out --n-step, --seed", "--init-")),
     *((RESUME + given, ("--resume", f"leave out {given.split()[0]}")) for given in (
-        "--prompts p", "--score a:b", "--recipe demo", "--template a=1", "--device cpu", "--dtype auto",
-        "--dtype float32", "--score-device cpu", "--score-batch 8", "--seed 0",
+        "--prompts p", "--recipe demo", "--template a=1", "--init-agent a", "--top-k 3", "--widths 8 8",
+    )),
+    *((RESUME + given, ("there is no run.json",)) for given in (
+        "--model demo", "--score a:b", "--device cpu", "--dtype float32", "--score-device cpu", "--score-batch 8",
+        "--threads 2", "--prompts-at-once 4", "--max-new-tokens 4", "--replay-transitions 9", "--checkpoint-minutes 1",
     )),
 ]  # fmt: skip
 
