@@ -94,17 +94,7 @@ def save(agent: Agent, path: Path) -> None:
     """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
     training = None if agent.origin is None else asdict(agent.origin)
     metadata = {METADATA: json.dumps({"fallback": agent.fallback, "training": training}, sort_keys=True)}
-    write_atomic(path, _in_order(safetensors.torch.save(cpu_state(agent), metadata)))
-
-
-def _in_order(content: bytes) -> bytes:
-    """A .safetensors file whose metadata is sorted; the library's order differs from run to run."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    ordered = {name: dict(sorted(entry.items())) for name, entry in sorted(header.items())}
-    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[start:]
+    write_atomic(path, safetensors.torch.save(cpu_state(agent), metadata))  # the library hides a disk's errors
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:
@@ -151,6 +141,7 @@ def _read_metadata(path: Path, text: str) -> tuple[str, Training | None]:
     """(fallback, training) of an agent's file."""
     try:
         reader = JsonReader(f"{path} has metadata", {METADATA: load_object(text)}, "train the agent again")
+        reader.get(METADATA, dict)
         found = reader.text(f"{METADATA}.fallback", FALLBACKS), Training.read(reader, f"{METADATA}.training")
         reader.reject_unknown()
         return found
