@@ -140,7 +140,8 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     prompt_format = PromptFormat(arguments.raw, variables)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
     weighted = judges(scores, device, batch)
-    prompt_set = find_prompts(arguments.prompts, arguments.group_by, Combined(weighted).columns)
+    judge = Combined(weighted)
+    prompt_set = find_prompts(arguments.prompts, arguments.group_by, judge.columns)
 
     def report(message: str) -> None:
         if not arguments.quiet:
@@ -158,7 +159,9 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     bundle = decoder.bundle
-    room = Combined(weighted).room([prompt.asked for prompt in prompts])  # what the scores cannot read ends here
+    room = judge.room([prompt.asked for prompt in prompts])
+    first = prompts[0]
+    judge.detail([first.asked], ["Yes."], **{name: [first.columns[name]] for name in judge.columns})  # fails now, if so
     if room is not None and room < config.max_new_tokens:
         report(f"a score reads {room} tokens of an answer to the longest prompt: a longer answer ends the command")
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)

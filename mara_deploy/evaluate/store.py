@@ -27,7 +27,8 @@ class Store:
     """Records by key, appended to `path`.
 
     settings: plain JSON values. Raises MaraError for a file written with other settings, naming the first that differs,
-    and for a damaged one. An incomplete last line, left by an interruption, is dropped.
+    and for a damaged one. An incomplete last line, left by an interruption, is dropped; a file without records is begun
+    again.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -38,6 +39,8 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = read_file(path, path.stat().st_size) if path.exists() else b""
             complete = content[: content.rfind(b"\n") + 1]
+            if complete.count(b"\n") < 2:
+                complete = b""
             for number, line in enumerate(complete.splitlines(), 1):
                 self._read(number, line, current)
             if len(complete) < len(content):

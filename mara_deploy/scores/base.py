@@ -87,8 +87,7 @@ class Combined:
     def room(self, prompts: Sequence[Any]) -> int | None:
         """Tokens that an answer to any of the prompts can have for scores with a limit; None: none has one.
 
-        Raises ScoreError for a prompt that leaves none, and for a model that does not run: call it before the first
-        answer.
+        Raises ScoreError for a prompt that leaves none.
         """
         limits = []
         for name, score in zip(self.names, self._scores, strict=True):

@@ -84,11 +84,9 @@ class RewardModel:
         return self._source.revision or fingerprint(self._source.folder)
 
     def room(self, prompts: Sequence[Asked]) -> int | None:
-        """Tokens that an answer to any of the prompts can have; None: any number. Raises ScoreError if there are none,
-        or if the model does not run."""
+        """Tokens that an answer to any of the prompts can have; None: no limit. Raises ScoreError if one has none."""
         parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
         longest = max(self._encode(part, ["."] * len(part), "remove it")[1] for part in parts)
-        self(prompts[:1], ["."])
         return self._max_tokens and self._max_tokens - longest + 1
 
     @torch.no_grad()

@@ -218,6 +218,26 @@ def test_bad_input_is_one_line(evaluate, tmp_path, options, named):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_a_score_that_fails_does_so_before_anything_is_answered(evaluate, score_module, tmp_path):
+    """And when it is mended, or fails later, the same command goes on."""
+    source, out = score_module / "mended.py", tmp_path / "out"
+    options = ("--score", f"{source}:judge", "--limit", 2, "--out", out, "--quiet")
+
+    def write(value: str) -> None:
+        sys.modules.pop("mended", None)
+        source.write_text(f"def judge(_, answers): return {value}")
+
+    write("[1 / (len(a) - 4) for a in answers]")  # "Yes."
+    assert "mended.py:judge failed with ZeroDivisionError" in evaluate(*options).refusal("mara-eval")
+    assert not out.exists()
+    write("[1 / (len(a) == 4) for a in answers]")
+    assert "mended.py:judge failed with ZeroDivisionError" in evaluate(*options).refusal("mara-eval")
+    before = (out / "answers" / "aligned.jsonl").read_bytes()
+    write("[len(a) for a in answers]")
+    assert evaluate(*options).code == 0
+    assert (out / "answers" / "aligned.jsonl").read_bytes() == before
+
+
 def test_quiet_prints_nothing_also_for_sharded_checkpoints(evaluate, tmp_path):
     """transformers draws a progress bar for several shards."""
     other, judge = tmp_path / "other", tmp_path / "judge"

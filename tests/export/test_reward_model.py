@@ -160,7 +160,7 @@ def test_whatever_fails_in_a_model_is_one_line_before_the_first_answer(llama, mo
         score.room(["how", "how " * 40])
     monkeypatch.setattr(LlamaForSequenceClassification, "forward", lambda self, input_ids: input_ids[99])
     with pytest.raises(ScoreError, match="the score llama-reward failed with IndexError: index 99"):
-        Combined([WeightedScore(load_score(str(llama)))]).room(PROMPTS)
+        Combined([WeightedScore(load_score(str(llama)))])(PROMPTS, ANSWERS)
     tokenizer(True, "{{ raise_exception('no\nanswers') }}").save_pretrained(llama)
     with pytest.raises(ScoreError, match=r"^the score llama-reward failed with TemplateError: no answers"):
         Combined([WeightedScore(load_score(str(llama)))]).room(PROMPTS)

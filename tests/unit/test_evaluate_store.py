@@ -67,6 +67,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
         assert path.read_bytes() == before
 
 
+def test_a_file_without_records_takes_other_settings(tmp_path):
+    """Such as that of a score which failed, and was mended."""
+    path = tmp_path / "a.jsonl"
+    Store(path, {"code": 1})
+    Store(path, {"code": 2}).add({"one": 1.0})
+    with pytest.raises(MaraError, match="was made with code 2, now it is 3"):
+        Store(path, {"code": 3})
+
+
 def test_damage_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     whole = filled(path).decode().split("\n")

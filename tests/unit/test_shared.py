@@ -134,4 +134,8 @@ def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
     assert "modèle" in inspect("", "latin-1")
     assert json.loads(inspect("--json", "ascii"))["model"]["source"] == "modèle"
     assert inspect(">&- 2>&- <&-") == ""
+    child = "import os, sys, subprocess as s; from mara_deploy.commands.process import prepared\nwith prepared():\n "
+    child += "sys.exit(s.call([sys.executable, '-c', 'import os; [os.fstat(i) for i in (0, 1, 2)]']))"
+    line = f'{sys.executable} -c "$CODE" >&- 2>&- <&-'
+    assert subprocess.run(["sh", "-c", line], env={**os.environ, "CODE": child}, check=False).returncode == 0
     assert "modèle" in inspect("2>&-")
