@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.options import from_args, reject
@@ -33,12 +34,22 @@ class EngineOptions(Options):
     )
     threads: int | None = option(None, "threads of a CPU engine", least=1, unset="one per physical core")
     verify: bool = option(True, "skip the verification of the bundle's checksums")
+    require_signature: Path | None = option(
+        None, "public key: refuse a bundle that its owner has not signed with mara-sign", metavar="KEY"
+    )
 
     def open(self, bundle: str, report: Callable[[str], None]) -> AlignedDecoder:
         """Open a bundle. report: takes messages about what takes time. Raises MaraError."""
         from mara_runtime.decoder import AlignedDecoder
 
-        return AlignedDecoder(bundle, engine=self.engine, threads=self.threads, verify=self.verify, report=report)
+        return AlignedDecoder(
+            bundle,
+            engine=self.engine,
+            threads=self.threads,
+            verify=self.verify,
+            require_signature=self.require_signature,
+            report=report,
+        )
 
 
 def decode_config(args: argparse.Namespace) -> DecodeConfig:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mara_deploy.commands.decoding import BUNDLE_HELP
@@ -37,6 +38,9 @@ class InspectArguments(Options):
 
     bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
     json: bool = option(False, "print the manifest as JSON")
+    require_signature: Path | None = option(
+        None, "public key: refuse a bundle that its owner has not signed with mara-sign", metavar="KEY"
+    )
 
 
 def parser() -> Parser:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     arguments = from_args(InspectArguments, args)
-    bundle = Bundle.open(arguments.bundle)
+    bundle = Bundle.open(arguments.bundle, require_signature=arguments.require_signature)
     for name in bundle.unlisted():
         print(f"mara-inspect: {name!a} is not listed in the manifest: no command reads it", file=sys.stderr)
     if arguments.json:

@@ -95,7 +95,8 @@ class AlignedDecoder:
 
     engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle
     in turn. threads: of a CPU engine that is opened here, default one per physical core.
-    verify: compare the bundle's files with their checksums first. cost: of passes on this machine, by default measured
+    verify: compare the bundle's files with their checksums first. require_signature: file of the public key whose owner
+    must have signed the bundle. cost: of passes on this machine, by default measured
     at the first adaptive answer, once per bundle and machine. report: called with a line before something slow.
     """
 
@@ -106,10 +107,16 @@ class AlignedDecoder:
         engine: str | Engine = "auto",
         threads: int | None = None,
         verify: bool = True,
+        require_signature: str | Path | None = None,
         cost: Cost | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        if isinstance(bundle, Bundle):
+            if require_signature is not None:
+                raise OptionError("require_signature is given, and the bundle is open already: give it to Bundle.open")
+            self.bundle = bundle
+        else:
+            self.bundle = Bundle.open(bundle, verify=verify, require_signature=require_signature)
         self.text_side = TextSide(self.bundle) if self.bundle.manifest.tokenizer is not None else None
         self.engine: Engine
         if isinstance(engine, str):

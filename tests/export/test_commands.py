@@ -69,7 +69,7 @@ def ids(tokens: list[int]) -> str:
 
 def test_the_commands_are_installed(command) -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    for name in ("export", "build", "run", "inspect", "memory", "bench", "eval", "train"):
+    for name in ("export", "build", "run", "inspect", "memory", "sign", "bench", "eval", "train"):
         assert scripts[f"mara-{name}"] == f"mara_deploy.commands.{name}:main"
     assert command("run", "--version") == CommandResult(0, f"mara-run (mara-deploy {version('mara-deploy')})\n", "")
 

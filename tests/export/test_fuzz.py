@@ -21,7 +21,7 @@ from tests.fuzz.surfaces import SURFACES
 @pytest.mark.parametrize(
     ("model", "cases", "surfaces"),
     [
-        ("qwen2", 200, SURFACES),
+        ("qwen2", 300, SURFACES),
         pytest.param("demo", 10_000, SURFACES.keys() - {"files"}, marks=pytest.mark.long),
         pytest.param("demo", 20_000, {"files"}, marks=pytest.mark.long),
     ],

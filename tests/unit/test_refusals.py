@@ -85,6 +85,12 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("run BUNDLE --input-ids 1,x", ("--input-ids is 'x'", "a whole number")),
     ("run BUNDLE --input-ids 1,,2", ("--input-ids is empty",)),
     ("run BUNDLE --input-ids=", ("--input-ids is empty",)),
+    # mara-sign
+    ("sign", ("BUNDLE and --key, or --new-key",)),
+    ("sign BUNDLE", ("BUNDLE and --key, or --new-key",)),
+    ("sign BUNDLE --new-key k", ("leave out BUNDLE and --key",)),
+    ("sign BUNDLE --key=", ("--key is empty",)),
+    (RUN + "--require-signature k --no-verify", ("--require-signature", "leave out --no-verify")),
     # mara-export
     (EXPORT + "--max-context 1", ("--max-context is 1", "at least 2")),
     (EXPORT + "--max-candidates 1025", ("--max-candidates is 1025", "from 1 to 1024")),
