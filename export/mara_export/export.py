@@ -120,7 +120,7 @@ def trace(
             reference = parity.run_reference(model, source.name, agent, prompts, max_candidates, progress)
         del model
         gc.collect()  # it sits in cycles
-        with progress.stage(f"load {source.name}, as the export reads it"):
+        with progress.stage("load again, to trace it"):
             model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)

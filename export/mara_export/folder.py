@@ -126,7 +126,7 @@ def _reject_taken(out: Path) -> None:
 
 def _may_stay(path: Path) -> bool:
     """Whether a folder counts as empty in spite of this: a temporary folder of ours, or what comes with a volume."""
-    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".new", ".lock"))
+    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".lock"))
 
 
 @contextlib.contextmanager
@@ -140,10 +140,11 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
         try:
             with _disk_errors(out):
                 _remove_abandoned(parent, prefix)
-                unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
-                folder = unlocked
-                lock.enter_context(locked(unlocked, wait=False))
-                folder = unlocked.rename(unlocked.with_suffix(".partial"))  # others remove one that is not locked
+                while folder is None:
+                    made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+                    with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another one is removing it
+                        lock.enter_context(locked(made, wait=False))
+                        folder = made
             with _disk_errors(out, only_in=folder):
                 yield folder
         finally:
@@ -198,8 +199,8 @@ def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     _reject_link(root, engines)
     busy = f"another mara-build is adding engines for {target} to {root}: wait until it has ended"
     with _claim(root / f".{target}.lock", root, busy), _temporary(root, root, prefix=".new.", needs=engines) as folder:
-        with _disk_errors(root), tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engines):
-            pass
+        if not os.access(engines, os.W_OK):
+            raise MaraError(f"cannot write {engines}: make it writable")
         yield folder
 
 
@@ -275,10 +276,10 @@ def _compatible(engines: Sequence[EngineFacts], added: Sequence[EngineFacts]) ->
 
 
 def _remove_unlisted(root: Path) -> None:
-    """Delete engine files that the manifest does not list: replaced ones, and leftovers of an interrupted build."""
+    """Delete what the manifest does not list: replaced engine files, and leftovers of builds that were killed."""
     with contextlib.suppress(OSError, MaraError):
         listed = Bundle.open(root, verify=False).manifest.files
-        for path in (root / "engines").glob("*/*.engine"):
+        for path in (*(root / "engines").glob("*/*.engine"), *root.glob(f".{MANIFEST_FILE}.*.partial")):
             inside = path.parent.resolve().is_relative_to(root.resolve())
             if inside and path.relative_to(root).as_posix() not in listed:
                 path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mara_runtime.decoder import AlignedDecoder
 
 BUNDLE_HELP = "bundle folder made by mara-export"
+IGNORE_HELP = "leave out weights of the checkpoint that the model has no place for, as in 'v_head.*'"
 TEMPLATE_HELP = "variable for the chat template, as in enable_thinking=false"
 
 

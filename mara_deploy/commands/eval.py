@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
+    IGNORE_HELP,
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
@@ -24,7 +25,6 @@ from mara_deploy.commands.decoding import (
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.scoring import add_score_options, judges, score_options
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
-from mara_export.options import IGNORE_HELP
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -155,9 +155,9 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
     config = decoder.resolve(config)
-    report_departures(decoder, config, None if arguments.raw else variables)
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
+    report_departures(decoder, config, None if arguments.raw else variables)
     bundle = decoder.bundle
     room = judge.room([prompt.asked for prompt in prompts])
     first = prompts[0]

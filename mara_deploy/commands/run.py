@@ -100,15 +100,16 @@ def _run(args: argparse.Namespace) -> None:
     )
     if not options.json:
         _announce(decoder, config)
-    report_departures(decoder, config, None if options.raw or options.input_ids else variables)
     with _tracer(options.trace, decoder) as trace:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
+            report_departures(decoder, config, variables)
             _chat(decoder, config, options.system, variables, trace)
             return
         begun = options.prefill is not None
         pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
+        report_departures(decoder, config, None if options.raw or options.input_ids else variables)
         result = _answer(pieces, trace, echo=not options.json)
     if options.json:
         print_json(result.to_json())

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mara_deploy import demo
-from mara_deploy.commands.decoding import TEMPLATE_HELP, template_variables
+from mara_deploy.commands.decoding import IGNORE_HELP, TEMPLATE_HELP, template_variables
 from mara_deploy.commands.options import flags_given, given
 from mara_deploy.commands.scoring import ScoreModelOptions, ScoreOption, judges, score_options
 from mara_deploy.models import MODEL_HELP, find_model
 from mara_deploy.train.config import CHANGEABLE, RECIPES, RUN_FILE, TrainConfig
-from mara_export.options import IGNORE_HELP
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.options import Options, flag, option, required
 from mara_runtime.versions import installed
