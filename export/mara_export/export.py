@@ -15,7 +15,7 @@ import torch
 
 from mara_export import parity
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import claimed, file_entries, plain, whole_or_absent, working_folder, write_manifest
+from mara_export.folder import claimed, destination, file_entries, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
@@ -162,7 +162,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     Raises MaraError (OptionError, ParityError); then, or when interrupted, nothing is left behind.
     """
     progress = progress or Progress(quiet=True)
-    out, manifest = plain(out), _manifest(traced, options)
+    manifest = _manifest(traced, options)
     reference = _reference(traced, options)
     with whole_or_absent(out) as folder:
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
@@ -174,7 +174,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
             manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise)
         manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
-    return Bundle(out, manifest)
+    return Bundle(out if out.is_dir() else destination(out), manifest)
 
 
 def export(
@@ -210,7 +210,7 @@ def export_all(
         for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
-    outs = [plain(out).absolute() for _, out in bundles]
+    outs = [destination(out) for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
     with contextlib.ExitStack() as claims:

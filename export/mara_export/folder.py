@@ -27,32 +27,30 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def working_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty.
 
-    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the only folder that
-    the user may write to.
+    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, the working directory, or
+    the only folder that the user may write to.
     """
-    out = plain(out).absolute()
+    out = destination(out)
     parent = _parent(out)
     with _temporary(parent, out, prefix=f".{out.name}.", needs=parent) as folder:
         yield folder
 
 
-def plain(out: Path) -> Path:
-    """The path without `..`, whose folder before may not exist; the last part may still be a link."""
-    if ".." not in out.parts:
-        return out
-    return Path(os.path.realpath(out)) if out.name == ".." else Path(os.path.realpath(out.parent)) / out.name
+def destination(out: Path) -> Path:
+    """Where a path leads, which need not exist: without links and `..`."""
+    return Path(os.path.realpath(out))
 
 
 def _parent(out: Path) -> Path:
     """Where the temporary folders of `out` lie."""
-    stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
+    stays = out.is_dir() and (out.is_mount() or out == Path.cwd() or not os.access(out.parent, os.W_OK))
     return out if stays else out.parent
 
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
-    out = plain(out).absolute()
+    out = destination(out)
     _reject_taken(out)
     with working_folder(out) as folder:
         yield folder
@@ -68,7 +66,7 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
     """Keep other exports from `out`. Raises MaraError where `whole_or_absent` would, and while another one has it."""
-    out = plain(out).absolute()
+    out = destination(out)
     _reject_taken(out)
     busy = f"another export is writing {out}: wait until it has ended, or choose another --out"
     with _claim(_parent(out) / f".{out.name}.lock", out, busy):
@@ -120,7 +118,7 @@ def _made(folder: Path, out: Path) -> Iterator[None]:
 
 
 def _reject_taken(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir())))):
+    if out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir()))):
         raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
-from mara_export.folder import claimed, plain, require_free, whole_or_absent, working_folder
+from mara_export.folder import claimed, destination, require_free, whole_or_absent, working_folder
 from mara_runtime.errors import MaraError, first_line
 from mara_runtime.files import locked, write_atomic
 from mara_runtime.versions import installed
@@ -129,20 +129,30 @@ def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [("a/x/../b", "a/b"), ("a/..", "."), ("link/../b", "elsewhere/b"), ("a/../link", "link"), ("a//./b", "a/b")],
+    [
+        *(("a/x/../b", "a/b"), ("a/..", "."), ("link/../b", "elsewhere/b"), ("a//./b", "a/b")),
+        *(("a/../link", "elsewhere/deep"), ("dangling", "nowhere")),
+    ],
 )
 def test_where_a_path_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, found: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
-    assert plain(Path(given)).absolute() == tmp_path / found
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert destination(Path(given)) == tmp_path / found
 
 
-def test_a_mount_point_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot be replaced by a folder beside it; the manifest comes last, and a failure leaves it empty."""
+@pytest.mark.parametrize("kind", ["mount point", "working directory"])
+def test_what_cannot_be_replaced_is_filled_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The manifest comes last, and a failure leaves it empty."""
     out = tmp_path / "volume"
     (out / "lost+found").mkdir(parents=True)
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    if kind == "mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    else:
+        monkeypatch.chdir(out)
     with pytest.raises(MaraError), whole_or_absent(out) as folder:
         (folder / "a.onnx").rename(folder / "b.onnx")
     assert [path.name for path in out.iterdir()] == ["lost+found"]
