@@ -134,6 +134,9 @@ def template(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", chat_template="{{ '%0999999d' % 1 }}{{ messages[0].content }}")
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
 def rope(**values: Any) -> Damage:
     return configured(rope_parameters=values)
 
@@ -212,16 +215,16 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "negative heads": ("mistral", configured(num_key_value_heads=-1), "num_key_value_heads = -1"),
     "rope as a number": ("mistral", configured(rope_scaling=2.0), "rope_scaling = 2.0"),
     "partial rope": ("qwen2", rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial rotary embeddings"),
-    "rope base said twice": (
-        "qwen2",
-        configured(rope_theta=1e4, rope_parameters={"rope_theta": 1e6}),
-        "rope_theta twice",
-    ),
-    "rope scaling said twice": (
-        "llama",
-        configured(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 4.0}),
-        "rope_scaling twice.*linear.*None",
-    ),
+    **{
+        f"rope {name} said twice": ("llama", configured(**{f"rope_{key}": value for key, value in said}), message)
+        for name, said, message in (
+            ("base", [("theta", 1e4), ("parameters", {"rope_theta": 1e6})], "rope_theta twice"),
+            ("scaling", [("parameters", {"rope_type": "default"}), ("scaling", LINEAR)], "twice.*linear.*None"),
+            ("type", [("scaling", {**LINEAR, "type": "yarn"})], "says twice.*yarn.*linear"),
+            ("setting", [("scaling", {**LINEAR, "rope_theta": 1e6})], "rope_theta in rope_scaling"),
+        )
+    },
+    "another head said to be tied": ("llama", configured(tie_word_embeddings=True), "lm_head.weight is not its embed"),
     "rope per layer": ("qwen2", rope(full_attention={"rope_theta": 1e4}), "rope_parameters"),
     "another template": ("qwen2", template, "chat template of qwen2 fails where the bundle runs"),
     "a large tokenizer": ("mistral", lambda folder: checkpoints.add_tokenizer(folder, 400), "mistral.*vocabulary"),

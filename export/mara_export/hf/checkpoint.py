@@ -23,6 +23,7 @@ from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
 
 _GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
+_HEAD = "lm_head.weight"
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
@@ -106,6 +107,12 @@ def load_config(source: ModelSource) -> Any:
 def read_config(source: ModelSource) -> Any:
     """The configuration of a model of any architecture, including one saved by transformers 5. Raises ModelError."""
     config, values = from_pretrained(AutoConfig, source), read_json(source.folder / "config.json")
+    said = values.get("rope_scaling") if isinstance(values, dict) else None
+    if isinstance(said, dict) and said.get("type", said.get("rope_type")) != said.get("rope_type", said.get("type")):
+        raise ModelError(
+            f"{source.name}: its config.json says twice of what type rope_scaling is, {said['type']!r} and "
+            f"{said['rope_type']!r}: remove the wrong one"
+        )
     rope = getattr(config, "rope_parameters", None)
     if rope is not None:  # base and scaling; transformers 4 keeps them apart, and would use its defaults
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -178,7 +185,22 @@ def load_model(
             f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}; leave out "
             f"those that it works without, a value head say, with --ignore-weights '{unknown[0].partition('.')[0]}*'"
         )
+    _check_head(source, model)
     return model.eval()
+
+
+def _check_head(source: ModelSource, model: Any) -> None:
+    """Reject a head of its own in a model whose configuration says that the head is the embedding."""
+    table = model.get_input_embeddings().weight
+    if model.get_output_embeddings().weight is not table:
+        return
+    for path in source.folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if _HEAD in file.keys() and not torch.equal(file.get_tensor(_HEAD).to(table), table):  # noqa: SIM118
+                raise ModelError(
+                    f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set "
+                    "that to false, or remove the weight"
+                )
 
 
 def _check_quantised(source: ModelSource) -> None:
