@@ -8,7 +8,7 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 """Of the log."""
-_OUTWEIGHS = 10
+_OUTWEIGHS = 3
 """Times the range of the scores that the entropy of an answer is worth, before it counts as all that is learned."""
 
 

@@ -26,6 +26,8 @@ from mara_runtime.errors import MaraError
 
 Row = dict[str, Any]
 """Metrics of a round, see `round_metrics`."""
+_MOST = float(np.finfo(np.float32).max)
+"""Largest reward that the replay buffer stores."""
 
 
 @dataclass
@@ -140,7 +142,7 @@ def _round(
     rollouts = task.answer(indices, agent_policy(learner.actor), actions)
     rolled_out = time.monotonic()
     for episode, score in zip(rollouts.episodes, rollouts.scores.combined, strict=True):
-        if abs(reward := score - config.score_baseline) > np.finfo(np.float32).max:
+        if abs(reward := score - config.score_baseline) > _MOST:
             raise ScoreError(f"the score {task.score.name} is {score}, which float32 cannot hold: lower its --weight")
         if len(episode.trajectory):
             replay.add(episode.trajectory, reward)

@@ -90,7 +90,7 @@ class TrainingTask:
         Raises OptionError, see `mara_deploy.train.config.fit`.
         """
         lm, lengths = self.environment.lm, [len(ids) for ids in self.tokens]
-        room = min(self.environment.context - min(lengths), sys.maxsize if room is None else room)
+        room = min(self.environment.context - min(lengths), sys.maxsize if room is None else max(1, room // _GROWTH))
         entry = lm.sequence_bytes(max(lengths) + min(config.max_new_tokens, room), config.top_k)
         free = free_bytes(lm.device)
         config = fit(
@@ -103,6 +103,8 @@ class TrainingTask:
         return config, replace(self, environment=replace(self.environment, max_new_tokens=config.max_new_tokens))
 
 
+_GROWTH = 3
+"""Tokens of a score's model that a token of the LLM may become: each byte of a text that is no UTF-8 becomes three."""
 _PAUSES_S = (1, 5, 25)
 """Before a score that failed for a passing reason is tried again."""
 

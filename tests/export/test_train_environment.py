@@ -126,6 +126,15 @@ def test_the_reference_policy_samples_from_the_candidates(environment, reference
     assert statistic < df + 4 * math.sqrt(2 * df)  # four standard deviations
 
 
+def test_an_answer_ends_with_the_context(environment) -> None:
+    """Each at its own place."""
+    prompts = [list(range(3, 3 + length)) for length in (9, 2, 6)]
+    narrow = Environment(environment.lm, frozenset(), 40, 0.95, 5, context=10)
+    episodes = narrow.rollout(prompts, reference_policy, np.random.default_rng(0))
+    assert [len(episode.token_ids) for episode in episodes] == [1, 5, 4]
+    assert not any(episode.finished for episode in episodes)
+
+
 def test_of_equal_logits_the_lower_ids_are_candidates() -> None:
     """Not those that torch happens to rank first."""
     logits = torch.zeros(1, 300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mara_deploy import agent as agents
 from mara_deploy.train import report
@@ -98,11 +100,22 @@ def run(command, talker, scores, tmp_path, monkeypatch):
 
 
 def new_run(out: str, model: Any, score: tuple[Any, ...], **settings: Any) -> list[Any]:
-    """The arguments of mara-train."""
+    """The arguments of mara-train. A setting of ... is left out, one of None is a flag without a value."""
     settings = {**SMALL, **{name.replace("_", "-"): value for name, value in settings.items()}}
-    options = [part for name, value in settings.items() for part in (f"--{name}", value) if part is not None]
+    given = {name: value for name, value in settings.items() if value is not ...}
+    options = [part for name, value in given.items() for part in (f"--{name}", value) if part is not None]
     inputs = ["--model", model, "--prompts", "prompts.txt", "--score", *score]
     return [*inputs, "--out", out, *options, "--widths", 16, 8]
+
+
+@pytest.fixture
+def judge(checkpoint, scores, tmp_path) -> Path:
+    """A reward model that reads 40 tokens, in the working directory."""
+    config = LlamaConfig.from_pretrained(checkpoint("llama"), num_labels=1, pad_token_id=0, max_position_embeddings=40)
+    LlamaForSequenceClassification(config).save_pretrained("judge")
+    for file in checkpoint("llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "judge")
+    return tmp_path / "judge"
 
 
 @pytest.fixture

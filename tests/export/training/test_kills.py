@@ -109,16 +109,17 @@ def as_uninterrupted(start, uninterrupted, tmp_path) -> Callable[[str], None]:
 
 @pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_in_the_middle_of_a_write(start, as_uninterrupted, every) -> None:
-    """Of any file, and again in the same step of the continued run."""
+    """Of any file, and some again in the same step of the continued run."""
     steps = end_of(start("counted"))
     assert 60 < steps < 250
     for at in range(SEED, steps + 1, every):
         assert end_of(start(f"at{at}", at)) == -signal.SIGKILL
-        end_of(start(f"at{at}", at))
+        if at % 4 == SEED % 4:
+            end_of(start(f"at{at}", at))
         as_uninterrupted(f"at{at}")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.long)])
 def test_ended_at_a_random_moment(start, as_uninterrupted, kills) -> None:
     rng = random.Random(SEED)
     began = time.monotonic()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from tensorboardX.event_file_writer import EventsWriter
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from mara_deploy import agent as agents
 from mara_deploy.files import run_lock
@@ -124,11 +123,7 @@ def test_another_model_is_refused_and_another_place_is_not(run, resume, talker, 
     assert resume("out", "--episodes", 8).code == 0
 
 
-def test_scores_devices_and_sizes_may_change_and_are_recorded(run, resume, scores, checkpoint, tmp_path) -> None:
-    config = LlamaConfig.from_pretrained(checkpoint("llama"), num_labels=1, pad_token_id=0)
-    LlamaForSequenceClassification(config).save_pretrained("judge")
-    for file in checkpoint("llama").glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "judge")
+def test_scores_devices_and_sizes_may_change_and_are_recorded(run, resume, judge, tmp_path) -> None:
     both = ("train_test_scores:length", "--score", "judge", "--score-batch", 3)
     assert run("out", score=both, episodes=4, device="cpu").code == 0
     first = read_run(tmp_path / "out")

@@ -18,7 +18,8 @@ from mara_deploy.train import loop, report
 from mara_deploy.train.folder import RunFolder
 from mara_deploy.train.replay import ReplayBuffer
 from mara_deploy.train.report import write_report
-from tests.export.training.conftest import EPISODES, SMALL, everything, recorded, rows, same
+from tests.export.conftest import copy_model
+from tests.export.training.conftest import EPISODES, SMALL, error_of, everything, read_run, recorded, rows, same
 
 
 def test_the_seed_decides_prompts_actions_and_batches(run, whole, tmp_path) -> None:
@@ -54,6 +55,57 @@ def test_checkpoints_are_minutes_apart(run, scores, monkeypatch) -> None:
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * scores.CALLS))  # 25 s per round
     assert run("out", episodes=16, checkpoint_minutes=1, replay_transitions=2000).code == 0
     assert [agent.origin.episodes for *_, agent in saves] == [6, 12, 16]
+
+
+def test_settings_that_are_not_given_fit_model_prompts_and_scores(run, resume, talker, judge, tmp_path) -> None:
+    """The model has a context of 64 tokens, the reward model one of 40."""
+    small = copy_model(talker, tmp_path / "small", max_position_embeddings=64)
+    settings = dict.fromkeys(("max_new_tokens", "start_transitions", "replay_transitions", "recipe"), ...)
+    Path("prompts.txt").write_text("short\na prompt of more letters\n")
+    done = run("out", model=small, episodes=8, **settings)
+    assert done.code == 0
+    recorded, log = read_run(tmp_path / "out")["config"], rows(tmp_path / "out")
+    named = re.search(r"fitted to .*: --max-new-tokens (\d+), --start-transitions (\d+)$", done.err, re.MULTILINE)
+    assert (recorded["max_new_tokens"], recorded["start_transitions"]) == (int(named[1]), int(named[2]))
+    assert 0 < recorded["max_new_tokens"] < 64
+    assert log[-1]["updates"] > 0
+    assert recorded["replay_transitions"] <= 1_000_000
+
+    done = run("judged", model=small, score=("judge",), episodes=8, **settings)
+    assert done.code == 0
+    assert 0 < read_run(tmp_path / "judged")["config"]["max_new_tokens"] < 13
+    Path("prompts.txt").write_text("short\n" + "a prompt of very many letters " * 9)
+    line = error_of(run("long", model=small, score=("judge",), **settings))
+    assert re.search(r"judge reads at most 40 tokens; the prompt 'a prompt .* has \d+: remove it", line)
+    assert "exceed the context of small, 64" in error_of(run("long", model=small, **settings))
+    assert not (tmp_path / "long").exists()
+    line = error_of(run("cut", score=("judge",), episodes=4, max_new_tokens=60))
+    assert "remove it" in line
+
+
+def test_cautions_come_while_the_run_goes_on_and_at_its_end(run, resume, scores, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "plots", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(scores, "length", lambda prompts, answers: [0.1] * len(answers))
+    done = run("out", episodes=20, quiet=None)
+    caution = "all answers have the same score, 0.1: there is nothing to learn from it"
+    assert done.code == 0
+    assert done.err.count(f"mara-train: warning: {caution}") == 2
+    assert caution in (tmp_path / "out" / "report.html").read_text()
+    assert resume("out", "--episodes", 22, "--score-batch", 3).code == 2
+    assert resume("out", "--episodes", 22).code == 0
+    assert "<td>--episodes</td><td>20</td><td>→ 22</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_score_beyond_float32_is_refused(run, scores, monkeypatch) -> None:
+    monkeypatch.setattr(scores, "length", lambda prompts, answers: [1e39] * len(answers))
+    assert "lower its --weight" in error_of(run("out", episodes=4))
+
+
+def test_equal_runs_leave_equal_agents(run, whole, tmp_path) -> None:
+    assert run("again").code == 0
+    for name in ("agent.safetensors", "agent.pth"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_both_agent_files_load_with_metadata_and_common_permissions(whole) -> None:
