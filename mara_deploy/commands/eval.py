@@ -56,7 +56,7 @@ class EvalArguments(Options):
         "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo-final",
         metavar="FILE",
     )
-    limit: int | None = option(None, "evaluate only N of the prompts, evenly spaced", least=1)
+    limit: int | None = option(None, "evaluate only N of the prompts, selected by hash", least=1)
     group_by: str | None = option(
         None,
         "key of the prompt file's objects that identifies related prompts",
