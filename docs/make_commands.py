@@ -15,11 +15,11 @@ def page() -> str:
     """The text of commands.md."""
     from examples.demo_lm import __main__ as remake
     from examples.demo_lm import train as demo_lm
-    from mara_deploy.commands import bench, build, eval, export, inspect, memory, run, train
+    from mara_deploy.commands import bench, build, eval, export, inspect, memory, run, sign, train
     from mara_deploy.demo import __main__ as demo
 
     parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
-    for module in (export, build, run, inspect, memory, bench, train, eval, demo, demo_lm, remake):
+    for module in (export, build, run, inspect, sign, memory, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
     parts.append(

@@ -7,12 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
 from mara_runtime.options import Options, option, required
+from mara_runtime.reports import PARITY_NUMBERS, PARITY_OUTCOMES
+from mara_runtime.training import Training
 
 EPILOG = """\
 examples:
@@ -34,6 +38,9 @@ class InspectArguments(Options):
 
     bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
     json: bool = option(False, "print the manifest as JSON")
+    require_signature: Path | None = option(
+        None, "public key: refuse a bundle that its owner has not signed with mara-sign", metavar="KEY"
+    )
 
 
 def parser() -> Parser:
@@ -50,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     arguments = from_args(InspectArguments, args)
-    bundle = Bundle.open(arguments.bundle)
+    bundle = Bundle.open(arguments.bundle, require_signature=arguments.require_signature)
+    for name in bundle.unlisted():
+        print(f"mara-inspect: {name!a} is not listed in the manifest: no command reads it", file=sys.stderr)
     if arguments.json:
         print_json(json.loads(bundle.manifest.to_json()))
     else:
@@ -73,8 +82,11 @@ def summary(bundle: Bundle) -> list[str]:
         f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
         f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
         f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
+        *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
         f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
         f"falls back to the {m.agent.fallback} candidate",
+        *_training(m.agent.training),
+        *(f"          note: {doubt}" for doubt in m.doubts),
         f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
         f"for {', '.join(m.targets)}",
         *(
@@ -89,47 +101,54 @@ def summary(bundle: Bundle) -> list[str]:
     return lines + parity_lines(m.parity)
 
 
-def parity_lines(report: dict[str, object] | None) -> list[str]:
-    """What the gate's report says, for people. What is not readable in it is left out."""
+def _training(training: Training | None) -> list[str]:
+    if training is None:
+        return ["          training not recorded"]
+    values = ", ".join(f"{name}={json.dumps(value)}" for name, value in training.template.items())
+    prompts = "plain text" if training.chat_template is None else f"the chat template {values}".rstrip()
+    return [
+        f"          trained for {training.model} and {training.score}: {training.episodes:,} episodes, "
+        f"{training.transitions:,} transitions, {training.updates:,} updates",
+        f"          with top-k {training.top_k}, top-p {training.top_p}, answers of up to "
+        f"{training.max_new_tokens} tokens, prompts in {prompts}",
+    ]
+
+
+def parity_lines(report: dict[str, Any] | None) -> list[str]:
+    """What the gate's report says, for people."""
     if report is None:
         return ["parity    NOT CHECKED: exported with --no-gate"]
-    outcome = "passed" if report.get("passed") is True else "NOT PASSED"
-    compared = f"{report.get('prompts')} prompts, {report.get('rows')} token rows against Hugging Face eager"
-    lines = [f"parity    {outcome}: {compared}"]
-    for name in ("hidden", "logits", "margins"):
-        values = report.get(name)
-        if isinstance(values, dict):
-            cosine = f", least cosine {values['least_cosine']:.7f}" if "least_cosine" in values else ""
-            difference = f"greatest difference {values['greatest_difference']:.1e} of the largest value"
-            lines.append(f"          {name}: {difference}{cosine}")
-    for name, (outcome, gap) in OUTCOMES.items():
-        counts, min_gap = report.get(name), report.get("min_gap")
-        if isinstance(counts, dict) and isinstance(min_gap, dict):
-            total = counts["compared"] + counts["within_noise"]
-            nats = f"{min_gap[name]:.2g} nat{'' if min_gap[name] == 1 else 's'}"
-            lines.append(
-                f"          {outcome}: {counts['differing']} of {counts['compared']} {gap} more than {nats} differ; "
-                f"{counts['changed']} of all {total} changed"
-            )
-    largest = report.get("largest_activation")
-    if isinstance(largest, float):
-        lines.append(f"          largest activation: {largest:,.0f}; float16 goes up to 65,504")
-    perplexity = report.get("perplexity")
-    if isinstance(perplexity, dict):
+    lines = [
+        f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager",
+    ]
+    for name in PARITY_NUMBERS:
+        cosine = f", least cosine {report[name]['least_cosine']:.7f}" if "least_cosine" in report[name] else ""
+        difference = f"greatest difference {report[name]['greatest_difference']:.1e} of the largest value"
+        lines.append(f"          {name}: {difference}{cosine}")
+    for name in PARITY_OUTCOMES:
+        (outcome, gap), counts, least = OUTCOMES[name], report[name], report["min_gap"][name]
         lines.append(
-            f"          perplexity of its prompts: {perplexity['exported']:.4g}, "
-            f"Hugging Face {perplexity['reference']:.4g}"
+            f"          {outcome}: {counts['differing']} of {counts['compared']} {gap} more than {least:.2g} "
+            f"nat{'' if least == 1 else 's'} differ; {counts['changed']} of all "
+            f"{counts['compared'] + counts['within_noise']} changed"
+        )
+    if report["largest_activation"] is not None:
+        lines.append(f"          largest activation: {report['largest_activation']:,.0f}; float16 goes up to 65,504")
+    if report["perplexity"] is not None:
+        lines.append(
+            f"          perplexity of its prompts: {report['perplexity']['exported']:.4g}, "
+            f"Hugging Face {report['perplexity']['reference']:.4g}"
         )
     return lines
 
 
-def _quantised(quantisation: dict[str, object] | None) -> str:
+def _quantised(quantisation: dict[str, Any] | None) -> str:
     if quantisation is None:
         return ""
-    kept = f", kept {quantisation['keep']}" if quantisation.get("keep") else ""
-    size = quantisation.get("block_size")
+    kept = f", kept {quantisation['keep']}" if quantisation["keep"] else ""
+    size = quantisation["block_size"]
     scales = "one scale per column" if size == -1 else f"blocks of {size}"
-    return f" ({quantisation.get('quantiser')}, {scales}{kept})"
+    return f" ({quantisation['quantiser']}, {scales}{kept})"
 
 
 if __name__ == "__main__":

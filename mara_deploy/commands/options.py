@@ -78,7 +78,8 @@ def _add(
 ) -> None:
     dest = _dest(config, each)
     if each.positional:
-        parser.add_argument(dest, metavar=each.metavar, help=each.help)
+        may_be_absent = {} if each.default is NO_DEFAULT else {"nargs": "?", "default": argparse.SUPPRESS}
+        parser.add_argument(dest, metavar=each.metavar, help=each.help, **may_be_absent)  # type: ignore[arg-type]
         return
     details: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
     if each.kind is bool:

@@ -16,7 +16,6 @@ from mara_deploy.commands.shared import Parser, guarded, needs_extra
 from mara_deploy.commands.train_open import Run, TrainArguments, begin, check_resumable, new_config, resume
 from mara_deploy.train.config import RECIPES, TrainConfig
 from mara_runtime.errors import MaraError
-from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
     from mara_deploy.train.loop import Row
@@ -95,8 +94,6 @@ def _run(run: Run, quiet: bool) -> tuple[int, list[str]]:
     from mara_deploy.train.monitor import Monitor
     from mara_deploy.train.report import write_report
 
-    by = f"mara-deploy {installed('mara-deploy')['mara-deploy']}"
-    metadata = {"model": run.facts["model"]["name"], "score": run.facts["score"], "trained_by": by}
     config, done = run.config.to_json(), run.checkpoint["progress"]["episodes"]
     rounds, told = 0, set[str]()
 
@@ -116,7 +113,7 @@ def _run(run: Run, quiet: bool) -> tuple[int, list[str]]:
             Monitor(run.config.episodes, done, run.folder.tensorboard, quiet) as monitor,
         ):
             what = (run.task, run.config, run.folder, run.checkpoint, run.files)
-            train(*what, on_round=on_round, stop=stop, metadata=metadata)
+            train(*what, on_round=on_round, stop=stop)
     except Exception:
         with suppress(Exception):  # the first error is the cause
             write_report(run.folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mara_deploy import demo
-from mara_deploy.commands.decoding import TEMPLATE_HELP, template_variables
+from mara_deploy.commands.decoding import IGNORE_HELP, TEMPLATE_HELP, template_variables
 from mara_deploy.commands.options import flags_given, given
 from mara_deploy.commands.scoring import ScoreModelOptions, ScoreOption, judges, score_options
 from mara_deploy.models import MODEL_HELP, find_model
@@ -52,6 +52,7 @@ class TrainArguments(Options):
         None, "agent that a new run begins with: a file, HUB_ID:FILE, or demo", metavar="AGENT", unset="random weights"
     )
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    ignore_weights: tuple[str, ...] = option((), IGNORE_HELP, metavar="PATTERN")
     device: str = option("auto", "device of the LLM: auto (CUDA if available), cpu, cuda", metavar="DEVICE")
     dtype: str = option(
         "auto",
@@ -102,6 +103,7 @@ def _describe(arguments: TrainArguments, args: argparse.Namespace, config: Train
         "score": None,
         **_scores(args),
         "template": template_variables(arguments.template),
+        "ignore_weights": list(arguments.ignore_weights),
         "device": arguments.device,
         "dtype": arguments.dtype,
         "config": config.to_json(),
@@ -276,7 +278,7 @@ def _open(
     facts["score"] = score.name
     room = score.room([prompt.asked for prompt in prompts])
     scored(score, [max(prompts, key=lambda prompt: len(prompt.text))], ["Yes."], say)  # what fails does so now
-    where = {name: facts[name] for name in ("device", "dtype", "template")}
+    where = {name: facts[name] for name in ("device", "dtype", "template", "ignore_weights")}
     task = open_task(source, prompts, score, config, given=fixed, notify=say, **where)
     lm = task.environment.lm
     facts["device"], facts["dtype"] = str(lm.device), str(lm.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -35,8 +36,10 @@ class CheckpointAnswers:
     Raises ModelError for a checkpoint that cannot be loaded, PromptError for a prompt that its template rejects.
     """
 
-    def __init__(self, model: str, config: DecodeConfig, prompt_format: PromptFormat) -> None:
-        self._source = resolve_model(model)
+    def __init__(
+        self, model: str, config: DecodeConfig, prompt_format: PromptFormat, ignore_weights: Sequence[str] = ()
+    ) -> None:
+        self._source, self._ignored = resolve_model(model), ignore_weights
         self._config, self._format = config, prompt_format
         self.name = self._source.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +111,7 @@ class CheckpointAnswers:
 
     def _load(self) -> Any:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
-        return load_model(self._source, "sdpa", dtype).to(self._device)
+        return load_model(self._source, "sdpa", dtype, ignore_weights=self._ignored).to(self._device)
 
     def _encode(self, prompt: Asked) -> list[int]:
         ids = encode(prompt, self._tokenizer, self.name, raw=self._format.raw, template=self._format.template)
@@ -120,7 +123,8 @@ class CheckpointAnswers:
 
 
 def _filters(config: DecodeConfig) -> LogitsProcessorList:
-    filters = [TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)]
+    top_k, top_p = config.candidates
+    filters = [TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
     if config.temperature != 1.0:
         filters.append(TemperatureLogitsWarper(config.temperature))
     return LogitsProcessorList(filters)

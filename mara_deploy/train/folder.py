@@ -121,11 +121,11 @@ class RunFolder:
         """Folder of the event files."""
         return self.path / "tensorboard"
 
-    def save(self, state: Mapping[str, Any], agent: agents.Agent, metadata: Mapping[str, str]) -> None:
-        """Write a checkpoint and the agent. metadata: of the agent's file."""
+    def save(self, state: Mapping[str, Any], agent: agents.Agent) -> None:
+        """Write a checkpoint and the agent."""
         self._save_state(state)
         with writing(self.path / "agent.safetensors"):
-            agents.save(agent, self.path / "agent.safetensors", metadata)
+            agents.save(agent, self.path / "agent.safetensors")
         write_file(self.path / "agent.pth", lambda path: _torch_save(agents.cpu_state(agent), path))
 
     def _save_state(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,12 +65,11 @@ def train(
     *,
     on_round: Callable[[Row], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
-    metadata: Mapping[str, str] | None = None,
 ) -> Learner:
     """Train until `config.episodes`, or until `stop` returns true.
 
     checkpoint: the folder's last one; files: of `open_files`, if they are open already; on_round: called after each
-    round; metadata: of the agent file.
+    round.
     Whatever ends it, it leaves a checkpoint with all finished rounds. Resuming from it gives the same result as an
     uninterrupted run: on a CPU bit for bit, with the same number of threads.
     Raises MaraError (ScoreError, NumericsError).
@@ -97,8 +96,15 @@ def train(
         agent = Agent(task.hidden_size, config.widths)
         agent.load_state_dict(state["learner"]["actor"])
         agent.fallback = config.fallback
-        counts = {name: str(state["progress"][name]) for name in ("episodes", "updates")}
-        folder.save(state, agent, {**(metadata or {}), **counts})
+        if task.training is not None:
+            agent.origin = replace(
+                task.training,
+                max_new_tokens=config.max_new_tokens,
+                episodes=state["progress"]["episodes"],
+                updates=state["progress"]["updates"],
+                transitions=state["replay"]["added"],
+            )
+        folder.save(state, agent)
         replay.saved(state["replay"])
 
     last, last_save = state(), time.monotonic()

@@ -21,11 +21,12 @@ from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_deploy.train.policy import Policy
 from mara_deploy.train.replay import ReplayBuffer
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_model, read_config
 from mara_export.hf.families import check_supported
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import load_tokenizer
+from mara_export.hf.tokenizer import load_tokenizer, template_checksum
 from mara_runtime.errors import PromptError
+from mara_runtime.training import Training
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class TrainingTask:
     tokens: Sequence[Sequence[int]]
     """their token ids, including the generation prompt"""
     score: Combined
+    training: Training | None = None
+    """what the agent's file records; without counters"""
     notify: Callable[[str], None] = lambda _: None
     """called with a message when a score is tried again"""
 
@@ -131,13 +134,14 @@ def open_task(
     device: str = "auto",
     dtype: str = "auto",
     template: Mapping[str, Any] | None = None,
+    ignore_weights: Sequence[str] = (),
     notify: Callable[[str], None] = lambda _: None,
 ) -> TrainingTask:
     """Tokenise the prompts and load the LLM.
 
     given: names of settings that the user insists on; device: torch device, auto for CUDA if available; dtype: of the
-    LLM, auto for bfloat16 on CUDA and float32 on a CPU; template: variables for the chat template; notify: takes
-    messages. Without a chat template, prompts are plain text.
+    LLM, auto for bfloat16 on CUDA and float32 on a CPU; template: variables for the chat template; ignore_weights:
+    patterns of surplus weights to leave out; notify: takes messages. Without a chat template, prompts are plain text.
     Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
     """
     on = torch_device("--device", device)
@@ -157,7 +161,21 @@ def open_task(
     if dtype == "auto":
         dtype = "bfloat16" if on.type == "cuda" else "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    model = load_model(source, ATTENTION, dtypes[dtype]).to(on)
+    model = load_model(source, ATTENTION, dtypes[dtype], ignore_weights=ignore_weights).to(on)
     eos = frozenset(eos_token_ids(model, tokenizer))
     environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens, context)
-    return TrainingTask(environment, tokenizer, prompts, tokens, score, notify)
+    training = Training(
+        model=source.name,
+        architecture=model.config.model_type,
+        weights=fingerprint(model),
+        chat_template=template_checksum(tokenizer),
+        template=dict(template or {}),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        score=score.name,
+        episodes=0,
+        updates=0,
+        transitions=0,
+    )
+    return TrainingTask(environment, tokenizer, prompts, tokens, score, training, notify)

@@ -32,6 +32,9 @@ class NumericsError(MaraError):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of a third-party error's message, with the next if it is a heading; its type if there is none."""
+    """First line of a third-party error's message, with the next if it is a heading; its type if there is none.
+
+    At most 300 letters of it, as a library may quote a whole file.
+    """
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{first} {others[0]}" if first.endswith(":") and others else first
+    return (f"{first} {others[0]}" if first.endswith(":") and others else first)[:300]

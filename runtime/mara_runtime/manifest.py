@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mara_runtime.config import FALLBACKS
+from mara_runtime.config import ENGINES, FALLBACKS
 from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
+from mara_runtime.reports import read_build, read_parity, read_quantisation
 from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
+from mara_runtime.training import Training
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
+MOST_NAME = 255
+"""Characters of a file's name, with its folders."""
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
 
@@ -40,6 +44,10 @@ class ModelFacts:
     tied: bool
     """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]
+    weights: str
+    """fingerprint, to be compared with that of the model an agent was trained for"""
+    ignored_weights: tuple[str, ...]
+    """patterns of weights that lay in the checkpoint and were left out"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class AgentFacts:
     """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
     """which hidden state it takes"""
+    training: Training | None
+    """None: not known, as of released agents"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class TokenizerFacts:
 
     file: str
     chat_template: str | None
-    special_tokens: dict[str, str]
+    special_tokens: dict[str, str | list[str]]
     """by the names that chat templates use: bos_token, eos_token, …"""
 
 
@@ -138,13 +148,20 @@ class Manifest:
     """None when not measured"""
     files: dict[str, FileEntry]
     """every file except the manifest, by its path in the bundle"""
-    io: dict[str, Any]
-    """inputs and outputs of the graph: name, dtype, shape"""
 
     @property
     def slots(self) -> int:
         """KV slots that decoding may need: of a full context, and of one more decision."""
         return self.max_context + spare_slots(self.max_candidates)
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the agent may not align this model, one clause each."""
+        if self.agent.training is None:
+            return []
+        template = None if self.tokenizer is None else self.tokenizer.chat_template
+        checksum = None if template is None else self.files[template].sha256
+        return list(self.agent.training.doubts(self.model.source, self.model.weights, checksum))
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -174,7 +191,10 @@ def parse(text: str, where: str) -> Manifest:
         )
     reader = _Reader(where, root)
     manifest = reader.manifest()
-    if reader.text("sha256") != checksum(root):
+    reader.count("schema_version")
+    stated = reader.text("sha256")
+    reader.reject_unknown()
+    if stated != checksum(root):
         raise BundleError(
             f"{where} was changed: its content differs from its checksum; copy or export the bundle again"
         )
@@ -197,6 +217,8 @@ class _Reader(JsonReader):
                 intermediate_size=self.count("model.intermediate_size"),
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
+                weights=self.text("model.weights"),
+                ignored_weights=tuple(self.texts("model.ignored_weights")),
             ),
             agent=AgentFacts(
                 source=self.text("agent.source"),
@@ -204,15 +226,16 @@ class _Reader(JsonReader):
                 widths=self.counts("agent.widths"),
                 fallback=self.text("agent.fallback", FALLBACKS),
                 state=self.text("agent.state"),
+                training=Training.read(self, "agent.training"),
             ),
             max_context=self.count("max_context"),
             max_candidates=self.count("max_candidates"),
-            targets=tuple(self.texts("targets")),
+            targets=self._targets(),
             step=GraphFacts(
                 self._file("step.file"),
                 self.text("step.lowering"),
                 self.text("step.precision"),
-                self.get("step.quantisation", dict, type(None)),
+                read_quantisation(self, "step.quantisation"),
                 self.text("step.cache", tuple(CACHE_BYTES)),
             ),
             engines=self._engines(),
@@ -223,18 +246,23 @@ class _Reader(JsonReader):
                 chat_template=None
                 if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
-                special_tokens=self.dict_of(str, "tokenizer.special_tokens"),
+                special_tokens=self._special_tokens("tokenizer.special_tokens"),
             ),
-            made_with=self.dict_of(str, "made_with"),
-            parity=self.get("parity", dict, type(None)),
+            made_with=self.dict_of(str, "made_with", shown=True),
+            parity=read_parity(self, "parity"),
             noise=self._noise(),
             files={
                 name: FileEntry(entry["size_bytes"], entry["sha256"])
                 for name, entry in self.dict_of(dict, "files").items()
                 if self._is_file_entry(name, entry)
             },
-            io=self.get("io", dict),
         )
+
+    def _targets(self) -> tuple[str, ...]:
+        targets = self.texts("targets")
+        if not targets or not {*targets} <= {*ENGINES}:
+            raise self.wrong("targets", f"is {shortened(targets)}, not a list of {', '.join(ENGINES)}")
+        return tuple(targets)
 
     def _engines(self) -> tuple[EngineFacts, ...]:
         engines: dict[tuple[str, int], EngineFacts] = {}
@@ -262,13 +290,20 @@ class _Reader(JsonReader):
             version=self.text(f"{path}.version"),
             compute_capability=self.text(f"{path}.compute_capability"),
             platform=self.text(f"{path}.platform"),
-            options=self.get(f"{path}.options", dict),
+            options=read_build(self, f"{path}.options"),
         )
 
     def _noise(self) -> Noise | None:
         if self.get("noise", dict, type(None)) is None:
             return None
         return Noise(margins=self.number("noise.margins"), logits=self.number("noise.logits"))
+
+    def _special_tokens(self, path: str) -> dict[str, str | list[str]]:
+        tokens: dict[str, str | list[str]] = self.get(path, dict)
+        for token in tokens.values():
+            if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
+                raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
+        return tokens
 
     def _file(self, path: str) -> str:
         """The name of a file that `files` lists."""
@@ -279,8 +314,16 @@ class _Reader(JsonReader):
 
     def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
         parts = name.split("/")
-        if not name.isprintable() or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
+        if (
+            len(name) > MOST_NAME
+            or not name.isprintable()
+            or "\\" in name
+            or ":" in name
+            or any(part in ("", ".", "..") for part in parts)
+        ):
             raise self.wrong("files", f"names {shortened(name)}, which does not lie inside the bundle")
+        if unknown := sorted(entry.keys() - {"size_bytes", "sha256"}):
+            raise self.wrong(f"files[{shortened(name)}][{shortened(unknown[0])}]", "is not known to this release")
         size = entry.get("size_bytes")
         if type(size) is not int or size < 0:
             raise self.wrong(f"files[{shortened(name)}].size_bytes", f"is {shortened(size)}")

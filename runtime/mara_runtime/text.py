@@ -15,6 +15,8 @@ from mara_runtime.tokenizer import one_line, open_tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Decoded from bytes that are not a character, or not yet."""
 _MOST_TEMPLATE_BYTES = 1 << 22
+_MOST_LETTERS = 256
+"""Of a token: more text than this allows is not even tokenised, which takes memory and cannot be interrupted."""
 
 
 class TextSide:
@@ -24,6 +26,8 @@ class TextSide:
         facts = bundle.manifest.tokenizer
         if facts is None:
             raise BundleError(f"{bundle.folder} has no tokenizer: give the prompt as --input-ids")
+        self._max_context = bundle.manifest.max_context
+        self._most = _MOST_LETTERS * self._max_context
         self.tokenizer = open_tokenizer(bundle.path(facts.file))
         self._special_tokens = facts.special_tokens
         self._template: str | BundleError | None = None
@@ -60,10 +64,16 @@ class TextSide:
             raise PromptError("the prompt is empty: give at least one character")
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation up to the assistant's answer. Only the template adds special tokens.
 
-        variables: of the template, such as `enable_thinking`. Raises PromptError.
+        variables: of the template, such as `enable_thinking`; continue_final_message: the last message is the beginning
+        of the answer. Raises PromptError.
         """
         template = self.template
         if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
@@ -72,7 +82,8 @@ class TextSide:
             )
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty or blank: give some text")
-        return self._encode(template.render(messages, variables), add_special_tokens=False)
+        text = template.render(messages, variables, continue_final_message=continue_final_message)
+        return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -82,6 +93,11 @@ class TextSide:
             raise PromptError(
                 f"the prompt is not valid Unicode: it contains {code}, which is not a character"
             ) from None
+        if len(text) > self._most:
+            raise PromptError(
+                f"the prompt has {len(text):,} characters, which this bundle's {self._max_context} tokens cannot hold: "
+                "shorten it, or export with a larger --max-context"
+            )
         with one_line(PromptError, "the bundle's tokenizer cannot encode this prompt"):
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -100,13 +116,14 @@ class TextStream:
     the text itself does not.
     """
 
-    def __init__(self, side: TextSide, stop: Sequence[str] = ()) -> None:
+    def __init__(self, side: TextSide, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        """context: tokens before, where the text continues theirs."""
         self._side = side
         self._stop = tuple(stop)
-        self._token_ids: list[int] = []
+        self._token_ids = list(context)
         # ids[_start:] are decoded; the text of ids[_start:_known] is known. Starting before the new ids gives decoders
         # the context that they need, for a leading space for example.
-        self._start = self._known = 0
+        self._start, self._known = 0, len(self._token_ids)
         self._decoded = ""
         self._sent = 0  # characters of it returned
         self.stopped = False

@@ -104,7 +104,7 @@ def test_a_damaged_graph_with_a_matching_checksum(refused, bundle_copy, name) ->
     for damaged in (b"", data[: len(data) // 2], np.random.default_rng(0).bytes(5000), b"this is no graph"):
         (bundle / name).write_bytes(damaged)
         rewrite(bundle)
-        names(refused(bundle), "ONNX Runtime cannot load", "step.onnx")
+        names(refused(bundle), "step.onnx is not accepted: ")
 
 
 def test_a_graph_that_does_not_fit_the_manifest(refused, bundle, bundle_copy) -> None:
@@ -129,7 +129,7 @@ def test_a_graph_that_does_not_fit_the_manifest(refused, bundle, bundle_copy) ->
         names(refused(folder), "step.onnx", lost)
     trace_agent(agents.untrained(64, 0, (8, 8)), 64, folder / "step.onnx")
     rewrite(folder)
-    names(refused(folder), "step.onnx", "manifest", "input_ids", "(1, 'S')")
+    names(refused(folder), "step.onnx is not accepted: ")
 
 
 def test_a_damaged_tokenizer_with_a_matching_checksum(refused, bundle_copy) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from benchmarks.alignment import Contest
 from mara_deploy import agent as agents
@@ -44,10 +43,11 @@ def test_it_is_what_the_recipe_makes(demo_agent) -> None:
     assert run["prompts"]["count"] == len(demo_prompts("demo"))
     assert demo_agent.widths == RECIPES["demo"].widths
     assert demo_agent.fallback == RECIPES["demo"].fallback
-    with safe_open(AGENT_FILE, framework="pt") as file:
-        facts = file.metadata()
-    assert facts["episodes"] == str(RECIPES["demo"].episodes)
-    assert facts["model"] == run["model"]["name"] == "demo"
+    origin = demo_agent.origin
+    assert (origin.episodes, origin.top_k, origin.top_p) == tuple(
+        getattr(RECIPES["demo"], name) for name in ("episodes", "top_k", "top_p")
+    )
+    assert origin.model == run["model"]["name"] == "demo"
     assert sum(path.stat().st_size for path in AGENT_FILE.parent.iterdir()) < 400_000
 
 

@@ -247,10 +247,6 @@ def test_the_manifest_states_the_facts(traced, checkpoint, bundle, tmp_path) -> 
     assert manifest["made_with"]["torch"] == torch.__version__
     step = {"file": "step.onnx", "lowering": "ort", "precision": "fp32", "quantisation": None, "cache": "float32"}
     assert (manifest["step"], manifest["targets"], manifest["engines"]) == (step, ["cpu"], [])
-    graph = onnx.load(folder / "step.onnx", load_external_data=False).graph
-    for side, infos in (("inputs", graph.input), ("outputs", graph.output)):
-        assert [t["name"] for t in manifest["io"][side]] == [info.name for info in infos]
-    assert manifest["io"]["outputs"][2] == {"name": "top_ids", "dtype": "int64", "shape": ["P", 72]}
     assert set(manifest["noise"]) == {"margins", "logits"}
 
     other = replace(traced("qwen2"), agent=replace(traced("qwen2").agent, fallback="last"))

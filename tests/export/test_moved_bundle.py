@@ -81,3 +81,18 @@ def test_a_moved_bundle_that_nobody_may_change_runs_as_before(bundle, tmp_path, 
         assert found[name] == expected[name]
     for name in ("decisions", "examined", "forced", "accepted_rank", "candidate_counts"):
         assert found["stats"][name] == expected["stats"][name]
+
+
+@pytest.mark.parametrize("layout", ["blobs/{0}", "bundle/..data/{0}", "objects/{0}/{0}"])
+def test_a_bundle_of_links_runs_as_before(bundle, tmp_path, layout) -> None:
+    """As in the Hub's cache, in a volume of Kubernetes, in an annex of git."""
+    expected = AlignedDecoder(bundle("qwen2"), threads=1).generate(PROMPT, DecodeConfig(max_new_tokens=20))
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle("qwen2"), folder)
+    for path in list(folder.iterdir()):
+        target = tmp_path / layout.format(path.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        path.symlink_to(os.path.relpath(target, folder))
+    answer = AlignedDecoder(folder, threads=1).generate(PROMPT, DecodeConfig(max_new_tokens=20))
+    assert answer.token_ids == expected.token_ids

@@ -26,6 +26,7 @@ from mara_runtime.engines.base import Pass
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.manifest import Noise
 from tests import checkpoints
+from tests.unit.helpers import parity_json
 
 GATE = parity.GATES["fp32"]
 
@@ -324,7 +325,7 @@ def test_decisions_by_hand() -> None:
 def test_the_report_on_the_screen_says_how_much_changed_and_does_not_call_it_noise() -> None:
     counts = {"compared": 128, "within_noise": 72, "differing": 1, "changed": 20}
     min_gap = {"first": 1.0, "ranks": 0.01, "decisions": 0.0123}
-    report = {"passed": True, "prompts": 4, "rows": 200, "first": counts, "decisions": counts, "min_gap": min_gap}
+    report = {**parity_json(), "rows": 200, "first": counts, "decisions": counts, "min_gap": min_gap}
     text = "\n".join(inspect.parity_lines(report))
     assert "best token: 1 of 128 that lead by more than 1 nat differ; 20 of all 200 changed" in text
     assert "decisions: 1 of 128 decided by more than 0.012 nats differ; 20 of all 200 changed" in text

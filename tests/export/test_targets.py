@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from mara_export.errors import ParityError
 from mara_export.export import finish
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
+from mara_export.targets import TARGETS
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
+from mara_runtime.graph_file import OPERATORS
 from tests import checkpoints
 
 
@@ -62,6 +65,43 @@ def test_a_graph_for_a_gpu_computes_in_float16_and_passes_the_gate_on_a_cpu(
     for schedule in ("one-by-one", "together", "adaptive"):
         answer = decoder.generate([5, 6, 7], DecodeConfig(top_k=8, max_new_tokens=12, schedule=schedule))
         assert 1 <= len(answer.token_ids) <= 12
+
+
+QUICK = {
+    *(("cpu", lowering, precision) for lowering in ("ort", "portable", "decomposed") for precision in ("fp16", "int4")),
+    ("cuda", "ort", "int8"),
+}
+ALL = {(name, lowering, p) for name, t in TARGETS.items() for lowering in t.lowerings for p in t.precisions}
+
+
+@pytest.mark.parametrize(
+    ("models", "combinations"),
+    [(("qwen2",), QUICK), pytest.param(checkpoints.ARCHITECTURES, ALL, marks=pytest.mark.long)],
+    ids=["some", "all"],
+)
+def test_the_runtime_accepts_the_operators_that_exports_write_and_no_others(
+    traced, tmp_path, models, combinations
+) -> None:
+    written: set[tuple[str, str]] = set()
+
+    def add(graph: onnx.GraphProto) -> None:
+        written.update((node.domain, node.op_type) for node in graph.node)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    add(attribute.g)
+
+    for model, (target, lowering, precision) in itertools.product(models, sorted(combinations)):
+        blocks = {"block_size": 32} if precision == "int4" else {}
+        if blocks and target == "tensorrt":  # whose blocks do not divide these models; its graphs are those of RTX
+            continue
+        options = ExportOptions(
+            target=target, lowering=lowering, precision=precision, gate=False, max_context=128, **blocks
+        )
+        out = tmp_path / f"{model}-{target}-{lowering}-{precision}"
+        finish(traced(model), options, out)
+        add(onnx.load(out / "step.onnx", load_external_data=False).graph)
+    assert written == {(domain, name) for domain, names in OPERATORS.items() for name in names}
 
 
 def test_activations_that_float16_does_not_hold_are_found_on_a_cpu(traced, reference, agent, tmp_path) -> None:

@@ -24,6 +24,33 @@ Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float
 # ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+TRAINING: dict[str, Any] = {
+    "model": "example/tiny",
+    "architecture": "qwen2",
+    "weights": "0123",
+    "chat_template": "4567",
+    "template": {},
+    "top_k": 3,
+    "top_p": 0.4,
+    "max_new_tokens": 64,
+    "score": "scores:politeness",
+    "episodes": 100,
+    "updates": 1000,
+    "transitions": 5000,
+}
+"""What an agent was trained under."""
+
+
+def message(number: int, content: bytes) -> bytes:
+    """A field of up to 127 bytes in protobuf's encoding."""
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+GRAPH = message(7, 11 * message(11, b""))
+"""With the inputs of one layer, and nothing else."""
+OTHER_GRAPH = GRAPH + message(2, b"another producer")
+
+
 def make_bundle(
     folder: Path,
     *,
@@ -36,9 +63,10 @@ def make_bundle(
     max_context: int = 32,
     max_candidates: int = 8,
     fallback: str = "first",
+    training: dict[str, Any] | None = None,
     targets: Sequence[str] = ("cpu",),
     noise: dict[str, float] | None = None,
-    graph: bytes = b"a graph",
+    graph: bytes = GRAPH,
 ) -> Path:
     """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +80,7 @@ def make_bundle(
     manifest = manifest_json(files, has_tokenizer=tokenizer is not None, special_tokens=special_tokens or {})
     manifest["model"]["shape"].update(vocab_size=vocab_size, hidden_size=hidden_size)
     manifest["model"]["eos_token_ids"] = list(eos_token_ids)
-    manifest["agent"].update(hidden_size=hidden_size, fallback=fallback)
+    manifest["agent"].update(hidden_size=hidden_size, fallback=fallback, training=training)
     manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets), noise=noise)
     write_manifest(folder, manifest)
     return folder
@@ -84,8 +112,17 @@ def manifest_json(
             "intermediate_size": 128,
             "tied": True,
             "eos_token_ids": [0],
+            "weights": "0123",
+            "ignored_weights": [],
         },
-        "agent": {"source": "agent.pth", "hidden_size": 2, "widths": [8, 4], "fallback": "first", "state": "final"},
+        "agent": {
+            "source": "agent.pth",
+            "hidden_size": 2,
+            "widths": [8, 4],
+            "fallback": "first",
+            "state": "final",
+            "training": None,
+        },
         "max_context": 32,
         "max_candidates": 8,
         "targets": ["cpu"],
@@ -99,13 +136,30 @@ def manifest_json(
         "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
-        "parity": {"prompts": 2, "rows": 40},
+        "parity": parity_json(),
         "noise": {"margins": 0.001, "logits": 0.0025},
         "files": {
             name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
         },
-        "io": {"inputs": [], "outputs": []},
+    }
+
+
+def parity_json() -> dict[str, Any]:
+    """A report of the parity gate."""
+    number, counts = {"greatest_difference": 0.001}, {"compared": 39, "within_noise": 1, "differing": 0, "changed": 1}
+    return {
+        "passed": True,
+        "prompts": 2,
+        "rows": 40,
+        "hidden": {**number, "least_cosine": 0.99},
+        "logits": {**number, "least_cosine": 0.98},
+        "margins": number,
+        "noise": {"hidden": 0.1, "logits": 0.2, "margins": 0.3},
+        **{name: dict(counts) for name in ("first", "ranks", "decisions")},
+        "min_gap": {"first": 0.1, "ranks": 0.2, "decisions": 0.3},
+        "perplexity": {"reference": 12.5, "exported": 12.25},
+        "largest_activation": 900.5,
     }
 
 
@@ -253,6 +307,7 @@ def sequential(
     """The sequential procedure's answer. limit: default the config's."""
     node = TableNode(lookup, agent, tuple(prompt))
     limit = config.max_new_tokens if limit is None else limit
+    config = replace(config, **dict(zip(("top_k", "top_p"), config.candidates, strict=True)))
     return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
 
 

@@ -258,11 +258,11 @@ def test_where_measurements_are_kept(monkeypatch, tmp_path, cache_folder):
 @pytest.mark.parametrize(
     ("graph", "file", "content", "measured"),
     [
-        (b"a graph", None, b"", False),  # moved, or exported again
-        (b"another graph", None, b"", True),
-        (b"a graph", "step.onnx.data", b"other weights", True),
-        (b"a graph", "engines/tensorrt/step-80.engine", b"its engine", True),
-        (b"a graph", "engines/tensorrt-rtx/step-80.engine", b"another's", False),
+        (helpers.GRAPH, None, b"", False),  # moved, or exported again
+        (helpers.OTHER_GRAPH, None, b"", True),
+        (helpers.GRAPH, "step.onnx.data", b"other weights", True),
+        (helpers.GRAPH, "engines/tensorrt/step-80.engine", b"its engine", True),
+        (helpers.GRAPH, "engines/tensorrt-rtx/step-80.engine", b"another's", False),
     ],
 )
 def test_a_measurement_belongs_to_what_runs(tmp_path, bundle, folder, clock, graph, file, content, measured):

@@ -100,6 +100,18 @@ def test_threads_wait_for_each_other_or_a_stream_ends_with_an_error(tmp_path, mo
     assert any(answers)
 
 
+def test_threads_may_share_a_stream(tmp_path, monkeypatch):
+    decoder, engine = make_decoder(tmp_path, reciting())
+    config, run = DecodeConfig(top_k=2, max_new_tokens=12), engine.run
+    expected = decoder.generate([5, 5], config).token_ids
+    monkeypatch.setattr(engine, "run", lambda work: (time.sleep(1e-3), run(work))[1])  # another thread's turn
+    stream = decoder.stream([5, 5], config)
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda _: [piece.step for piece in stream], range(4)))
+    assert sorted(step.token for part in parts for step in part) == sorted(expected)
+    assert list(stream) == []
+
+
 # ── what lasts from one answer to the next ───────────────────────────────────────────────────────────────────────────
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +99,20 @@ def test_engines_of_another_release_gpu_or_system_go_with_the_first_that_is_repl
     second = add(first, [new])
     assert assert_whole(bundle.folder) == second
     assert plain(second.manifest.engines) == [facts(64, "tensorrt-rtx"), new]
+
+
+def test_no_link_is_written_through(bundle: Bundle, tmp_path: Path) -> None:
+    """As the Hub's cache lays out a bundle: what a build changes is a file of its own, and a link goes alone."""
+    add(bundle, [facts(64)])
+    blobs = {}
+    for name in entries(bundle.folder):
+        path, blob = bundle.path(name), tmp_path / f"blob {len(blobs)}"
+        path.rename(blob)
+        path.symlink_to(blob)
+        blobs[blob] = blob.read_bytes()
+    after = add(Bundle.open(bundle.folder), [replace(facts(64), decode_rows=7), facts(128)])
+    assert assert_whole(bundle.folder) == after
+    assert {blob: blob.read_bytes() for blob in blobs} == blobs
 
 
 BEFORE = [facts(64, version="10.3"), facts(256)]
@@ -199,13 +212,10 @@ def test_a_folder_that_leads_out_of_the_bundle_is_refused(bundle: Bundle, tmp_pa
 def test_where_no_engine_can_go_is_said_before_one_is_built(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    def forbidden(*_: Any, dir: Path, **__: Any) -> None:  # root may write everywhere
-        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
-
     if way == "a file is in the way":
         (bundle.folder / "engines").touch()
     else:
-        monkeypatch.setattr(tempfile, "NamedTemporaryFile", forbidden)
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     before = sorted(bundle.folder.rglob("*"))
     with pytest.raises(MaraError, match=r"^cannot write .*engines"), staging_folder(bundle, "tensorrt"):
         pytest.fail("it went on")
@@ -268,7 +278,7 @@ def test_two_that_write_the_manifest_at_once_take_turns(bundle: Bundle, monkeypa
 
 @pytest.mark.parametrize("what", ["graph", "facts"])
 def test_a_bundle_that_was_exported_anew_meanwhile_is_refused(bundle: Bundle, what: str) -> None:
-    changed = {"graph": b"another graph"} if what == "graph" else {"max_context": 64}
+    changed = {"graph": helpers.OTHER_GRAPH} if what == "graph" else {"max_context": 64}
     helpers.make_bundle(bundle.folder, **changed)  # type: ignore[arg-type]
     now = Bundle.open(bundle.folder)
     with pytest.raises(MaraError, match="was exported again while its engine was built"):

@@ -17,8 +17,8 @@ HOUSE = House(ROOT)
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 HEAVY = ("torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "tqdm")
 ENGINES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
-ALLOWED = {*sys.stdlib_module_names, *ENGINES, "numpy", "tokenizers", "jinja2", "mara_runtime"}
-"""What the runtime may import: the base install and the engines' packages."""
+ALLOWED = {*sys.stdlib_module_names, *ENGINES, "numpy", "tokenizers", "jinja2", "cryptography", "mara_runtime"}
+"""What the runtime may import: the base install, the engines' packages, and one to check signatures."""
 MOST_LINES = 350
 
 BLOCK = """

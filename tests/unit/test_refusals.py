@@ -45,6 +45,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--top-p 1.5", ("--top-p is 1.5", "from 0 to 1")),
     (RUN + "--top-p nan", ("--top-p is nan",)),
     (RUN + "--threads 0", ("--threads is 0", WHOLE_1)),
+    (RUN + "--threads 100000", ("--threads is 100000", "between 1 and")),
     (RUN + "--seed -1", ("--seed is -1", "at least 0")),
     (RUN + "--threshold inf", ("--threshold is inf", "a finite number")),
     (RUN + "--no-align --sample --temperature 0", ("--temperature is 0.0", "above 0")),
@@ -64,9 +65,19 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--no-align --fallback first", ("--fallback is first", "--no-align")),
     (RUN + "--no-align --threshold 1", ("--threshold is 1.0", "--no-align")),
     (RUN + "--stop=", ("--stop is empty",)),
+    ("run BUNDLE --prompt --hello", ("--prompt has no value", "--prompt=--")),
+    ("run BUNDLE --prompt --raw", ("--prompt has no value", "--prompt=--")),
+    ("run BUNDLE --prompt -hello --top-k 0", ("--top-k is 0",)),  # it is a prompt
+    (RUN + "--threshold -1e-3 --stop -h --top-k 0", ("--stop has no value", "--stop=--")),
+    (RUN + "--threshold -1e-3 --stop -1 --top-k 0", ("--top-k is 0",)),
+    ("run '' --prompt p", ("BUNDLE is empty",)),
+    ("inspect ''", ("BUNDLE is empty",)),
     (RUN + "--system S", ("--system needs the chat template", "--input-ids")),
     (RUN + "--template a=1", ("--template needs the chat template", "--input-ids")),
     ("run BUNDLE --prompt p --raw --system S", ("--system needs the chat template", "--raw")),
+    ("run BUNDLE --prompt p --raw --prefill P", ("--prefill needs the chat template", "--raw")),
+    (RUN + "--prefill P", ("--prefill needs the chat template", "--input-ids")),
+    (RUN + "--prefill=", ("--prefill is empty",)),
     ("run BUNDLE --prompt p --raw --template a=1", ("--template needs the chat template", "--raw")),
     ("run BUNDLE --prompt p --template loud=yes", ("--template is 'loud=yes'", "KEY=JSON")),
     ("run BUNDLE --prompt p --template =1", ("--template is '=1'", "KEY=JSON")),
@@ -74,6 +85,12 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("run BUNDLE --input-ids 1,x", ("--input-ids is 'x'", "a whole number")),
     ("run BUNDLE --input-ids 1,,2", ("--input-ids is empty",)),
     ("run BUNDLE --input-ids=", ("--input-ids is empty",)),
+    # mara-sign
+    ("sign", ("BUNDLE and --key, or --new-key",)),
+    ("sign BUNDLE", ("BUNDLE and --key, or --new-key",)),
+    ("sign BUNDLE --new-key k", ("leave out BUNDLE and --key",)),
+    ("sign BUNDLE --key=", ("--key is empty",)),
+    (RUN + "--require-signature k --no-verify", ("--require-signature", "leave out --no-verify")),
     # mara-export
     (EXPORT + "--max-context 1", ("--max-context is 1", "at least 2")),
     (EXPORT + "--max-candidates 1025", ("--max-candidates is 1025", "from 1 to 1024")),
@@ -136,6 +153,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EVAL + "--training-prompts=", ("--training-prompts is empty",)),
     (EVAL + "--sample-checkpoint", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--sample-checkpoint --baseline greedy --baseline sample", ("--sample-checkpoint", "leave it out")),
+    (EVAL + "--ignore-weights v*", ("--ignore-weights", "leave it out")),
     (EVAL + "--temperature 0.5", ("--temperature is 0.5", "leave it out")),
     (EVAL + "--baseline best-of-1", ("--baseline is best-of-1", "at least 2")),
     (EVAL + "--template a=1 --raw", ("--template needs the chat template", "--raw")),
@@ -224,7 +242,7 @@ def test_a_refusal_is_one_line_that_names_what_is_wrong(
     name, *argv = line.split(" ")
     try:
         code = importlib.import_module(f"mara_deploy.commands.{name}").main(
-            [str(bundle) if word == "BUNDLE" else word for word in argv if word]
+            [{"BUNDLE": str(bundle), "''": ""}.get(word, word) for word in argv if word]
         )
     except SystemExit as exit_:  # argparse
         code = exit_.code

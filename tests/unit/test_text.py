@@ -121,6 +121,15 @@ def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side,
     assert "".join(pieces) == joined == fallback_side.decode(ids)
 
 
+@pytest.mark.parametrize(("before", "after"), [("a", " a"), ("中 ", "b"), ("", "a"), ("ab", "👍 a")])
+def test_text_that_continues_other_text_keeps_its_space(fallback_side, before, after):
+    context, ids = ids_of(fallback_side, before), ids_of(fallback_side, before + after)
+    continued = TextStream(fallback_side, context=context)
+    assert ids[: len(context)] == context
+    pieces = [continued.push(token) for token in ids[len(context) :]]
+    assert "".join([*pieces, continued.finish()]) == continued.text == after
+
+
 @given(ids=st.lists(st.integers(0, 2) | st.integers(180, FALLBACK_VOCABULARY - 1), max_size=10))
 def test_byte_fallback_any_tokens_are_their_text(fallback_side, ids):
     pieces, joined, _ = stream(fallback_side, ids)
@@ -261,7 +270,11 @@ def test_a_conversation_that_cannot_be_encoded_is_refused(side, messages, named)
         side.encode_chat(messages)
 
 
-@pytest.mark.parametrize(("text", "named"), [("", "empty"), *((text, "Unicode") for text in SURROGATES)], ids=ascii)
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("", "empty"), *((text, "Unicode") for text in SURROGATES), ("x" * 10**6, "1,000,000 characters.* 32 tokens")],
+    ids=lambda text: ascii(text[:20]),
+)
 def test_raw_text_that_cannot_be_encoded_is_refused(side, text, named):
     with pytest.raises(PromptError, match=named):
         side.encode_raw(text)

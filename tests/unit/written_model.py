@@ -85,7 +85,9 @@ def traced_llm() -> onnx.ModelProto:
     """The model as a graph. Keys hold the weights of positions, values the vectors of tokens."""
     add = Nodes()
     zero, one, first, last = add.constant(0), add.constant(1), add.constant([0]), add.constant([2])
-    place = add("Add", add("Mod", tensors.POSITION_IDS, add.constant(PERIOD)), one)
+    period = add.constant(PERIOD)
+    whole = add("Mul", add("Div", tensors.POSITION_IDS, period), period)
+    place = add("Add", add("Sub", tensors.POSITION_IDS, whole), one)
     weights = add("Unsqueeze", add("Cast", place, to=TensorProto.FLOAT), last)  # (1, S, 1)
     vectors = add("Gather", add.constant(VECTORS, "float32"), tensors.INPUT_IDS)  # (1, S, D)
     count = add("Squeeze", add("Shape", tensors.INPUT_IDS, start=1, end=2))

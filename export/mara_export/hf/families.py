@@ -96,9 +96,16 @@ class KnownModel:
     decoder: Decoder
 
 
+def family_of(model_type: object, name: str) -> Family:
+    """The family of an architecture. name: of the model, for the ModelError that there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelError(f"{name} has architecture {model_type!r}; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
 def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied: bool, **config: Any) -> Decoder:
     """A decoder of a family. config: `attention_bias` and `mlp_bias` of its configuration, where they are set."""
-    family = FAMILIES[model_type]
+    family = family_of(model_type, "the model")
     width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     biases = 0
     if family.qkv_bias or config.get("attention_bias"):
@@ -154,8 +161,7 @@ def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
     name: of the model, for messages.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ModelError(f"{name} has architecture {model_type!r}; supported are {', '.join(FAMILIES)}")
+    family_of(model_type, name)
 
     def size(key: str) -> int:
         value = config.get(key)
@@ -189,8 +195,13 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     own = getattr(config, "max_position_embeddings", None)
     if type(own) is not int or own < 1:
         raise ModelError(f"{name}: its config.json has max_position_embeddings = {own!r}; expected a positive integer")
-    if getattr(config, "quantization_config", None) or getattr(config, "quantization", None):  # the second is MLX's
-        raise ModelError(f"{name} is already quantised; export its original checkpoint")
+    for key in ("quantization_config", "quantization"):  # the second is MLX's
+        if how := getattr(config, key, None):
+            method = str(how.get("quant_method", "")) if isinstance(how, dict) else ""
+            raise ModelError(
+                f"{name} is quantised already ({method or key}): export the checkpoint that it was made from, in "
+                "float16, bfloat16 or float32"
+            )
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")

@@ -20,6 +20,11 @@ def default_threads(root: Path = Path("/")) -> int | None:
     return allowed if allowed < machine else None
 
 
+def most_threads() -> int:
+    """Logical processors that this process may use: more threads wait for each other, up to minutes for a token."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _physical(root: Path, cpus: set[int]) -> int:
     """Physical cores among logical ones."""
     cores = set()

@@ -10,6 +10,7 @@ they are bound once for each shape of pass: a new binding costs more than the re
 from __future__ import annotations
 
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
-from mara_runtime.engines.cores import default_threads
+from mara_runtime.engines.cores import default_threads, most_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
@@ -30,7 +31,6 @@ from mara_runtime.errors import EngineError, OptionError, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine."""
-MAX_THREADS = 1024
 FIRST_SLOTS = 32
 """Initial size of the KV cache; until it has its full size, it is a multiple of this."""
 _WIDEST_CACHED = 64
@@ -158,8 +158,11 @@ class OrtEngine(ABC):
         """threads: default one per physical core that this process may use. Raises EngineError and OptionError."""
         import onnxruntime as ort
 
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise OptionError(f"--threads is {threads}; it must lie between 1 and {MAX_THREADS}")
+        most = most_threads()
+        if threads is not None and not 1 <= threads <= most:
+            raise OptionError(
+                f"--threads is {threads}; it must lie between 1 and {most}, the processors that may be used"
+            )
         self._bundle, self._threads = bundle, threads
         manifest = bundle.manifest
         self._path = path = bundle.path(manifest.step.file)
@@ -195,16 +198,38 @@ class OrtEngine(ABC):
         import onnxruntime as ort
 
         provider = PROVIDERS[self.name]
+        linked = self._linked_elsewhere(path)
+        in_memory = getattr(options, "add_external_initializers_from_files_in_memory", None)  # before 1.24, all links
+        if linked and in_memory is not None:
+            in_memory([name for name, _ in linked], [content for _, content in linked], [len(c) for _, c in linked])
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise EngineError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
         if provider not in session.get_providers():  # it goes on with the CPU's, silently
             raise EngineError(
-                f"ONNX Runtime cannot use its {provider}, usually because CUDA or cuDNN is missing: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their libraries to LD_LIBRARY_PATH"
+                f"ONNX Runtime cannot use its {provider}, usually because CUDA or cuDNN is missing, or the driver is "
+                "older than 580, for CUDA 13: pip install 'onnxruntime-gpu[cuda,cudnn]', or add the folders of other "
+                "libraries to LD_LIBRARY_PATH"
             )
         return session
+
+    def _linked_elsewhere(self, path: Path) -> list[tuple[str, mmap.mmap]]:
+        """Names and contents of files that are links to other folders than the graph's, where ONNX Runtime reads none.
+
+        Given in memory, weights are copied: opening takes longer, and the weights' size more of memory.
+        """
+        linked = []
+        near = path.parent.resolve(), path.resolve().parent
+        for name, entry in self._bundle.manifest.files.items():
+            file = self._bundle.path(name)
+            if not entry.size_bytes or not file.is_relative_to(path.parent):
+                continue
+            if not any(file.resolve().is_relative_to(folder) for folder in near):
+                with file.open("rb") as opened:
+                    content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+                linked.append((file.relative_to(path.parent).as_posix(), content))
+        return linked
 
     def _check_io(self, path: Path) -> None:
         """Check that the graph has the tensors that the manifest's sizes imply."""

@@ -256,7 +256,7 @@ def test_the_error_for_a_full_disk_names_file_and_reason(tmp_path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
         try:
             with pytest.raises(MaraError, match=rf"cannot write .*{file}: .*File too large"):
-                folder.save(state, agents.untrained(400, 0, (64, 8)), {})
+                folder.save(state, agents.untrained(400, 0, (64, 8)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list((tmp_path / "out").glob(".*"))

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from tensorboardX.proto.event_pb2 import Event
 from transformers.utils import logging
 
@@ -54,16 +53,14 @@ def test_checkpoints_are_minutes_apart(run, scores, monkeypatch) -> None:
     saves = recorded(monkeypatch, RunFolder, "save")
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 25.0 * scores.CALLS))  # 25 s per round
     assert run("out", episodes=16, checkpoint_minutes=1, replay_transitions=2000).code == 0
-    assert [metadata["episodes"] for *_, metadata in saves] == ["6", "12", "16"]
+    assert [agent.origin.episodes for *_, agent in saves] == [6, 12, 16]
 
 
 def test_both_agent_files_load_with_metadata_and_common_permissions(whole) -> None:
     one, other = (agents.load(whole / name) for name in ("agent.safetensors", "agent.pth"))
     assert same(dict(one.state_dict()), dict(other.state_dict()))
     assert one.fallback == SMALL["fallback"]
-    with safe_open(whole / "agent.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["episodes"], metadata["score"]) == (str(EPISODES), "train_test_scores:length")
+    assert (one.origin.episodes, one.origin.score) == (EPISODES, "train_test_scores:length")
     modes = {path.name: path.stat().st_mode & 0o777 for path in whole.iterdir() if path.is_file()}
     assert len(set(modes.values())) == 1, modes
 
@@ -137,8 +134,7 @@ def test_an_agent_without_updates_comes_with_a_warning(run, tmp_path, monkeypatc
     assert str(rows(tmp_path / "out")[-1]["transitions"]) in done.err
     assert "mara-export --model" not in done.err
     assert warning in (tmp_path / "out" / "report.html").read_text()
-    with safe_open(tmp_path / "out" / "agent.safetensors", framework="pt") as file:
-        assert file.metadata()["updates"] == "0"
+    assert agents.load(tmp_path / "out" / "agent.safetensors").origin.updates == 0
     done = run("sure", episodes=4, top_p=1e-6, quiet=None)
     assert (done.code, done.err.count("\n")) == (0, 1)
     assert "--top-p" in done.err
