@@ -44,7 +44,7 @@ def test_without_a_template_text_is_raw(tmp_path):
     with pytest.raises(PromptError, match="a conversation needs the chat template, which raw text leaves out"):
         decoder.encode(TALK, raw=True)
     decoder, _ = make_decoder(tmp_path / "plain", saying("hello"), chat_template=None)
-    with pytest.raises(PromptError, match="a conversation needs the chat template, which .*plain.* does not have"):
+    with pytest.raises(PromptError, match=r"a conversation needs the chat template, which .*plain.* does not have"):
         decoder.encode(TALK)
     assert decoder.encode("hi") == [BOS, *ids_of("hi")]
     with pytest.raises(OptionError, match="template"):
