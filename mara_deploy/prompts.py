@@ -124,7 +124,7 @@ def read_prompts(path: str | Path, group_key: str | None = None, columns: Sequen
 
 
 def key_of(value: Any) -> str:
-    """A text, or the JSON of another value: equal for equal values only."""
+    """The key of a prompt: the text itself, or the JSON of a conversation."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 

@@ -33,6 +33,7 @@ from mara_runtime.versions import installed
 if TYPE_CHECKING:
     from mara_deploy.evaluate.answers import AnswerSource, PromptFormat
     from mara_deploy.prompts import Prompt
+    from mara_deploy.scores.base import Combined
     from mara_runtime.decoder import AlignedDecoder
 
 EPILOG = """\
@@ -58,7 +59,7 @@ class EvalArguments(Options):
         "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo-final",
         metavar="FILE",
     )
-    limit: int | None = option(None, "evaluate only N of the prompts, evenly spaced", least=1)
+    limit: int | None = option(None, "evaluate only N of the prompts, selected by hash", least=1)
     group_by: str | None = option(
         None,
         "key of the prompt file's objects that identifies related prompts",
@@ -159,12 +160,10 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     report_departures(decoder, config, None if arguments.raw else variables)
     bundle = decoder.bundle
-    room = judge.room([prompt.asked for prompt in prompts])
-    first = prompts[0]
-    judge.detail([first.asked], ["Yes."], **{name: [first.columns[name]] for name in judge.columns})  # fails now, if so
+    out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
+    room = _try_scores(judge, prompts)
     if room is not None and room < config.max_new_tokens:
         report(f"a score reads {room} tokens of an answer to the longest prompt: a longer answer ends the command")
-    out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
     with run_lock(out):
         evaluation = evaluate(
@@ -226,6 +225,13 @@ def _answerable(sources: Sequence[AnswerSource], prompts: Sequence[Prompt], skip
     if not accepted:
         raise PromptError("every prompt was rejected: leave out --skip-refused to see why")
     return accepted, len(prompts) - len(accepted)
+
+
+def _try_scores(score: Combined, prompts: Sequence[Prompt]) -> int | None:
+    """Call the scores once, so that what fails does so now. Returns the tokens of the longest answer that they read."""
+    first = prompts[0]
+    score.detail([first.asked], ["Yes."], **{name: [first.columns[name]] for name in score.columns})
+    return score.room([prompt.asked for prompt in prompts])
 
 
 def _answer_sources(

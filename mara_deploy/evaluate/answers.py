@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mara_deploy.prompts import Asked, key_of
 from mara_runtime.bundle import sha256
 from mara_runtime.config import DecodeConfig
-from mara_runtime.errors import PromptError
 from mara_runtime.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -99,8 +98,6 @@ class BundleAnswers:
 
     def check(self, prompt: Asked) -> None:
         """See `AnswerSource`."""
-        if self._encoding["raw"] and not isinstance(prompt, str):
-            raise PromptError("it is a conversation, which needs the chat template: leave out --raw")
         self._decoder.encode(prompt, **self._encoding)
 
     def __call__(self, prompt: Asked) -> list[Answer]:

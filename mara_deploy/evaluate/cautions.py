@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,12 +40,11 @@ def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[st
                 f"Aligned answers have {ours:.0f} words on average, those of {name} {theirs:.0f}: see the rates by "
                 "length, as scores often favour long or short answers."
             )
-        plain, templated = (decoding.get(one, {}).get("raw") for one in (name, evaluation.aligned.name))
-        if plain != templated:
-            texts = "plain text, without a chat template", "text in its chat template"
+        ours_asked, theirs_asked = (_asked(decoding.get(one, {})) for one in (evaluation.aligned.name, name))
+        if ours_asked != theirs_asked:
             yield (
-                f"{evaluation.aligned.name} is asked with {texts[not templated]}, {name} with {texts[not plain]}: the "
-                "two sides are asked differently."
+                f"{evaluation.aligned.name} is asked {ours_asked}, {name} {theirs_asked}: the two sides are asked "
+                "differently."
             )
         outcome = evaluation.comparisons[name].combined
         if evaluation.comparisons[name].identical == len(evaluation.prompts):
@@ -53,6 +53,14 @@ def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[st
             yield f"All prompts have the same outcome against {name}: the bootstrap cannot estimate the spread."
         if name.startswith("best-of-"):
             yield f"{name} selects its answer by the same score that compares it."
+
+
+def _asked(settings: Mapping[str, Any]) -> str:
+    """How a side with these settings is asked."""
+    if settings.get("raw"):
+        return "with plain text, without a chat template"
+    variables = settings.get("template")
+    return "through its chat template" + (f" with {json.dumps(variables)}" if variables else "")
 
 
 def _nothing_compared(sides: Sequence[ScoredAnswers]) -> Iterator[str]:

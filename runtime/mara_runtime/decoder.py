@@ -175,15 +175,16 @@ class AlignedDecoder:
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
-            if not isinstance(prompt, str):
-                ids = side.encode_chat(prompt, self.variables(template), continue_final_message)  # type: ignore[arg-type]
-            elif raw or not side.has_template:
+            if raw or not side.has_template:
+                where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
                 if template:
-                    where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
                     raise OptionError(f"variables of the chat template are given, which {where}")
+                if not isinstance(prompt, str):
+                    raise PromptError(f"a conversation needs the chat template, which {where}")
                 ids = side.encode_raw(prompt)
             else:
-                ids = side.encode_chat([{"role": "user", "content": prompt}], self.variables(template))
+                messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                ids = side.encode_chat(messages, self.variables(template), continue_final_message)
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):

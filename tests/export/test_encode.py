@@ -105,7 +105,7 @@ def test_training_and_evaluation_ask_what_mara_run_asks(checkpoint, bundle, comm
     assert kept[:2] == [rows[0], "Translate:\nHund "]
     assert json.loads(kept[4]) == rows[4]
     line = command("eval", bundle("qwen2"), "--prompts", file, "--score", "demo", "--raw", *few).refusal("mara-eval")
-    assert line.startswith("prompt 3: it is a conversation, which needs the chat template: leave out --raw")
+    assert line.startswith("prompt 3: a conversation needs the chat template, which raw text leaves out; or skip")
 
 
 def test_an_error_of_the_template_names_model_and_prompt(tokenizer):

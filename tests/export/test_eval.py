@@ -159,7 +159,7 @@ def test_a_baseline_without_a_chat_template_is_a_caution(evaluate, tmp_path):
     (other / "chat_template.jinja").unlink()
     outcome = evaluate(*SCORE, "--limit", 2, "--out", tmp_path / "out", "--baseline", other)
     assert outcome.code == 0, outcome.err
-    caution = "aligned is asked with text in its chat template, plain with plain text, without a chat template"
+    caution = "aligned is asked through its chat template, plain with plain text, without a chat template"
     assert f"note: {caution}" in outcome.out
     found = read(tmp_path / "out")
     assert any(caution in text for text in found["cautions"])

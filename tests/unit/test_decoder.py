@@ -25,7 +25,6 @@ TALK = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
         ("hi", {}, [BOS, USER, *ids_of("hi"), ASSISTANT]),
         ("hi", {"raw": True}, [BOS, *ids_of("hi")]),
         (TALK, {}, [BOS, USER, *ids_of("a"), USER, *ids_of("b"), ASSISTANT]),
-        (TALK, {"raw": True}, [BOS, USER, *ids_of("a"), USER, *ids_of("b"), ASSISTANT]),
         ([7, ASSISTANT], {}, [7, ASSISTANT]),
         (np.array([0, VOCAB - 1]), {}, [0, VOCAB - 1]),
         (range(3), {}, [0, 1, 2]),
@@ -40,7 +39,13 @@ def test_what_a_prompt_becomes(tmp_path, prompt, options, ids):
 
 
 def test_without_a_template_text_is_raw(tmp_path):
-    decoder, _ = make_decoder(tmp_path, saying("hello"), chat_template=None)
+    """A conversation needs one."""
+    decoder, _ = make_decoder(tmp_path, saying("hello"))
+    with pytest.raises(PromptError, match="a conversation needs the chat template, which raw text leaves out"):
+        decoder.encode(TALK, raw=True)
+    decoder, _ = make_decoder(tmp_path / "plain", saying("hello"), chat_template=None)
+    with pytest.raises(PromptError, match=r"a conversation needs the chat template, which .*plain.* does not have"):
+        decoder.encode(TALK)
     assert decoder.encode("hi") == [BOS, *ids_of("hi")]
     with pytest.raises(OptionError, match="template"):
         decoder.encode("hi", template={"loud": True})

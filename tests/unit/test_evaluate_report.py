@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -124,14 +125,16 @@ def test_cautions_about_the_agent(tmp_path, counters, caution):
 
 
 def test_sides_that_are_asked_differently_are_a_caution(tmp_path):
-    for ours, theirs in ((False, True), (True, False), (True, True), (False, False)):
-        facts = {**FACTS, "decoding": {"aligned": {"raw": ours}, "other": {"raw": theirs}}}
-        with_template = (
-            "aligned is asked with text in its chat template, other with plain text, without a chat template"
-        )
-        found = cautions_of(compared(tmp_path), facts)
-        assert ("the two sides are asked differently" in found) == (ours != theirs)
-        assert (with_template in found) == (theirs and not ours)
+    said = {
+        "with plain text, without a chat template": {"raw": True, "template": {}},
+        "through its chat template": {"raw": False, "template": {}},
+        'through its chat template with {"brief": true}': {"raw": False, "template": {"brief": True}},
+    }
+    evaluation = compared(tmp_path)
+    for (ours, one), (theirs, other) in product(said.items(), repeat=2):
+        found = cautions_of(evaluation, {**FACTS, "decoding": {"aligned": one, "other": other}})
+        caution = f"aligned is asked {ours}, other {theirs}: the two sides are asked differently."
+        assert (caution in found) == ("asked differently" in found) == (one != other)
 
 
 def test_subsets_of_few_prompts_are_a_caution(tmp_path):
