@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import SETS, DemoPrompt, demo_prompts
 from mara_deploy.demo.score import sentences
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import Combined, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
 from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.folder import RunFolder
-from mara_deploy.train.loop import train
+from mara_deploy.train.loop import first_checkpoint, train
 from mara_deploy.train.policy import Policy, agent_policy, reference_policy
 from mara_deploy.train.task import TrainingTask, open_task
 from mara_export.hf.sources import ModelSource
@@ -78,7 +80,7 @@ class Contest:
     def __init__(self, name: str, count: int) -> None:
         self.prompts = evenly(demo_prompts(name), count)
         self.groups = [prompt.group for prompt in self.prompts]
-        self.task = demo_task([p.text for p in self.prompts])
+        self.task = demo_task(self.prompts)
         greedy = replace(self.task.environment, top_k=1)
         self.greedy = self.answer(reference_policy, None, environment=greedy)
         self.sampled = self.answer(reference_policy, np.random.default_rng(0))
@@ -138,15 +140,18 @@ class Contest:
 
 def trained(seed: int) -> agents.Agent:
     config = replace(RECIPES["demo"], seed=seed)
-    prompts = [p.text for p in demo_prompts()]
+    prompts = demo_prompts()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder.new(Path(scratch) / "run", {}, prompts)
-        return train(demo_task(prompts), config, folder).actor
+        task = demo_task(prompts)
+        checkpoint = first_checkpoint(task.hidden_size, config)
+        folder = RunFolder.new(Path(scratch) / "run", {}, [p.text for p in prompts], checkpoint)
+        return train(task, config, folder, checkpoint).actor
 
 
-def demo_task(prompts: list[str]) -> TrainingTask:
+def demo_task(prompts: Sequence[DemoPrompt]) -> TrainingTask:
     score = Combined([WeightedScore(load_score("demo"))])
-    return open_task(ModelSource(MODEL_FOLDER, "demo", None), prompts, score, RECIPES["demo"], device="cpu")
+    asked = [Prompt(p.text) for p in prompts]
+    return open_task(ModelSource(MODEL_FOLDER, "demo", None), asked, score, RECIPES["demo"], device="cpu")
 
 
 def evenly(prompts: tuple[DemoPrompt, ...], count: int) -> list[DemoPrompt]:

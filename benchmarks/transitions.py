@@ -27,6 +27,7 @@ import transformers
 from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import demo_prompts
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import Combined, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
@@ -49,7 +50,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     source = ModelSource(MODEL_FOLDER, "demo", None) if args.model == "demo" else resolve_model(args.model)
-    prompts = [p.text for p in demo_prompts()][:: len(demo_prompts()) // args.prompts_at_once][: args.prompts_at_once]
+    prompts = [Prompt(p.text) for p in demo_prompts()][:: len(demo_prompts()) // args.prompts_at_once][
+        : args.prompts_at_once
+    ]
     config = replace(RECIPES["demo"], max_new_tokens=args.max_new_tokens)
     score = Combined([WeightedScore(load_score("demo"))])
     task = open_task(source, prompts, score, config, device="cpu", dtype="float32")
@@ -80,7 +83,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
     print(f"{'ratio':<22} {statistics.median(ratios):8.1f} [{min(ratios):.1f}, {max(ratios):.1f}]")
     size = ReplayBuffer.bytes_per_transition(task.hidden_size)
-    print(f"{'bytes a transition':<22} {size:8} + 1/8 in reserve; its state alone {2 * task.hidden_size}")
+    print(f"{'bytes a transition':<22} {size:8}; its state alone {2 * task.hidden_size}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": args.threads, **versions}
     print(

@@ -103,7 +103,7 @@ def show_answers(bundle: Path, prompts: str, max_new_tokens: int) -> None:
     for prompt in read_prompts(prompts).prompts[:10]:
         print(f"\n▶ {prompt.text}")
         for name, config in (("plain", plain), ("aligned", aligned)):
-            answer = decoder.generate(prompt.text, config)
+            answer = decoder.generate(prompt.asked, config)
             s = answer.stats
             verdicts = f", {s.decisions} decisions, {s.forced} with every candidate rejected" if config.align else ""
             print(f"\n[{name}: {s.tokens} tokens, {s.tokens_per_second:.1f} per second{verdicts}]\n{answer.text}")

@@ -5,20 +5,30 @@ Source: MARA (arXiv 2505.19743) and its released agents (IAAR-Shanghai/MARA_AGEN
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mara_runtime.config import FALLBACKS
-from mara_runtime.errors import MaraError, first_line
+from mara_runtime.errors import BundleError, MaraError, first_line
 from mara_runtime.files import write_atomic
+from mara_runtime.json_reader import JsonReader, load_object
+from mara_runtime.training import Training
 
+METADATA = "mara"
+"""Key of the one JSON text in a .safetensors file's metadata: {"fallback": …, "training": {…} or null}."""
+MOST_BYTES = 1 << 28
+"""Of an agent's file, and of its weights in float32; those of a 70B LLM's agent take 35 MB."""
+_MAKES_BYTES = (b"bytearray", b"_codecs")
+"""What torch.load would call in a pickle, and what could make any amount of bytes."""
 WIDTHS = (1024, 256)
 """Hidden widths of the released agents."""
 DEFAULT_FALLBACK = "first"
@@ -47,6 +57,8 @@ class Agent(nn.Module):
         self.linear2 = nn.Linear(widths[0], widths[1])
         self.output_linear = nn.Linear(widths[1], 2)
         self.fallback = DEFAULT_FALLBACK
+        self.origin: Training | None = None
+        """what it was trained under; None: not known"""
 
     @property
     def hidden_size(self) -> int:
@@ -78,13 +90,11 @@ def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> 
         return Agent(hidden_size, widths).eval()
 
 
-def save(agent: Agent, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a .safetensors file whose metadata records the fallback and `metadata`. Raises OSError."""
-    everything = {**(metadata or {}), "fallback": agent.fallback}
-    try:
-        write_atomic(path, lambda partial: save_file(cpu_state(agent), partial, metadata=everything))
-    except SafetensorError as error:  # raised for a full disk
-        raise OSError(str(error)) from error
+def save(agent: Agent, path: Path) -> None:
+    """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
+    training = None if agent.origin is None else asdict(agent.origin)
+    metadata = {METADATA: json.dumps({"fallback": agent.fallback, "training": training}, sort_keys=True)}
+    write_atomic(path, safetensors.torch.save(cpu_state(agent), metadata))  # the library hides a disk's errors
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:
@@ -103,10 +113,14 @@ def load(path: Path) -> Agent:
         exists = False
     if not exists:
         raise AgentError(f"there is no agent file at {path}{_suggestion(path)}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise AgentError(f"{path} is not a MARA agent: it has {size:,} bytes, and an agent has at most {MOST_BYTES:,}")
     state, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_meta or not tensor.is_floating_point():
             raise AgentError(f"{path} is not a MARA agent: {name} is not a dense floating-point tensor")
+    if 4 * sum(tensor.numel() for tensor in state.values()) > MOST_BYTES:  # a view may be larger than the file
+        raise AgentError(f"{path} is not a MARA agent: its tensors take more than {MOST_BYTES:,} bytes")
     if any(name.startswith("linear11.") for name in state):
         raise AgentError(f"{path} holds the twin critics of a training run: pass the actor's file instead")
     agent = Agent(*_sizes(path, state))
@@ -118,10 +132,23 @@ def load(path: Path) -> Agent:
     agent.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     if not all(torch.isfinite(p).all() for p in agent.parameters()):
         raise AgentError(f"{path} is damaged: some weights are not finite")
-    agent.fallback = metadata.get("fallback", DEFAULT_FALLBACK)
-    if agent.fallback not in FALLBACKS:
-        raise AgentError(f"{path} records the fallback {agent.fallback!r}; expected one of {', '.join(FALLBACKS)}")
+    if METADATA in metadata:
+        agent.fallback, agent.origin = _read_metadata(path, metadata[METADATA])
     return agent.eval()
+
+
+def _read_metadata(path: Path, text: str) -> tuple[str, Training | None]:
+    """(fallback, training) of an agent's file."""
+    try:
+        reader = JsonReader(f"{path} has metadata", {METADATA: load_object(text)}, "train the agent again")
+        reader.get(METADATA, dict)
+        found = reader.text(f"{METADATA}.fallback", FALLBACKS), Training.read(reader, f"{METADATA}.training")
+        reader.reject_unknown()
+        return found
+    except ValueError as error:
+        raise AgentError(f"{path} has metadata that is not valid JSON ({error}): train the agent again") from None
+    except BundleError as error:
+        raise AgentError(str(error)) from None
 
 
 def _suggestion(path: Path) -> str:
@@ -162,6 +189,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        entries = []  # a file of PyTorch before 1.6, or a damaged one
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise AgentError(f"{path} has compressed entries, which torch.save does not write: save the agent again")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise AgentError(f"{path} has entries that are larger than the file: fetch or save the agent again")
+    if any(name in path.read_bytes() for name in _MAKES_BYTES):
+        raise AgentError(f"{path} is not a plain state dict of tensors: its pickle makes bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch comments on the age of the format

@@ -1,14 +1,25 @@
-"""The device that a PyTorch model runs on."""
+"""The device of a PyTorch model, and its free memory."""
 
 from __future__ import annotations
+
+import contextlib
+from pathlib import Path
 
 import torch
 
 from mara_runtime.errors import OptionError
 
 
-def torch_device(flag: str, name: str, alternatives: str) -> torch.device:
-    """The device of that name. Raises OptionError, naming the flag and alternatives, if it cannot be used here."""
+def device_name(name: str) -> str:
+    """The name, but CUDA if available, else the CPU, for auto."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_device(flag: str, name: str, alternatives: str = "auto or cpu") -> torch.device:
+    """The device of that name, or of auto. Raises OptionError, naming flag and alternatives, if it is of no use."""
+    name = device_name(name)
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -16,3 +27,13 @@ def torch_device(flag: str, name: str, alternatives: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise OptionError(f"{flag} is {name!r}, which cannot be used here ({reason}): use {alternatives}") from None
     return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a device; None if it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError, ValueError, IndexError):  # other systems than Linux
+        line = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]
+        return int(line.split()[0]) * 1024
+    return None

@@ -13,7 +13,10 @@ from mara_runtime.files import locked, write_atomic, writing
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Create the folder if it is missing, and lock it for this run. Raises MaraError while another run has the lock."""
+    """Create the folder if it is missing, lock it for this run, and remove what killed runs were writing.
+
+    Raises MaraError while another run has the lock.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -21,6 +24,9 @@ def run_lock(folder: Path) -> Iterator[None]:
             stack.enter_context(locked(folder, wait=False))
         except BlockingIOError:
             raise MaraError(f"another run is using {folder}: wait until it ends, or choose another --out") from None
+        for partial in folder.glob(".*.partial"):
+            with writing(partial):
+                partial.unlink()
         yield
 
 

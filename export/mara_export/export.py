@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 from collections.abc import Sequence
@@ -14,14 +15,21 @@ import torch
 
 from mara_export import parity
 from mara_export.errors import ModelError, ParityError
-from mara_export.folder import file_entries, require_free, whole_or_absent, working_folder, write_manifest
+from mara_export.folder import claimed, destination, file_entries, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
 from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
 from mara_export.hf.families import check_supported, decoder_sizes
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import check_chat_template, end_of_turn, end_tokens, load_tokenizer, write_tokenizer
+from mara_export.hf.tokenizer import (
+    check_chat_template,
+    end_of_turn,
+    end_tokens,
+    load_tokenizer,
+    template_checksum,
+    write_tokenizer,
+)
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
@@ -29,6 +37,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts
+from mara_runtime.training import Training
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
@@ -38,6 +47,7 @@ class ExportableAgent(Protocol):
     """What an agent must offer: a torch module (N, D) → (N, 2) with these facts."""
 
     fallback: str
+    origin: Training | None
 
     @property
     def hidden_size(self) -> int: ...  # noqa: D102
@@ -73,46 +83,70 @@ def trace(
     max_candidates: int = 64,
     gate: bool = True,
     eos: Sequence[str] = (),
+    ignore_weights: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos: as in ExportOptions. Raises ModelError, and OptionError for tokens that the
-    tokenizer does not have.
+    max_context, max_candidates, gate, eos, ignore_weights: as in ExportOptions. Raises ModelError, and OptionError for
+    tokens that the tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
     config, context = vet(source, agent, agent_name, max_context)
     sizes = decoder_sizes(config.to_dict(), source.name)
     tokenizer = load_tokenizer(source)
-    if tokenizer is not None:
-        check_chat_template(tokenizer, source.name)
+    if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
+        progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"load {source.name}"):
-        model = load_model(source)
+        first = reference_config(source) if gate else config
+        model = load_model(source, config=first, ignore_weights=ignore_weights)
+    model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
         progress.note(
             f"note: the chat template ends an answer with {end[1]}, which is not an end token of the model: add "
             f"--eos '{end[1]}' if answers run on"
         )
+    weights = fingerprint(model)
+    if agent.origin is not None:
+        for doubt in agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
+            progress.note(f"note: the agent may not align this model: {doubt}")
     reference = None
     if gate:
         with progress.stage("run the reference (Hugging Face eager)"):
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             reference = parity.run_reference(model, source.name, agent, prompts, max_candidates, progress)
+        del model
+        gc.collect()  # it sits in cycles
+        with progress.stage("load again, to trace it"):
+            model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
         trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, folder / "agent.onnx")
         del model
-        gc.collect()  # it sits in cycles
+        gc.collect()
     return Traced(
         ModelFacts(
-            source.name, source.revision, config.model_type, sizes.shape, sizes.intermediate_size, sizes.tied, ends
+            source=source.name,
+            revision=source.revision,
+            architecture=config.model_type,
+            shape=sizes.shape,
+            intermediate_size=sizes.intermediate_size,
+            tied=sizes.tied,
+            eos_token_ids=ends,
+            weights=weights,
+            ignored_weights=tuple(ignore_weights),
         ),
         AgentFacts(
-            agent_name, agent.hidden_size, agent.widths, agent.fallback, "last hidden state after the final norm"
+            source=agent_name,
+            hidden_size=agent.hidden_size,
+            widths=agent.widths,
+            fallback=agent.fallback,
+            state="last hidden state after the final norm",
+            training=agent.origin,
         ),
         tokenizer,
         pipeline.TracedGraph(llm, folder / "agent.onnx", sizes.shape, rotary),
@@ -140,7 +174,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
             manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise)
         manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
-    return Bundle(out, manifest)
+    return Bundle(out if out.is_dir() else destination(out), manifest)
 
 
 def export(
@@ -173,15 +207,16 @@ def export_all(
     """
     first, first_out = bundles[0]
     for options, _ in bundles:
-        for name in ("max_context", "max_candidates", "gate", "eos"):
+        for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
-    outs = [out.absolute() for _, out in bundles]
+    outs = [destination(out) for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
-    for out in outs:
-        require_free(out)
-    with working_folder(first_out) as folder:
+    with contextlib.ExitStack() as claims:
+        for out in outs:
+            claims.enter_context(claimed(out))
+        folder = claims.enter_context(working_folder(first_out))
         traced = trace(
             source,
             agent,
@@ -191,6 +226,7 @@ def export_all(
             max_candidates=first.max_candidates,
             gate=first.gate,
             eos=first.eos,
+            ignore_weights=first.ignore_weights,
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]

@@ -27,20 +27,30 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 def working_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to `out`, removed in the end together with the parents made for it that stay empty.
 
-    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, or the only folder that
-    the user may write to.
+    It lies in `out` where that cannot be replaced: a mount point, as a container's volume is, the working directory, or
+    the only folder that the user may write to.
     """
-    out = out.absolute()
-    stays = out.is_dir() and (out.is_mount() or not os.access(out.parent, os.W_OK))
-    parent = out if stays else out.parent
+    out = destination(out)
+    parent = _parent(out)
     with _temporary(parent, out, prefix=f".{out.name}.", needs=parent) as folder:
         yield folder
+
+
+def destination(out: Path) -> Path:
+    """Where a path leads, which need not exist: without links and `..`."""
+    return Path(os.path.realpath(out))
+
+
+def _parent(out: Path) -> Path:
+    """Where the temporary folders of `out` lie."""
+    stays = out.is_dir() and (out.is_mount() or out == Path.cwd() or not os.access(out.parent, os.W_OK))
+    return out if stays else out.parent
 
 
 @contextlib.contextmanager
 def whole_or_absent(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes `out` on success and vanishes otherwise. Raises MaraError if `out` is taken."""
-    out = out.absolute()
+    out = destination(out)
     _reject_taken(out)
     with working_folder(out) as folder:
         yield folder
@@ -53,21 +63,68 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
                 path.replace(out / path.name)
 
 
-def require_free(out: Path) -> None:
-    """Raise now the MaraError that `whole_or_absent` would raise later, and leave no trace."""
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other exports from `out`. Raises MaraError where `whole_or_absent` would, and while another one has it."""
+    out = destination(out)
     _reject_taken(out)
-    with working_folder(out):
+    busy = f"another export is writing {out}: wait until it has ended, or choose another --out"
+    with _claim(_parent(out) / f".{out.name}.lock", out, busy):
+        yield
+
+
+def require_free(out: Path) -> None:
+    """Raise now the MaraError that `claimed` would raise later, and leave no trace."""
+    with claimed(out):
         pass
 
 
+@contextlib.contextmanager
+def _claim(lock: Path, out: Path, busy: str) -> Iterator[None]:
+    """Hold a lock folder, and remove it in the end: a process that is killed leaves an empty one that nobody holds.
+
+    Raises MaraError: `busy`, or that `out` cannot be written.
+    """
+    with _made(lock.parent, out), contextlib.ExitStack() as held:
+        while True:
+            with _disk_errors(out):
+                lock.mkdir(exist_ok=True)
+                try:
+                    held.enter_context(locked(lock, wait=False))
+                    break
+                except BlockingIOError:
+                    raise MaraError(busy) from None
+                except FileNotFoundError:  # another one has just ended
+                    continue
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.rmdir()
+
+
+@contextlib.contextmanager
+def _made(folder: Path, out: Path) -> Iterator[None]:
+    """Make a folder and its parents where they are missing; in the end remove those of them that stay empty."""
+    created = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
+    try:
+        with _disk_errors(out):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def _reject_taken(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir())))):
+    if out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir()))):
         raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
 
 
 def _may_stay(path: Path) -> bool:
     """Whether a folder counts as empty in spite of this: a temporary folder of ours, or what comes with a volume."""
-    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".new"))
+    return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".lock"))
 
 
 @contextlib.contextmanager
@@ -76,25 +133,22 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
 
     Raises MaraError, which names `out`, where either cannot be written.
     """
-    created = [path for path in (needs, *needs.parents) if not path.exists()]  # deepest first
     folder, lock = None, contextlib.ExitStack()
-    try:
-        with _disk_errors(out):
-            needs.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(parent, prefix)
-            unlocked = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
-            folder = unlocked
-            lock.enter_context(locked(unlocked, wait=False))
-            folder = unlocked.rename(unlocked.with_suffix(".partial"))  # others remove one that is not locked
-        with _disk_errors(out, only_in=folder):
-            yield folder
-    finally:
-        with lock:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-        for path in created:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+    with _made(needs, out):
+        try:
+            with _disk_errors(out):
+                _remove_abandoned(parent, prefix)
+                while folder is None:
+                    made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
+                    with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another one is removing it
+                        lock.enter_context(locked(made, wait=False))
+                        folder = made
+            with _disk_errors(out, only_in=folder):
+                yield folder
+        finally:
+            with lock:
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
@@ -141,9 +195,10 @@ def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     """
     root, engines = bundle.folder, bundle.path(f"engines/{target}")
     _reject_link(root, engines)
-    with _temporary(root, root, prefix=".new.", needs=engines) as folder:
-        with _disk_errors(root), tempfile.NamedTemporaryFile(prefix=".new.", suffix=".partial", dir=engines):
-            pass
+    busy = f"another mara-build is adding engines for {target} to {root}: wait until it has ended"
+    with _claim(root / f".{target}.lock", root, busy), _temporary(root, root, prefix=".new.", needs=engines) as folder:
+        if not os.access(engines, os.W_OK):
+            raise MaraError(f"cannot write {engines}: make it writable")
         yield folder
 
 
@@ -219,10 +274,10 @@ def _compatible(engines: Sequence[EngineFacts], added: Sequence[EngineFacts]) ->
 
 
 def _remove_unlisted(root: Path) -> None:
-    """Delete engine files that the manifest does not list: replaced ones, and leftovers of an interrupted build."""
+    """Delete what the manifest does not list: replaced engine files, and leftovers of builds that were killed."""
     with contextlib.suppress(OSError, MaraError):
         listed = Bundle.open(root, verify=False).manifest.files
-        for path in (root / "engines").glob("*/*.engine"):
+        for path in (*(root / "engines").glob("*/*.engine"), *root.glob(f".{MANIFEST_FILE}.*.partial")):
             inside = path.parent.resolve().is_relative_to(root.resolve())
             if inside and path.relative_to(root).as_posix() not in listed:
                 path.unlink(missing_ok=True)

@@ -106,6 +106,11 @@ class ExportOptions(Options):
         "end answers at this token of the tokenizer, too, in addition to the model's own end tokens",
         metavar="TOKEN",
     )
+    ignore_weights: tuple[str, ...] = option(
+        (),
+        "leave out weights of the checkpoint that the model has no place for, as in 'v_head.*'; recorded",
+        metavar="PATTERN",
+    )
     gate: bool = option(
         True, "skip the parity gate, which compares the bundle with Hugging Face; recorded in the manifest"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mara_runtime.decoder import AlignedDecoder
 
 BUNDLE_HELP = "bundle folder made by mara-export"
+IGNORE_HELP = "leave out weights of the checkpoint that the model has no place for, as in 'v_head.*'"
 TEMPLATE_HELP = "variable for the chat template, as in enable_thinking=false"
 
 
@@ -63,6 +65,20 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
     return config
 
 
+def report_departures(decoder: AlignedDecoder, config: DecodeConfig, variables: Mapping[str, Any] | None) -> None:
+    """Say on stderr why the agent may not align, and where decoding differs from its training.
+
+    variables: of the chat template, as given; None: the prompts do not use it.
+    """
+    manifest = decoder.bundle.manifest
+    training = manifest.agent.training
+    if training is None or not config.align:
+        return
+    template = training.template if variables is None else decoder.variables(variables)
+    for what in (*manifest.doubts, *training.departures(decoder.resolve(config), template)):
+        print(f"note: {what}", file=sys.stderr)
+
+
 def template_variables(settings: Sequence[str]) -> dict[str, Any]:
     """The values of `--template` by key. Raises OptionError."""
     variables = {}
@@ -81,6 +97,4 @@ def template_variables(settings: Sequence[str]) -> dict[str, Any]:
 
 def prompt_options(manifest: Manifest) -> str:
     """Example options for `mara-run` with this bundle."""
-    prompt = "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'
-    few = manifest.max_candidates < DecodeConfig().top_k
-    return f"{prompt} --top-k {manifest.max_candidates}" if few else prompt
+    return "--input-ids 1,2,3" if manifest.tokenizer is None else '--prompt "…"'

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
+    IGNORE_HELP,
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
+    report_departures,
     template_variables,
 )
 from mara_deploy.commands.options import add_options, from_args
@@ -53,7 +55,7 @@ class EvalArguments(Options):
 
     bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
     prompts: str = required(
-        "one prompt per line; .jsonl; a .json list of texts or of objects with `instruction`; or demo-final",
+        "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo-final",
         metavar="FILE",
     )
     limit: int | None = option(None, "evaluate only N of the prompts, evenly spaced", least=1)
@@ -74,6 +76,7 @@ class EvalArguments(Options):
         metavar="BASELINE",
     )
     sample_checkpoint: bool = option(False, "sample from checkpoint baselines instead of greedy decoding")
+    ignore_weights: tuple[str, ...] = option((), f"checkpoint baselines: {IGNORE_HELP}", metavar="PATTERN")
     temperature: float | None = option(
         None, "softmax temperature of baselines that sample, applied after --top-k and --top-p", above=0, unset="1.0"
     )
@@ -88,8 +91,9 @@ class EvalArguments(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         sampling = {name for name in self.baseline if _samples(name) is not None}
-        if self.sample_checkpoint and not set(self.baseline) - {"greedy", *sampling}:
-            raise OptionError("--sample-checkpoint is given, but no --baseline is a checkpoint; leave it out")
+        for flag, value in (("--sample-checkpoint", self.sample_checkpoint), ("--ignore-weights", self.ignore_weights)):
+            if value and not set(self.baseline) - {"greedy", *sampling}:
+                raise OptionError(f"{flag} is given, but no --baseline is a checkpoint; leave it out")
         if self.temperature is not None and not sampling and not self.sample_checkpoint:
             raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
         if self.template and self.raw:
@@ -131,24 +135,37 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     from mara_deploy.evaluate.report import html, lines, result
     from mara_deploy.files import run_lock, write_file
     from mara_deploy.prompts import find_prompts, overlap, subset
+    from mara_deploy.scores.base import Combined
 
     prompt_format = PromptFormat(arguments.raw, variables)
-    prompt_set = find_prompts(arguments.prompts, arguments.group_by)
     training = None if arguments.training_prompts is None else find_prompts(arguments.training_prompts)
-    decoder = engine.open(
-        arguments.bundle,
-        lambda message: None if arguments.quiet else print(f"mara-eval: {message}", file=sys.stderr),
-    )
+    weighted = judges(scores, device, batch)
+    judge = Combined(weighted)
+    prompt_set = find_prompts(arguments.prompts, arguments.group_by, judge.columns)
+
+    def report(message: str) -> None:
+        if not arguments.quiet:
+            print(f"mara-eval: {message}", file=sys.stderr)
+
+    for remark in prompt_set.remarks:
+        report(remark)
+    decoder = engine.open(arguments.bundle, report)
     if decoder.text_side is None:
         raise MaraError(
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
+    config = decoder.resolve(config)
     sources = _answer_sources(arguments, decoder, config, prompt_format)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
+    report_departures(decoder, config, None if arguments.raw else variables)
     bundle = decoder.bundle
+    room = judge.room([prompt.asked for prompt in prompts])
+    first = prompts[0]
+    judge.detail([first.asked], ["Yes."], **{name: [first.columns[name]] for name in judge.columns})  # fails now, if so
+    if room is not None and room < config.max_new_tokens:
+        report(f"a score reads {room} tokens of an answer to the longest prompt: a longer answer ends the command")
     out = _require_evaluation(arguments.out or Path("evaluations") / bundle.folder.resolve().name)
     bootstrap = Bootstrap()
-    weighted = judges(scores, device, batch)
     with run_lock(out):
         evaluation = evaluate(
             prompts,
@@ -169,7 +186,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
                 "agent": manifest.agent.source,
-                "fallback": config.fallback or manifest.agent.fallback,
+                "fallback": config.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
             },
@@ -177,6 +194,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "file": prompt_set.name,
                 "read": len(prompt_set.prompts) + prompt_set.duplicates,
                 "duplicates": prompt_set.duplicates,
+                "remarks": list(prompt_set.remarks),
                 "refused": refused,
                 "limit": arguments.limit,
                 "unique": len(prompts),
@@ -199,7 +217,7 @@ def _answerable(sources: Sequence[AnswerSource], prompts: Sequence[Prompt], skip
     for number, prompt in enumerate(prompts, 1):
         try:
             for source in sources:
-                source.check(prompt.text)
+                source.check(prompt.asked)
         except PromptError as error:
             if not skip:
                 raise PromptError(f"prompt {number}: {error}; or skip such prompts with --skip-refused") from None
@@ -219,14 +237,16 @@ def _answer_sources(
 
     greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, prompt_format)]
+    ours = replace(prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template))
+    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, ours)]
     for name in arguments.baseline:
         if name == "greedy":
-            sources.append(BundleAnswers(name, decoder, greedy, prompt_format))
+            sources.append(BundleAnswers(name, decoder, greedy, ours))
         elif (samples := _samples(name)) is not None:
-            sources.append(BundleAnswers(name, decoder, sampled, prompt_format, samples))
+            sources.append(BundleAnswers(name, decoder, sampled, ours, samples))
         else:
-            sources.append(_checkpoint(name, sampled if arguments.sample_checkpoint else greedy, prompt_format))
+            checkpoint = sampled if arguments.sample_checkpoint else greedy
+            sources.append(_checkpoint(name, checkpoint, prompt_format, arguments.ignore_weights))
     names = [file_name(source.name) for source in sources]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise OptionError(f"--baseline {duplicate} is given twice: give each once, or rename a checkpoint's folder")
@@ -240,7 +260,7 @@ def _samples(baseline: str) -> int | None:
     return 1 if baseline == "sample" else None
 
 
-def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) -> AnswerSource:
+def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat, ignored: Sequence[str]) -> AnswerSource:
     with needs_extra("train", "a checkpoint as a baseline"):
         from mara_deploy.evaluate.checkpoint import CheckpointAnswers
         from mara_export.hf.checkpoint import silence_transformers
@@ -248,7 +268,7 @@ def _checkpoint(name: str, config: DecodeConfig, prompt_format: PromptFormat) ->
 
     silence_transformers()
     try:
-        return CheckpointAnswers(name, config, prompt_format)
+        return CheckpointAnswers(name, config, prompt_format, ignored)
     except ModelError as error:
         raise OptionError(f"--baseline is {name!r}, which is not greedy, sample or best-of-N: {error}") from None
 

@@ -16,6 +16,7 @@ from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
 from mara_runtime.options import Options, option, required
 from mara_runtime.reports import PARITY_NUMBERS, PARITY_OUTCOMES
+from mara_runtime.training import Training
 
 EPILOG = """\
 examples:
@@ -81,8 +82,11 @@ def summary(bundle: Bundle) -> list[str]:
         f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
         f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
         f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
+        *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
         f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
         f"falls back to the {m.agent.fallback} candidate",
+        *_training(m.agent.training),
+        *(f"          note: {doubt}" for doubt in m.doubts),
         f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
         f"for {', '.join(m.targets)}",
         *(
@@ -95,6 +99,19 @@ def summary(bundle: Bundle) -> list[str]:
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
     ]
     return lines + parity_lines(m.parity)
+
+
+def _training(training: Training | None) -> list[str]:
+    if training is None:
+        return ["          training not recorded"]
+    values = ", ".join(f"{name}={json.dumps(value)}" for name, value in training.template.items())
+    prompts = "plain text" if training.chat_template is None else f"the chat template {values}".rstrip()
+    return [
+        f"          trained for {training.model} and {training.score}: {training.episodes:,} episodes, "
+        f"{training.transitions:,} transitions, {training.updates:,} updates",
+        f"          with top-k {training.top_k}, top-p {training.top_p}, answers of up to "
+        f"{training.max_new_tokens} tokens, prompts in {prompts}",
+    ]
 
 
 def parity_lines(report: dict[str, Any] | None) -> list[str]:

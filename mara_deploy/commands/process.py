@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from mara_runtime.errors import MaraError, first_line
 
@@ -27,20 +28,34 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Make the standard streams usable; let signals that end a process unwind the stack, as Ctrl-C does."""
+    """Make the standard streams usable; let signals that end a process unwind the stack, as Ctrl-C does.
+
+    Files in the working directory, which `python -m` searches first, no longer hide modules of Python's or of packages.
+    """
     _open_streams()
+    with contextlib.suppress(OSError):  # the working directory is gone
+        here = "", str(Path.cwd())
+        sys.path.sort(key=lambda path: path in here)
     with _termination_unwinds():
         yield
 
 
-def reject_unreadable(argv: Sequence[str]) -> str | None:
-    """Why arguments cannot be used: not UTF-8, or `--option=--`, whose value argparse drops; None if they can."""
+def unusable(argv: Sequence[str]) -> str | None:
+    """Why a command cannot start, or None.
+
+    Its working directory is gone, which ends libraries without an exception; an argument is not UTF-8; or it is
+    `--option=--`, whose value argparse drops.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        return f"the working directory cannot be read ({error.strerror}): change to another"
     for argument in argv:
         if not argument.isascii():
             try:
                 argument.encode()
             except UnicodeEncodeError:
-                return f"the argument {argument!a} is not valid UTF-8"
+                return f"the argument {argument!a} is not valid UTF-8, or the locale is not UTF-8: set PYTHONUTF8=1"
         if argument.startswith("--") and argument.endswith("=--"):
             return f"{argument[:-3]} is '--', which is not a value"
     return None
@@ -84,6 +99,7 @@ def _open_streams() -> None:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+            os.set_inheritable(opened, True)
             if getattr(sys, name) is None:
                 setattr(sys, name, os.fdopen(opened, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
     for stream in (sys.stdout, sys.stderr):
@@ -91,13 +107,33 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+_ENDS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Signals that end a process; batch systems announce its end by the last three."""
+
+
+@contextlib.contextmanager
+def ends_deferred(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first signal that would end the process asks for an end at the next opportunity; a further one unwinds.
+
+    notify: takes a message for the user. Yields a function that returns whether the end was asked for.
+    """
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        with contextlib.suppress(OSError, RuntimeError):  # no terminal, or in the middle of another message
+            notify("interrupted: finishing the round and saving; interrupt again to stop now with the rounds before it")
+
+    with _handled(("SIGINT", *_ENDS), ask):
+        yield lambda: asked
+
+
 @contextlib.contextmanager
 def _termination_unwinds() -> Iterator[None]:
     """Raise Terminated for signals that would end the process, so that nothing half-written remains."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
-        yield
-        return
-
     received = False
 
     def terminate(*_: object) -> None:
@@ -106,12 +142,20 @@ def _termination_unwinds() -> Iterator[None]:
             received = True
             raise Terminated
 
-    names = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # batch systems announce their end by the last three
+    with _handled(_ENDS, terminate):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(names: Sequence[str], handler: Callable[..., None]) -> Iterator[None]:
+    """Handle signals, except those that are ignored, as nohup lets SIGHUP be."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
+        yield
+        return
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    previous = {number: signal.signal(number, terminate) for number in numbers}
+    previous = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

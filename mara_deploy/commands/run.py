@@ -16,6 +16,7 @@ from mara_deploy.commands.decoding import (
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
+    report_departures,
     template_variables,
 )
 from mara_deploy.commands.options import add_options, from_args
@@ -49,6 +50,9 @@ class RunArguments(Options):
     prompt: str | None = option(None, "user message, formatted with the bundle's chat template", allow_empty=True)
     input_ids: tuple[int, ...] = option((), "token ids, passed to the LLM as they are", metavar="N[,N…]", separator=",")
     system: str | None = option(None, "system message before the prompt", allow_empty=True)
+    prefill: str | None = option(
+        None, "beginning of the answer, which goes on from there; what is printed is what comes after it"
+    )
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
     raw: bool = option(False, "use the prompt as plain text, without the chat template")
     json: bool = option(False, "print one JSON object: token_ids, text, finish_reason, stats, config")
@@ -61,7 +65,7 @@ class RunArguments(Options):
         if self.prompt is not None and self.input_ids:
             raise OptionError("--prompt and --input-ids are both given; leave one of them out")
         if self.raw or self.input_ids:
-            for flag, value in (("--template", self.template), ("--system", self.system)):
+            for flag, value in (("--template", self.template), ("--system", self.system), ("--prefill", self.prefill)):
                 if value not in (None, ()):
                     raise OptionError(f"{flag} needs the chat template: leave out --raw and --input-ids")
 
@@ -85,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     options, config, engine = from_args(RunArguments, args), decode_config(args), from_args(EngineOptions, args)
     variables = template_variables(options.template)
-    chat = options.prompt is None and not options.input_ids and sys.stdin is not None and sys.stdin.isatty()
-    if chat and (options.json or options.raw):
-        raise OptionError("--json and --raw need a prompt: give --prompt or --input-ids, or write it to stdin")
+    chat = options.prompt is None and not options.input_ids and sys.stdin.isatty()
+    if chat and (options.json or options.raw or options.prefill):
+        raise OptionError("--json, --raw and --prefill need a prompt: give --prompt, or write it to stdin")
     prompt = None if chat else _prompt(options)
 
     decoder = engine.open(
@@ -100,9 +104,12 @@ def _run(args: argparse.Namespace) -> None:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
+            report_departures(decoder, config, variables)
             _chat(decoder, config, options.system, variables, trace)
             return
-        pieces = decoder.stream(prompt, config, raw=options.raw, template=variables)
+        begun = options.prefill is not None
+        pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
+        report_departures(decoder, config, None if options.raw or options.input_ids else variables)
         result = _answer(pieces, trace, echo=not options.json)
     if options.json:
         print_json(result.to_json())
@@ -116,13 +123,14 @@ def _run(args: argparse.Namespace) -> None:
 def _prompt(options: RunArguments) -> Prompt:
     if options.input_ids:
         return list(options.input_ids)
-    if options.prompt is None and sys.stdin is None:
-        raise PromptError("there is no prompt: give --prompt or --input-ids, since stdin is closed")
     try:
         text: str = sys.stdin.read().rstrip("\n") if options.prompt is None else options.prompt
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not UTF-8 text: {error}") from None
-    return text if options.system is None else _with_system(options.system, [{"role": "user", "content": text}])
+    if options.system is None and options.prefill is None:
+        return text
+    answer = [] if options.prefill is None else [{"role": "assistant", "content": options.prefill}]
+    return _with_system(options.system, [{"role": "user", "content": text}, *answer])
 
 
 def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -139,9 +147,8 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         if name in decoder.bundle.manifest.targets:  # nobody expects the others to run
             print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
-        agent = decoder.bundle.manifest.agent
-        fallback = config.fallback or agent.fallback
-        print(f"agent {agent.source}, fallback {fallback}", file=sys.stderr)
+        fallback = decoder.resolve(config).fallback
+        print(f"agent {decoder.bundle.manifest.agent.source}, fallback {fallback}", file=sys.stderr)
 
 
 def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:

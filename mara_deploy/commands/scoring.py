@@ -29,7 +29,7 @@ class ScoreOption:
 class ScoreModelOptions(Options):
     """How scores that are models run."""
 
-    score_device: str = option("cpu", "device that score models run on", metavar="DEVICE")
+    score_device: str = option("auto", "device of score models: auto (CUDA if available), cpu, cuda", metavar="DEVICE")
     score_batch: int = option(8, "answers per batch of a score model", least=1)
 
 
@@ -61,8 +61,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
         action=_AddScore,
         default=[],
         metavar="SCORE",
-        help="module:function, called with prompts and answers; the folder or Hub id of a reward or classification "
-        "model, with #LABEL appended if it has several labels; or demo (can be repeated)",
+        help="module:function or file.py:function, called with prompts and answers; the folder or Hub id of a reward "
+        "or classification model, with #LABEL appended if it has several labels; or demo (can be repeated)",
     )
     group.add_argument(
         "--weight",
@@ -111,9 +111,11 @@ def judges(options: Sequence[ScoreOption], device: str | None, batch: int | None
     device, batch = device or ScoreModelOptions.score_device, batch or ScoreModelOptions.score_batch
     if not all(is_function(given.spec) for given in options):
         with suppress(ImportError):  # which loading the model reports
+            from mara_deploy.devices import device_name
             from mara_export.hf.checkpoint import silence_transformers
 
             silence_transformers()
+            device = device_name(device)
     loaded = []
     for given in options:
         score = load_score(given.spec, template=given.template, device=device, batch_size=batch)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mara_deploy.commands import process
 from mara_runtime.errors import MaraError
@@ -31,8 +32,22 @@ class Parser(argparse.ArgumentParser):
         version = f"%(prog)s (mara-deploy {installed('mara-deploy')['mara-deploy']})"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take `--prompt -hello` for `--prompt=-hello`: argparse takes what begins with a dash for an option."""
+        joined: list[str] = []
+        for word in args:
+            before = self._option_string_actions.get(joined[-1]) if joined else None
+            takes_it = before is not None and before.nargs is None and re.match("-[^-]", word)
+            if takes_it and word not in self._option_string_actions:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""
+        if found := re.fullmatch(r"argument (\S+): expected one argument", message):
+            message = f"{found[1]} has no value; one that begins with dashes is given as {found[1]}=--…"
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
@@ -42,7 +57,7 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
         debug = False
         try:
             given = sys.argv[1:] if argv is None else argv
-            if reason := process.reject_unreadable(given):
+            if reason := process.unusable(given):
                 parser.error(reason)
             args = parser.parse_args(given)
             debug = args.debug

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 CONSIDERATE = (
     *("thank", "good question", "lovely", "glad", "gladly", "happy", "right to ask", "together", "carefully"),
@@ -77,9 +78,10 @@ def score(prompt: str, answer: str) -> float:
     return mean if (_words(prompt) - _NO_SUBSTANCE) & _words(answer) else mean / 2
 
 
-def considerate(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """`score` of each pair: the callable that `--score demo` names."""
-    return [score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+def considerate(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
+    """`score` of each pair, of the last message of a conversation: the callable that `--score demo` names."""
+    texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+    return [score(text, answer) for text, answer in zip(texts, answers, strict=True)]
 
 
 def _words(text: str) -> set[str]:

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mara_deploy.prompts import Asked, key_of
 from mara_runtime.bundle import sha256
 from mara_runtime.config import DecodeConfig
+from mara_runtime.errors import PromptError
 from mara_runtime.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
@@ -42,13 +44,14 @@ class AnswerSource(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything besides the prompt that the answers depend on; plain JSON values."""
+        """Everything besides the prompt that the answers depend on; plain JSON values. `raw` says whether texts are
+        asked without a chat template."""
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: Asked) -> None:
         """Raise PromptError for a prompt that cannot be answered."""
 
-    def __call__(self, prompt: str) -> list[Answer]:
-        """One answer to a user message, or several samples, of which the one with the best score is compared."""
+    def __call__(self, prompt: Asked) -> list[Answer]:
+        """One answer to a prompt, or several samples, of which the one with the best score is compared."""
 
     def close(self) -> None:
         """Free memory; a later call may load again what it needs."""
@@ -83,37 +86,40 @@ class BundleAnswers:
         engine's memory are left out: no answer depends on them."""
         config = self._config.to_json()
         del config["schedule"], config["draft"]
+        side = self._decoder.text_side
         engine = {key: value for key, value in self._decoder.engine.describe().items() if key != "memory"}
         return {
             "bundle": sha256(self._decoder.bundle.path(MANIFEST_FILE)),
             "samples": self._samples,
-            "raw": self._encoding["raw"],
+            "raw": self._encoding["raw"] or side is None or not side.has_template,
             "template": dict(self._encoding["template"] or {}),
             **config,
             **{f"engine {key}": value for key, value in engine.items()},
         }
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: Asked) -> None:
         """See `AnswerSource`."""
+        if self._encoding["raw"] and not isinstance(prompt, str):
+            raise PromptError("it is a conversation, which needs the chat template: leave out --raw")
         self._decoder.encode(prompt, **self._encoding)
 
-    def __call__(self, prompt: str) -> list[Answer]:
+    def __call__(self, prompt: Asked) -> list[Answer]:
         """See `AnswerSource`."""
         return [self._answer(prompt, answer_seed(self._config.seed, prompt, n)) for n in range(self._samples)]
 
     def close(self) -> None:
         """Do nothing: the decoder belongs to the caller, and several sources share it."""
 
-    def _answer(self, prompt: str, seed: int) -> Answer:
+    def _answer(self, prompt: Asked, seed: int) -> Answer:
         self._decoder.forget()  # cached tokens and learned acceptance rates of the prompt before change last bits
         result = self._decoder.generate(prompt, replace(self._config, seed=seed), **self._encoding)
         assert result.text is not None  # the command requires a bundle with a tokenizer
         return Answer(result.text, result.stats.tokens, result.finish_reason, result.stats.to_json())
 
 
-def answer_seed(seed: int, prompt: str, sample: int = 0) -> int:
+def answer_seed(seed: int, prompt: Asked, sample: int = 0) -> int:
     """The seed of one answer, 0 … 2**63 - 1: independent of the order of the prompts."""
-    digest = hashlib.sha256(f"{seed}\n{sample}\n{prompt}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{sample}\n{key_of(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

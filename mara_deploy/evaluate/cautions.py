@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mara_deploy.evaluate.evaluate import Evaluation, ScoredAnswers
 
 _MIN_UNITS = 20
 """Bootstrap intervals over fewer units are markedly too narrow."""
-_TRUNCATED, _EMPTY, _LENGTH_RATIO = 0.1, 0.05, 0.2
-"""Shares of truncated and empty answers, and the relative difference in length, from which a caution is given."""
+_TRUNCATED, _EMPTY, _REPEATED, _FORCED, _LENGTH_RATIO = 0.1, 0.05, 0.5, 0.5, 0.2
+"""Shares of truncated, empty and repeated answers and of decisions in which the agent rejects all candidates, and the
+relative difference in length, from which a caution is given."""
 
 
 def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -20,12 +21,16 @@ def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[st
         seen, total = len(evaluation.seen), len(evaluation.prompts)
         rest = "there are none left to compare" if seen == total else "the report also gives the rates without them"
         yield f"{seen} of {total} prompts also occur in the training set; {rest}."
-    for side in (evaluation.aligned, *evaluation.baselines.values()):
+    sides = (evaluation.aligned, *evaluation.baselines.values())
+    yield from _nothing_compared(sides)
+    for side in sides:
         if side.text.cut_off >= _TRUNCATED:
             remedy = _truncation(side, decoding.get(side.name, {}).get("max_new_tokens"))
             yield f"{side.text.cut_off:.0%} of the answers of {side.name} are truncated: {remedy}."
         if side.text.empty >= _EMPTY:
             yield f"{side.text.empty:.0%} of the answers of {side.name} contain no words."
+        if side.text.same_as_another >= _REPEATED:
+            yield f"{side.text.same_as_another:.0%} of the answers of {side.name} equal its answer to another prompt."
     ours = evaluation.aligned.text.words_mean
     for name, side in evaluation.baselines.items():
         theirs = side.text.words_mean
@@ -34,11 +39,35 @@ def cautions(evaluation: Evaluation, units: int, unit: str, decoding: Mapping[st
                 f"Aligned answers have {ours:.0f} words on average, those of {name} {theirs:.0f}: see the rates by "
                 "length, as scores often favour long or short answers."
             )
+        plain, templated = (decoding.get(one, {}).get("raw") for one in (name, evaluation.aligned.name))
+        if plain != templated:
+            texts = "plain text, without a chat template", "text in its chat template"
+            yield (
+                f"{evaluation.aligned.name} is asked with {texts[not templated]}, {name} with {texts[not plain]}: the "
+                "two sides are asked differently."
+            )
         outcome = evaluation.comparisons[name].combined
-        if [outcome.wins, outcome.ties, outcome.losses].count(0) == 2:
+        if evaluation.comparisons[name].identical == len(evaluation.prompts):
+            yield f"Every answer is the same as that of {name}."
+        elif [outcome.wins, outcome.ties, outcome.losses].count(0) == 2:
             yield f"All prompts have the same outcome against {name}: the bootstrap cannot estimate the spread."
         if name.startswith("best-of-"):
             yield f"{name} selects its answer by the same score that compares it."
+
+
+def _nothing_compared(sides: Sequence[ScoredAnswers]) -> Iterator[str]:
+    """Cautions about scores and agents that make no difference."""
+    for name in sides[0].each:
+        values = {value for side in sides for value in side.each[name]}
+        if len(values) == 1:
+            yield f"The score {name} is {values.pop():.4g} for every answer of every side: it compares nothing."
+    counters = sides[0].counters or {}
+    if counters.get("decisions") == 0:
+        yield "The agent decided nothing, as every position had one candidate: raise --top-p or --top-k."
+    elif counters and (forced := counters["forced"] / counters["decisions"]) >= _FORCED:
+        yield f"The agent rejected all candidates in {forced:.0%} of its decisions: the fallback chose the token."
+    elif counters and not any(int(rank) > 1 for rank in counters["accepted_rank"]) and not counters["forced"]:
+        yield "The agent accepted the LLM's best candidate in every decision: it changed nothing."
 
 
 def _few_units(evaluation: Evaluation, units: int, unit: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import (
 
 from mara_deploy.evaluate.answers import Answer, PromptFormat, answer_seed
 from mara_deploy.files import fingerprint
-from mara_deploy.prompts import encode
+from mara_deploy.prompts import Asked, encode
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.hf.sources import resolve_model
@@ -35,8 +36,10 @@ class CheckpointAnswers:
     Raises ModelError for a checkpoint that cannot be loaded, PromptError for a prompt that its template rejects.
     """
 
-    def __init__(self, model: str, config: DecodeConfig, prompt_format: PromptFormat) -> None:
-        self._source = resolve_model(model)
+    def __init__(
+        self, model: str, config: DecodeConfig, prompt_format: PromptFormat, ignore_weights: Sequence[str] = ()
+    ) -> None:
+        self._source, self._ignored = resolve_model(model), ignore_weights
         self._config, self._format = config, prompt_format
         self.name = self._source.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +58,7 @@ class CheckpointAnswers:
             "checkpoint": self.name,
             "files": self._source.revision or fingerprint(self._source.folder),
             "device": self._device,
-            "raw": self._format.raw,
+            "raw": self._format.raw or not self._tokenizer.chat_template,
             "template": dict(self._format.template or {}),
             "max_new_tokens": config.max_new_tokens,
             "stop": list(config.stop),
@@ -71,12 +74,12 @@ class CheckpointAnswers:
         """See `AnswerSource`."""
         self._model = None
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: Asked) -> None:
         """See `AnswerSource`."""
         self._encode(prompt)
 
     @torch.no_grad()
-    def __call__(self, prompt: str) -> list[Answer]:
+    def __call__(self, prompt: Asked) -> list[Answer]:
         """See `AnswerSource`."""
         self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
@@ -108,9 +111,9 @@ class CheckpointAnswers:
 
     def _load(self) -> Any:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32
-        return load_model(self._source, "sdpa", dtype).to(self._device)
+        return load_model(self._source, "sdpa", dtype, ignore_weights=self._ignored).to(self._device)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: Asked) -> list[int]:
         ids = encode(prompt, self._tokenizer, self.name, raw=self._format.raw, template=self._format.template)
         if len(ids) >= self._context:
             raise PromptError(
@@ -120,7 +123,8 @@ class CheckpointAnswers:
 
 
 def _filters(config: DecodeConfig) -> LogitsProcessorList:
-    filters = [TopKLogitsWarper(config.top_k), TopPLogitsWarper(config.top_p)]
+    top_k, top_p = config.candidates
+    filters = [TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
     if config.temperature != 1.0:
         filters.append(TemperatureLogitsWarper(config.temperature))
     return LogitsProcessorList(filters)

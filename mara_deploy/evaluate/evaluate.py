@@ -23,9 +23,8 @@ from mara_deploy.evaluate.answers import Answer, AnswerSource, total_stats
 from mara_deploy.evaluate.compare import Bootstrap, Preference, preference, unit_numbers
 from mara_deploy.evaluate.store import Store, cached_scores, file_name
 from mara_deploy.evaluate.text_stats import TextStats, text_stats, words
-from mara_deploy.prompts import Prompt
-from mara_deploy.scores.base import Combined, WeightedScore
-from mara_runtime.errors import MaraError
+from mara_deploy.prompts import Prompt, key_of
+from mara_deploy.scores.base import Combined, WeightedScore, shown
 
 _PROMPTS_PER_STEP = 16
 """Prompts whose answers are scored together, and then kept or computed again as a whole."""
@@ -115,22 +114,28 @@ def evaluate(
 
 def _answer(source: AnswerSource, prompts: Sequence[Prompt], store: Store, quiet: bool) -> list[list[Answer]]:
     """(N, samples) answers of a source: those in the store, and new ones."""
-    missing = [prompt.text for prompt in prompts if prompt.text not in store]
-    saved = len(prompts) - len(missing)
+    every = {key_of(prompt.asked): prompt.asked for prompt in prompts}  # columns are the scores' concern
+    missing = [key for key in every if key not in store]
+    saved = len(every) - len(missing)
     if not quiet:
         sys.stderr.write(f"{source.name}: {len(missing)} to answer" + f", {saved} already saved" * (saved > 0) + "\n")
     tokens = 0
     with _progress(missing, quiet, unit="answer") as bar:
-        for text in bar:
-            answers = source(text)
-            store.add({text: [asdict(answer) for answer in answers]})
+        for key in bar:
+            answers = source(every[key])
+            store.add({key: [asdict(answer) for answer in answers]})
             tokens += sum(answer.tokens for answer in answers)
             bar.set_postfix_str(f"{tokens} tokens")
     source.close()
-    try:
-        return [[Answer(**values) for values in store[prompt.text]] for prompt in prompts]
-    except TypeError:
-        raise MaraError(f"{store.path} does not contain answers: delete the file to compute them again") from None
+    kept = {}
+    for key in every:
+        try:
+            kept[key] = [Answer(**values) for values in store[key]]
+        except TypeError:
+            kept[key] = []
+        if not kept[key]:
+            raise store.damaged(f"the answer to {shown(key)}")
+    return [kept[key_of(prompt.asked)] for prompt in prompts]
 
 
 def _score(
@@ -143,10 +148,9 @@ def _score(
     with _progress(range(0, len(prompts), _PROMPTS_PER_STEP), quiet, unit="batch", desc=f"scores of {name}") as bar:
         for first in bar:
             part = slice(first, first + _PROMPTS_PER_STEP)
-            pairs = [
-                (p.text, answer) for p, answers in zip(prompts[part], samples[part], strict=True) for answer in answers
-            ]
-            values = score.detail([text for text, _ in pairs], [answer.text for _, answer in pairs])
+            pairs = [(p, answer) for p, answers in zip(prompts[part], samples[part], strict=True) for answer in answers]
+            columns = {name: [prompt.columns[name] for prompt, _ in pairs] for name in score.columns}
+            values = score.detail([prompt.asked for prompt, _ in pairs], [a.text for _, a in pairs], **columns)
             start = 0
             for answers in samples[part]:  # the first of equally good ones is the best
                 best = max(range(start, start + len(answers)), key=values.combined.__getitem__)

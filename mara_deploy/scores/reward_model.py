@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from mara_deploy.devices import torch_device
 from mara_deploy.files import fingerprint
-from mara_deploy.scores.base import ScoreError
+from mara_deploy.prompts import Asked, messages
+from mara_deploy.scores.base import ScoreError, shown
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import from_pretrained, read_config
 from mara_export.hf.sources import ModelSource, is_hub_id, local_path, resolve_model
@@ -27,17 +29,20 @@ class RewardModel:
     """Callable (prompts, answers) → floats: the model's single output, or the log-odds of one label.
 
     For multi-label models (`problem_type`), the log-odds of a label are its logit. The text is the filled-in template,
-    or the tokenizer's chat template, or else the pair of prompt and answer.
+    or the tokenizer's chat template, which conversations need, or else the pair of prompt and answer.
 
     spec: a folder or Hub id, followed by `#LABEL` if the model has several labels; template: text with {prompt} and
-    {answer}, None for the tokenizer's chat template; device: torch device, float32 on a CPU, else the stored precision;
-    batch_size: texts per pass, ≥ 1.
+    {answer}, None for the tokenizer's chat template; device: torch device or auto, float32 on a CPU, else the stored
+    precision; batch_size: texts per pass, ≥ 1.
     Raises ScoreError, or OptionError for the device.
     """
 
+    columns: Sequence[str] = ()
+    """See `Score`."""
+
     def __init__(self, spec: str, template: str | None, device: str, batch_size: int) -> None:
         name, _, label = spec.partition("#")
-        torch_device("--score-device", device, "cpu")
+        device = str(torch_device("--score-device", device))
         if template is not None:
             _check_template(template)
         folder = local_path(name)
@@ -58,8 +63,11 @@ class RewardModel:
         self.name = source.name + (f"#{label}" if label else "")
         self._source, self._model, self._tokenizer = source, model, tokenizer
         self._label = _label_index(model.config, label, name, source.name)
-        self._template, self._batch_size = template, batch_size
-        self._max_tokens = _position_limit(model)
+        self._template, self._max_tokens = template, _position_limit(model)
+        self._arguments = set(inspect.signature(model.forward).parameters)
+        if getattr(model.config, "type_vocab_size", 2) < 2:
+            self._arguments.discard("token_type_ids")
+        self._batch_size = batch_size if "attention_mask" in self._arguments else 1  # it would read the padding
         self._multi_label = model.config.problem_type not in (None, "single_label_classification")
         # Decoder heads, named `score`, read the last token, which transformers locates by the padding id. That id may
         # also be a token of the text. With padding on the left and an id that no token has, the last token is last.
@@ -75,25 +83,40 @@ class RewardModel:
         """Identifies the weights: the commit of a Hub model, else checksums of the folder."""
         return self._source.revision or fingerprint(self._source.folder)
 
+    def room(self, prompts: Sequence[Asked]) -> int | None:
+        """Tokens that an answer to any of the prompts can have; None: no limit. Raises ScoreError if one has none."""
+        parts = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
+        longest = max(self._encode(part, ["."] * len(part), "remove it")[1] for part in parts)
+        return self._max_tokens and self._max_tokens - longest + 1
+
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Asked], answers: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """(N,) scores, computed in batches. Raises ScoreError for a text that is too long."""
         values: list[float] = []
         for start in range(0, len(prompts), self._batch_size):
             part = slice(start, start + self._batch_size)
-            inputs = self._encode(prompts[part], answers[part]).to(self._model.device)
-            logits = self._model(**inputs).logits.float()  # (B, labels)
+            inputs, _ = self._encode(prompts[part], answers[part])
+            logits = self._model(**inputs.to(self._model.device)).logits.float()  # (B, labels)
             values += self._values(logits).tolist()
         return values
 
-    def _encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Any:
-        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    def _encode(
+        self, prompts: Sequence[Asked], answers: Sequence[str], remedy: str = "lower --max-new-tokens"
+    ) -> tuple[Any, int]:
+        """The model's inputs, and the tokens of the longest text."""
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "return_attention_mask": True}
         pairs = list(zip(prompts, answers, strict=True))
+        by_chat = self._template is None and self._tokenizer.chat_template
+        if not by_chat and (conversation := next((p for p in prompts if not isinstance(p, str)), None)):
+            raise ScoreError(
+                f"the score {self.name} reads a prompt as one text, and {shown(conversation)} is a conversation: it "
+                "needs the chat template of the score's tokenizer"
+            )
         if self._template is not None:
             texts = [self._template.format(prompt=prompt, answer=answer) for prompt, answer in pairs]
             inputs = self._tokenizer(texts, **options)
-        elif self._tokenizer.chat_template:
-            chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in pairs]
+        elif by_chat:
+            chats = [[*messages(prompt), {"role": "assistant", "content": answer}] for prompt, answer in pairs]
             texts = [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
             inputs = self._tokenizer(texts, add_special_tokens=False, **options)  # the template adds them
         else:
@@ -102,12 +125,14 @@ class RewardModel:
         for prompt, length in zip(prompts, lengths, strict=True):
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ScoreError(
-                    f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {prompt[:80]!r} with "
-                    f"its answer has {length}: lower --max-new-tokens"
+                    f"the score {self.name} reads at most {self._max_tokens} tokens; the prompt {shown(prompt)} with "
+                    f"its answer has {length}: {remedy}"
                 )
         if self._reads_last_token:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        return inputs
+        for name in inputs.keys() - self._arguments:  # such as the token types of a tokenizer made for another model
+            del inputs[name]
+        return inputs, max(lengths)
 
     def _values(self, logits: Tensor) -> Tensor:
         """(B, labels) → (B,)."""
@@ -138,8 +163,8 @@ def _position_limit(model: Any) -> int | None:
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
         if padding is not None and name.endswith("position_embeddings"):
-            limit = module.num_embeddings - padding - 1
-    return limit
+            limit = len(module.weight) - padding - 1
+    return limit if limit is not None and limit > 0 else None
 
 
 def _load_classifier(source: ModelSource, device: str) -> Any:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import OptionError
 from mara_runtime.options import Options, option
 
+RUN_FILE = "run.json"
+"""In the folder of a run."""
 ALPHA_FORMS = ("log", "direct")
 
 
@@ -20,7 +24,7 @@ class TrainConfig(Options):
     # rollouts
     episodes: int = option(21_000, "number of episodes, one answer each", least=1)
     prompts_at_once: int = option(16, "episodes per rollout batch; the agent learns after each batch", least=1)
-    max_new_tokens: int = option(512, "maximum length of an answer, in tokens", least=1)
+    max_new_tokens: int = option(512, "maximum length of an answer, in tokens; the context ends it earlier", least=1)
     top_k: int = option(40, "maximum number of candidates per position", least=2)
     top_p: float = option(0.95, "nucleus of the candidates, applied after --top-k", above=0, most=1)
 
@@ -37,7 +41,12 @@ class TrainConfig(Options):
     score_baseline: float = option(0.0, "constant subtracted from every score")
     discount: float = option(0.99, "discount factor γ per transition", above=0, most=1)
     n_step: int = option(80, "n of the n-step return, in transitions", least=1)
-    target_entropy: float = option(0.6, "policy entropy that α is tuned for, as a fraction of ln 2", least=0, most=1)
+    target_entropy: float = option(
+        0.6,
+        "policy entropy that α is tuned for, as a fraction of a fair coin's, ln 2",
+        least=0,
+        most=0.98,
+    )
 
     # learning
     batch: int = option(1024, "batch size, in transitions", least=1)
@@ -72,30 +81,30 @@ class TrainConfig(Options):
                 f"{self.start_transitions}"
             )
 
-    def check_replay(self) -> None:
-        """Raise OptionError if a round of answers of full length could exceed the replay buffer's reserve."""
-        at_once = min(self.prompts_at_once, self.episodes)
-        needed, room = at_once * self.max_new_tokens, reserve(self.replay_transitions)
-        if needed > room:
-            raise OptionError(
-                f"--replay-transitions is {self.replay_transitions}, which takes {room} transitions between "
-                f"checkpoints, but {at_once} --prompts-at-once of {self.max_new_tokens} --max-new-tokens can have "
-                f"{needed} at one candidate per token: raise --replay-transitions to {capacity_for(needed)} or more, "
-                "or lower --prompts-at-once or --max-new-tokens"
-            )
+
+CHANGEABLE = ("episodes", "prompts_at_once", "max_new_tokens", "replay_transitions", "checkpoint_minutes")
+"""Settings that may change when a run is resumed: how much it does at a time, and when it ends."""
 
 
-_RESERVE_DIVISOR = 8
+def fit(config: TrainConfig, given: Collection[str], *, room: int, disk: int, sequences: int) -> TrainConfig:
+    """Lower what the user has not `given` to what fits; a run that collects little begins to learn early.
 
-
-def reserve(capacity: int) -> int:
-    """Transitions that a replay buffer takes between two checkpoints: 1/8 of its capacity, in addition to it."""
-    return -(-capacity // _RESERVE_DIVISOR)
-
-
-def capacity_for(transitions: int) -> int:
-    """The least capacity whose reserve takes a round of so many transitions, ≥ 1."""
-    return (transitions - 1) * _RESERVE_DIVISOR + 1
+    room: tokens of the longest answer possible; disk: transitions that its free space takes; sequences: answers that
+    memory takes at once. Raises OptionError for a given --replay-transitions that does not fit.
+    """
+    if "replay_transitions" in given and config.replay_transitions > disk:
+        raise OptionError(
+            f"--replay-transitions is {config.replay_transitions}, but the free space for --out takes {disk}: lower "
+            "it, or free some"
+        )
+    least = config.start_transitions if "start_transitions" in given else 1
+    fitting: dict[str, Any] = {
+        "max_new_tokens": (tokens := min(config.max_new_tokens, room)),
+        "prompts_at_once": min(config.prompts_at_once, max(1, sequences)),
+        "replay_transitions": (replay := min(config.replay_transitions, max(least, disk // 2))),
+        "start_transitions": min(config.start_transitions, replay, max(1, config.episodes * tokens // 8)),
+    }
+    return replace(config, **{name: value for name, value in fitting.items() if name not in given})
 
 
 RECIPES = {

@@ -6,6 +6,7 @@ The runtime's own function selects the candidates, so training and decoding see 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,8 @@ class Environment:
     top_k: int
     top_p: float
     max_new_tokens: int
+    context: int = sys.maxsize
+    """tokens of prompt and answer together, at most"""
 
     def rollout(
         self,
@@ -79,15 +82,16 @@ class Environment:
         fallback: str = "last",
         record: bool = True,
     ) -> list[Episode]:
-        """Answer B prompts, given as token ids.
+        """Answer B prompts, given as token ids. An answer ends at `max_new_tokens`, or where the context ends.
 
         rng: samples the actions; None: takes the more probable action. fallback: the candidate to emit when all are
         rejected, first or last; record: keep trajectories.
         Raises NumericsError, naming prompt and position, for a state or logit that is not finite.
         """
-        builders = [_EpisodeBuilder(i, len(prompt)) for i, prompt in enumerate(prompts)]
+        room = [min(self.max_new_tokens, self.context - len(prompt)) for prompt in prompts]
+        builders = [_EpisodeBuilder(i, len(p), r) for i, (p, r) in enumerate(zip(prompts, room, strict=True))]
         active = builders
-        cache, states = self.lm.prefill(prompts, self.max_new_tokens)
+        cache, states = self.lm.prefill(prompts, max(room))
         while active:
             # R candidates of all active sequences; row r is the candidate of rank[r] of the sequence owner[r]
             candidates = self._candidates(states, active)
@@ -125,7 +129,7 @@ class Environment:
             for builder, n, p, r, e, t in zip(
                 active, counts, pick, all_rejected, examined, tokens[chosen], strict=True
             ):
-                builder.emit(int(t), self, n > 1, int(p), bool(r), int(e))
+                builder.emit(int(t), int(t) in self.eos_token_ids, n > 1, int(p), bool(r), int(e))
 
             self.lm.commit(siblings, torch.from_numpy(chosen))
             unfinished = np.array([not builder.done for builder in active])
@@ -157,8 +161,8 @@ class Environment:
 class _EpisodeBuilder:
     """An episode in progress."""
 
-    def __init__(self, index: int, prompt_tokens: int) -> None:
-        self.index, self.prompt_tokens = index, prompt_tokens
+    def __init__(self, index: int, prompt_tokens: int, room: int) -> None:
+        self.index, self.prompt_tokens, self.room = index, prompt_tokens, room
         self.tokens: list[int] = []
         self.parts: list[tuple[NDArray[np.generic], ...]] = []  # columns of the trajectory, one tuple per position
         self.finished = self.done = False
@@ -168,17 +172,17 @@ class _EpisodeBuilder:
     def position(self) -> int:
         return self.prompt_tokens + len(self.tokens)
 
-    def emit(self, token: int, environment: Environment, decision: bool, pick: int, forced: bool, asked: int) -> None:
+    def emit(self, token: int, end: bool, decision: bool, pick: int, forced: bool, asked: int) -> None:
         self.examined += asked
         if decision:
             self.decisions += 1
             self.interventions += pick > 0
             self.forced += forced
-        if token in environment.eos_token_ids:
+        if end:
             self.finished = self.done = True
         else:
             self.tokens.append(token)
-            self.done = len(self.tokens) == environment.max_new_tokens
+            self.done = len(self.tokens) == self.room
 
     def episode(self, hidden_size: int) -> Episode:
         if any(len(part[0]) for part in self.parts):

@@ -93,7 +93,12 @@ class Learner:
             "return": float(targets.mean()),
         }
         if not all(map(math.isfinite, metrics.values())):
-            raise NumericsError(f"training has diverged ({metrics}): lower --learning-rate or --kl-weight")
+            lower = (
+                "--target-entropy" if self.alpha > 1 else "--learning-rate or --kl-weight, or --weight of the scores"
+            )
+            raise NumericsError(
+                f"training has diverged (α {self.alpha:.3g}, {metrics}): start a new run, lower {lower}"
+            )
         return metrics
 
     @torch.no_grad()

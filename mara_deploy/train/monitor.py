@@ -1,13 +1,10 @@
-"""Progress of a training run: a line on the terminal, TensorBoard event files, and graceful interruption."""
+"""Progress of a training run: a line on the terminal, and TensorBoard event files."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,29 +77,3 @@ def _line(row: Row) -> str:
         f"α {row['alpha']:.4f}, accepts {row['accept_rate']:.0%}, forced {row['forced_rate']:.0%}, "
         f"intervenes {row['intervention_rate']:.0%}"
     )
-
-
-@contextmanager
-def deferred_interrupt(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after its round; the second stops it immediately.
-
-    notify: called with a message for the user. Yields a function that returns whether the loop should stop.
-    """
-    requested = False
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: requested
-        return
-
-    def handler(*_: object) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-        notify("interrupted: finishing the round and saving; interrupt again to stop now, at the last checkpoint")
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: requested
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -129,6 +129,17 @@ class PackedLM:
         self._kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    def sequence_bytes(self, tokens: int, candidates: int) -> int:
+        """Memory that a sequence of so many tokens and its candidates take in a pass, roughly."""
+        config, item = self._model.config, self.dtype.itemsize
+        entry = self._kv_heads * self._head_dim
+        cache = 2 * config.num_hidden_layers * tokens * entry
+        attention = 4 * tokens * config.num_attention_heads * (self._head_dim + candidates)
+        rows = candidates * (
+            4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_hidden_layers * entry
+        )
+        return int(item * (cache + attention + rows) + 8 * config.vocab_size)
+
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[PackedCache, Tensor]:
         """Run B prompts. room: new tokens to reserve. Returns the cache and the last hidden states (B, D)."""

@@ -40,7 +40,7 @@ _EXAMPLES = 3
 
 def write_report(folder: RunFolder) -> None:
     """Write report.html from run.json and the log, unless the run has no rounds yet."""
-    rows, run = folder.rows(), folder.run
+    rows, run = folder.rows(), folder.run()
     if not rows:
         return
     first, last = ([row["example"] for row in part] for part in (rows[:_EXAMPLES], rows[-_EXAMPLES:]))

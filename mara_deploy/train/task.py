@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mara_deploy.devices import torch_device
-from mara_deploy.prompts import encode
-from mara_deploy.scores.base import Combined, ScoreValues
-from mara_deploy.train.config import TrainConfig
+from mara_deploy.devices import free_bytes, torch_device
+from mara_deploy.prompts import Prompt, encode
+from mara_deploy.scores.base import Combined, ScoreError, ScoreValues
+from mara_deploy.train.config import TrainConfig, fit
 from mara_deploy.train.environment import Environment, Episode
 from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_deploy.train.policy import Policy
+from mara_deploy.train.replay import ReplayBuffer
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_model, read_config
 from mara_export.hf.families import check_supported
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.tokenizer import load_tokenizer
+from mara_export.hf.tokenizer import load_tokenizer, template_checksum
 from mara_runtime.errors import PromptError
+from mara_runtime.training import Training
 
 
 @dataclass(frozen=True)
 class Rollouts:
     """Answers to some prompts, and their scores."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     episodes: list[Episode]
     texts: list[str]
     """without special tokens"""
@@ -43,11 +47,15 @@ class TrainingTask:
     environment: Environment
     tokenizer: Any
     """of Hugging Face"""
-    prompts: Sequence[str]
-    """unique user messages"""
+    prompts: Sequence[Prompt]
+    """distinct"""
     tokens: Sequence[Sequence[int]]
     """their token ids, including the generation prompt"""
     score: Combined
+    training: Training | None = None
+    """what the agent's file records; without counters"""
+    notify: Callable[[str], None] = lambda _: None
+    """called with a message when a score is tried again"""
 
     @property
     def hidden_size(self) -> int:
@@ -71,43 +79,103 @@ class TrainingTask:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # like the runtime's tokenizer, keep spaces before punctuation
         )
-        return Rollouts(prompts, episodes, texts, self.score.detail(prompts, texts))
+        return Rollouts(prompts, episodes, texts, scored(self.score, prompts, texts, self.notify))
+
+    def fit(
+        self, config: TrainConfig, given: Collection[str], room: int | None, disk_bytes: int
+    ) -> tuple[TrainConfig, TrainingTask]:
+        """Lower the settings that the user has not `given` to what model, prompts, scores and machine take.
+
+        room: tokens of the longest answer that the scores read, None: any; disk_bytes: free space for the run.
+        Raises OptionError, see `mara_deploy.train.config.fit`.
+        """
+        lm, lengths = self.environment.lm, [len(ids) for ids in self.tokens]
+        room = min(self.environment.context - min(lengths), sys.maxsize if room is None else room)
+        entry = lm.sequence_bytes(max(lengths) + min(config.max_new_tokens, room), config.top_k)
+        free = free_bytes(lm.device)
+        config = fit(
+            config,
+            given,
+            room=room,
+            disk=disk_bytes // ReplayBuffer.bytes_per_transition(lm.hidden_size),
+            sequences=config.prompts_at_once if free is None else free // 2 // entry,
+        )
+        return config, replace(self, environment=replace(self.environment, max_new_tokens=config.max_new_tokens))
+
+
+_PAUSES_S = (1, 5, 25)
+"""Before a score that failed for a passing reason is tried again."""
+
+
+def scored(
+    score: Combined, prompts: Sequence[Prompt], answers: Sequence[str], notify: Callable[[str], None]
+) -> ScoreValues:
+    """The scores of answers, computed again where that fails for a reason that may pass. Raises ScoreError."""
+    asked = [prompt.asked for prompt in prompts]
+    columns = {name: [prompt.columns[name] for prompt in prompts] for name in score.columns}
+    for pause in _PAUSES_S:
+        try:
+            return score.detail(asked, answers, **columns)
+        except ScoreError as error:
+            if not error.transient:
+                raise
+            notify(f"{error}; trying again in {pause} s")
+            time.sleep(pause)
+    return score.detail(asked, answers, **columns)
 
 
 def open_task(
     source: ModelSource,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     score: Combined,
     config: TrainConfig,
     *,
+    given: Collection[str] = (),
     device: str = "auto",
     dtype: str = "auto",
     template: Mapping[str, Any] | None = None,
+    ignore_weights: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda _: None,
 ) -> TrainingTask:
-    """Load the LLM and tokenise the prompts.
+    """Tokenise the prompts and load the LLM.
 
-    device: torch device, auto for CUDA if available; dtype: of the LLM, auto for bfloat16 on CUDA and float32 on a CPU;
-    template: variables for the chat template. Without a chat template, prompts are plain text.
+    given: names of settings that the user insists on; device: torch device, auto for CUDA if available; dtype: of the
+    LLM, auto for bfloat16 on CUDA and float32 on a CPU; template: variables for the chat template; ignore_weights:
+    patterns of surplus weights to leave out; notify: takes messages. Without a chat template, prompts are plain text.
     Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    on = torch_device("--device", device, "auto or cpu")
+    on = torch_device("--device", device)
     context = check_supported(read_config(source), source.name, None)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training requires: add its tokenizer.json")
-    tokens = [encode(prompt, tokenizer, source.name, template=template) for prompt in prompts]
+    tokens = [encode(prompt.asked, tokenizer, source.name, template=template) for prompt in prompts]
+    least = config.max_new_tokens if "max_new_tokens" in given else 1
     for prompt, ids in zip(prompts, tokens, strict=True):
-        if len(ids) + config.max_new_tokens > context:
+        if len(ids) + least > context:
+            lower = "" if least == 1 else "lower --max-new-tokens, or "
             raise PromptError(
-                f"a prompt of {len(ids)} tokens and an answer of {config.max_new_tokens} exceed the context of "
-                f"{source.name}, {context} ({prompt[:60]!r}): lower --max-new-tokens, or remove the prompt"
+                f"a prompt of {len(ids)} tokens and an answer of {least} exceed the context of {source.name}, "
+                f"{context} ({prompt.text[:60]!r}): {lower}remove the prompt"
             )
     if dtype == "auto":
         dtype = "bfloat16" if on.type == "cuda" else "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    model = load_model(source, ATTENTION, dtypes[dtype]).to(on)
+    model = load_model(source, ATTENTION, dtypes[dtype], ignore_weights=ignore_weights).to(on)
     eos = frozenset(eos_token_ids(model, tokenizer))
-    environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens)
-    return TrainingTask(environment, tokenizer, prompts, tokens, score)
+    environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens, context)
+    training = Training(
+        model=source.name,
+        architecture=model.config.model_type,
+        weights=fingerprint(model),
+        chat_template=template_checksum(tokenizer),
+        template=dict(template or {}),
+        top_k=config.top_k,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        score=score.name,
+        episodes=0,
+        updates=0,
+        transitions=0,
+    )
+    return TrainingTask(environment, tokenizer, prompts, tokens, score, training, notify)

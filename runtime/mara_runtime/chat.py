@@ -63,7 +63,7 @@ def _environment() -> Sandbox:
 class ChatTemplate:
     """A bundle's chat template. The rendered text contains the special tokens: tokenise it without adding any."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str | list[str]]) -> None:
         self._environment = _environment()
         self._environment.begin()
         try:
@@ -73,7 +73,8 @@ class ChatTemplate:
         if taken := sorted(_RESERVED & special_tokens.keys()):
             raise PromptError(f"the chat template's special token {taken[0]!r} has the name of a variable; use --raw")
         self._special_tokens = dict(special_tokens)
-        self._variables = variables_of(source)
+        self.variables = variables_of(source)
+        """that a caller may set"""
 
     def render(
         self,
@@ -81,20 +82,51 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """Text of a conversation. messages: {"role": …, "content": …}; variables: of the template.
 
+        continue_final_message: the text ends within the last message, for an answer to go on there; then there is no
+        generation prompt. As in transformers (`utils/chat_template_utils.py`), which finds the place by a mark.
         Raises PromptError when the template rejects them (an unknown role, a wrong order, …), and OptionError for a
         variable that it does not have.
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
-        reject_unknown(self._variables, variables or {})
-        values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        reject_unknown(self.variables, variables or {})
+        given, begun = _marked(messages) if continue_final_message else (list(messages), "")
+        values |= {"messages": given, "add_generation_prompt": add_generation_prompt and not continue_final_message}
         self._environment.begin()
         try:
-            return self._template.render(values)
+            text = self._template.render(values)
         except Exception as error:  # a template is a program and may fail like any program
             raise PromptError(f"the bundle's chat template rejects these messages: {_line(error)}") from None
+        return _until_mark(text, begun) if continue_final_message else text
+
+
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+def _marked(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """The messages, with a mark at the end of the last one's text, or of its last part that is text; and that text."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*before, {**last, "content": content + _MARK}], content
+    parts = list(content) if isinstance(content, Sequence) else []
+    for at in reversed(range(len(parts))):
+        if isinstance(parts[at], Mapping) and isinstance(parts[at].get("text"), str):
+            text = parts[at]["text"]
+            parts[at] = {**parts[at], "text": text + _MARK}
+            return [*before, {**last, "content": parts}], text
+    raise PromptError("the last message has no text to continue")
+
+
+def _until_mark(text: str, begun: str) -> str:
+    """The text up to the mark. begun: the last message."""
+    at = text.rfind(_MARK.strip())
+    if at < 0 or begun.strip() not in text:
+        raise PromptError("the chat template changes or drops the last message, so an answer cannot continue it")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()  # the template strips messages
 
 
 def variables_of(source: str) -> set[str]:

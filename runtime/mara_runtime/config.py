@@ -12,6 +12,8 @@ STRATEGIES = ("top1", "max_prob", "random")
 ORDERS = ("ranked", "best_last", "reversed")
 FALLBACKS = ("first", "last")
 SCHEDULES = ("adaptive", "one-by-one", "together")
+TOP_K, TOP_P = 40, 0.95
+"""Of an agent whose file does not record them: those of the paper's evaluation."""
 ENGINES = ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
 """Engines by preference: `auto` takes the first that both the bundle and the machine support."""
 
@@ -21,8 +23,16 @@ class DecodeConfig(Options):
     """Options of one generation. Defaults are those of the MARA paper's evaluation (arXiv 2505.19743)."""
 
     align: bool = option(True, "plain decoding: the LLM without its agent, greedy unless --sample is given")
-    top_k: int = option(40, "maximum number of candidates per position", least=1)
-    top_p: float = option(0.95, "nucleus of the candidates, applied after --top-k", least=0, most=1)
+    top_k: int | None = option(
+        None, "maximum number of candidates per position", least=1, unset=f"as the agent was trained, else {TOP_K}"
+    )
+    top_p: float | None = option(
+        None,
+        "nucleus of the candidates, applied after --top-k",
+        least=0,
+        most=1,
+        unset=f"as the agent was trained, else {TOP_P}",
+    )
     max_new_tokens: int = option(512, "maximum number of tokens to generate, end-of-sequence included", least=1)
     strategy: str = option(
         "top1",
@@ -35,9 +45,7 @@ class DecodeConfig(Options):
     fallback: str | None = option(
         None, "candidate to emit when all are rejected", choices=FALLBACKS, unset="as recorded with the agent"
     )
-    threshold: float = option(
-        0.0, "accept candidates whose margin exceeds this; write negative values as --threshold=-1e-3"
-    )
+    threshold: float = option(0.0, "accept candidates whose margin exceeds this")
     schedule: str = option(
         "adaptive", "how candidates share forward passes; affects speed, not the result", choices=SCHEDULES
     )
@@ -59,3 +67,8 @@ class DecodeConfig(Options):
             raise OptionError("--sample is for plain decoding: add --no-align, or use --strategy random")
         if self.temperature != 1.0 and not self.sample:
             raise OptionError(f"--temperature is {self.temperature}, but it acts on --sample only; leave it out")
+
+    @property
+    def candidates(self) -> tuple[int, float]:
+        """top-k and top-p."""
+        return TOP_K if self.top_k is None else self.top_k, TOP_P if self.top_p is None else self.top_p

@@ -232,10 +232,10 @@ class _Decoder:
     def _next_candidates(self, out: StepOutput) -> dict[int, Candidates]:
         """{row: candidates of the position after it} of the rows that went through the LM head."""
         greedy = not (self._config.align or self._config.sample)
-        top_k = 1 if greedy else self._config.top_k
+        top_k, top_p = self._config.candidates
         normalisers = out.log_normaliser.tolist()
         return {
-            row: select(out.top_ids[i], out.top_logits[i], normalisers[i], top_k, self._config.top_p)
+            row: select(out.top_ids[i], out.top_logits[i], normalisers[i], 1 if greedy else top_k, top_p)
             for i, row in enumerate(out.rows.tolist())
         }
 

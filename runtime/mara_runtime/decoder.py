@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import Message
-from mara_runtime.config import DecodeConfig
+from mara_runtime.config import TOP_K, TOP_P, DecodeConfig
 from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
@@ -141,12 +141,20 @@ class AlignedDecoder:
             self._cache.clear()
             self._acceptance, self._drafts = Acceptance(), NGrams()
 
-    def encode(self, prompt: Prompt, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Token ids of a prompt.
 
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
-        template: variables for the chat template, {"enable_thinking": False} say.
+        template: variables for the chat template, {"enable_thinking": False} say; others are as in training.
+        continue_final_message: the last message of the conversation is the beginning of the answer.
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
         variables without a template.
         """
@@ -158,21 +166,24 @@ class AlignedDecoder:
                 f"the prompt is of type {type(prompt).__name__}; it must be a text, a list of messages, or a list or "
                 "NumPy array of token ids"
             )
-        if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+        is_ids = not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt)
+        if continue_final_message and (is_ids or isinstance(prompt, str)):
+            raise PromptError("continue_final_message needs a conversation, whose last message the answer continues")
+        if is_ids:
             if template:
                 raise OptionError("variables of the chat template are given, which token ids leave out")
             ids = [int(item) for item in prompt]  # type: ignore[arg-type]
         else:
             side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
             if not isinstance(prompt, str):
-                ids = side.encode_chat(prompt, template)  # type: ignore[arg-type]
+                ids = side.encode_chat(prompt, self.variables(template), continue_final_message)  # type: ignore[arg-type]
             elif raw or not side.has_template:
                 if template:
                     where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
                     raise OptionError(f"variables of the chat template are given, which {where}")
                 ids = side.encode_raw(prompt)
             else:
-                ids = side.encode_chat([{"role": "user", "content": prompt}], template)
+                ids = side.encode_chat([{"role": "user", "content": prompt}], self.variables(template))
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):
@@ -188,6 +199,14 @@ class AlignedDecoder:
             )
         return ids
 
+    def variables(self, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Variables for the chat template: those given, and of the others those that the agent was trained with."""
+        training, side = self.bundle.manifest.agent.training, self.text_side
+        trained = {}
+        if training is not None and training.template and side is not None and side.has_template:
+            trained = {name: training.template[name] for name in training.template if name in side.template.variables}
+        return {**trained, **(template or {})}
+
     def stream(
         self,
         prompt: Prompt,
@@ -195,13 +214,17 @@ class AlignedDecoder:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> Iterator[Piece]:
-        """Decode an answer token by token; see `encode` for prompts. The last piece carries the result."""
-        config = self._resolve(config or DecodeConfig())
-        ids = self.encode(prompt, raw=raw, template=template)
+        """Decode an answer token by token; see `encode` for prompts. The last piece carries the result.
+
+        Its text is what comes after the prompt, also after a final message that it continues.
+        """
+        config = self.resolve(config or DecodeConfig())
+        ids = self.encode(prompt, raw=raw, template=template, continue_final_message=continue_final_message)
         with self._cache.lock:
             self._cache.owner = answer = object()
-        return _Locked(self._pieces(ids, config, answer), self._cache.lock)
+        return _Locked(self._pieces(ids, config, answer, ids if continue_final_message else ()), self._cache.lock)
 
     def generate(
         self,
@@ -210,22 +233,34 @@ class AlignedDecoder:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> Generation:
         """Decode a whole answer; see `encode` for prompts. Threads that ask at the same time wait for each other."""
         result = None
         with self._cache.lock:
-            for piece in self.stream(prompt, config, raw=raw, template=template):
+            options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
+            for piece in self.stream(prompt, config, raw=raw, **options):
                 result = piece.result
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result
 
-    def _resolve(self, config: DecodeConfig) -> DecodeConfig:
-        most = self.bundle.manifest.max_candidates
-        if config.top_k > most and (config.align or config.sample):  # greedy decoding has no candidates
+    def resolve(self, config: DecodeConfig) -> DecodeConfig:
+        """The configuration with what it leaves to the bundle: top-k, top-p and fallback as the agent was trained.
+
+        Raises OptionError for what the bundle does not allow.
+        """
+        most, agent = self.bundle.manifest.max_candidates, self.bundle.manifest.agent
+        if config.top_k is not None and config.top_k > most and (config.align or config.sample):
             raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
         if config.stop and self.text_side is None:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")
-        return replace(config, fallback=config.fallback or self.bundle.manifest.agent.fallback)
+        top_k, top_p = (TOP_K, TOP_P) if agent.training is None else (agent.training.top_k, agent.training.top_p)
+        return replace(
+            config,
+            top_k=min(top_k, most) if config.top_k is None else config.top_k,
+            top_p=top_p if config.top_p is None else config.top_p,
+            fallback=config.fallback or agent.fallback,
+        )
 
     def _check_owner(self, answer: object) -> None:
         if self._cache.owner is not answer:
@@ -243,7 +278,7 @@ class AlignedDecoder:
             return Adaptive(self._cost, self._acceptance)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
-    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object, context: Sequence[int]) -> Iterator[Piece]:
         """Runs under the cache's lock."""
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
@@ -252,7 +287,7 @@ class AlignedDecoder:
         stats = Stats()
         self._check_owner(answer)  # before a measurement overwrites the cache of another answer
         session = self._session(config)
-        stream = TextStream(self.text_side, config.stop) if self.text_side else None
+        stream = TextStream(self.text_side, config.stop, context) if self.text_side else None
         emitted: list[int] = []
         steps = decode(self.engine, session, request, stats)
         while True:

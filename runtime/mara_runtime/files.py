@@ -97,7 +97,8 @@ def writing(path: Path) -> Iterator[None]:
 def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Lock an existing folder against other processes; yields whether system and file system support that.
 
-    wait: block until the lock is free; otherwise raise BlockingIOError if it is not. The lock is on the folder itself:
+    wait: block until the lock is free; otherwise raise BlockingIOError if it is not. Raises FileNotFoundError where the
+    folder is removed before it is locked. The lock is on the folder itself:
     it leaves no file behind, and ends with the process, however that ends.
     """
     try:
@@ -113,6 +114,8 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
             raise
         except OSError:  # a file system without locks
             supported = False
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):  # noqa: PTH116 - beside os.fstat
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield supported
     finally:
         os.close(handle)

@@ -68,10 +68,9 @@ def shortened(value: Any) -> str:
 class JsonReader:
     """Values by their path, as in "model.shape.num_layers"; a number in a path is an index. Raises BundleError."""
 
-    def __init__(self, where: str, root: dict[str, Any]) -> None:
-        """where: the file, for messages."""
-        self._where = where
-        self._root = root
+    def __init__(self, where: str, root: dict[str, Any], remedy: str = "export the bundle again") -> None:
+        """where: the file, for messages; remedy: what mends it."""
+        self._where, self._root, self._remedy = where, root, remedy
         self._asked: set[tuple[str, ...]] = set()
         """paths of the values that were asked for, and of what contains them"""
 
@@ -154,4 +153,4 @@ class JsonReader:
 
     def wrong(self, path: str, what: str) -> BundleError:
         """The error for a field: `what` is wrong with it."""
-        return BundleError(f"{self._where}: the field {path} {what}; export the bundle again")
+        return BundleError(f"{self._where}: the field {path} {what}; {self._remedy}")

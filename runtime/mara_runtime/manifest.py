@@ -13,6 +13,7 @@ from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.reports import read_build, read_parity, read_quantisation
 from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
+from mara_runtime.training import Training
 
 SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
@@ -43,6 +44,10 @@ class ModelFacts:
     tied: bool
     """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]
+    weights: str
+    """fingerprint, to be compared with that of the model an agent was trained for"""
+    ignored_weights: tuple[str, ...]
+    """patterns of weights that lay in the checkpoint and were left out"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class AgentFacts:
     """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
     """which hidden state it takes"""
+    training: Training | None
+    """None: not known, as of released agents"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class TokenizerFacts:
 
     file: str
     chat_template: str | None
-    special_tokens: dict[str, str]
+    special_tokens: dict[str, str | list[str]]
     """by the names that chat templates use: bos_token, eos_token, …"""
 
 
@@ -146,6 +153,15 @@ class Manifest:
     def slots(self) -> int:
         """KV slots that decoding may need: of a full context, and of one more decision."""
         return self.max_context + spare_slots(self.max_candidates)
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the agent may not align this model, one clause each."""
+        if self.agent.training is None:
+            return []
+        template = None if self.tokenizer is None else self.tokenizer.chat_template
+        checksum = None if template is None else self.files[template].sha256
+        return list(self.agent.training.doubts(self.model.source, self.model.weights, checksum))
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -201,6 +217,8 @@ class _Reader(JsonReader):
                 intermediate_size=self.count("model.intermediate_size"),
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
+                weights=self.text("model.weights"),
+                ignored_weights=tuple(self.texts("model.ignored_weights")),
             ),
             agent=AgentFacts(
                 source=self.text("agent.source"),
@@ -208,6 +226,7 @@ class _Reader(JsonReader):
                 widths=self.counts("agent.widths"),
                 fallback=self.text("agent.fallback", FALLBACKS),
                 state=self.text("agent.state"),
+                training=Training.read(self, "agent.training"),
             ),
             max_context=self.count("max_context"),
             max_candidates=self.count("max_candidates"),
@@ -227,7 +246,7 @@ class _Reader(JsonReader):
                 chat_template=None
                 if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
-                special_tokens=self.dict_of(str, "tokenizer.special_tokens"),
+                special_tokens=self._special_tokens("tokenizer.special_tokens"),
             ),
             made_with=self.dict_of(str, "made_with", shown=True),
             parity=read_parity(self, "parity"),
@@ -278,6 +297,13 @@ class _Reader(JsonReader):
         if self.get("noise", dict, type(None)) is None:
             return None
         return Noise(margins=self.number("noise.margins"), logits=self.number("noise.logits"))
+
+    def _special_tokens(self, path: str) -> dict[str, str | list[str]]:
+        tokens: dict[str, str | list[str]] = self.get(path, dict)
+        for token in tokens.values():
+            if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
+                raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
+        return tokens
 
     def _file(self, path: str) -> str:
         """The name of a file that `files` lists."""

@@ -172,6 +172,8 @@ def _complete(declared: Option, name: str, hint: Any, default: Any) -> Option:
     if typing.get_origin(hint) is tuple:
         count = 0 if kinds[-1] is Ellipsis else len(kinds)
     shown = declared.flag or flag(f"no_{name}" if default is True else name)
+    if declared.positional:
+        shown = declared.metavar
     return replace(
         declared,
         name=name,

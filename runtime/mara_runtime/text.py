@@ -64,10 +64,16 @@ class TextSide:
             raise PromptError("the prompt is empty: give at least one character")
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Token ids of a conversation up to the assistant's answer. Only the template adds special tokens.
 
-        variables: of the template, such as `enable_thinking`. Raises PromptError.
+        variables: of the template, such as `enable_thinking`; continue_final_message: the last message is the beginning
+        of the answer. Raises PromptError.
         """
         template = self.template
         if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
@@ -76,7 +82,8 @@ class TextSide:
             )
         if not messages or not str(messages[-1].get("content") or "").strip():
             raise PromptError("the prompt is empty or blank: give some text")
-        return self._encode(template.render(messages, variables), add_special_tokens=False)
+        text = template.render(messages, variables, continue_final_message=continue_final_message)
+        return self._encode(text, add_special_tokens=False)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -109,13 +116,14 @@ class TextStream:
     the text itself does not.
     """
 
-    def __init__(self, side: TextSide, stop: Sequence[str] = ()) -> None:
+    def __init__(self, side: TextSide, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        """context: tokens before, where the text continues theirs."""
         self._side = side
         self._stop = tuple(stop)
-        self._token_ids: list[int] = []
+        self._token_ids = list(context)
         # ids[_start:] are decoded; the text of ids[_start:_known] is known. Starting before the new ids gives decoders
         # the context that they need, for a leading space for example.
-        self._start = self._known = 0
+        self._start, self._known = 0, len(self._token_ids)
         self._decoded = ""
         self._sent = 0  # characters of it returned
         self.stopped = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_work import Profiled, candidates, works
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
@@ -20,8 +20,6 @@ from tests.cuda.fake import MARK
 
 RUNS = 3
 """Of every pass: the first allocates memory or captures a CUDA graph, the others are what a pass costs."""
-ROWS = (1, 2, 4, 40)
-PROMPTS = (20, 256)
 MOST_ROWS = 65
 """Of the widths that are all tried: one more than bindings are kept for."""
 
@@ -32,27 +30,9 @@ def mark(name: str) -> None:
         log.write(f"{MARK}{name}\n")
 
 
-def candidates(count: int, position: int, slot: int | None = None) -> Pass:
-    """Rows that compete for a position, all judged. slot: of the first; by default that of the position."""
-    return Pass.siblings(
-        range(1, count + 1),
-        (),
-        position,
-        position if slot is None else slot,
-        priorities=[-float(i) for i in range(count)],
-        margin_weight=0.0,
-        threshold=0.0,
-        fallback=0,
-    )
-
-
-def works() -> Iterator[tuple[str, Pass]]:
-    """Every pass, by name, in an order that needs no entry before it is there."""
-    for rows in PROMPTS:
-        yield f"prompt of {rows}", Pass.prefill(range(rows), 0, last=True)
-    for rows in ROWS:
-        yield f"{rows} candidates", candidates(rows, 20)
-    yield "draft", Pass.sequence(range(1, 9), 20, judge_draft=True)
+def every_work() -> Iterator[tuple[str, Pass]]:
+    """Every pass, by name, those of full outputs included."""
+    yield from works()
     yield "full", Pass.full_outputs([1, 2, 3], [20, 21, 22], 20)
 
 
@@ -79,32 +59,13 @@ def run_all(engine: CudaEngine, label: str) -> None:
 
 def run_works(engine: CudaEngine, label: str) -> None:
     """Every pass several times, and once more after whatever came in between."""
-    for name, work in works():
+    for name, work in every_work():
         for run in range(RUNS):
             mark(f"{label}: {name}, run {run}")
             engine.run(work)
-    for name, work in works():
+    for name, work in every_work():
         mark(f"{label}: {name}, later")
         engine.run(work)
-
-
-class Profiled(CudaEngine):
-    """Notes which provider runs each node."""
-
-    def _open(self, path: Path, options: Any) -> Any:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-        return super()._open(path, options)
-
-    def nodes(self) -> list[tuple[str, str, str]]:
-        """(provider, operator, name) of every node that has run."""
-        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
-        nodes = {
-            (event["args"]["provider"], event["args"]["op_name"], event["name"].removesuffix("_kernel_time"))
-            for event in events
-            if event.get("cat") == "Node" and "provider" in event["args"]
-        }
-        return sorted(nodes)
 
 
 def passes(bundle: Bundle) -> Any:
@@ -114,13 +75,25 @@ def passes(bundle: Bundle) -> Any:
         run_all(engine, label)
     mark("profile")
     profiled = Profiled(bundle)
-    for _, work in works():
+    for _, work in every_work():
         profiled.run(work)
     return {
         "graphs": engines["graphs"].describe()["cuda_graphs"],
         "nodes": profiled.nodes(),
         "entries": engines["eager"].memory.values[0].tensor_size_in_bytes(),
     }
+
+
+def widths(bundle: Bundle) -> Any:
+    """Candidates of every width that a binding is kept for, without CUDA graphs."""
+    engine = CudaEngine(bundle)
+    engine.run(Pass.prefill(range(256), 0, last=False))
+    for rows in range(1, MOST_ROWS):
+        engine.run(candidates(rows, 256))
+    for rows in range(1, MOST_ROWS):
+        mark(f"{rows} candidates, later")
+        engine.run(candidates(rows, 256))
+    return {}
 
 
 def answer(bundle: Bundle) -> Any:
@@ -137,5 +110,5 @@ def opening(bundle: Bundle) -> Any:
 
 if __name__ == "__main__":
     what, folder = sys.argv[1:]
-    does = {"passes": passes, "answer": answer, "opening": opening}[what]
+    does = {"passes": passes, "widths": widths, "answer": answer, "opening": opening}[what]
     print(json.dumps(does(Bundle.open(Path(folder)))))

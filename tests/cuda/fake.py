@@ -126,32 +126,56 @@ class FakeCuda:
         self._folder, self._wheel = folder, wheel
         build(folder)
 
-    def run(self, capability: int, *command: str, without: str | None = None, no_kernels: bool = False) -> Result:
-        """Run a module of tests/cuda in a process whose ONNX Runtime is the CUDA build.
+    def environment(self, capability: int, no_kernels: bool = False) -> dict[str, str]:
+        """Variables of a process whose ONNX Runtime is the CUDA build.
 
-        capability: compute capability of the GPU, times ten. without: a library that is not there. no_kernels: the CUDA
-        build has none for this GPU.
+        capability: compute capability of the GPU, times ten. no_kernels: the CUDA build has none for this GPU.
         """
-        log = self._folder / "calls.log"
-        log.write_text("", encoding="utf-8")
-        libraries = self._folder
-        if without is not None:
-            libraries = self._folder / f"without-{without}"
-            libraries.mkdir(exist_ok=True)
-            for name, version in VERSIONS.items():
-                if name != without:
-                    shutil.copy(self._folder / f"lib{name}.so.{version}", libraries)
-        environment = {
+        return {
             **os.environ,
-            "LD_LIBRARY_PATH": str(libraries),
+            "LD_LIBRARY_PATH": str(self._folder),
             "PYTHONPATH": os.pathsep.join(map(str, (self._wheel, ROOT, ROOT / "export", ROOT / "runtime"))),
             "FAKE_CUDA_CAPABILITY": str(capability),
+            **({"FAKE_CUDA_NO_KERNELS": "1"} if no_kernels else {}),
+        }
+
+    def _copy(self, places: dict[str, Path]) -> None:
+        """Copy stand-ins, by name."""
+        for name, place in places.items():
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self._folder / f"lib{name}.so.{VERSIONS[name]}", place)
+
+    def run(
+        self,
+        capability: int,
+        *command: str,
+        without: str | None = None,
+        no_kernels: bool = False,
+        packages: bool = False,
+    ) -> Result:
+        """Run a module of tests/cuda; see `environment`.
+
+        without: a library that is not there. packages: they lie where NVIDIA's packages would be installed.
+        """
+        environment = self.environment(capability, no_kernels)
+        if without is not None:
+            folder = self._folder / f"without-{without}"
+            self._copy({name: folder for name in VERSIONS if name != without})
+            environment["LD_LIBRARY_PATH"] = str(folder)
+        if packages:
+            site, driver = self._folder / "site", self._folder / "driver"
+            libraries = dict.fromkeys(VERSIONS, site / "nvidia" / "cu13" / "lib")
+            self._copy({**libraries, "cudnn": site / "nvidia" / "cudnn" / "lib", "cuda": driver})
+            (site / "onnxruntime").symlink_to(self._wheel / "onnxruntime")
+            environment["PYTHONPATH"] = os.pathsep.join((str(site), environment["PYTHONPATH"]))
+            environment["LD_LIBRARY_PATH"] = str(driver)
+        log = self._folder / "calls.log"
+        log.write_text("", encoding="utf-8")
+        environment |= {
             "FAKE_CUDA_LOG": str(log),
             # from 9.0 on, attention is a graph of cuDNN's, which the stand-in does not build
             "ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0",
         }
-        if no_kernels:
-            environment["FAKE_CUDA_NO_KERNELS"] = "1"
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )

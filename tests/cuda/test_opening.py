@@ -34,6 +34,12 @@ def test_auto_takes_the_gpu_where_nothing_lacks(fake: FakeCuda, bundle: Callable
     assert said["engine"] == "cuda"
 
 
+def test_the_libraries_of_nvidias_packages_are_found(fake: FakeCuda, bundle: Callable[[str, str], Path]) -> None:
+    """Where pip puts them, which is on no search path."""
+    said = fake.run(87, "tests.cuda.child", "opening", str(bundle("demo", "fp16")), packages=True).said
+    assert said["engine"] == "cuda"
+
+
 def test_an_answer_is_decoded(fake: FakeCuda, bundle: Callable[[str, str], Path]) -> None:
     """From the calibration of passes to the text."""
     said = fake.run(87, "tests.cuda.child", "answer", str(bundle("demo", "fp16"))).said

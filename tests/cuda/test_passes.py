@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_work import WIDTHS
 from mara_runtime.bundle import Bundle
-from tests.cuda.child import ROWS, RUNS
+from tests.cuda.child import RUNS
 from tests.cuda.fake import Calls, FakeCuda, Result
 
 pytestmark = pytest.mark.long
@@ -87,11 +88,11 @@ def test_launches_and_waits_are_bounded(result: Result, layers: int) -> None:
 def test_nothing_is_allocated_and_the_cache_is_not_copied(result: Result) -> None:
     for name, calls in settled(result, "eager"):
         assert calls.allocations == [], name
-        if any(f"{rows} candidates" in name for rows in ROWS[:3]):
+        if any(f"{rows} candidates" in name for rows in WIDTHS[:3]):
             assert max(calls.copied("device-to-device")) < result.said["entries"] / 4, name
 
 
-@pytest.mark.parametrize("rows", ROWS[:3])
+@pytest.mark.parametrize("rows", WIDTHS[:3])
 def test_quantised_weights_are_multiplied_as_they_are(result: Result, rows: int) -> None:
     """Few rows need not widen all weights first."""
     kernels = result.passes[f"eager: {rows} candidates, later"].kernels

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,9 +22,12 @@ from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
 from mara_deploy.demo import NAME, demo_agent, demo_model
+from mara_deploy.scores import load
+from mara_deploy.scores.function import load_function
 from mara_export.export import Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
+from mara_export.targets import LOWERINGS
 from tests import checkpoints
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
@@ -31,6 +35,12 @@ torch.set_num_threads(1)
 
 CHECKPOINT_SEED, AGENT_SEED = 0, 1
 MAX_CONTEXT, MAX_CANDIDATES = 256, 64
+COVERING = {("qwen2", "ort"), ("qwen3", "portable"), ("llama", "decomposed"), ("mistral", "ort")}
+"""Every architecture and every lowering once; the other combinations are left to `make test-long`."""
+PAIRS = [
+    pytest.param(both, id="-".join(both), marks=() if both in COVERING else pytest.mark.long)
+    for both in product(checkpoints.ARCHITECTURES, LOWERINGS)
+]
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +157,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
     def run(name: str, *argv: object, stdin: str | TextIO = "") -> CommandResult:
         main = importlib.import_module(f"mara_deploy.commands.{name}").main
+        monkeypatch.setattr(load, "IsolatedScore", load_function)  # tests watch and change their scores
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
         capfd.readouterr()
         try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import pickle
 import random
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -16,9 +21,12 @@ from safetensors.torch import save_file
 from mara_deploy import agent as agents
 from mara_deploy.agent import AgentError
 from mara_export.graph.trace import trace_agent
+from mara_runtime.training import Training
 from tests import checkpoints
+from tests.unit.helpers import TRAINING
 
 D = 24
+ORIGIN = Training(**TRAINING)
 WIDTHS = (32, 16)
 
 
@@ -60,6 +68,17 @@ def test_an_agent_loads_in_float32_with_the_widths_of_its_shapes(tmp_path, suffi
     assert agent.state_dict().keys() == state.keys()
     assert {p.dtype for p in agent.parameters()} == {torch.float32}
     assert all(torch.equal(agent.state_dict()[name], tensor.float()) for name, tensor in state.items())
+
+
+def test_equal_agents_make_equal_files(tmp_path) -> None:
+    agent, path = agents.untrained(D, seed=0, widths=WIDTHS), tmp_path / "agent.safetensors"
+    contents = set()
+    for template in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        agent.origin = Training(**{**TRAINING, "template": template})
+        for _ in range(3):
+            agents.save(agent, path)
+            contents.add(path.read_bytes())
+    assert len(contents) == 1
 
 
 def test_margin_is_accept_minus_reject_of_the_released_network(tmp_path) -> None:
@@ -174,6 +193,45 @@ class _Touch:
         return os.mkdir, (str(self.path),)
 
 
+class _Bytes:
+    """Unpickling this calls a function that PyTorch's reader allows."""
+
+    def __init__(self, function: Callable[..., Any], *given: object) -> None:
+        self.called = function, given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.called
+
+
+def test_a_small_file_takes_little_memory(tmp_path, monkeypatch) -> None:
+    path = saved(tmp_path / "agent.pth", STATE)
+    for compression, named in ((zipfile.ZIP_DEFLATED, "compressed entries"), (zipfile.ZIP_STORED, None)):
+        with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "a.pth", "w", compression) as copy:
+            for name in whole.namelist():
+                copy.writestr(name, whole.read(name))
+        if named:
+            with pytest.raises(AgentError, match=named):
+                agents.load(tmp_path / "a.pth")
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\x01\x02")  # the last entry of the directory: its size is at 24
+    data[at + 20 : at + 28] = 2 * (1 << 30).to_bytes(4, "little")
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(AgentError, match="larger than the file"):
+        agents.load(tmp_path / "a.pth")
+    for bomb in (_Bytes(bytearray, 1 << 32), _Bytes(codecs.encode, b"a", "hex")):
+        for zipped in (True, False):
+            torch.save({**STATE, "more": bomb}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(AgentError, match=r"its pickle makes bytes|cannot be read"):
+                agents.load(tmp_path / "a.pth")
+    wide = {**STATE, "linear1.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}
+    with pytest.raises(AgentError, match="its tensors take more than 268,435,456 bytes"):
+        agents.load(saved(tmp_path / "a.pth", wide))
+    monkeypatch.setattr(agents, "MOST_BYTES", 1000)
+    for name in ("agent.pth", "agent.safetensors"):
+        with pytest.raises(AgentError, match=r"it has [\d,]+ bytes, and an agent has at most 1,000"):
+            agents.load(saved(tmp_path / name, STATE))
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(("writer", "protocol"), [("torch", 2), ("torch", 4), ("pickle", 0), ("pickle", 4)])
 def test_code_in_a_pickle_is_not_run(tmp_path, writer, protocol) -> None:
@@ -196,19 +254,49 @@ def test_the_fallback_of_the_file(tmp_path) -> None:
     """Recorded, missing (the paper's), or unknown."""
     path = tmp_path / "agent.safetensors"
     for fallback in ("first", "last"):
-        save_file(STATE, path, metadata={"fallback": fallback})
-        agent = agents.load(path)
-        assert agent.fallback == fallback
-        agents.save(agent, tmp_path / "again.safetensors")
-        assert agents.load(tmp_path / "again.safetensors").fallback == fallback
+        agent = agents.load(saved(path, STATE))
+        agent.fallback, agent.origin = fallback, ORIGIN
+        agents.save(agent, path)
+        again = agents.load(path)
+        assert (again.fallback, again.origin) == (fallback, ORIGIN)
+        agents.save(again, tmp_path / "again.safetensors")
+        assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     for metadata in (None, {}, {"format": "pt"}):
         save_file(STATE, path, metadata=metadata)
-        assert agents.load(path).fallback == "first"
+        assert (agents.load(path).fallback, agents.load(path).origin) == ("first", None)
     assert agents.load(saved(tmp_path / "agent.pth", STATE)).fallback == "first"
-    for fallback in ("middle", "", "LAST"):
-        save_file(STATE, path, metadata={"fallback": fallback})
-        with pytest.raises(AgentError, match=f"'{fallback}'; expected one of first, last"):
+
+
+METADATA = {"fallback": "last", "training": TRAINING}
+BAD_METADATA = [
+    ("{", "JSON"),
+    ("[1]", r"mara is \[1\]"),
+    ("[" * 99 + "]" * 99, "nested"),
+    ('{"fallback": NaN}', "NaN"),
+    *((json.dumps({**METADATA, "fallback": name}), "not one of first, last") for name in ("middle", "", "LAST")),
+    (json.dumps({**METADATA, "more": 1}), r"mara\.more is not known"),
+    (json.dumps({"fallback": "last"}), r"mara\.training is missing"),
+    *(
+        (json.dumps({**METADATA, "training": {**TRAINING, name: value}}), rf"mara\.training\.{name}")
+        for name, value in (
+            *((name, []) for name in TRAINING),
+            *(("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("updates", -1), ("more", 1), ("episodes", True)),
+        )
+    ),
+    *(
+        (json.dumps({**METADATA, "training": {k: v for k, v in TRAINING.items() if k != name}}), rf"{name} is missing")
+        for name in TRAINING
+    ),
+]
+
+
+def test_metadata_that_cannot_be_read_is_named(tmp_path) -> None:
+    path = tmp_path / "agent.safetensors"
+    for text, named in BAD_METADATA:
+        save_file(STATE, path, metadata={"mara": text})
+        with pytest.raises(AgentError, match=named) as error:
             agents.load(path)
+        assert str(error.value).startswith(str(path))
 
 
 # ── agents in use ────────────────────────────────────────────────────────────────────────────────────────────────────

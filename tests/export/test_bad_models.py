@@ -1,10 +1,8 @@
-"""Models, agents and output folders that `mara-export` refuses: one short line that names the fault, nothing written.
-
-Refusals of options are in tests/unit/test_refusals.py.
-"""
+"""Models, agents and output folders that `mara-export` refuses: one line that names the fault, nothing written."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from mara_deploy import agent as agents
 from mara_export.errors import ModelError
 from mara_export.export import export
+from mara_export.folder import claimed
 from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
@@ -112,6 +111,15 @@ def of_another_kind(state: dict[str, torch.Tensor]) -> None:
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # old checkpoints hold it; it is computed
 
 
+def with_value_head(state: dict[str, torch.Tensor]) -> None:
+    state["v_head.weight"], state["v_head.bias"] = torch.ones(1, 64), torch.ones(1)
+
+
+def in_float8(state: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    state[name], state[f"{name}_scale_inv"] = state[name].to(torch.float8_e4m3fn), torch.ones(1, 1)
+
+
 def not_a_number(state: dict[str, torch.Tensor]) -> None:
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
 
@@ -123,9 +131,10 @@ def pickled(folder: Path) -> None:
 
 
 def template(folder: Path) -> None:
-    tokens = {"additional_special_tokens": ["<pad>", "<|end|>"]}
-    text = "{{ additional_special_tokens[1] }}{{ messages[0].content }}"
-    edit_json(folder / "tokenizer_config.json", **tokens, chat_template=text)
+    edit_json(folder / "tokenizer_config.json", chat_template="{{ '%0999999d' % 1 }}{{ messages[0].content }}")
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 def rope(**values: Any) -> Damage:
@@ -155,7 +164,15 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "no embedding": ("qwen2", without("model.embed_tokens.weight"), r"qwen2 .*embed_tokens\.weight"),
     "no head": ("llama", weights(as_reward_model), r"llama .*lm_head\.weight"),
     "tied under the other name": ("qwen2", weights(tied_under_the_other_name), r"lacks model\.embed_tokens\.weight$"),
-    "another kind of weight": ("qwen2", weights(of_another_kind), r"q_norm"),
+    "another kind of weight": ("qwen2", weights(of_another_kind), r"q_norm.* with --ignore-weights 'model\*'"),
+    "a value head": ("llama", weights(with_value_head), r"v_head\.bias, v_head\.weight; .*--ignore-weights 'v_head\*'"),
+    "fp8": ("llama", weights(in_float8), r"llama is quantised: .*q_proj\.weight is stored as F8_E4M3"),
+    "fp8, said": (
+        "llama",
+        configured(quantization_config={"quant_method": "fp8"}),
+        r"quantised already \(fp8\): export",
+    ),
+    "quantised by MLX": ("llama", configured(quantization={"bits": 4}), r"quantised already \(quantization\)"),
     "not a number": ("qwen2", weights(not_a_number), "not finite in transformers, too"),
     "another shape": ("qwen2", configured(intermediate_size=80), "qwen2 cannot be loaded"),
     "another vocabulary": ("qwen2", configured(vocab_size=330), "size mismatch for .*320.*330"),
@@ -175,6 +192,15 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
         )
         for name in ("../outside.safetensors", "/dev/zero", "pytorch_model.bin")
     },
+    **{
+        f"{name} that begins with {mark!r}": (
+            "qwen2",
+            file(name, mark + b"{}"),
+            f"{name} begins with a byte order mark",
+        )
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+        for mark in (codecs.BOM_UTF8, codecs.BOM_UTF16_LE)
+    },
     "no family": ("qwen2", configured(model_type=...), r"config\.json has no model_type"),
     "another family": ("qwen2", configured(model_type="gemma2"), "qwen2.*'gemma2'.*qwen2, qwen3, llama, mistral"),
     "a family of its own code": (
@@ -189,16 +215,16 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "negative heads": ("mistral", configured(num_key_value_heads=-1), "num_key_value_heads = -1"),
     "rope as a number": ("mistral", configured(rope_scaling=2.0), "rope_scaling = 2.0"),
     "partial rope": ("qwen2", rope(rope_theta=1e4, partial_rotary_factor=0.5), "partial rotary embeddings"),
-    "rope base said twice": (
-        "qwen2",
-        configured(rope_theta=1e4, rope_parameters={"rope_theta": 1e6}),
-        "rope_theta twice",
-    ),
-    "rope scaling said twice": (
-        "llama",
-        configured(rope_parameters={"rope_type": "default"}, rope_scaling={"rope_type": "linear", "factor": 4.0}),
-        "rope_scaling twice.*linear.*None",
-    ),
+    **{
+        f"rope {name} said twice": ("llama", configured(**{f"rope_{key}": value for key, value in said}), message)
+        for name, said, message in (
+            ("base", [("theta", 1e4), ("parameters", {"rope_theta": 1e6})], "rope_theta twice"),
+            ("scaling", [("parameters", {"rope_type": "default"}), ("scaling", LINEAR)], "twice.*linear.*None"),
+            ("type", [("scaling", {**LINEAR, "type": "yarn"})], "says twice.*yarn.*linear"),
+            ("setting", [("scaling", {**LINEAR, "rope_theta": 1e6})], "rope_theta in rope_scaling"),
+        )
+    },
+    "another head said to be tied": ("llama", configured(tie_word_embeddings=True), "lm_head.weight is not its embed"),
     "rope per layer": ("qwen2", rope(full_attention={"rope_theta": 1e4}), "rope_parameters"),
     "another template": ("qwen2", template, "chat template of qwen2 fails where the bundle runs"),
     "a large tokenizer": ("mistral", lambda folder: checkpoints.add_tokenizer(folder, 400), "mistral.*vocabulary"),
@@ -292,6 +318,7 @@ def test_a_context_beyond_the_models_own_is_refused(refused) -> None:
         ("--out full", "full exists already and is not an empty folder"),
         ("--out . --precision fp16 --precision int4", "cpu-int4 exists already and is not an empty folder"),
         ("--out full/file/out", "full/file/out: "),
+        ("--out a/../held", "another export is writing"),
     ],
 )
 def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monkeypatch, command, options, message):
@@ -299,7 +326,8 @@ def test_options_are_refused_before_anything_is_fetched(hf_home, tmp_path, monke
     for folder in ("full", "cpu-int4"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
-    outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options.split())
+    with claimed(tmp_path / "held"):
+        outcome = command("export", "--model", "qwen2", "--agent", "IAAR-Shanghai/MARA_AGENTS:a.pth", *options.split())
     names(outcome.refusal("mara-export"), message)
 
 

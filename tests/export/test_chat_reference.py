@@ -170,6 +170,29 @@ def test_the_same_text_or_the_same_refusal(tokenizer, template):
     assert refused == REFUSED.get(template, set())
 
 
+BEGUN: tuple[Any, ...] = (
+    *("I begin", "I begin. ", " \n I begin\n\n", "<think>\nhm\n</think>\n\nSo", "I begin. I begin", "x"),
+    [{"type": "text", "text": "a part"}, {"type": "text", "text": "I begin "}, {"type": "image"}],
+    [{"type": "image"}],
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_that_is_begun_goes_on_as_in_transformers(tokenizer, template):
+    source = TEMPLATES[template]
+    for begun in BEGUN:
+        messages = [*CONVERSATIONS["one"], {"role": "assistant", "content": begun}]
+        try:
+            expected = tokenizer.apply_chat_template(
+                messages, chat_template=source, tokenize=False, continue_final_message=True
+            )
+        except Exception:  # the template's own, or Python's
+            with pytest.raises(PromptError):
+                ChatTemplate(source, SPECIAL).render(messages, continue_final_message=True)
+        else:
+            assert ChatTemplate(source, SPECIAL).render(messages, continue_final_message=True) == expected
+
+
 REFUSED = {"alternation enforced": {"only an assistant", "odd role"}}
 
 

@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mara_deploy.commands.inspect import summary
 from mara_export.errors import ModelError
+from mara_export.export import export
 from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.tokenizer import load_tokenizer
+from mara_export.options import ExportOptions
+from mara_runtime.errors import MaraError, OptionError
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
 
@@ -77,3 +81,23 @@ def test_code_in_a_models_folder_is_not_run(checkpoint, tmp_path, monkeypatch) -
     with pytest.raises(ModelError):
         load_tokenizer(source(folder))
     assert not proof.exists()
+
+
+def test_surplus_weights_may_be_left_out_by_name(checkpoint, agent, tmp_path) -> None:
+    folder = copy_model(checkpoint("qwen2"), tmp_path / "qwen2")
+    state = load_file(folder / "model.safetensors")
+    heads = {"v_head.weight": torch.ones(1, 64), "v_head.bias": torch.ones(1)}
+    save_file({**state, **heads}, folder / "model.safetensors", metadata={"format": "pt"})
+    for patterns, named in (
+        (["v_head.b*"], r"no place for: v_head\.weight;"),
+        (["v_head.*", "mtp.*"], r"--ignore-weights is 'mtp\.\*', which matches no surplus weight; .* v_head\.bias"),
+        (["model.layers.0.*"], "matches no surplus weight"),
+    ):
+        with pytest.raises(MaraError, match=named):
+            load_model(source(folder), ignore_weights=patterns)
+    with pytest.raises(OptionError, match="qwen2 has none"):
+        load_model(source(checkpoint("qwen2")), ignore_weights=["v_head*"])
+    options = ExportOptions(max_context=64, max_candidates=8, gate=False, ignore_weights=("v_head*",))
+    bundle = export(source(folder), agent("qwen2"), "a", tmp_path / "out", options)
+    assert bundle.manifest.model.ignored_weights == ("v_head*",)
+    assert "without weights v_head*" in " ".join(summary(bundle))

@@ -301,7 +301,7 @@ def test_export_ends_with_a_summary_and_a_command_that_runs(export, command) -> 
     outcome = export("--max-candidates", 8)
     folder = Path("bundles/qwen2-qwen2-agent-cpu-fp32")
     summary = command("inspect", folder).out.splitlines()[:-1]
-    assert outcome.out.splitlines() == [*summary, "", f'mara-run {folder} --prompt "…" --top-k 8']
+    assert outcome.out.splitlines() == [*summary, "", f'mara-run {folder} --prompt "…"']
     assert "NOT CHECKED" in outcome.out
     assert all(PROGRESS.fullmatch(line) for line in outcome.err.splitlines()), outcome.err
     assert "load qwen2 " in outcome.err

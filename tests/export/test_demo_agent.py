@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from benchmarks.alignment import Contest
 from mara_deploy import agent as agents
@@ -17,6 +16,7 @@ from mara_deploy import demo
 from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
 from mara_deploy.demo import __main__ as demo_command
 from mara_deploy.demo.prompts import SETS, demo_prompts
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import Combined, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_deploy.train.config import RECIPES
@@ -43,10 +43,11 @@ def test_it_is_what_the_recipe_makes(demo_agent) -> None:
     assert run["prompts"]["count"] == len(demo_prompts("demo"))
     assert demo_agent.widths == RECIPES["demo"].widths
     assert demo_agent.fallback == RECIPES["demo"].fallback
-    with safe_open(AGENT_FILE, framework="pt") as file:
-        facts = file.metadata()
-    assert facts["episodes"] == str(RECIPES["demo"].episodes)
-    assert facts["model"] == run["model"]["name"] == "demo"
+    origin = demo_agent.origin
+    assert (origin.episodes, origin.top_k, origin.top_p) == tuple(
+        getattr(RECIPES["demo"], name) for name in ("episodes", "top_k", "top_p")
+    )
+    assert origin.model == run["model"]["name"] == "demo"
     assert sum(path.stat().st_size for path in AGENT_FILE.parent.iterdir()) < 400_000
 
 
@@ -69,7 +70,8 @@ def test_pytorch_and_bundle_decide_alike_on_held_out_prompts(count, bundle, demo
     asked = [prompt.text for name in SETS[1:] for prompt in demo_prompts(name)]
     asked = asked if count is None else asked[:: len(asked) // count][:count]
     score = Combined([WeightedScore(load_score("demo"))])
-    task = open_task(ModelSource(MODEL_FOLDER, "demo", None), asked, score, RECIPES["demo"], device="cpu")
+    source, prompts = ModelSource(MODEL_FOLDER, "demo", None), [Prompt(text) for text in asked]
+    task = open_task(source, prompts, score, RECIPES["demo"], device="cpu")
     decoder = AlignedDecoder(bundle("demo"), threads=1)
     config = DecodeConfig(max_new_tokens=RECIPES["demo"].max_new_tokens, schedule="together")
     eos = set(decoder.bundle.manifest.model.eos_token_ids)

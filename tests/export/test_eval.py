@@ -22,7 +22,7 @@ from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import run_lock
 from mara_deploy.scores import load
-from mara_deploy.scores.load import FunctionScore
+from mara_deploy.scores.function import FunctionScore
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.errors import MaraError
@@ -76,7 +76,7 @@ def test_baselines_side_by_side(evaluate, tmp_path):
     found = read(out)
     assert found["prompts"] == {
         "file": "prompts.json", "read": 7, "duplicates": 1, "refused": 0, "limit": None, "unique": 6,
-        "training_file": "training.txt",
+        "training_file": "training.txt", "remarks": [],
     }  # fmt: skip
     assert found["in_training"] == [PROMPTS[4].text]
     groups = len({p.group[0] for p in PROMPTS})
@@ -152,6 +152,21 @@ def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
     assert first == [wide(p) for p in prompts] != [best(p) for p in prompts]
 
 
+def test_a_baseline_without_a_chat_template_is_a_caution(evaluate, tmp_path):
+    """Terminal, result and report say so, and the settings what each side got."""
+    other = tmp_path / "plain"
+    shutil.copytree(MODEL_FOLDER, other)
+    (other / "chat_template.jinja").unlink()
+    outcome = evaluate(*SCORE, "--limit", 2, "--out", tmp_path / "out", "--baseline", other)
+    assert outcome.code == 0, outcome.err
+    caution = "aligned is asked with text in its chat template, plain with plain text, without a chat template"
+    assert f"note: {caution}" in outcome.out
+    found = read(tmp_path / "out")
+    assert any(caution in text for text in found["cautions"])
+    assert caution in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert {name: settings["raw"] for name, settings in found["decoding"].items()} == {"aligned": False, "plain": True}
+
+
 def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
     folder = checkpoint("mistral")
     (whole,) = answers_of(folder, max_new_tokens=30)("One")
@@ -203,6 +218,26 @@ def test_bad_input_is_one_line(evaluate, tmp_path, options, named):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
+def test_a_score_that_fails_does_so_before_anything_is_answered(evaluate, score_module, tmp_path):
+    """And when it is mended, or fails later, the same command goes on."""
+    source, out = score_module / "mended.py", tmp_path / "out"
+    options = ("--score", f"{source}:judge", "--limit", 2, "--out", out, "--quiet")
+
+    def write(value: str) -> None:
+        sys.modules.pop("mended", None)
+        source.write_text(f"def judge(_, answers): return {value}")
+
+    write("[1 / (len(a) - 4) for a in answers]")  # "Yes."
+    assert "mended.py:judge failed with ZeroDivisionError" in evaluate(*options).refusal("mara-eval")
+    assert not out.exists()
+    write("[1 / (len(a) == 4) for a in answers]")
+    assert "mended.py:judge failed with ZeroDivisionError" in evaluate(*options).refusal("mara-eval")
+    before = (out / "answers" / "aligned.jsonl").read_bytes()
+    write("[len(a) for a in answers]")
+    assert evaluate(*options).code == 0
+    assert (out / "answers" / "aligned.jsonl").read_bytes() == before
+
+
 def test_quiet_prints_nothing_also_for_sharded_checkpoints(evaluate, tmp_path):
     """transformers draws a progress bar for several shards."""
     other, judge = tmp_path / "other", tmp_path / "judge"
@@ -233,9 +268,13 @@ def test_a_folder_in_use_is_left_alone(evaluate, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["answers", "report.html", "result.json", "scores"]
 
 
+def length(prompts, answers):
+    return [len(answer) for answer in answers]
+
+
 def test_saved_scores_of_a_model_are_valid_for_a_type_of_device(monkeypatch):
     """A GPU computes in another precision; a function does not depend on it."""
-    monkeypatch.setattr(load, "load_score", lambda spec, **_: FunctionScore(spec, len, "the same"))
+    monkeypatch.setattr(load, "load_score", lambda spec, **_: FunctionScore(spec, length, "the same"))
     options = [ScoreOption("demo"), ScoreOption("someone/reward")]
     settings = [[judge.settings for judge in judges(options, device, None)] for device in (None, "cpu", "cuda:1")]
     assert [function for function, _ in settings] == [{"template": None, "code or weights": "the same"}] * 3

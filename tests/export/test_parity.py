@@ -15,8 +15,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from mara_export import parity
 from mara_export.errors import ParityError
-from mara_export.export import finish, trace
-from mara_export.hf.sources import resolve_model
+from mara_export.export import export, finish, trace
+from mara_export.hf import checkpoint as hf_checkpoint
+from mara_export.hf.sources import ModelSource, resolve_model
 from mara_export.options import ExportOptions
 from mara_export.parity import reference
 from mara_export.parity.compare import RANKS
@@ -25,8 +26,10 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.engines.ort import CpuEngine
 from tests.checkpoints import ARCHITECTURES
+from tests.export.conftest import copy_model
 
 GATE = parity.GATES["fp32"]
+SMALL = ExportOptions(max_context=64, max_candidates=8)
 Damage = Callable[[onnx.ModelProto], None]
 
 
@@ -247,6 +250,44 @@ def test_a_wrong_order_of_cache_slots_is_stopped(bundle, traced) -> None:
             return super().run(replace(work, tokens=[tokens[r] for r in rows], positions=[positions[r] for r in rows]))
 
     assert compared(Bundle.open(bundle("qwen2")), traced("qwen2").reference.cases, GATE, Shifted)
+
+
+# --- settings that the export reads wrongly --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting", "value"),
+    [
+        ("llama", "rope_scaling", None),
+        ("llama", "tie_word_embeddings", True),
+        pytest.param("qwen2", "rope_theta", 500.0, marks=pytest.mark.long),
+        pytest.param("qwen3", "rms_norm_eps", 0.1, marks=pytest.mark.long),
+        pytest.param("mistral", "hidden_act", "gelu", marks=pytest.mark.long),
+    ],
+)
+def test_a_setting_that_the_export_reads_wrongly_is_stopped(
+    checkpoint, agent, tmp_path, monkeypatch, architecture, setting, value
+) -> None:
+    """The reference is the model as transformers reads the folder, so both sides cannot have the same fault."""
+    read = hf_checkpoint.read_config
+
+    def misread(source: ModelSource) -> Any:
+        config = read(source)
+        assert getattr(config, setting) != value
+        setattr(config, setting, value)
+        return config
+
+    monkeypatch.setattr(hf_checkpoint, "read_config", misread)
+    with pytest.raises(ParityError, match="differ from Hugging Face"):
+        export(resolve_model(str(checkpoint(architecture))), agent(architecture), "a", tmp_path / "out", SMALL)
+
+
+def test_a_checkpoint_of_transformers_5_passes(checkpoint, agent, tmp_path) -> None:
+    scaling = json.loads((checkpoint("llama") / "config.json").read_text())["rope_scaling"]
+    five = {"rope_parameters": {**scaling, "rope_theta": 500.0}, "rope_scaling": ..., "rope_theta": ...}
+    folder = copy_model(checkpoint("llama"), tmp_path / "five", **five)
+    bundle = export(resolve_model(str(folder)), agent("llama"), "a", tmp_path / "out", SMALL)
+    assert bundle.manifest.parity["passed"]
 
 
 # --- through the whole export ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from mara_deploy.files import fingerprint
-from mara_deploy.scores.base import ScoreError
+from mara_deploy.scores.base import Combined, ScoreError, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_runtime.errors import OptionError
 
@@ -116,6 +117,58 @@ def test_without_a_template_the_chat_template_adds_all_special_tokens(llama) -> 
     assert list(load_score(str(llama))(PROMPTS, ANSWERS)) == pytest.approx(of_texts(llama, texts), abs=1e-5)
 
 
+def test_the_chat_template_reads_conversations_and_nothing_else_does(llama) -> None:
+    chat = "{% for m in messages %}<s> {{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    conversation = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "wait"},
+                    {"role": "user", "content": "wait wait"}]  # fmt: skip
+    with pytest.raises(ScoreError, match=r"llama-reward reads a prompt as one text, and .*'how'.* is a conversation"):
+        load_score(str(llama))([conversation], ["go away"])
+    tokenizer(True, chat).save_pretrained(llama)
+    expected = of_texts(llama, ["user : how <s> assistant : wait <s> user : wait wait <s> assistant : go away"])
+    assert list(load_score(str(llama))([conversation], ["go away"])) == pytest.approx(expected, abs=1e-5)
+
+
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+         "num_hidden_layers": 2, "num_labels": 1, "max_position_embeddings": 32, "ffn_dim": 32,
+         "word_embed_proj_dim": 16, "pad_token_id": 0, "type_vocab_size": 1}  # fmt: skip
+"""of the families below; each takes those that it has"""
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt", "bloom", "fnet", "roberta"])
+def test_a_model_gets_only_what_its_forward_pass_takes(tmp_path, family) -> None:
+    """The tokenizer gives token types, of which these models have none or one; FNet has no attention mask either."""
+    torch.manual_seed(0)
+    known = AutoConfig.for_model(family)
+    sizes = {
+        name: size
+        for name, size in SIZES.items()
+        if name in {**known.to_dict(), **known.attribute_map, "num_labels": 1}
+    }
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **sizes))
+    folder = saved(model, tokenizer(False), tmp_path / family)
+    ids = tokenizer(False)(PROMPTS, ANSWERS)["input_ids"]
+    score = Combined([WeightedScore(load_score(str(folder), batch_size=3))])
+    assert score.room(PROMPTS) == (None if family == "bloom" else score.room(PROMPTS[:1]))
+    assert score(PROMPTS, ANSWERS) == pytest.approx(logits_one_by_one(folder, ids)[:, 0].tolist(), abs=1e-5)
+
+
+def test_whatever_fails_in_a_model_is_one_line_before_the_first_answer(llama, monkeypatch) -> None:
+    """Its chat template, its forward pass, a prompt that it cannot read; then the room is what an answer can have."""
+    score = Combined([WeightedScore(load_score(str(llama)))])
+    assert score.room(["how", "how " * 20]) == 32 - len(tokenizer(True)(["how " * 20], ["."])["input_ids"][0]) + 1
+    with pytest.raises(ScoreError, match=r"llama-reward reads at most 32 tokens; .* has 41: remove it"):
+        score.room(["how", "how " * 40])
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", lambda self, input_ids: input_ids[99])
+    with pytest.raises(ScoreError, match="the score llama-reward failed with IndexError: index 99"):
+        Combined([WeightedScore(load_score(str(llama)))])(PROMPTS, ANSWERS)
+    tokenizer(True, "{{ raise_exception('no\nanswers') }}").save_pretrained(llama)
+    with pytest.raises(ScoreError, match=r"^the score llama-reward failed with TemplateError: no answers"):
+        Combined([WeightedScore(load_score(str(llama)))]).room(PROMPTS)
+    edit_config(llama, hidden_size=0)
+    with pytest.raises(ScoreError, match=f"^the score {llama} cannot be loaded: "):
+        load_score(str(llama))
+
+
 def test_a_classifier_gives_the_log_odds_of_a_label_of_a_pair(bert) -> None:
     """Of a softmax over the labels, or of a sigmoid for multi-label models."""
     pairs = tokenizer(False)(PROMPTS, ANSWERS)
@@ -160,7 +213,7 @@ def test_a_device_that_is_not_available(llama, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "_lazy_init", no_cuda)
     for device in ("foo", "meta", "cuda"):
-        with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use cpu") as error:
+        with pytest.raises(OptionError, match=f"--score-device is '{device}'.*use auto or cpu") as error:
             load_score(str(llama), template=TEMPLATE, device=device)
         assert "\n" not in str(error.value)
 

@@ -135,7 +135,7 @@ OBJECT = {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": 
     [
         ({}, ROLES),
         ({"tokenizer_class": "TokenizersBackend"}, ROLES),  # as transformers 5 saves it
-        ({"extra_special_tokens": ["<|end|>"]}, ROLES),  # too
+        ({"extra_special_tokens": ["<|end|>"]}, {**ROLES, "additional_special_tokens": ["<|end|>"]}),  # too
         ({"eos_token": {"__type": "AddedToken", **OBJECT}}, {**ROLES, "eos_token": "<|end|>"}),
     ],
 )
@@ -212,6 +212,7 @@ def test_a_tokenizer_in_another_format_is_refused_not_left_out(tmp_path) -> None
 
 
 BOS_AND_TEXT = "{{ bos_token }}{{ messages[0].content }}"
+PLEASE = "raise_exception('A system message, please.')"
 EXTRA = {"additional_special_tokens": ["<pad>", "<|end|>"]}
 
 
@@ -240,13 +241,16 @@ def refusal(folder: Path, template: str | list[dict[str, str]] | None) -> str:
         ("{{ strftime_now('%d %b %Y') }}{{ messages | tojson }}{% if add_generation_prompt %}!{% endif %}", None),
         ("{% if messages[0].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}a", None),
         ([{"name": "default", "template": BOS_AND_TEXT}, {"name": "tool_use", "template": "{{ broken"}], None),
-        ("{% for m in messages %}{{ m.content }}", "cannot render a single user message: .*endfor"),
-        ("{{ raise_exception('a system\nmessage, please') }}", "cannot render .*: a system message, please"),
+        ("{% for m in messages %}{{ m.content }}", "cannot render a user message, with or without .*endfor"),
+        ("{{ raise_exception('a poem\nplease') }}", "cannot render .*: a poem please"),
         ("{{ messages[0].nothing.at_all }}", "cannot render"),
-        ("{{ additional_special_tokens[1] }}", "fails where the bundle runs, though not in transformers: .*undefined"),
+        ("{{ additional_special_tokens[1] }}{{ additional_special_tokens }}", None),
+        (f"{{% if messages[0].role == 'user' %}}{{{{ {PLEASE} }}}}{{% endif %}}a", None),
+        (f"{{% if messages[0].role == 'system' %}}{{{{ {PLEASE} }}}}{{% endif %}}a", None),
+        ("{{ '%0999999d' % 1 }}", "fails where the bundle runs, though not in transformers: "),
         (
-            BOS_AND_TEXT + "{{ additional_special_tokens }}",
-            r"gives another text where the bundle runs than in transformers, from character 22 on: '', not \"\['<",
+            "{% if messages[0].role == 'system' %}{{ '%0999999d' % 1 }}{% endif %}a",
+            "fails where the bundle runs, though not in transformers: ",
         ),
     ],
 )
@@ -255,13 +259,32 @@ def test_a_template_that_renders_differently_is_refused_with_the_reason(folder, 
     assert re.search(why, line) if why else line == "", line
 
 
+def test_a_template_that_gives_another_text_is_refused(folder, monkeypatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", lambda *_, **__: "<s>How do I bake")
+    line = refusal(folder, BOS_AND_TEXT)
+    assert (
+        "gives another text where the bundle runs than in transformers, from character 12 on: 'cook rice?', no" in line
+    )
+
+
+def test_a_system_message_that_the_template_wants_is_said(folder) -> None:
+    text = (
+        "{% if messages[0].role != 'system' %}{{ %s }}{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    )
+    configure(folder, chat_template=text.replace("%s", PLEASE))
+    assert check_chat_template(load(folder), "m") == "A system message, please."
+    assert end_of_turn(load(folder)) == (checkpoints.EOS_ID, "</s>")
+    configure(folder, chat_template=BOS_AND_TEXT)
+    assert check_chat_template(load(folder), "m") is None
+
+
 def test_a_template_that_fails_only_in_transformers_is_refused(folder, monkeypatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", lambda *_, **__: 1 / 0)
     assert "fails in transformers: division by zero" in refusal(folder, BOS_AND_TEXT)
 
 
 def test_a_template_that_prints_the_time_is_compared_again_when_the_second_changes(folder, monkeypatch) -> None:
-    real, seconds = PreTrainedTokenizerFast.apply_chat_template, iter(["the second before", None])
+    real, seconds = PreTrainedTokenizerFast.apply_chat_template, iter(["the second before", None, None])
     monkeypatch.setattr(
         PreTrainedTokenizerFast, "apply_chat_template", lambda *args, **more: next(seconds) or real(*args, **more)
     )

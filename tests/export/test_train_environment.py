@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import Combined, WeightedScore
 from mara_deploy.scores.load import load_score
 from mara_deploy.train.environment import Environment
@@ -170,7 +171,7 @@ def test_texts_keep_spaces_before_punctuation_like_the_runtimes() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=True)
     assert tokenizer.decode([0, 1]) == "well."
     environment = SimpleNamespace(rollout=lambda *_, **__: [SimpleNamespace(token_ids=[0, 1])])
-    task = TrainingTask(environment, tokenizer, ["Well?"], [[0]], Combined([WeightedScore(load_score("demo"))]))
+    task = TrainingTask(environment, tokenizer, [Prompt("Well?")], [[0]], Combined([WeightedScore(load_score("demo"))]))
     assert task.answer(np.array([0]), reference_policy, None).texts == ["well ."]
 
 

@@ -24,27 +24,37 @@ def trajectory(length: int, first: int) -> Trajectory:
     )
 
 
-def filled(folder, lengths, capacity=16, checkpoint=True):
+def filled(folder, lengths, capacity=16):
     replay = ReplayBuffer(folder, capacity, D)
     episodes, first = [], 0
     for length in lengths:
         replay.add(trajectory(length, first), score=100.0 + first)
         episodes.append(range(first, first + length))
         first += length
-        if checkpoint:
-            replay.saved()
     return replay, episodes
 
 
+def saved(replay: ReplayBuffer) -> dict:
+    """What a checkpoint keeps of it."""
+    state = replay.state()
+    replay.flush()
+    replay.saved(state)
+    return state
+
+
+def on_disk(folder) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def test_bytes_per_transition(tmp_path) -> None:
-    """Each state is stored once, as float16: on the disk, with the reserve, at most 1.2 times its size and 64 bytes."""
-    capacity = 1000
-    for hidden_size in (128, 4096):
-        folder = tmp_path / str(hidden_size)
-        ReplayBuffer(folder, capacity, hidden_size)
-        stored = sum(file.stat().st_size for file in folder.iterdir()) - 5 * 128  # the headers of five .npy files
-        assert stored == ReplayBuffer.bytes_per_transition(hidden_size) * (capacity + capacity // 8)
-        assert stored / capacity <= 1.2 * hidden_size * 2 + 64
+    """Each state is stored once, as float16; a full buffer takes an eighth more than its capacity at most."""
+    replay, _ = filled(tmp_path, [4], capacity=64)
+    assert on_disk(tmp_path) == 4 * 2 * D
+    assert ReplayBuffer.bytes_per_transition(D) == 2 * D + 13 == 2 * D + len(replay.state()["rows"]) / 4
+    for number in range(100):
+        replay.add(trajectory(4, 4 * number), score=0.0)
+        saved(replay)
+    assert 64 * 2 * D <= on_disk(tmp_path) <= (64 + 8 + 4) * 2 * D
 
 
 @pytest.mark.parametrize(
@@ -79,33 +89,53 @@ def test_batches_follow_the_trajectories(tmp_path, lengths, n_step) -> None:
     assert seen == set(range(max(0, total - replay.capacity), total))
 
 
-def test_transitions_of_a_checkpoint_are_not_overwritten(tmp_path) -> None:
+def test_a_round_larger_than_the_buffer_leaves_its_last_transitions(tmp_path) -> None:
+    replay, _ = filled(tmp_path, [10, 20, 7])
+    batch = replay.sample(np.random.default_rng(0), 500, 1)
+    assert set(batch.states[:, 0].tolist()) == set(range(37 - 16, 37))
+
+
+def test_transitions_of_a_checkpoint_survive_what_follows_it(tmp_path) -> None:
     """A run that is killed resumes with the contents of its checkpoint."""
-    unsaved, _ = filled(tmp_path / "unsaved", [10, 8], checkpoint=False)
-    assert (len(unsaved), unsaved.room) == (16, 0)  # before the first checkpoint everything may be used
-    replay, _ = filled(tmp_path, [8, 8])  # full, and saved
-    replay.flush()
+    replay, _ = filled(tmp_path, [8, 8])
+    state = saved(replay)
     before = replay.sample(np.random.default_rng(1), 64, 4)
-    assert replay.room == 2
-    replay.add(trajectory(2, 16), score=0.0)
-    with pytest.raises(MaraError, match="1 transitions exceed the 0 "):
-        replay.add(trajectory(1, 18), score=0.0)
-
-    after = ReplayBuffer(tmp_path, 16, D, added=16).sample(np.random.default_rng(1), 64, 4)
+    for number in range(9):  # nothing is removed before the next checkpoint
+        replay.add(trajectory(3, 16 + 3 * number), score=0.0)
+    with replay._files[-1].path.open("ab") as file:
+        file.write(b"cut o")
+    again = ReplayBuffer(tmp_path, 16, D, state)
+    after = again.sample(np.random.default_rng(1), 64, 4)
     for name, was in vars(before).items():
-        now = getattr(after, name)
-        if was.shape == before.inside.shape:  # anything may follow the end of an episode
-            was, now = was[before.inside], now[after.inside]
-        assert np.array_equal(was, now), name
-
-    replay.saved()  # a checkpoint makes room
-    assert replay.room == 2
+        assert np.array_equal(was, getattr(after, name)), name
+    assert on_disk(tmp_path) == 16 * 2 * D
+    again.add(trajectory(3, 16), score=0.0)
+    assert len(again) == 16
 
 
-def test_files_of_another_run_are_refused(tmp_path) -> None:
-    filled(tmp_path, [4])
-    with pytest.raises(MaraError, match=r"states\.npy is not the replay buffer of this run"):
-        ReplayBuffer(tmp_path, 32, D, added=4)
-    (tmp_path / "flags.npy").write_bytes(b"no array")
-    with pytest.raises(MaraError, match="cannot be opened"):
-        ReplayBuffer(tmp_path, 16, D, added=4)
+def test_the_capacity_may_change_from_checkpoint_to_checkpoint(tmp_path) -> None:
+    replay, _ = filled(tmp_path, [8, 8, 8])
+    for capacity, add, numbers in ((8, 0, range(16, 24)), (100, 9, range(16, 33)), (4, 1, range(30, 34))):
+        replay = ReplayBuffer(tmp_path, capacity, D, saved(replay))
+        if add:
+            replay.add(trajectory(add, replay.added), score=0.0)
+        batch = replay.sample(np.random.default_rng(0), 1000, 2)
+        assert set(batch.states[:, 0].tolist()) == set(numbers)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "folder"])
+def test_a_damaged_file_is_named_and_left_alone(tmp_path, damage) -> None:
+    replay, _ = filled(tmp_path, [8, 8])
+    state = saved(replay)
+    file = sorted(tmp_path.iterdir())[1]
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    elif damage != "gone":
+        changed = content[:-2] if damage == "cut" else content[:5] + bytes([content[5] ^ 16]) + content[6:]
+        file.write_bytes(changed)
+    with pytest.raises(MaraError, match=rf"{file.name} is damaged .*--init-agent"):
+        ReplayBuffer(tmp_path, 16, D, state)
+    if damage in ("flip", "cut"):
+        assert file.read_bytes() == changed

@@ -1,7 +1,7 @@
 """What only a GPU can show. Without one, each test is skipped with what was looked for and not found.
 
-benchmarks/gpu.sh runs them with MARA_GPU_BUNDLES, a folder of bundles named by their targets. Without it, a tiny model
-is exported and its engine built, which needs PyTorch.
+benchmarks/first_gpu.py runs them with MARA_GPU_BUNDLE, a bundle. Without it, a tiny model is exported and its engine
+built, which needs PyTorch.
 """
 
 import os
@@ -17,9 +17,12 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, open_engine
 from mara_runtime.engines.base import Engine
 from mara_runtime.engines.ort import PROVIDERS
+from mara_runtime.engines.ort_cuda import CudaEngine
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("tensorrt", "tensorrt-rtx", "cuda")
+GRAPHS = "cuda, graphs"
+"""The target cuda, with recurring passes as CUDA graphs."""
+TARGETS = ("tensorrt", "tensorrt-rtx", "cuda", GRAPHS)
 
 
 def why_not(target: str) -> str | None:
@@ -28,7 +31,7 @@ def why_not(target: str) -> str | None:
         find()
     except NoBoard as error:
         return f"no NVIDIA GPU here: {error}"
-    if target != "cuda":
+    if not target.startswith("cuda"):
         from mara_export.tensorrt.build import why_cannot_build
 
         return why_cannot_build(target) or cuda.why_not()
@@ -37,8 +40,8 @@ def why_not(target: str) -> str | None:
     except ImportError as error:
         return f"ONNX Runtime cannot be imported: {error}"
     available = onnxruntime.get_available_providers()
-    if PROVIDERS[target] not in available:
-        return f"this ONNX Runtime has no {PROVIDERS[target]} (it has {', '.join(available)})"
+    if PROVIDERS["cuda"] not in available:
+        return f"this ONNX Runtime has no {PROVIDERS['cuda']} (it has {', '.join(available)})"
     return None
 
 
@@ -59,7 +62,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _told(request: pytest.FixtureRequest, record_property: Callable[[str, str], None]) -> None:
-    """In --junitxml, which target a test ran on: benchmarks/gather.py counts them."""
+    """In --junitxml, which target a test ran on: benchmarks/first_gpu.py counts them."""
     if "target" in request.fixturenames:
         record_property("target", request.getfixturevalue("target"))
 
@@ -67,22 +70,27 @@ def _told(request: pytest.FixtureRequest, record_property: Callable[[str, str], 
 @pytest.fixture(scope="session")
 def bundle(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A real model for the target, float16, with its engine."""
-    given = os.environ.get("MARA_GPU_BUNDLES")
+    given, name = os.environ.get("MARA_GPU_BUNDLE"), target.split(",")[0]
     if given is None:
-        pytest.importorskip("torch", reason="without MARA_GPU_BUNDLES a bundle is exported here, which needs PyTorch")
-        return exported(target, tmp_path_factory.mktemp("gpu"))
-    folder = Path(given) / target
-    if not folder.is_dir():
-        pytest.skip(f"MARA_GPU_BUNDLES is {given}, and there is no bundle named {target} in it")
-    return Bundle.open(folder)
+        pytest.importorskip("torch", reason="without MARA_GPU_BUNDLE a bundle is exported here, which needs PyTorch")
+        return exported(name, tmp_path_factory.mktemp("gpu"))
+    bundle = Bundle.open(given)
+    if name not in bundle.manifest.targets:
+        pytest.skip(f"{given} is not for {name}")
+    return bundle
 
 
 @pytest.fixture
 def engine(bundle: Bundle, target: str) -> Iterator[Engine]:
     """The target's engine on the real model, new."""
-    engine, _ = open_engine(bundle, target)
+    engine = open_on(target, bundle)
     yield engine
     close(engine)
+
+
+def open_on(target: str, bundle: Bundle) -> Engine:
+    """The target's engine."""
+    return CudaEngine(bundle, graphs=True) if target == GRAPHS else open_engine(bundle, target)[0]
 
 
 def close(engine: Engine) -> None:

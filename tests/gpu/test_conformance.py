@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import open_engine
 from mara_runtime.engines import ort as ort_engine
 from mara_runtime.engines.base import Engine
 from tests.conformance import DeviceConformance
-from tests.gpu.conftest import close
+from tests.gpu.conftest import close, open_on
 from tests.unit import helpers
 from tests.unit.test_ort_engine import largest_only
 from tests.unit.written_model import SLOTS, write_bundle
@@ -28,8 +27,10 @@ def written_bundle(target: str, folder: Path) -> Bundle:
     """The suite's model for a target, without engines."""
     write_bundle(folder, always_head=True)
     manifest = helpers.read_manifest(folder)
-    manifest["targets"] = [target]
-    manifest["step"].update(lowering="ort" if target == "cuda" else "decomposed", precision="fp32", quantisation=None)
+    manifest["targets"] = [target.split(",")[0]]
+    manifest["step"].update(
+        lowering="ort" if target.startswith("cuda") else "decomposed", precision="fp32", quantisation=None
+    )
     helpers.write_manifest(folder, manifest)
     return Bundle.open(folder)
 
@@ -38,7 +39,7 @@ def written_bundle(target: str, folder: Path) -> Bundle:
 def written(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The suite's model, with engines of three sizes."""
     bundle = written_bundle(target, tmp_path_factory.mktemp("written"))
-    if target == "cuda":
+    if target.startswith("cuda"):
         return bundle
     from mara_export.options import BuildOptions
     from mara_export.tensorrt.build import build
@@ -48,11 +49,10 @@ def written(target: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def opened(written: Bundle, target: str, growing: bool, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that begins small, or one that begins with all its slots."""
-    if target == "cuda":
+    on_cuda = target.startswith("cuda")
+    if on_cuda:
         monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 4 if growing else SLOTS)
-    engine, _ = open_engine(written if growing or target == "cuda" else largest_only(written), target)
-    assert engine.describe()["name"] == target
-    return engine
+    return open_on(target, written if growing or on_cuda else largest_only(written))
 
 
 class TestDevice(DeviceConformance):

@@ -46,6 +46,7 @@ RTX = {
     "set_runtime_cache", "EAGER", "LAZY",
     "dynamic_shapes_kernel_specialization_strategy", "REQUIRE_USER_ALLOCATION",
 }  # fmt: skip
+DOUBLES = ("tests.double.trt", "tests.double.trt_context", "tests.unit.test_timings")
 RTX_CLASSES = {"IRuntimeCache", "DynamicShapesKernelSpecializationStrategy"}
 FUSED = {"IAttentionInputLayer", "attention", "get_aliased_input_tensor"}
 CONFIG = {"create_runtime_config", "set_execution_context_allocation_strategy"}
@@ -162,7 +163,7 @@ def test_the_double_of_tensorrt_is_called_like_each_release(tensorrt: tuple[str,
     of_double = {"numpy_type", "bounds", "in_place", "build"}
     compared = 0
     for name, double in doubles.items():
-        if not isinstance(double, type) or double.__module__ not in (trt_double.__name__, test_timings.__name__):
+        if not isinstance(double, type) or double.__module__ not in DOUBLES:
             continue
         if name == "TrtDouble" or (release != "rtx" and name in RTX_CLASSES):
             continue

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -33,16 +32,14 @@ from mara_export.tensorrt.build import BuildOptions, build
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import trt_file
-from mara_runtime.errors import MaraError
 from tests import checkpoints
 from tests.gpu.test_conformance import CAPACITIES, written_bundle
-from tests.tensorrt.conftest import MAX_CANDIDATES, MAX_CONTEXT
+from tests.tensorrt.conftest import MAX_CANDIDATES, MAX_CONTEXT, RTX, files, refused
 from tests.unit import written_model
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="NVIDIA has no wheel of TensorRT for RTX for this platform")
 
 ROOT = Path(__file__).resolve().parents[2]
-RTX = "tensorrt-rtx"
 SLOTS = 176  # MAX_CONTEXT + MAX_CANDIDATES + 17, and up to a multiple of 16
 CACHE = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "HALF", "int4": "HALF"}
 COVERING = [
@@ -104,17 +101,6 @@ def built(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def copied(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Bundle]:
-    """(architecture="qwen2", precision="fp16") → a bundle that a test may change."""
-
-    def copy(architecture: str = "qwen2", precision: str = "fp16", lowering: str = "portable") -> Bundle:
-        source = bundle(architecture, precision, lowering)
-        return Bundle.open(shutil.copytree(source, tmp_path / source.name))
-
-    return copy
-
-
-@pytest.fixture
 def network(bundle: Callable[..., Path]) -> Callable[..., parts.Network]:
     def parse(architecture: str, precision: str) -> parts.Network:
         return parts.Network(trt, bundle(architecture, precision) / "step.onnx", SLOTS)
@@ -134,10 +120,6 @@ def weight_bytes(bundle: Bundle) -> int:
         if facts:
             places[facts["offset"]] = int(facts["length"])
     return sum(places.values())
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ── engines ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -294,84 +276,6 @@ def test_an_interrupt_stops_the_builder_and_leaves_nothing(
     assert len({phase for phase, _, _ in whole}) > 3
     assert any(done == steps > 1 for _, done, steps in whole)
     assert all(0 <= done <= steps for _, done, steps in whole)
-
-
-# ── refusals: one line each ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def refused(bundle: Bundle, **options: Any) -> str:
-    """The message with which a build is refused; the bundle is as it was."""
-    before = files(bundle.folder)
-    with pytest.raises(MaraError) as caught:
-        build(bundle, RTX, BuildOptions(**options))
-    assert files(bundle.folder) == before
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 700
-    return message
-
-
-def edited(op: str, change: Callable[[onnx.GraphProto, onnx.NodeProto], object]) -> Callable[[Path], None]:
-    def edit(path: Path) -> None:
-        model = onnx.load(str(path), load_external_data=False)
-        change(model.graph, next(node for node in model.graph.node if node.op_type == op))
-        onnx.save(model, str(path))
-
-    return edit
-
-
-def lose(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
-    node.op_type = "Identity"
-    del node.input[1:]
-
-
-DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "unknown operator": (
-        edited("RMSNormalization", lambda graph, node: setattr(node, "op_type", "RootMeanSquare")),
-        r"^TensorRT for RTX \S+ cannot read step\.onnx: node \S+ \(RootMeanSquare\): ",
-    ),
-    "missing node": (
-        edited("RMSNormalization", lambda graph, node: graph.node.remove(node)),
-        r"cannot read step\.onnx: node ",
-    ),
-    "wrong axis": (
-        edited("TensorScatter", lambda graph, node: [setattr(a, "i", -1) for a in node.attribute if a.name == "axis"]),
-        r"node \S+ \(TensorScatter\): ",
-    ),
-    "lost layer": (edited("RotaryEmbedding", lose), "read 3 ROTARY_EMBEDDING layers from the graph.* should have 4"),
-    "no file": (Path.unlink, r"step\.onnx cannot be read: "),
-    "cut file": (lambda path: path.write_bytes(path.read_bytes()[:-3]), r"step\.onnx cannot be read: "),
-}
-"""What happens to a graph after its bundle was verified, and what must be named."""
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_graph_is_refused(copied: Callable[..., Bundle], damage: str) -> None:
-    happens, named = DAMAGE[damage]
-    bundle = copied()
-    happens(bundle.path("step.onnx"))
-    assert re.search(named, refused(bundle))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"workspace_mib": 1}, "^TensorRT for RTX .* cannot build the engine: .*workspace"),
-        # TensorRT for RTX names Turing among its GPUs, and then has no kernel for a Gemm in float32
-        ({"compute_capabilities": ("7.5",)}, "--compute-capability is '7.5'; .* builds for 8.0"),
-        ({"compute_capabilities": ("8.6", "9.9")}, "--compute-capability is '9.9'; .* 8.6, 8.9, 12.0"),
-        ({"hardware": "ampere-plus"}, "--hardware is for tensorrt; "),
-        ({"version_compatible": True}, "--version-compatible is for tensorrt; "),
-        ({"timing_cache": Path("a.timings")}, "--timing-cache is for tensorrt; "),
-    ],
-    ids=str,
-)
-def test_options_that_tensorrt_for_rtx_does_not_take_are_refused(
-    copied: Callable[..., Bundle], options: dict[str, Any], message: str
-) -> None:
-    found = refused(copied(), **options)
-    assert re.search(message, found)
-    assert "/_src/" not in found  # no place in NVIDIA's source
 
 
 # ── the command, as on a Jetson ──────────────────────────────────────────────────────────────────────────────────────

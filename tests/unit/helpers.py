@@ -24,6 +24,23 @@ Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float
 # ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+TRAINING: dict[str, Any] = {
+    "model": "example/tiny",
+    "architecture": "qwen2",
+    "weights": "0123",
+    "chat_template": "4567",
+    "template": {},
+    "top_k": 3,
+    "top_p": 0.4,
+    "max_new_tokens": 64,
+    "score": "scores:politeness",
+    "episodes": 100,
+    "updates": 1000,
+    "transitions": 5000,
+}
+"""What an agent was trained under."""
+
+
 def message(number: int, content: bytes) -> bytes:
     """A field of up to 127 bytes in protobuf's encoding."""
     return bytes([number << 3 | 2, len(content)]) + content
@@ -46,6 +63,7 @@ def make_bundle(
     max_context: int = 32,
     max_candidates: int = 8,
     fallback: str = "first",
+    training: dict[str, Any] | None = None,
     targets: Sequence[str] = ("cpu",),
     noise: dict[str, float] | None = None,
     graph: bytes = GRAPH,
@@ -62,7 +80,7 @@ def make_bundle(
     manifest = manifest_json(files, has_tokenizer=tokenizer is not None, special_tokens=special_tokens or {})
     manifest["model"]["shape"].update(vocab_size=vocab_size, hidden_size=hidden_size)
     manifest["model"]["eos_token_ids"] = list(eos_token_ids)
-    manifest["agent"].update(hidden_size=hidden_size, fallback=fallback)
+    manifest["agent"].update(hidden_size=hidden_size, fallback=fallback, training=training)
     manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets), noise=noise)
     write_manifest(folder, manifest)
     return folder
@@ -94,8 +112,17 @@ def manifest_json(
             "intermediate_size": 128,
             "tied": True,
             "eos_token_ids": [0],
+            "weights": "0123",
+            "ignored_weights": [],
         },
-        "agent": {"source": "agent.pth", "hidden_size": 2, "widths": [8, 4], "fallback": "first", "state": "final"},
+        "agent": {
+            "source": "agent.pth",
+            "hidden_size": 2,
+            "widths": [8, 4],
+            "fallback": "first",
+            "state": "final",
+            "training": None,
+        },
         "max_context": 32,
         "max_candidates": 8,
         "targets": ["cpu"],
@@ -277,6 +304,7 @@ def sequential(
     """The sequential procedure's answer. limit: default the config's."""
     node = TableNode(lookup, agent, tuple(prompt))
     limit = config.max_new_tokens if limit is None else limit
+    config = replace(config, **dict(zip(("top_k", "top_p"), config.candidates, strict=True)))
     return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
 
 

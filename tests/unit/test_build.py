@@ -23,7 +23,7 @@ from mara_runtime.engines import cuda, trt_file
 from mara_runtime.errors import EngineError, MaraError, OptionError
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
 from tests.double.cuda import CudaDouble
-from tests.double.trt import ILogger
+from tests.double.trt_context import ILogger
 from tests.unit import helpers
 from tests.unit.test_timings import Config
 

@@ -117,12 +117,45 @@ def test_stop_texts(tmp_path, text, stop, pieces, reason):
 
 def test_top_k_is_bounded_by_the_bundle(tmp_path):
     decoder, engine = make_decoder(tmp_path, REJECTING, max_candidates=4)
-    for config in (DecodeConfig(), DecodeConfig(align=False, sample=True)):
-        with pytest.raises(OptionError, match=r"--top-k is 40.* 1 to 4 "):
+    for config in (DecodeConfig(top_k=40), DecodeConfig(align=False, sample=True, top_k=5)):
+        with pytest.raises(OptionError, match=rf"--top-k is {config.top_k}.* 1 to 4 "):
             decoder.stream("q", config)
     assert engine.calls == []
     assert decoder.generate("q", DecodeConfig(top_k=4, max_new_tokens=1)).token_ids
+    assert decoder.generate("q", DecodeConfig(max_new_tokens=1)).config.top_k == 4
     assert decoder.generate("q", replace(GREEDY, max_new_tokens=1)).token_ids  # it has no candidates
+
+
+def test_an_answer_that_is_begun_goes_on(tmp_path):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' * add_generation_prompt }}"
+    )
+    decoder, _ = make_decoder(tmp_path, saying("Hello there"), chat_template=template)
+    begun = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Hello"}]
+    result = decoder.generate(begun, GREEDY, continue_final_message=True)
+    assert (result.text, result.finish_reason) == (" there", "stop")
+    assert result.stats.tokens == len(result.token_ids) == len(ids_of("Hello there")) - len(ids_of("Hello")) + 1
+    assert "".join(piece.text for piece in decoder.stream(begun, GREEDY, continue_final_message=True)) == " there"
+    assert decoder.encode(begun, continue_final_message=True) == decoder.encode(begun)[:-1]  # <assistant> opens a turn
+    for prompt in ("q", [1, 2]):
+        with pytest.raises(PromptError, match="continue_final_message needs a conversation"):
+            decoder.stream(prompt, GREEDY, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("training", "given", "used"),
+    [
+        (None, {}, (8, 0.95)),  # 40, but the bundle allows 8
+        (helpers.TRAINING, {}, (3, 0.4)),
+        (helpers.TRAINING, {"top_p": 0.95}, (3, 0.95)),
+        (helpers.TRAINING, {"top_k": 8, "top_p": 0.0}, (8, 0.0)),
+        ({**helpers.TRAINING, "top_k": 50}, {}, (8, 0.4)),
+    ],
+)
+def test_candidates_are_those_of_the_agents_training(tmp_path, training, given, used):
+    decoder, _ = make_decoder(tmp_path, REJECTING, training=training, max_candidates=8)
+    config = decoder.generate("q", DecodeConfig(max_new_tokens=2, **given)).config
+    assert (config.top_k, config.top_p) == used
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_scores_of_plain_cases(answer, expected) -> None:
 
 
 def test_it_is_a_score_of_batches() -> None:
-    assert considerate([RICE, RICE], ["", KIND]) == [-1.0, 1.0]
+    assert considerate([RICE, [{"role": "user", "content": RICE}]], ["", KIND]) == [-1.0, 1.0]
 
 
 @pytest.mark.parametrize(

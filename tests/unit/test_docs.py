@@ -20,8 +20,8 @@ MODULES = House(ROOT).modules.values()
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 README_LINES = 130
-OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--bundles"}
-"""Of python, docker and benchmarks/gpu.sh."""
+OTHERS_FLAGS = {"--system-site-packages", "--runtime", "--gpus", "--bundles", "--smoke", "--dry-run", "--widths"}
+"""Of python, docker and benchmarks/."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self, folder=None) -> None:
         self.calls: list[str | tuple[str, int, bool, object]] = []
         self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
-        self.slots = 512
+        self.slots, self.text_side = 512, SimpleNamespace(has_template=True)
 
     def describe(self):
         return {"name": "tensorrt", "gpu": "some", "memory": {"slots": self.slots}}
@@ -89,5 +89,7 @@ def test_settings_of_a_bundles_answers(tmp_path):
         assert after.keys() == before.keys()
     decoder.slots *= 2
     assert settings() == before
+    decoder.text_side.has_template = False
+    assert settings() == {**before, "raw": True}
     (tmp_path / "manifest.json").write_text("{ }")
     assert settings()["bundle"] != before["bundle"]

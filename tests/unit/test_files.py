@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
-from mara_export.folder import whole_or_absent, working_folder
+from mara_export.folder import claimed, destination, require_free, whole_or_absent, working_folder
 from mara_runtime.errors import MaraError, first_line
 from mara_runtime.files import locked, write_atomic
 from mara_runtime.versions import installed
@@ -97,11 +98,61 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path: Path) ->
     assert sorted(tmp_path.iterdir()) == sorted([running, other])
 
 
-def test_a_mount_point_is_filled_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot be replaced by a folder beside it; the manifest comes last, and a failure leaves it empty."""
+def test_one_export_at_a_time_writes_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".out.lock").mkdir()  # of a process that was killed
+    with claimed(out), claimed(out.with_name("other")):
+        for again in (out, tmp_path / "new" / "x" / ".." / "out"):
+            with pytest.raises(MaraError, match=r"^another export is writing .*new/out: "):
+                require_free(again)
+        with whole_or_absent(out):
+            pass
+    assert list((tmp_path / "new").iterdir()) == [out]
+    with claimed(tmp_path / "a" / "b"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, real = tmp_path / ".out.lock", fcntl.flock
+
+    def removed_meanwhile(handle: int, how: int) -> None:
+        real(handle, how)
+        monkeypatch.setattr(fcntl, "flock", real)
+        lock.rmdir()
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with claimed(tmp_path / "out"), pytest.raises(MaraError, match="another export"):
+        require_free(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        *(("a/x/../b", "a/b"), ("a/..", "."), ("link/../b", "elsewhere/b"), ("a//./b", "a/b")),
+        *(("a/../link", "elsewhere/deep"), ("dangling", "nowhere")),
+    ],
+)
+def test_where_a_path_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, found: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert destination(Path(given)) == tmp_path / found
+
+
+@pytest.mark.parametrize("kind", ["mount point", "working directory"])
+def test_what_cannot_be_replaced_is_filled_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The manifest comes last, and a failure leaves it empty."""
     out = tmp_path / "volume"
     (out / "lost+found").mkdir(parents=True)
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    if kind == "mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    else:
+        monkeypatch.chdir(out)
     with pytest.raises(MaraError), whole_or_absent(out) as folder:
         (folder / "a.onnx").rename(folder / "b.onnx")
     assert [path.name for path in out.iterdir()] == ["lost+found"]

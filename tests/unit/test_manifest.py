@@ -18,6 +18,7 @@ from tests.unit import helpers
 ENGINE = "engines/tensorrt/step-64.engine"
 FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE), b"x")
 VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
+VALID["agent"]["training"] = helpers.TRAINING
 VALID["engines"] = [helpers.engine_json(ENGINE)]
 VALID["sha256"] = checksum(VALID)
 MISSING = object()
@@ -46,12 +47,13 @@ def changed(path: Path, value: object) -> dict[str, Any]:
 
 
 OPEN = {
-    ("made_with",), ("tokenizer", "special_tokens"), ("engines", "0", "options"),
+    ("made_with",), ("tokenizer", "special_tokens"), ("engines", "0", "options"), ("agent", "training", "template"),
 }  # fmt: skip
 """Whose content the format leaves open."""
 NULLABLE = {
     ("model", "revision"), ("step", "quantisation"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",),
     ("noise",), ("parity", "perplexity"), ("parity", "largest_activation"),
+    ("agent", "training"), ("agent", "training", "chat_template"),
 }  # fmt: skip
 
 

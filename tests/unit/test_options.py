@@ -187,6 +187,6 @@ def test_every_option_has_a_flag_and_survives_json(config):
 
 def test_decoding_has_the_defaults_of_the_paper_s_evaluation():
     config = DecodeConfig()
-    assert (config.align, config.top_k, config.top_p, config.strategy) == (True, 40, 0.95, "top1")
+    assert (config.align, config.candidates, config.strategy) == (True, (40, 0.95), "top1")
     assert (config.order, config.threshold, config.fallback) == ("ranked", 0.0, None)
     assert (config.schedule, config.draft) == ("adaptive", None)

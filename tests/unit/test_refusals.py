@@ -65,9 +65,19 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--no-align --fallback first", ("--fallback is first", "--no-align")),
     (RUN + "--no-align --threshold 1", ("--threshold is 1.0", "--no-align")),
     (RUN + "--stop=", ("--stop is empty",)),
+    ("run BUNDLE --prompt --hello", ("--prompt has no value", "--prompt=--")),
+    ("run BUNDLE --prompt --raw", ("--prompt has no value", "--prompt=--")),
+    ("run BUNDLE --prompt -hello --top-k 0", ("--top-k is 0",)),  # it is a prompt
+    (RUN + "--threshold -1e-3 --stop -h --top-k 0", ("--stop has no value", "--stop=--")),
+    (RUN + "--threshold -1e-3 --stop -1 --top-k 0", ("--top-k is 0",)),
+    ("run '' --prompt p", ("BUNDLE is empty",)),
+    ("inspect ''", ("BUNDLE is empty",)),
     (RUN + "--system S", ("--system needs the chat template", "--input-ids")),
     (RUN + "--template a=1", ("--template needs the chat template", "--input-ids")),
     ("run BUNDLE --prompt p --raw --system S", ("--system needs the chat template", "--raw")),
+    ("run BUNDLE --prompt p --raw --prefill P", ("--prefill needs the chat template", "--raw")),
+    (RUN + "--prefill P", ("--prefill needs the chat template", "--input-ids")),
+    (RUN + "--prefill=", ("--prefill is empty",)),
     ("run BUNDLE --prompt p --raw --template a=1", ("--template needs the chat template", "--raw")),
     ("run BUNDLE --prompt p --template loud=yes", ("--template is 'loud=yes'", "KEY=JSON")),
     ("run BUNDLE --prompt p --template =1", ("--template is '=1'", "KEY=JSON")),
@@ -143,6 +153,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (EVAL + "--training-prompts=", ("--training-prompts is empty",)),
     (EVAL + "--sample-checkpoint", ("--sample-checkpoint", "leave it out")),
     (EVAL + "--sample-checkpoint --baseline greedy --baseline sample", ("--sample-checkpoint", "leave it out")),
+    (EVAL + "--ignore-weights v*", ("--ignore-weights", "leave it out")),
     (EVAL + "--temperature 0.5", ("--temperature is 0.5", "leave it out")),
     (EVAL + "--baseline best-of-1", ("--baseline is best-of-1", "at least 2")),
     (EVAL + "--template a=1 --raw", ("--template needs the chat template", "--raw")),
@@ -185,11 +196,14 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (TRAIN + "--score-baseline inf", ("--score-baseline is inf", "finite")),
     (TRAIN + "--discount 1.5", ("--discount is 1.5", "at most 1")),
     (TRAIN + "--n-step 0", ("--n-step is 0", WHOLE_1)),
-    (TRAIN + "--target-entropy 2", ("--target-entropy is 2.0", "from 0 to 1")),
+    (TRAIN + "--target-entropy 2", ("--target-entropy is 2.0", "from 0 to 0.98")),
     (TRAIN + "--batch 0", ("--batch is 0", WHOLE_1)),
     (TRAIN + "--updates-per-episode 0", ("--updates-per-episode is 0.0", "above 0")),
     (TRAIN + "--start-transitions 0", ("--start-transitions is 0", WHOLE_1)),
-    (TRAIN + "--replay-transitions 10", ("--replay-transitions is 10", "--start-transitions, 4096")),
+    (
+        TRAIN + "--replay-transitions 10 --start-transitions 11",
+        ("--replay-transitions is 10", "--start-transitions, 11"),
+    ),
     (TRAIN + "--learning-rate inf", ("--learning-rate is inf", "above 0")),
     (TRAIN + "--clip-norm -1", ("--clip-norm is -1.0", "above 0")),
     (TRAIN + "--target-rate 0", ("--target-rate is 0.0", "at most 1")),
@@ -197,15 +211,14 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (TRAIN + "--alpha-form sqrt", ("--alpha-form is 'sqrt'", "log, direct")),
     (TRAIN + "--seed -1", ("--seed is -1", f"from 0 to {2**63 - 1}")),
     (TRAIN + "--checkpoint-minutes -1", ("--checkpoint-minutes is -1.0", "at least 0")),
-    # one round of 16 answers of 512 tokens, 8192 transitions, against an eighth of the buffer
-    (
-        TRAIN + "--prompts-at-once 16 --max-new-tokens 512 --replay-transitions 65528",
-        ("--replay-transitions is 65528", "--prompts-at-once", "--max-new-tokens", "65529"),
-    ),
-    (RESUME + "--model demo --n-step 3 --threads 2", ("--episodes", "leave out --model, --threads, --n-step")),
+    (TRAIN + "--target-entropy 1", ("--target-entropy is 1.0", "from 0 to 0.98")),
+    (RESUME + "--n-step 3 --device cpu --seed 0", ("--resume", "--episodes", "leave out --n-step, --seed", "--init-")),
     *((RESUME + given, ("--resume", f"leave out {given.split()[0]}")) for given in (
-        "--prompts p", "--score a:b", "--recipe demo", "--template a=1", "--device cpu", "--dtype auto",
-        "--dtype float32", "--score-device cpu", "--score-batch 8", "--seed 0",
+        "--prompts p", "--recipe demo", "--template a=1", "--init-agent a", "--top-k 3", "--widths 8 8",
+    )),
+    *((RESUME + given, ("there is no run.json",)) for given in (
+        "--model demo", "--score a:b", "--device cpu", "--dtype float32", "--score-device cpu", "--score-batch 8",
+        "--threads 2", "--prompts-at-once 4", "--max-new-tokens 4", "--replay-transitions 9", "--checkpoint-minutes 1",
     )),
 ]  # fmt: skip
 
@@ -229,7 +242,7 @@ def test_a_refusal_is_one_line_that_names_what_is_wrong(
     name, *argv = line.split(" ")
     try:
         code = importlib.import_module(f"mara_deploy.commands.{name}").main(
-            [str(bundle) if word == "BUNDLE" else word for word in argv if word]
+            [{"BUNDLE": str(bundle), "''": ""}.get(word, word) for word in argv if word]
         )
     except SystemExit as exit_:  # argparse
         code = exit_.code

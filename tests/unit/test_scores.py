@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
+from fractions import Fraction
+from itertools import count
 
+import numpy as np
 import pytest
 
 from mara_deploy.scores.base import Combined, ScoreError, WeightedScore, checked_values
-from mara_deploy.scores.load import FunctionScore, load_score
-from mara_runtime.bundle import sha256
+from mara_deploy.scores.function import FunctionScore
+from mara_deploy.scores.load import load_score
 
 PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]
 
@@ -23,7 +25,7 @@ LENGTH = FunctionScore("length", length)
 
 def test_a_weighted_sum_keeps_the_values_of_each_score() -> None:
     """A function gets lists."""
-    both = FunctionScore("lists", lambda *given: [isinstance(part, list) for part in given])
+    both = FunctionScore("lists", lambda prompts, answers: [isinstance(part, list) for part in (prompts, answers)])
     assert both(tuple(PROMPTS), tuple(ANSWERS)) == [1.0, 1.0]
     of_prompt = FunctionScore("of the prompt", lambda prompts, _: [len(p) for p in prompts])
     combined = Combined([WeightedScore(of_prompt, 2.0), WeightedScore(LENGTH, -1.0)])
@@ -50,56 +52,6 @@ def test_values_that_are_not_finite_weights_out_of_range_and_no_score_are_refuse
         Combined([])
 
 
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """A working directory for the user's modules, which are forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != ""])
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-
-
-def test_a_function_of_the_working_directory_and_its_fingerprint(modules) -> None:
-    """The fingerprint is that of the code which was imported, whatever the file becomes."""
-    file = modules / "scores_found_here.py"
-    file.write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
-    score = load_score("scores_found_here:length")
-    expected = sha256(file)[:16]
-    del sys.modules["scores_found_here"]
-    file.write_text("def length(prompts, answers): return [1.0]\n")
-    assert (score.name, score.fingerprint) == ("scores_found_here:length", expected)
-    assert list(score(PROMPTS, ANSWERS)) == [1.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("spec", "text", "reason"),
-    [
-        ("nowhere_to_be_found:f", "", "ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
-        ("mine:other", "def f(): pass", "mine has no function 'other'"),
-        ("mine:f", "f = 3.5", "'f' in mine is of type float"),
-        ("mine:f", "\n1 / 0", r"ZeroDivisionError: division by zero \(mine\.py:2\)"),
-        ("mine:f", "import nowhere_to_be_found", r"No module named 'nowhere_to_be_found' \(mine\.py:1\)"),
-    ],
-)
-def test_a_function_that_cannot_be_loaded_gives_the_reason(modules, spec, text, reason) -> None:
-    (modules / "mine.py").write_text(text)
-    with pytest.raises(ScoreError, match=f"the score {spec} cannot be loaded: .*{reason}"):
-        load_score(spec)
-
-
-def test_an_error_of_the_function_names_the_line_that_failed(modules) -> None:
-    (modules / "failing_score.py").write_text(
-        "import json\n\ndef f(prompts, answers):\n    return [\n        json.loads(a) for a in answers\n    ]\n\n"
-        "def g(prompts, answers):\n    yield 1.0\n    raise OSError('gone')\n"
-    )
-    with pytest.raises(ScoreError, match=r"failing_score:f failed with JSONDecodeError: .* \(failing_score.py:5\)"):
-        load_score("failing_score:f")(PROMPTS, ANSWERS)
-    with pytest.raises(ScoreError, match=r"failed with OSError: gone \(failing_score.py:10\)"):
-        load_score("failing_score:g")(PROMPTS, ANSWERS)
-
-
 @pytest.mark.parametrize(
     ("returned", "named"),
     [
@@ -109,6 +61,11 @@ def test_an_error_of_the_function_names_the_line_that_failed(modules) -> None:
         ([[0.5], [0.5]], r"\[0.5\] of type list"),
         ([10**400, 1], "1000.*… of type int"),
         ([1.0], "1 numbers for 2 answers"),
+        ([1.0] * 3, "more than 2 numbers for 2 answers"),
+        (count(), "more than 2 numbers for 2 answers"),
+        (np.array(1.0), r"array\(1.\); it must return a list"),
+        ([np.array([0.5, 1.0])] * 2, "of type ndarray"),
+        ([1j, 0], "1j of type complex"),
         ("12", "'12'; it must return a list"),
         ({0: 1.0, 1: 2.0}, "must return a list"),
         ({0.5, 1.0}, "must return a list"),
@@ -117,10 +74,73 @@ def test_an_error_of_the_function_names_the_line_that_failed(modules) -> None:
     ],
 )
 def test_anything_but_numbers_is_named(returned, named) -> None:
-    kinds = [FunctionScore("odd", lambda *_: returned), *[lambda *_: returned] * isinstance(returned, list)]
-    for score in kinds:  # a function, and a score of another kind
-        with pytest.raises(ScoreError, match=f"the score odd returned .*{named}"):
-            checked_values("odd", score, PROMPTS, ANSWERS)
+    with pytest.raises(ScoreError, match=f"the score odd returned .*{named}"):
+        checked_values("odd", FunctionScore("odd", lambda *_: returned), PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        (1, True),
+        np.array([1.0, 1.0], np.float16),
+        [np.float32(1), np.bool_(True)],
+        (x for x in (1, 1)),
+        [Fraction(1)] * 2,
+    ],
+)
+def test_whatever_is_a_number_is_one(returned) -> None:
+    assert checked_values("s", FunctionScore("s", lambda *_: returned), PROMPTS, ANSWERS) == [1.0, 1.0]
+
+
+class Rude(Exception):
+    """What another's class may do."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "transient"),
+    [
+        (SystemExit(0), "SystemExit: 0", False),
+        (ConnectionResetError("peer\nis gone"), "ConnectionResetError: peer is gone", True),
+        (FileNotFoundError("no file"), "FileNotFoundError: no file", False),
+        (type("APITimeoutError", (Exception,), {})("slow"), "APITimeoutError: slow", True),
+        (RuntimeError("x" * 10_000), "RuntimeError: xxx", False),
+        (Rude(), "Rude", False),
+    ],
+)
+def test_whatever_a_score_raises_is_one_line(error, named, transient) -> None:
+    def judge(prompts, answers):
+        raise error
+
+    with pytest.raises(ScoreError, match=rf"^the score s failed with {named}.* \(.*test_scores\.py:\d+\)$") as caught:
+        checked_values("s", judge, PROMPTS, ANSWERS)
+    assert caught.value.transient == transient
+    assert len(str(caught.value)) < 600
+
+
+def test_values_that_cannot_be_shown_are_named_by_their_type() -> None:
+    with pytest.raises(ScoreError, match="returned a Rude of type Rude"):
+        checked_values("s", lambda *_: [Rude(), 1], PROMPTS, ANSWERS)
+
+
+def test_columns_are_the_parameters_that_a_function_needs_besides() -> None:
+    def judge(prompts, answers, reference, scale=2.0, *, topic, **others):
+        return [scale * (answer == right) for answer, right in zip(answers, reference, strict=True)]
+
+    score = FunctionScore("judge", judge)
+    assert score.columns == ("reference", "topic")
+    combined = Combined([WeightedScore(LENGTH), WeightedScore(score)])
+    assert combined(PROMPTS, ANSWERS, reference=["x", ""], topic=["", ""]) == [1.0 + 2.0, 3.0]
+
+
+@pytest.mark.parametrize("function", [lambda prompts: [], list, lambda prompts, *, answers: []])
+def test_functions_that_do_not_take_prompts_and_answers_are_refused(function) -> None:
+    with pytest.raises(ScoreError, match="the score odd cannot be called with prompts and answers: "):
+        FunctionScore("odd", function)
 
 
 def test_the_demos_score_takes_no_template() -> None:

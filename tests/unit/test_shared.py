@@ -103,6 +103,19 @@ def test_arguments_that_argparse_mistakes_are_refused(argument: str, capsys: pyt
     assert capsys.readouterr().err.startswith("mara-test: error: ")
 
 
+def test_a_working_directory_that_is_gone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as left:
+        guarded(Parser("mara-test", ""), lambda _: None, [])
+    assert left.value.code == 2
+    assert "the working directory cannot be read" in capsys.readouterr().err
+
+
 def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
     """Letters are replaced, JSON is escaped, and no file that is opened later becomes a stream."""
     folder = helpers.make_bundle(tmp_path / "bundle")
@@ -121,4 +134,8 @@ def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
     assert "modèle" in inspect("", "latin-1")
     assert json.loads(inspect("--json", "ascii"))["model"]["source"] == "modèle"
     assert inspect(">&- 2>&- <&-") == ""
+    child = "import os, sys, subprocess as s; from mara_deploy.commands.process import prepared\nwith prepared():\n "
+    child += "sys.exit(s.call([sys.executable, '-c', 'import os; [os.fstat(i) for i in (0, 1, 2)]']))"
+    line = f'{sys.executable} -c "$CODE" >&- 2>&- <&-'
+    assert subprocess.run(["sh", "-c", line], env={**os.environ, "CODE": child}, check=False).returncode == 0
     assert "modèle" in inspect("2>&-")

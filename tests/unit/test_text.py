@@ -121,6 +121,15 @@ def test_byte_fallback_the_pieces_of_an_encoded_text_are_the_text(fallback_side,
     assert "".join(pieces) == joined == fallback_side.decode(ids)
 
 
+@pytest.mark.parametrize(("before", "after"), [("a", " a"), ("中 ", "b"), ("", "a"), ("ab", "👍 a")])
+def test_text_that_continues_other_text_keeps_its_space(fallback_side, before, after):
+    context, ids = ids_of(fallback_side, before), ids_of(fallback_side, before + after)
+    continued = TextStream(fallback_side, context=context)
+    assert ids[: len(context)] == context
+    pieces = [continued.push(token) for token in ids[len(context) :]]
+    assert "".join([*pieces, continued.finish()]) == continued.text == after
+
+
 @given(ids=st.lists(st.integers(0, 2) | st.integers(180, FALLBACK_VOCABULARY - 1), max_size=10))
 def test_byte_fallback_any_tokens_are_their_text(fallback_side, ids):
     pieces, joined, _ = stream(fallback_side, ids)

@@ -25,7 +25,8 @@ from mara_runtime.schedule.base import Fixed
 from mara_runtime.stats import Stats
 from tests.conformance import chain, filled, judged, request, siblings
 from tests.double.machine import Machine
-from tests.double.trt import ICudaEngine, IExecutionContext
+from tests.double.trt import ICudaEngine
+from tests.double.trt_context import IExecutionContext
 from tests.unit.written_model import CONTEXT, FINE, HEAD_ROWS, SIZES, SLOTS, add_engines, table, write_bundle
 
 Open = Callable[..., TrtEngine]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import fnmatch
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +19,17 @@ from transformers.utils import logging
 from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
 from mara_export.hf.sources import ModelSource
-from mara_runtime.errors import first_line
+from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
 
 _GENERATION, _INDEX, _CUSTOM_GENERATE = "generation_config.json", "model.safetensors.index.json", "custom_generate"
+_HEAD = "lm_head.weight"
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
+_SAMPLE = 256
+"""Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_MESSAGE = 300
 """Length at which messages of other libraries are cut: some list every model there is."""
 
@@ -58,6 +67,10 @@ def _check_folder(source: ModelSource) -> None:
             raise ModelError(f"{name}: its {path.name} is a link to outside the folder: copy the file it stands for")
         if target.exists() and not target.is_file() and not target.is_dir():
             raise ModelError(f"{name}: its {path.name} is not a regular file")
+        if path.suffix in (".json", ".jinja") and target.is_file():
+            with target.open("rb") as file:
+                if file.read(3).startswith(_BYTE_ORDER_MARKS):
+                    raise ModelError(f"{name}: its {path.name} begins with a byte order mark: save it as UTF-8 without")
     index = read_json(folder / _INDEX)
     shards = index.get("weight_map") if isinstance(index, dict) else None
     for shard in set(shards.values()) if isinstance(shards, dict) else ():
@@ -94,6 +107,12 @@ def load_config(source: ModelSource) -> Any:
 def read_config(source: ModelSource) -> Any:
     """The configuration of a model of any architecture, including one saved by transformers 5. Raises ModelError."""
     config, values = from_pretrained(AutoConfig, source), read_json(source.folder / "config.json")
+    said = values.get("rope_scaling") if isinstance(values, dict) else None
+    if isinstance(said, dict) and said.get("type", said.get("rope_type")) != said.get("rope_type", said.get("type")):
+        raise ModelError(
+            f"{source.name}: its config.json says twice of what type rope_scaling is, {said['type']!r} and "
+            f"{said['rope_type']!r}: remove the wrong one"
+        )
     rope = getattr(config, "rope_parameters", None)
     if rope is not None:  # base and scaling; transformers 4 keeps them apart, and would use its defaults
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
@@ -118,15 +137,35 @@ def read_config(source: ModelSource) -> Any:
     return config
 
 
-def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    """The LLM, ready to run. attention: a name that transformers knows.
+def reference_config(source: ModelSource) -> Any:
+    """The configuration as transformers itself reads it, for the gate: `read_config` has no part in it.
+
+    What only transformers 5 says is handed over under its old name; a value under that name stays. Raises ModelError.
+    """
+    said = read_json(source.folder / "config.json") or {}
+    scaling = dict(said.get("rope_parameters") or {})
+    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
+    missing = {name: value for name, value in old.items() if value is not None and said.get(name) is None}
+    return from_pretrained(AutoConfig, source, **missing)
+
+
+def load_model(
+    source: ModelSource,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
+    ignore_weights: Sequence[str] = (),
+) -> Any:
+    """The LLM, ready to run. attention: a name that transformers knows; config: default as `read_config` reads it;
+    ignore_weights: patterns of surplus weights to leave out.
 
     Rejects a checkpoint with missing weights, which transformers would initialise at random, and one with unexpected
-    weights, which it would ignore. Raises ModelError.
+    weights, which it would ignore. Raises ModelError, and OptionError for a pattern that no surplus weight has.
     """
     _check_generation_config(source)
+    _check_quantised(source)
     options: dict[str, Any] = {
-        "config": read_config(source),
+        "config": read_config(source) if config is None else config,
         "dtype": dtype,
         "attn_implementation": attention,
         "output_loading_info": True,
@@ -136,10 +175,45 @@ def load_model(source: ModelSource, attention: str = "eager", dtype: torch.dtype
     unread = [name for name, weight in model.named_parameters() if weight.is_meta]  # tied to a missing one
     if missing := sorted({*loading["missing_keys"], *unread}):
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
-    unknown = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise ModelError(f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}")
+    surplus = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    for pattern in ignore_weights:
+        if not fnmatch.filter(surplus, pattern):
+            has = f"those of {source.name} are {_some(surplus)}" if surplus else f"{source.name} has none"
+            raise OptionError(f"--ignore-weights is {pattern!r}, which matches no surplus weight; {has}")
+    if unknown := [key for key in surplus if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore_weights)]:
+        raise ModelError(
+            f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}; leave out "
+            f"those that it works without, a value head say, with --ignore-weights '{unknown[0].partition('.')[0]}*'"
+        )
+    _check_head(source, model)
     return model.eval()
+
+
+def _check_head(source: ModelSource, model: Any) -> None:
+    """Reject a head of its own in a model whose configuration says that the head is the embedding."""
+    table = model.get_input_embeddings().weight
+    if model.get_output_embeddings().weight is not table:
+        return
+    for path in source.folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if _HEAD in file.keys() and not torch.equal(file.get_tensor(_HEAD).to(table), table):  # noqa: SIM118
+                raise ModelError(
+                    f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set "
+                    "that to false, or remove the weight"
+                )
+
+
+def _check_quantised(source: ModelSource) -> None:
+    """Reject weights that are stored as anything but floating-point numbers, with whatever scales beside them."""
+    for path in sorted(source.folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # said at loading
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name).get_dtype()
+                if name.endswith("weight") and stored not in _FLOATS:
+                    raise ModelError(
+                        f"{source.name} is quantised: its {name} is stored as {stored}; export the checkpoint that it "
+                        "was made from, in float16, bfloat16 or float32"
+                    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -161,6 +235,15 @@ def read_json(path: Path) -> Any:
         return json.loads(read_file(path, _MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def fingerprint(model: Any) -> str:
+    """Of a model's weights, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

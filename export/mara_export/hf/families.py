@@ -151,8 +151,14 @@ def hub_id_of(name: str) -> str:
 
 
 _SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-"""rope types whose frequencies do not depend on the length of the text"""
+_FIXED_ROPE = {
+    "default": "",
+    "linear": "factor",
+    "llama3": "factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    "yarn": "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim "
+    "truncate",
+}
+"""rope types whose frequencies do not depend on the length of the text, and what transformers reads for them"""
 
 
 def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
@@ -195,8 +201,13 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     own = getattr(config, "max_position_embeddings", None)
     if type(own) is not int or own < 1:
         raise ModelError(f"{name}: its config.json has max_position_embeddings = {own!r}; expected a positive integer")
-    if getattr(config, "quantization_config", None) or getattr(config, "quantization", None):  # the second is MLX's
-        raise ModelError(f"{name} is already quantised; export its original checkpoint")
+    for key in ("quantization_config", "quantization"):  # the second is MLX's
+        if how := getattr(config, key, None):
+            method = str(how.get("quant_method", "")) if isinstance(how, dict) else ""
+            raise ModelError(
+                f"{name} is quantised already ({method or key}): export the checkpoint that it was made from, in "
+                "float16, bfloat16 or float32"
+            )
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
@@ -212,7 +223,10 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
             f"{name} has rope scaling {rope_type!r}, whose frequencies change with the length of the text; "
             f"supported are {', '.join(_FIXED_ROPE)}"
         )
-
+    if unread := [key for key in rope if key not in ("rope_type", "type", *_FIXED_ROPE[rope_type].split())]:
+        raise ModelError(
+            f"{name}: its config.json has {unread[0]} in rope_scaling, which nothing reads for {rope_type!r}: remove it"
+        )
     if own < 2:
         raise ModelError(f"{name} has a context of {own} token, which leaves no room for an answer")
     context = min(4096, own) if max_context is None else max_context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from mara_runtime.manifest import TokenizerFacts
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_MESSAGES = [{"role": "user", "content": "How do I cook rice?"}]
+_QUESTION = {"role": "user", "content": "How do I cook rice?"}
+_CONVERSATIONS = ([_QUESTION], [{"role": "system", "content": "Be brief."}, _QUESTION])
+"""A template may want a system message, or not take any."""
 _MAX_MESSAGE = 200
 """Length at which a template's error message is cut."""
 
@@ -70,24 +73,33 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
     return TokenizerFacts(TOKENIZER_FILE, TEMPLATE_FILE if template else None, _special_tokens(tokenizer))
 
 
-def check_chat_template(tokenizer: Any, name: str) -> None:
+def check_chat_template(tokenizer: Any, name: str) -> str | None:
     """Reject a chat template that the runtime does not render as transformers does.
 
-    name: of the model, for messages. Raises ModelError.
+    name: of the model, for messages. Returns why it rejects a user message without a system message; None: it does not.
+    Raises ModelError.
     """
     template = _chat_template(tokenizer)
     if not template:
-        return
+        return None
+    rejections = [_compare(tokenizer, template, messages, name) for messages in _CONVERSATIONS]
+    if None not in rejections:
+        raise _template_error(name, f"cannot render a user message, with or without a system message: {rejections[0]}")
+    return rejections[0]
+
+
+def _compare(tokenizer: Any, template: str, messages: list[dict[str, str]], name: str) -> str | None:
+    """None where both sides render the same text, their reason where both reject the messages. Raises ModelError."""
     for _ in range(2):  # a template may print the time, and the second may change in between
         theirs, why_not_theirs = _rendered(
-            lambda: str(tokenizer.apply_chat_template(_MESSAGES, tokenize=False, add_generation_prompt=True))
+            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         )
-        ours, why_not_ours = _rendered(lambda: ChatTemplate(template, _special_tokens(tokenizer)).render(_MESSAGES))
+        ours, why_not_ours = _rendered(lambda: ChatTemplate(template, _special_tokens(tokenizer)).render(messages))
         if ours is not None and ours == theirs:
-            return
+            return None
     if ours is None and theirs is None:
-        problem = f"cannot render a single user message: {why_not_theirs}"
-    elif ours is None:
+        return why_not_theirs
+    if ours is None:
         problem = f"fails where the bundle runs, though not in transformers: {why_not_ours}"
     elif theirs is None:
         problem = f"fails in transformers: {why_not_theirs}"
@@ -99,7 +111,11 @@ def check_chat_template(tokenizer: Any, name: str) -> None:
             f"gives another text where the bundle runs than in transformers, from character {at} on: "
             f"{ours[at : at + 20]!r}, not {theirs[at : at + 20]!r}"
         )
-    raise ModelError(
+    raise _template_error(name, problem)
+
+
+def _template_error(name: str, problem: str) -> ModelError:
+    return ModelError(
         f"the chat template of {name} {problem}; correct or remove it ({TEMPLATE_FILE}, tokenizer_config.json)"
     )
 
@@ -116,10 +132,12 @@ def end_tokens(tokenizer: Any | None, tokens: Sequence[str], vocab_size: int, na
 
 def end_of_turn(tokenizer: Any) -> tuple[int, str] | None:
     """The special token that the chat template puts after an answer, as (id, text); None without one."""
-    answer = "Boil it."
-    conversation = [*_MESSAGES, {"role": "assistant", "content": answer}]
-    text, _ = _rendered(lambda: str(tokenizer.apply_chat_template(conversation, tokenize=False)))
-    _, found, rest = (text or "").rpartition(answer)
+    answer = {"role": "assistant", "content": "Boil it."}
+    texts = [
+        _rendered(lambda m=messages: str(tokenizer.apply_chat_template([*m, answer], tokenize=False)))[0]  # type: ignore[misc]
+        for messages in _CONVERSATIONS
+    ]
+    _, found, rest = next(filter(None, texts), "").rpartition(answer["content"])
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     following = [token for token in special if found and rest.strip().startswith(token)]
     return (special[longest], longest) if (longest := max(following, key=len, default=None)) is not None else None
@@ -143,6 +161,13 @@ def _chat_template(tokenizer: Any) -> str | None:
     return template or None
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, str]:
-    """By role, without lists such as additional_special_tokens."""
-    return {role: str(token) for role, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+def template_checksum(tokenizer: Any | None) -> str | None:
+    """SHA-256 of the template that goes into a bundle; None without one."""
+    template = None if tokenizer is None else _chat_template(tokenizer)
+    return template and hashlib.sha256(template.encode()).hexdigest()
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str | list[str]]:
+    """By role; additional_special_tokens is a list."""
+    every = tokenizer.special_tokens_map.items()
+    return {role: [str(t) for t in token] if isinstance(token, list) else str(token) for role, token in every}

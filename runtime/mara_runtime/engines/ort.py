@@ -209,8 +209,9 @@ class OrtEngine(ABC):
             raise EngineError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
         if provider not in session.get_providers():  # it goes on with the CPU's, silently
             raise EngineError(
-                f"ONNX Runtime cannot use its {provider}, usually because CUDA or cuDNN is missing: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their libraries to LD_LIBRARY_PATH"
+                f"ONNX Runtime cannot use its {provider}, usually because CUDA or cuDNN is missing, or the driver is "
+                "older than 580, for CUDA 13: pip install 'onnxruntime-gpu[cuda,cudnn]', or add the folders of other "
+                "libraries to LD_LIBRARY_PATH"
             )
         return session
 

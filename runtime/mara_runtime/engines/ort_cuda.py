@@ -6,6 +6,8 @@ Not yet run on hardware; tests/cuda count what a pass asks of CUDA.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -79,12 +81,16 @@ class CudaEngine(OrtEngine):
             self._run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
         except EngineError as error:
             raise EngineError(
-                f"{error}; CUDA needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]', and add the folders of their "
-                "libraries to LD_LIBRARY_PATH) and an onnxruntime-gpu with kernels for this GPU; else take --engine cpu"
+                f"{error}; CUDA needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]') and an onnxruntime-gpu with "
+                "kernels for this GPU; else take --engine cpu"
             ) from error
         self._memory.zero()
 
     def _open(self, path: Path, options: Any) -> Any:
+        import onnxruntime
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, and the session decides what matters
+            onnxruntime.preload_dlls()  # of NVIDIA's packages, if they are installed: they are on no search path
         provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
         if self._graphs:
             try:

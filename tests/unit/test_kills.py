@@ -1,0 +1,70 @@
+"""Killed before any change that it makes to the file system, an export or a build leaves no half state; the next one
+works, and removes what is left."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from mara_export.folder import claimed, whole_or_absent, working_folder
+from mara_runtime.bundle import Bundle
+from tests.fork import killed_before
+from tests.unit import helpers
+from tests.unit.test_extend import BEFORE, add, assert_whole, facts
+
+
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_a_killed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mount: bool) -> None:
+    """In a mount point, where the files arrive one by one, the manifest says whether all are there."""
+    root, made = tmp_path / "new", helpers.make_bundle(tmp_path / "made")
+    out = root / "out"
+    if is_mount:
+        out.mkdir(parents=True)
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+
+    def export() -> None:
+        with claimed(out), working_folder(out) as trace:
+            (trace / "weights").write_text("w")
+            with whole_or_absent(out) as folder:
+                for path in made.iterdir():
+                    (folder / path.name).write_bytes(path.read_bytes())
+
+    for change in count(1):
+        killed = killed_before(change, export)
+        if (out / "manifest.json").exists():
+            Bundle.open(out)
+        else:
+            assert killed
+            if is_mount:
+                for path in [path for path in out.iterdir() if not path.name.startswith(".")]:
+                    path.unlink()  # a file that arrived is not ours to remove
+            export()
+            assert assert_whole(out)
+        assert {path.name for path in root.iterdir()} <= {"out", ".out.lock"} or killed
+        if not killed:
+            break
+        shutil.rmtree(out)
+        if is_mount:
+            out.mkdir()
+    assert change > 15
+
+
+@pytest.mark.parametrize("before", [[], BEFORE], ids=["first", "again"])
+def test_a_killed_build(tmp_path: Path, before: list[object]) -> None:
+    fresh = Bundle.open(helpers.make_bundle(tmp_path / "fresh"))
+    fresh = add(fresh, before) if before else fresh
+    for change in count(1):
+        folder = Path(shutil.copytree(fresh.folder, tmp_path / f"{change}"))
+        bundle = Bundle.open(folder)
+        killed = killed_before(change, lambda bundle=bundle: add(bundle, [facts(64), facts(128)]))
+        assert len(Bundle.open(folder).manifest.engines) in (len(before), 2, 3)
+        add(Bundle.open(folder), [facts(64), facts(128)])
+        assert_whole(folder)
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+        if not killed:
+            break
+        shutil.rmtree(folder)
+    assert change > 10
