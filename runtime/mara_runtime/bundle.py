@@ -70,6 +70,20 @@ class Bundle:
             except OSError as error:
                 raise BundleError(f"{self.folder}: {name} cannot be read: {error.strerror}") from None
 
+    def scattered(self, name: str) -> list[str]:
+        """Files below the folder of file `name` that are links to elsewhere than that folder and what `name` leads to.
+
+        ONNX Runtime reads no weights from them. Relative to that folder; without empty files.
+        """
+        path = self.path(name)
+        near = path.parent.resolve(), path.resolve().parent
+        below = [file for file in map(self.path, self.manifest.files) if file.is_relative_to(path.parent)]
+        return [
+            file.relative_to(path.parent).as_posix()
+            for file in below
+            if not any(file.resolve().is_relative_to(folder) for folder in near) and file.stat().st_size
+        ]
+
     def unlisted(self) -> list[str]:
         """Files in the folder that the manifest does not list: no command reads them."""
         found = (

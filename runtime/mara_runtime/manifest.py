@@ -325,7 +325,7 @@ class _Reader(JsonReader):
         if unknown := sorted(entry.keys() - {"size_bytes", "sha256"}):
             raise self.wrong(f"files[{shortened(name)}][{shortened(unknown[0])}]", "is not known to this release")
         size = entry.get("size_bytes")
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size < 2**63:
             raise self.wrong(f"files[{shortened(name)}].size_bytes", f"is {shortened(size)}")
         if not isinstance(entry.get("sha256"), str):
             raise self.wrong(f"files[{shortened(name)}].sha256", f"is {shortened(entry.get('sha256'))}")

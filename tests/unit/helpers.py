@@ -147,19 +147,16 @@ def manifest_json(
 
 def parity_json() -> dict[str, Any]:
     """A report of the parity gate."""
+    facts = {"passed": True, "prompts": 2, "rows": 40, "largest_activation": 900.5}
     number, counts = {"greatest_difference": 0.001}, {"compared": 39, "within_noise": 1, "differing": 0, "changed": 1}
     return {
-        "passed": True,
-        "prompts": 2,
-        "rows": 40,
-        "hidden": {**number, "least_cosine": 0.99},
-        "logits": {**number, "least_cosine": 0.98},
+        **facts,
+        **{name: {**number, "least_cosine": 0.99} for name in ("hidden", "logits")},
         "margins": number,
         "noise": {"hidden": 0.1, "logits": 0.2, "margins": 0.3},
         **{name: dict(counts) for name in ("first", "ranks", "decisions")},
         "min_gap": {"first": 0.1, "ranks": 0.2, "decisions": 0.3},
         "perplexity": {"reference": 12.5, "exported": 12.25},
-        "largest_activation": 900.5,
     }
 
 

@@ -201,7 +201,7 @@ def test_engines_have_a_folder_per_target_and_one_size_each() -> None:
 
 @pytest.mark.parametrize("path", FILE_FIELDS, ids="/".join)
 def test_a_file_entry_of_another_kind_is_named(path: Path) -> None:
-    for other in (MISSING, None, 1.5, True, [], {}, 5 if path[-1] == "sha256" else "text", -1):
+    for other in (MISSING, None, 1.5, True, [], {}, 5 if path[-1] == "sha256" else "text", -1, 10**400):
         message = refused(json.dumps(changed(path, other)))
         assert "files" in message or path[1] in message
 

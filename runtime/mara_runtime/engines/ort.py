@@ -10,7 +10,6 @@ they are bound once for each shape of pass: a new binding costs more than the re
 from __future__ import annotations
 
 import math
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.errors import EngineError, OptionError, first_line
+from mara_runtime.files import mapped
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine."""
@@ -198,10 +198,11 @@ class OrtEngine(ABC):
         import onnxruntime as ort
 
         provider = PROVIDERS[self.name]
-        linked = self._linked_elsewhere(path)
-        in_memory = getattr(options, "add_external_initializers_from_files_in_memory", None)  # before 1.24, all links
-        if linked and in_memory is not None:
-            in_memory([name for name, _ in linked], [content for _, content in linked], [len(c) for _, c in linked])
+        in_memory = getattr(options, "add_external_initializers_from_files_in_memory", None)
+        names = self._bundle.scattered(self._bundle.manifest.step.file)
+        if names and in_memory is not None:  # before 1.24, ONNX Runtime follows every link
+            contents = [mapped(path.parent / name) for name in names]
+            in_memory(names, contents, [len(content) for content in contents])  # which copies what it needs
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, provider_options)])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
@@ -213,23 +214,6 @@ class OrtEngine(ABC):
                 "libraries to LD_LIBRARY_PATH"
             )
         return session
-
-    def _linked_elsewhere(self, path: Path) -> list[tuple[str, mmap.mmap]]:
-        """Names and contents of files that are links to other folders than the graph's, where ONNX Runtime reads none.
-
-        Given in memory, weights are copied: opening takes longer, and the weights' size more of memory.
-        """
-        linked = []
-        near = path.parent.resolve(), path.resolve().parent
-        for name, entry in self._bundle.manifest.files.items():
-            file = self._bundle.path(name)
-            if not entry.size_bytes or not file.is_relative_to(path.parent):
-                continue
-            if not any(file.resolve().is_relative_to(folder) for folder in near):
-                with file.open("rb") as opened:
-                    content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-                linked.append((file.relative_to(path.parent).as_posix(), content))
-        return linked
 
     def _check_io(self, path: Path) -> None:
         """Check that the graph has the tensors that the manifest's sizes imply."""
