@@ -6,10 +6,10 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class ForkServer:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         child = int(self._process.stdout.readline())
         if kill_after is not None:
-            time.sleep(kill_after)
+            select.select([self._process.stdout], [], [], kill_after)  # until then, or until it has ended
             with contextlib.suppress(ProcessLookupError):  # the server has not reaped it, or it has ended
                 os.kill(child, signal.SIGKILL)
         code, renames = json.loads(self._process.stdout.readline())

@@ -276,6 +276,14 @@ def test_two_that_write_the_manifest_at_once_take_turns(bundle: Bundle, monkeypa
     assert plain(assert_whole(bundle.folder).manifest.engines) == [facts(64), facts(64, "tensorrt-rtx")]
 
 
+def test_a_second_build_for_a_target_is_refused_at_its_start(bundle: Bundle) -> None:
+    busy = pytest.raises(MaraError, match="another mara-build is adding engines for tensorrt to")
+    with staging_folder(bundle, "tensorrt"), staging_folder(bundle, "tensorrt-rtx"), busy:
+        add(bundle, [facts(64)])
+    assert assert_whole(bundle.folder) == bundle
+    assert not [path for path in bundle.folder.iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize("what", ["graph", "facts"])
 def test_a_bundle_that_was_exported_anew_meanwhile_is_refused(bundle: Bundle, what: str) -> None:
     changed = {"graph": helpers.OTHER_GRAPH} if what == "graph" else {"max_context": 64}
