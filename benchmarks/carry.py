@@ -137,8 +137,10 @@ def thin(library: bytearray, capability: int) -> set[int]:
 
 
 def carry_packages(packages: Path, out: Path, capability: int) -> None:
-    """Copy a folder of packages, thinned, without what only TensorRT needs. Raises MaraError where no code is left."""
-    shutil.copytree(packages, out, ignore=shutil.ignore_patterns("*tensorrt*.so", "__pycache__"))
+    """Copy a folder of packages, thinned. Raises MaraError where no code is left."""
+    # ONNX Runtime brings a provider for TensorRT, and itself once more for C
+    unused = shutil.ignore_patterns("*tensorrt*.so", "libonnxruntime.so*", "__pycache__")
+    shutil.copytree(packages, out, ignore=unused)
     gpus = set()
     for path in sorted(out.rglob("*.so*")):
         library = bytearray(path.read_bytes())

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
@@ -28,9 +29,14 @@ class CudaMemory(CpuMemory):
 
     name, device = "cuda", "cuda"
 
-    def __init__(self, shape: ModelShape, dtype: str, capacity: int) -> None:
+    def __init__(self, shape: ModelShape, dtype: str, capacity: int, *, fixed: bool) -> None:
+        """fixed: the memory has its full size and stays where it is, for CUDA graphs refer to it; ONNX Runtime frees no
+        graph before its session."""
         super().__init__(shape, dtype, capacity)
+        self._fixed = fixed
         self.recompute = Recompute()
+        if fixed:
+            self._allocate(capacity)
 
     def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
         try:
@@ -54,7 +60,11 @@ class CudaMemory(CpuMemory):
 
     def zero(self) -> None:
         """See `CacheMemory`."""
-        super().zero()
+        if self._fixed:
+            for value, entries in zip(self.values, self._slab, strict=True):
+                value.update_inplace(np.zeros_like(entries))
+        else:
+            super().zero()
         self.recompute.cancel()
 
 
@@ -101,7 +111,7 @@ class CudaEngine(OrtEngine):
 
     def _make_memory(self, capacity: int) -> CudaMemory:
         # fused attention takes no mask whose rows are not aligned, so the last size, too, has to be a multiple
-        return CudaMemory(self._shape, self._dtype, rounded(capacity))
+        return CudaMemory(self._shape, self._dtype, rounded(capacity), fixed=self._graphs is True)
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""
