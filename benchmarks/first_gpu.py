@@ -48,8 +48,6 @@ OF_THE_MACHINE = ("machine", "conformance")
 OF_NO_GPU = ("machine", "fill", "reference")
 COMPARED = ("passes", "answers")
 """Stages that need what a CPU computes."""
-ATTENTIONS: Mapping[str, Mapping[str, str]] = {"default": {}, "own": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}}
-"""ONNX Runtime's default is cuDNN's from compute capability 9.0 on, else its own."""
 FILLING = "filling.json"
 """In a bundle whose weights were left behind, see carry.py."""
 
@@ -65,8 +63,6 @@ class Bundle:
     """of its last target on a GPU"""
     reference: Path
     """what a CPU computes of it"""
-    attentions: list[str]
-    """to try; those it opens with; those with which its passes are right"""
     why_not: str | None = None
     """it cannot be run"""
     doubt: str | None = None
@@ -81,8 +77,7 @@ def find_bundles(folder: Path) -> list[Bundle]:
         size = sum(entry["size_bytes"] for entry in manifest["files"].values())
         reference = folder / f"{path.parent.name}.json"
         engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
-        attentions = [*ATTENTIONS] if engine == "cuda" else ["default"]
-        found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute(), attentions)))
+        found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute())))
     return [bundle for _, bundle in sorted(found, key=lambda one: one[0])]
 
 
@@ -119,14 +114,11 @@ class Run:
                 if right(record):
                     bundle.reference = self._out / f"{bundle.folder.name}.json"
                     bundle.reference.write_text(json.dumps(record.pop("result")), encoding="utf-8")
-        elif stage in ("open", "passes"):
-            records = {a: self._run(stage, bundle, *self._own(stage, bundle), attention=a) for a in bundle.attentions}
-            opened = [a for a, record in records.items() if right(record) or "does_nothing" in record["result"]]
-            bundle.attentions = opened or bundle.attentions[:1]
-            for record in records.values():
-                if "does_nothing" in record["result"]:
-                    bundle.doubt = record["failed"]
-            if stage == "open" and not opened:
+        elif stage == "open":
+            record = self._run(stage, bundle, *self._own(stage, bundle))
+            if record["result"].pop("does_nothing", False):
+                bundle.doubt = record["failed"]
+            elif not right(record):
                 bundle.why_not = "it does not open"
         else:
             self._run(stage, bundle, *self._command(stage, bundle))
@@ -163,13 +155,11 @@ class Run:
             ]
         return self._own(stage, bundle)
 
-    def _run(self, stage: str, bundle: Bundle, *words: object, attention: str | None = None) -> Record:
+    def _run(self, stage: str, bundle: Bundle, *words: object) -> Record:
         """Run the process of a stage and record it: its result, why it failed, or why it had to be skipped."""
         record: Record = {"stage": stage, "result": {}}
         if stage not in OF_THE_MACHINE:
             record["bundle"] = bundle.folder.name
-        if bundle.engine == "cuda" and stage not in OF_NO_GPU:
-            record["attention"] = attention or bundle.attentions[0]
         left_s = self._end - time.monotonic()
         if bundle.why_not and stage not in OF_THE_MACHINE:
             record["skipped"] = bundle.why_not
@@ -190,8 +180,7 @@ class Run:
         junit = output.with_suffix(".xml")
         if "pytest" in words:
             words = (*words, "--junitxml", junit)
-        own = ATTENTIONS[record.get("attention", "default")]
-        variables = {**self._environment, **own, "MARA_GPU_BUNDLE": str(bundle.folder)}
+        variables = {**self._environment, "MARA_GPU_BUNDLE": str(bundle.folder)}
         started = time.monotonic()
         wrong = limited([sys.executable, *map(str, words)], variables, output, limit_s)
         record["seconds"] = round(time.monotonic() - started, 1)
@@ -223,8 +212,6 @@ def told(record: Record) -> str:
     """A record on one line."""
     how = next((f"{why}: {record[why]}" for why in ("failed", "skipped") if why in record), "ok")
     what = " ".join(record[key] for key in ("stage", "bundle") if key in record)
-    if record.get("attention") == "own":
-        what += ", own attention"
     return f"{what:44} {record.get('seconds', 0):6.1f} s  {how}"
 
 

@@ -23,6 +23,10 @@ from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
 
+OWN_ATTENTION = 2 | 16
+"""Kernels that attention may take, in ONNX Runtime's numbers: its own, fused and not. From compute capability 9.0 on it
+would take cuDNN's, which is built for each shape of pass when that runs, and may be refused then; not yet tried."""
+
 
 class CudaMemory(CpuMemory):
     """KV entries on the device; see `CacheMemory`."""
@@ -101,7 +105,8 @@ class CudaEngine(OrtEngine):
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, and the session decides what matters
             onnxruntime.preload_dlls()  # of NVIDIA's packages, if they are installed: they are on no search path
-        provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
+        # TF32 would round float32 to 11 bits
+        provider_options = {"use_tf32": "0", "sdpa_kernel": str(OWN_ATTENTION)}
         if self._graphs:
             try:
                 return self._open_session(path, options, {**provider_options, "enable_cuda_graph": "1"})
