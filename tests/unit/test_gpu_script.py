@@ -202,7 +202,7 @@ class Machine(first_gpu.Run):
         self.scripts = scripts
 
     def _command(self, stage, bundle):
-        return ["-c", self.scripts.get(stage, "print('{}')")]
+        return ["-I", "-S", "-c", self.scripts.get(stage, "print('{}')")]
 
     _own = _command
 

@@ -50,6 +50,7 @@ class CudaMemory(CpuMemory):
                 f"the GPU has no memory for a KV cache of {slots} slots: {first_line(error)}; ask for fewer tokens, or "
                 "decode with --engine cpu"
             ) from error
+        self._slab = np.broadcast_to(self._slab.dtype.type(0), self._slab.shape)  # a shape; the host holds no entries
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
