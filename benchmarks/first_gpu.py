@@ -73,12 +73,23 @@ def find_bundles(folder: Path) -> list[Bundle]:
     """The bundles of a folder, smaller ones first."""
     found = []
     for path in sorted(folder.glob("*/manifest.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+            engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(refused(f"{path} is no manifest of a bundle ({error}): remove its folder")) from None
         reference = folder / f"{path.parent.name}.json"
-        engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
         found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute())))
+    if not found:
+        raise SystemExit(refused(f"no folder in {folder} is a bundle: write one with mara-export --out"))
     return [bundle for _, bundle in sorted(found, key=lambda one: one[0])]
+
+
+def refused(why: str) -> int:
+    """Say so on one line; returns the exit code."""
+    print(f"first_gpu: {why}", file=sys.stderr)
+    return 2
 
 
 class Run:
@@ -141,18 +152,9 @@ class Run:
             return ["-m", "benchmarks.soak", bundle.folder, "--engine", bundle.engine, "--steps", steps]
         if stage in ("conformance", "real-model"):
             test = f"tests/gpu/test_{stage.replace('-', '_')}.py"
-            return [
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "junit_family=xunit1",
-                "-k",
-                "not steps",
-                test,
-            ]
+            options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", "-k", "not steps"]
+            options += ["--maxfail", "3"] if self._args.smoke else []
+            return ["-m", "pytest", *options, test]
         return self._own(stage, bundle)
 
     def _run(self, stage: str, bundle: Bundle, *words: object) -> Record:
@@ -273,14 +275,24 @@ def tests(junit: Path) -> dict[str, Any]:
     return found
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--bundles", type=Path, required=True, help="folder of bundles")
     options.add_argument("--out", type=Path, required=True, help="folder to write, must be new")
     packages = "folder with Python packages, as `pip install --target` makes it (can be repeated)"
     options.add_argument("--packages", type=Path, action="append", default=[], metavar="DIR", help=packages)
-    options.add_argument("--minutes", type=float, default=1e6, help="for all stages together (default: no limit)")
-    options.add_argument("--patience", type=float, default=1.0, help="multiplies the limit of each stage (default 1)")
+    options.add_argument("--minutes", type=positive, default=1e6, help="for all stages together (default: no limit)")
+    options.add_argument(
+        "--patience", type=positive, default=1.0, help="multiplies the limit of each stage (default 1)"
+    )
     stages = f"run these alone, of {', '.join(LIMITS_S)}"
     options.add_argument("--stages", nargs="+", default=[*LIMITS_S], choices=LIMITS_S, metavar="STAGE", help=stages)
     options.add_argument("--smoke", action="store_true", help="few repetitions, to see whether everything runs")
@@ -290,13 +302,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     bundles = find_bundles(args.bundles)
-    if not bundles:
-        print(f"first_gpu: no folder in {args.bundles} is a bundle: write one with mara-export --out", file=sys.stderr)
-        return 2
     if args.out.exists():
-        print(f"first_gpu: {args.out} exists already: remove it, or choose another --out", file=sys.stderr)
-        return 2
-    return int(not Run(args).all(bundles))
+        return refused(f"{args.out} exists already: remove it, or choose another --out")
+    try:
+        return int(not Run(args).all(bundles))
+    except KeyboardInterrupt:
+        return refused(f"stopped; what was found by then is in {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":

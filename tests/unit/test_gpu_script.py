@@ -245,15 +245,23 @@ def test_a_stage_that_fails_says_why_and_the_others_go_on(tmp_path, scripts, exp
         assert widths["result"] == {"a": 1}
 
 
-@pytest.mark.parametrize(("folder", "named"), [("empty", "mara-export"), ("taken", "exists already")])
-def test_first_gpu_refuses_in_one_line(tmp_path, folder, named, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "named"), [("empty", "mara-export"), ("broken", "manifest.json"), ("taken", "exists already")]
+)
+@pytest.mark.parametrize("script", [first_gpu, carry])
+def test_wrong_folders_are_refused_in_one_line(tmp_path, script, folder, named, capsys, monkeypatch):
     helpers.make_bundle(tmp_path / "taken" / "tiny")
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(
-        sys, "argv", ["first_gpu", "--bundles", str(tmp_path / folder), "--out", str(tmp_path / "taken")]
-    )
-    assert first_gpu.main() == 2
-    assert named in capsys.readouterr().err
+    (tmp_path / "broken" / "one").mkdir(parents=True)
+    (tmp_path / "broken" / "one" / "manifest.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["", "--bundles", str(tmp_path / folder), "--out", str(tmp_path / "taken")])
+    try:
+        code = script.main()
+    except SystemExit as ended:
+        code = ended.code
+    error = capsys.readouterr().err
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert named in error
 
 
 def fat_binary(*gpus: int) -> bytes:
