@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.first_gpu import FILLING
+from benchmarks.first_gpu import FILLING, find_bundles, positive
 from benchmarks.gpu_stages import SMALL_BYTES
-from mara_export.folder import file_entries, write_manifest
+from mara_export.folder import file_entries, whole_or_absent, write_manifest
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from mara_runtime.manifest import MANIFEST_FILE
@@ -82,8 +82,10 @@ def hollow(bundle: Bundle, out: Path) -> None:
 
 def fill(folder: Path, out: Path) -> Bundle:
     """Copy a bundle of `hollow` with numbers in place of its weights."""
+    if not (folder / FILLING).is_file():
+        raise MaraError(f"{folder} lacks no weights: it has no {FILLING}, which the bundles of --bundles get")
     filling = json.loads((folder / FILLING).read_text(encoding="utf-8"))
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name not in (FILLING, KEPT):
             shutil.copy(path, out / path.name)
@@ -137,8 +139,10 @@ def thin(library: bytearray, capability: int) -> set[int]:
 
 
 def carry_packages(packages: Path, out: Path, capability: int) -> None:
-    """Copy a folder of packages, thinned, without what only TensorRT needs. Raises MaraError where no code is left."""
-    shutil.copytree(packages, out, ignore=shutil.ignore_patterns("*tensorrt*.so", "__pycache__"))
+    """Copy a folder of packages, thinned. Raises MaraError where no code is left."""
+    # ONNX Runtime brings a provider for TensorRT, and itself once more for C
+    unused = shutil.ignore_patterns("*tensorrt*.so", "libonnxruntime.so*", "__pycache__")
+    shutil.copytree(packages, out, ignore=unused)
     gpus = set()
     for path in sorted(out.rglob("*.so*")):
         library = bytearray(path.read_bytes())
@@ -172,10 +176,10 @@ def carry_bundle(folder: Path, out: Path) -> None:
     out.with_name(f"{out.name}.json").write_text(done.stdout.splitlines()[-1], encoding="utf-8")
 
 
-def pack(folder: Path, out: Path, part_mb: int) -> None:
+def pack(folder: Path, out: Path, part_mb: float) -> None:
     """Pack what a folder holds, in parts."""
     tar = subprocess.Popen(["tar", "-C", folder, "-cJ", "."], stdout=subprocess.PIPE)
-    split = ["split", "-d", "-b", f"{part_mb}M", "-", out / "first-gpu.tar.xz."]
+    split = ["split", "-d", "-b", str(round(part_mb * (1 << 20))), "-", out / "first-gpu.tar.xz."]
     subprocess.run(split, stdin=tar.stdout, check=True)
     if tar.wait():
         raise MaraError(f"tar cannot pack {folder}: exit code {tar.returncode}")
@@ -186,8 +190,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, required=True, help="folder to write, must be new")
     options.add_argument("--bundles", type=Path, help="folder of bundles")
     options.add_argument("--packages", type=Path, help="folder of `pip install --target` for the other machine")
-    options.add_argument("--capability", type=float, help="compute capability of its GPU, as in 9.0")
-    options.add_argument("--part-mb", type=int, default=48, help="size of a part (default 48)")
+    options.add_argument("--capability", type=positive, help="compute capability of its GPU, as in 9.0")
+    options.add_argument("--part-mb", type=positive, default=48, help="size of a part (default 48)")
     options.add_argument("--fill", type=Path, metavar="BUNDLE", help="fill in the weights of a bundle that was carried")
     return options
 
@@ -195,20 +199,19 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     try:
-        if args.out.exists():
-            raise MaraError(f"{args.out} exists already: remove it, or choose another --out")
         if args.fill is not None:
-            fill(args.fill, args.out).verify()
+            with whole_or_absent(args.out) as folder:
+                fill(args.fill, folder).verify()
             return 0
         if args.bundles is None or (args.packages is None) != (args.capability is None):
             raise MaraError("give --bundles, and --capability with --packages")
-        args.out.mkdir(parents=True)
-        with tempfile.TemporaryDirectory(dir=args.out) as scratch:
-            for path in sorted(args.bundles.glob(f"*/{MANIFEST_FILE}")):
-                carry_bundle(path.parent, Path(scratch) / "bundles" / path.parent.name)
+        bundles = find_bundles(args.bundles)
+        with whole_or_absent(args.out) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
             if args.packages is not None:
                 carry_packages(args.packages, Path(scratch) / "packages", round(10 * args.capability))
-            pack(Path(scratch), args.out, args.part_mb)
+            for bundle in bundles:
+                carry_bundle(bundle.folder, Path(scratch) / "bundles" / bundle.folder.name)
+            pack(Path(scratch), folder, args.part_mb)
     except MaraError as error:
         print(f"carry: {error}", file=sys.stderr)
         return 2

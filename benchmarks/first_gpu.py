@@ -48,8 +48,6 @@ OF_THE_MACHINE = ("machine", "conformance")
 OF_NO_GPU = ("machine", "fill", "reference")
 COMPARED = ("passes", "answers")
 """Stages that need what a CPU computes."""
-ATTENTIONS: Mapping[str, Mapping[str, str]] = {"default": {}, "own": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}}
-"""ONNX Runtime's default is cuDNN's from compute capability 9.0 on, else its own."""
 FILLING = "filling.json"
 """In a bundle whose weights were left behind, see carry.py."""
 
@@ -65,8 +63,6 @@ class Bundle:
     """of its last target on a GPU"""
     reference: Path
     """what a CPU computes of it"""
-    attentions: list[str]
-    """to try; those it opens with; those with which its passes are right"""
     why_not: str | None = None
     """it cannot be run"""
     doubt: str | None = None
@@ -77,13 +73,23 @@ def find_bundles(folder: Path) -> list[Bundle]:
     """The bundles of a folder, smaller ones first."""
     found = []
     for path in sorted(folder.glob("*/manifest.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+            engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise SystemExit(refused(f"{path} is no manifest of a bundle ({error}): remove its folder")) from None
         reference = folder / f"{path.parent.name}.json"
-        engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
-        attentions = [*ATTENTIONS] if engine == "cuda" else ["default"]
-        found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute(), attentions)))
+        found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute())))
+    if not found:
+        raise SystemExit(refused(f"no folder in {folder} is a bundle: write one with mara-export --out"))
     return [bundle for _, bundle in sorted(found, key=lambda one: one[0])]
+
+
+def refused(why: str) -> int:
+    """Say so on one line; returns the exit code."""
+    print(f"first_gpu: {why}", file=sys.stderr)
+    return 2
 
 
 class Run:
@@ -119,14 +125,11 @@ class Run:
                 if right(record):
                     bundle.reference = self._out / f"{bundle.folder.name}.json"
                     bundle.reference.write_text(json.dumps(record.pop("result")), encoding="utf-8")
-        elif stage in ("open", "passes"):
-            records = {a: self._run(stage, bundle, *self._own(stage, bundle), attention=a) for a in bundle.attentions}
-            opened = [a for a, record in records.items() if right(record) or "does_nothing" in record["result"]]
-            bundle.attentions = opened or bundle.attentions[:1]
-            for record in records.values():
-                if "does_nothing" in record["result"]:
-                    bundle.doubt = record["failed"]
-            if stage == "open" and not opened:
+        elif stage == "open":
+            record = self._run(stage, bundle, *self._own(stage, bundle))
+            if record["result"].pop("does_nothing", False):
+                bundle.doubt = record["failed"]
+            elif not right(record):
                 bundle.why_not = "it does not open"
         else:
             self._run(stage, bundle, *self._command(stage, bundle))
@@ -149,27 +152,16 @@ class Run:
             return ["-m", "benchmarks.soak", bundle.folder, "--engine", bundle.engine, "--steps", steps]
         if stage in ("conformance", "real-model"):
             test = f"tests/gpu/test_{stage.replace('-', '_')}.py"
-            return [
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "junit_family=xunit1",
-                "-k",
-                "not steps",
-                test,
-            ]
+            options = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", "-k", "not steps"]
+            options += ["--maxfail", "3"] if self._args.smoke else []
+            return ["-m", "pytest", *options, test]
         return self._own(stage, bundle)
 
-    def _run(self, stage: str, bundle: Bundle, *words: object, attention: str | None = None) -> Record:
+    def _run(self, stage: str, bundle: Bundle, *words: object) -> Record:
         """Run the process of a stage and record it: its result, why it failed, or why it had to be skipped."""
         record: Record = {"stage": stage, "result": {}}
         if stage not in OF_THE_MACHINE:
             record["bundle"] = bundle.folder.name
-        if bundle.engine == "cuda" and stage not in OF_NO_GPU:
-            record["attention"] = attention or bundle.attentions[0]
         left_s = self._end - time.monotonic()
         if bundle.why_not and stage not in OF_THE_MACHINE:
             record["skipped"] = bundle.why_not
@@ -190,8 +182,7 @@ class Run:
         junit = output.with_suffix(".xml")
         if "pytest" in words:
             words = (*words, "--junitxml", junit)
-        own = ATTENTIONS[record.get("attention", "default")]
-        variables = {**self._environment, **own, "MARA_GPU_BUNDLE": str(bundle.folder)}
+        variables = {**self._environment, "MARA_GPU_BUNDLE": str(bundle.folder)}
         started = time.monotonic()
         wrong = limited([sys.executable, *map(str, words)], variables, output, limit_s)
         record["seconds"] = round(time.monotonic() - started, 1)
@@ -223,8 +214,6 @@ def told(record: Record) -> str:
     """A record on one line."""
     how = next((f"{why}: {record[why]}" for why in ("failed", "skipped") if why in record), "ok")
     what = " ".join(record[key] for key in ("stage", "bundle") if key in record)
-    if record.get("attention") == "own":
-        what += ", own attention"
     return f"{what:44} {record.get('seconds', 0):6.1f} s  {how}"
 
 
@@ -286,14 +275,24 @@ def tests(junit: Path) -> dict[str, Any]:
     return found
 
 
+def positive(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--bundles", type=Path, required=True, help="folder of bundles")
     options.add_argument("--out", type=Path, required=True, help="folder to write, must be new")
     packages = "folder with Python packages, as `pip install --target` makes it (can be repeated)"
     options.add_argument("--packages", type=Path, action="append", default=[], metavar="DIR", help=packages)
-    options.add_argument("--minutes", type=float, default=1e6, help="for all stages together (default: no limit)")
-    options.add_argument("--patience", type=float, default=1.0, help="multiplies the limit of each stage (default 1)")
+    options.add_argument("--minutes", type=positive, default=1e6, help="for all stages together (default: no limit)")
+    options.add_argument(
+        "--patience", type=positive, default=1.0, help="multiplies the limit of each stage (default 1)"
+    )
     stages = f"run these alone, of {', '.join(LIMITS_S)}"
     options.add_argument("--stages", nargs="+", default=[*LIMITS_S], choices=LIMITS_S, metavar="STAGE", help=stages)
     options.add_argument("--smoke", action="store_true", help="few repetitions, to see whether everything runs")
@@ -303,13 +302,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     bundles = find_bundles(args.bundles)
-    if not bundles:
-        print(f"first_gpu: no folder in {args.bundles} is a bundle: write one with mara-export --out", file=sys.stderr)
-        return 2
     if args.out.exists():
-        print(f"first_gpu: {args.out} exists already: remove it, or choose another --out", file=sys.stderr)
-        return 2
-    return int(not Run(args).all(bundles))
+        return refused(f"{args.out} exists already: remove it, or choose another --out")
+    try:
+        return int(not Run(args).all(bundles))
+    except KeyboardInterrupt:
+        return refused(f"stopped; what was found by then is in {args.out / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,15 @@ from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine, Pass, StepOutput
-from mara_runtime.engines.ort_cuda import CudaEngine
+from mara_runtime.engines.ort_cuda import OWN_ATTENTION, CudaEngine
 from mara_runtime.stats import Stats
 
 PROMPTS, TOKENS = 20, 48
 """Answers of each kind that are compared, and their length at most."""
 PROMPT_ROWS, WIDTHS = (20, 256), (1, 2, 4, 40)
 """Of the passes that are compared."""
+CUDNN_ATTENTION = 8
+"""In ONNX Runtime's numbers."""
 WARM_UP = 3
 """Runs that are not timed: they allocate, build and capture."""
 
@@ -109,14 +111,25 @@ def engine_name(bundle: Bundle) -> str:
     return ["cpu", *(target for target in bundle.manifest.targets if target != "cpu")][-1]
 
 
-def engines(bundle: Bundle) -> Iterator[tuple[str, Engine]]:
-    """The bundle's engine, by label; for CUDA without and with graphs."""
+class WithCudnn(CudaEngine):
+    """With cuDNN's attention where it has one: from compute capability 9.0 on."""
+
+    def _open_session(self, path: Path, options: Any, provider_options: dict[str, str]) -> Any:
+        kernels = str(OWN_ATTENTION | CUDNN_ATTENTION)
+        return super()._open_session(path, options, {**provider_options, "sdpa_kernel": kernels})
+
+
+def engines(bundle: Bundle) -> dict[str, Callable[[], Engine]]:
+    """What opens the bundle's engine, by label; for CUDA also with graphs."""
     name = engine_name(bundle)
     if name != "cuda":
-        yield name, open_engine(bundle, name)[0]
-        return
-    yield "cuda", CudaEngine(bundle)
-    yield "cuda, graphs", CudaEngine(bundle, graphs=True)
+        return {name: lambda: open_engine(bundle, name)[0]}
+    return {"cuda": lambda: CudaEngine(bundle), "cuda, graphs": lambda: CudaEngine(bundle, graphs=True)}
+
+
+def trials(bundle: Bundle) -> dict[str, Callable[[], Engine]]:
+    """What opens an engine that is not in use yet, to see whether it should be."""
+    return {"cuda, cuDNN's attention": lambda: WithCudnn(bundle)} if engine_name(bundle) == "cuda" else {}
 
 
 def answered(decoder: AlignedDecoder) -> list[dict[str, Any]]:

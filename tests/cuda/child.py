@@ -55,6 +55,10 @@ def run_all(engine: CudaEngine, label: str) -> None:
     for rows in range(1, MOST_ROWS + 1):
         engine.run(candidates(rows, 20))
         engine.run(Pass.prefill(range(rows), 0, last=True))
+    engine.cache.clear()
+    mark(f"{label}: cleared")
+    for _, work in works():
+        engine.run(work)
 
 
 def run_works(engine: CudaEngine, label: str) -> None:

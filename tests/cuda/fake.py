@@ -171,11 +171,7 @@ class FakeCuda:
             environment["LD_LIBRARY_PATH"] = str(driver)
         log = self._folder / "calls.log"
         log.write_text("", encoding="utf-8")
-        environment |= {
-            "FAKE_CUDA_LOG": str(log),
-            # from 9.0 on, attention is a graph of cuDNN's, which the stand-in does not build
-            "ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0",
-        }
+        environment["FAKE_CUDA_LOG"] = str(log)
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )

@@ -107,5 +107,11 @@ def test_a_repeated_pass_is_one_replay(result: Result) -> None:
     assert any(calls.captured for calls in result.passes.values())
 
 
+def test_a_cleared_cache_keeps_its_graphs(result: Result) -> None:
+    """ONNX Runtime frees none before its session: graphs of memory that is gone would pile up."""
+    calls = result.passes["graphs: cleared"]
+    assert (calls.captured, calls.replays, calls.allocations) == (0, 6, [])
+
+
 def test_captures_and_replays_do_nothing_that_is_forbidden(result: Result) -> None:
     assert {name: calls.wrong for name, calls in result.passes.items() if calls.wrong} == {}

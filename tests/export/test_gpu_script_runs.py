@@ -38,7 +38,7 @@ def test_all_steps_end_in_one_file_of_results(tmp_path):
     }
     assert stages["machine"]["result"]["board"]["name"] == "Stand-in"
     assert stages["answers"]["result"]["cpu"] == {"equal": 40, "close": 0, "other": []}
-    assert {one["difference"] for one in stages["passes"]["result"]["passes"].values()} == {0.0}
+    assert {one["difference"] for one in stages["passes"]["result"]["cpu"].values()} == {0.0}
     bench, soak = stages["bench"]["result"], stages["soak"]["result"]
     assert bench["width"]["widths"][-1] == 40
     assert {"plain", "aligned"} <= bench["profiles"][0]["ways"].keys()

@@ -202,7 +202,7 @@ class Machine(first_gpu.Run):
         self.scripts = scripts
 
     def _command(self, stage, bundle):
-        return ["-c", self.scripts.get(stage, "print('{}')")]
+        return ["-I", "-S", "-c", self.scripts.get(stage, "print('{}')")]
 
     _own = _command
 
@@ -223,11 +223,6 @@ class Machine(first_gpu.Run):
             {"open": "failed: zeros", "widths": "failed: zeros", "reference": "ok"},
         ),
         ({"reference": "raise SystemExit(1)"}, {"passes": "skipped: there is nothing to compare with", "widths": "ok"}),
-        # an attention that does not open, or is wrong, is not used again
-        *[
-            ({stage: "import os; assert 'ORT_ENABLE_CUDNN_FLASH_ATTENTION' in os.environ"}, {"widths": "ok"})
-            for stage in ("open", "passes")
-        ],
     ],
 )
 def test_a_stage_that_fails_says_why_and_the_others_go_on(tmp_path, scripts, expected, monkeypatch):
@@ -248,18 +243,25 @@ def test_a_stage_that_fails_says_why_and_the_others_go_on(tmp_path, scripts, exp
     widths = next(record for record in found["stages"] if record["stage"] == "widths")
     if "a" in scripts.get("widths", ""):
         assert widths["result"] == {"a": 1}
-    assert widths["attention"] == ("own" if "ATTENTION" in str(scripts) else "default")
 
 
-@pytest.mark.parametrize(("folder", "named"), [("empty", "mara-export"), ("taken", "exists already")])
-def test_first_gpu_refuses_in_one_line(tmp_path, folder, named, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "named"), [("empty", "mara-export"), ("broken", "manifest.json"), ("taken", "exists already")]
+)
+@pytest.mark.parametrize("script", [first_gpu, carry])
+def test_wrong_folders_are_refused_in_one_line(tmp_path, script, folder, named, capsys, monkeypatch):
     helpers.make_bundle(tmp_path / "taken" / "tiny")
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(
-        sys, "argv", ["first_gpu", "--bundles", str(tmp_path / folder), "--out", str(tmp_path / "taken")]
-    )
-    assert first_gpu.main() == 2
-    assert named in capsys.readouterr().err
+    (tmp_path / "broken" / "one").mkdir(parents=True)
+    (tmp_path / "broken" / "one" / "manifest.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["", "--bundles", str(tmp_path / folder), "--out", str(tmp_path / "taken")])
+    try:
+        code = script.main()
+    except SystemExit as ended:
+        code = ended.code
+    error = capsys.readouterr().err
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert named in error
 
 
 def fat_binary(*gpus: int) -> bytes:

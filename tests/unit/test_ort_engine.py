@@ -53,12 +53,12 @@ class Maker:
         self._stack = contextlib.ExitStack()
         self.machine: Machine | None = None
 
-    def ort(self, name: str, slots: int) -> Engine:
+    def ort(self, name: str, slots: int, *, graphs: bool = False) -> Engine:
         """ONNX Runtime with so many slots at first. "cuda": the CUDA engine, on the provider that is here."""
         self._patch.setattr(ort, "FIRST_SLOTS", slots)
         self._patch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
         self._patch.setattr(CudaMemory, "device", "cpu")
-        return (CpuEngine if name == "cpu" else CudaEngine)(self._bundle, threads=1)
+        return CpuEngine(self._bundle, 1) if name == "cpu" else CudaEngine(self._bundle, 1, graphs=graphs)
 
     def trt(self, cache: str, *, graphs: bool = True, grows: bool = True) -> Engine:
         """TensorRT on the double."""
@@ -89,13 +89,14 @@ class TestEngines(Conformance):
     @pytest.fixture(
         params=[
             *("cpu", "cuda", "trt, in place", "trt, two copies"),
+            pytest.param("cuda, graphs", marks=pytest.mark.long),
             pytest.param("trt, two copies, no graphs", marks=pytest.mark.long),
         ]
     )
     def engine(self, make: Maker, request: pytest.FixtureRequest) -> Iterator[Engine]:
         name, *rest = request.param.split(", ")
         if name != "trt":
-            yield make.ort(name, 4)
+            yield make.ort(name, 4, graphs=rest == ["graphs"])
             return
         yield make.trt(rest[0], graphs=len(rest) == 1)
         assert make.machine is not None
@@ -117,6 +118,20 @@ def test_top_k_never_runs_on_zero_rows(bundle: Bundle) -> None:
     assert "TopK" not in {node.op_type for node in graph.node}  # it is in a branch
     out = CpuEngine(bundle).run(chain([1]))
     assert len(out.rows) == len(out.top_ids) == len(out.top_logits) == len(out.log_normaliser) == 0
+
+
+def test_memory_that_cuda_graphs_refer_to_stays_where_it_is(make: Maker) -> None:
+    engine: Any = make.ort("cuda", 4, graphs=True)
+    addresses = [value.data_ptr() for value in engine.memory.values]
+    engine.run(chain([INFINITE, 1, 2]))
+    bindings = dict(engine.memory.bindings)
+    assert set(engine.memory.entries.strides) == {0}  # the host holds no second copy
+    engine.cache.clear()
+    for position in range(CONTEXT):
+        is_right(engine, position)
+    assert engine.memory.slots == engine.cache.capacity
+    assert [value.data_ptr() for value in engine.memory.values] == addresses
+    assert bindings.items() <= engine.memory.bindings.items()
 
 
 # ── the cache on a CPU ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
@@ -22,15 +23,24 @@ from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
 
+OWN_ATTENTION = 2 | 16
+"""Kernels that attention may take, in ONNX Runtime's numbers: its own, fused and not. From compute capability 9.0 on it
+would take cuDNN's, which is built for each shape of pass when that runs, and may be refused then; not yet tried."""
+
 
 class CudaMemory(CpuMemory):
     """KV entries on the device; see `CacheMemory`."""
 
     name, device = "cuda", "cuda"
 
-    def __init__(self, shape: ModelShape, dtype: str, capacity: int) -> None:
+    def __init__(self, shape: ModelShape, dtype: str, capacity: int, *, fixed: bool) -> None:
+        """fixed: the memory has its full size and stays where it is, for CUDA graphs refer to it; ONNX Runtime frees no
+        graph before its session."""
         super().__init__(shape, dtype, capacity)
+        self._fixed = fixed
         self.recompute = Recompute()
+        if fixed:
+            self._allocate(capacity)
 
     def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
         try:
@@ -40,6 +50,7 @@ class CudaMemory(CpuMemory):
                 f"the GPU has no memory for a KV cache of {slots} slots: {first_line(error)}; ask for fewer tokens, or "
                 "decode with --engine cpu"
             ) from error
+        self._slab = np.broadcast_to(self._slab.dtype.type(0), self._slab.shape)  # a shape; the host holds no entries
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
@@ -54,7 +65,11 @@ class CudaMemory(CpuMemory):
 
     def zero(self) -> None:
         """See `CacheMemory`."""
-        super().zero()
+        if self._fixed:
+            for value, entries in zip(self.values, self._slab, strict=True):
+                value.update_inplace(np.zeros_like(entries))
+        else:
+            super().zero()
         self.recompute.cancel()
 
 
@@ -91,7 +106,8 @@ class CudaEngine(OrtEngine):
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it lacks, and the session decides what matters
             onnxruntime.preload_dlls()  # of NVIDIA's packages, if they are installed: they are on no search path
-        provider_options = {"use_tf32": "0"}  # TF32 would round float32 to 11 bits
+        # TF32 would round float32 to 11 bits
+        provider_options = {"use_tf32": "0", "sdpa_kernel": str(OWN_ATTENTION)}
         if self._graphs:
             try:
                 return self._open_session(path, options, {**provider_options, "enable_cuda_graph": "1"})
@@ -101,7 +117,7 @@ class CudaEngine(OrtEngine):
 
     def _make_memory(self, capacity: int) -> CudaMemory:
         # fused attention takes no mask whose rows are not aligned, so the last size, too, has to be a multiple
-        return CudaMemory(self._shape, self._dtype, rounded(capacity))
+        return CudaMemory(self._shape, self._dtype, rounded(capacity), fixed=self._graphs is True)
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""
