@@ -10,8 +10,8 @@
 #   --smoke       the demo alone and few repetitions, to see whether everything runs
 #   --dry-run     print the commands without running them
 #   --out         folder for all output (default gpu-results)
-#   --bundles     folder with bundles: nothing is exported, PyTorch is not needed, and TensorRT engines are built into
-#                 those whose name begins with a target, as in tensorrt-int4
+#   --bundles     folder of bundles, one per folder: nothing is exported, PyTorch is not needed, and engines are built
+#                 into those for TensorRT
 #   --targets     targets to measure (default "tensorrt cuda"; on a Jetson "tensorrt": onnxruntime-gpu on PyPI has no
 #                 machine code for its GPUs)
 #   --precisions  of the exported bundles (default "fp16 int4"; int8 is the third)
@@ -98,7 +98,7 @@ step() {
     show "${command[@]}"
     ((dry)) && return
     [[ $3 != mara-* ]] || command=("$python" -m "mara_deploy.commands.${3#mara-}" "${@:4}")
-    if timeout --kill-after 10 "${minutes}m" "${command[@]}" 2>&1 | tee "$out/$name.txt"; then
+    if timeout --foreground --kill-after 10 "${minutes}m" "${command[@]}" 2>&1 | tee "$out/$name.txt"; then
         return
     fi
     echo "gpu.sh: $name failed or took $minutes minutes, see $out/$name.txt" >&2
@@ -130,11 +130,6 @@ if [[ -z ${PYTHON:-} ]]; then
     fi
     # tests/gpu writes its graph with onnx-ir
     must packages 30 "${install[@]}" -e ".[$extras]" "${packages[@]}" pytest "onnx-ir>=1.1"
-    if ((!dry)); then # ONNX Runtime searches it for the CUDA libraries
-        libraries=$("$python" -c 'import glob, sysconfig
-print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
-        export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
-    fi
 fi
 export PYTHONPATH=$root:$root/export:$root/runtime${PYTHONPATH:+:$PYTHONPATH} CUDA_DEVICE_ORDER=PCI_BUS_ID
 
