@@ -71,6 +71,7 @@ def scores(tmp_path, monkeypatch):
     """The user's module of scores, in the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train_test_scores.py").write_text(SCORES)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != ""])  # of `python -c`: another module
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("train_test_scores", None)
     import train_test_scores

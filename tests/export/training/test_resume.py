@@ -134,12 +134,12 @@ def test_scores_devices_and_sizes_may_change_and_are_recorded(run, resume, judge
     with (tmp_path / "train_test_scores.py").open("a") as file:
         file.write("\n")
     sizes = {"--prompts-at-once": 3, "--max-new-tokens": 3, "--replay-transitions": 40, "--checkpoint-minutes": 1.0}
-    done = resume("out", "--episodes", 12, "--threads", 2, "--score-batch", 2, *(x for s in sizes.items() for x in s))
+    done = resume("out", "--episodes", 12, "--score-batch", 2, *(x for s in sizes.items() for x in s))
     assert done.code == 0
     changes = {change["what"]: change["to"] for change in read_run(tmp_path / "out")["changes"][1:]}
     assert changes.pop("score train_test_scores:length") != first["scores"][0]
-    assert changes == {**sizes, "--threads": 2, "--score-batch": 2, "--episodes": 12}
-    assert "changed since the run began: --threads, from 1 to 2" in done.err
+    assert changes == {**sizes, "--score-batch": 2, "--episodes": 12}
+    assert "changed since the run began: --score-batch, from 3 to 2" in done.err
     log = rows(tmp_path / "out")
     assert [row["episodes"] for row in log[-2:]] == [9, 12]
     assert max(row["answer_tokens"] for row in log[-2:]) <= 3
