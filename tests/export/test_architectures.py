@@ -101,7 +101,11 @@ def test_a_supported_configuration_has_its_context(model, asked, context) -> Non
             for key in ("rope_type", "type")
             for kind in ("dynamic", "longrope", "su", "mrope")
         ),
-        (config(LlamaConfig, quantization_config={"quant_method": "gptq", "bits": 4}), None, ("already quantised",)),
+        (
+            config(LlamaConfig, quantization_config={"quant_method": "gptq", "bits": 4}),
+            None,
+            ("quantised already (gptq)",),
+        ),
         (config(LlamaConfig), 513, ("--max-context is 513", "at most 512")),
     ],
 )

@@ -24,6 +24,8 @@ from mara_export.hf.sources import resolve_model
 from tests import checkpoints
 from tests.export.conftest import copy_model, edit_json
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
 
 @pytest.fixture
 def refused(command, tmp_path, checkpoint, agent_file, monkeypatch) -> Callable[..., str]:
@@ -132,9 +134,6 @@ def pickled(folder: Path) -> None:
 
 def template(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", chat_template="{{ '%0999999d' % 1 }}{{ messages[0].content }}")
-
-
-LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 def rope(**values: Any) -> Damage:

@@ -166,7 +166,8 @@ def check(page, words, place, command, bundle):
 
 def check_other(words):
     if words[0] == "python" or words[0].startswith("benchmarks/"):
-        script = ROOT / next(word for word in words if "/" in word)
+        module = words[2].replace(".", "/") + ".py" if words[1:2] == ["-m"] else None
+        script = ROOT / (module or next(word for word in words if "/" in word))
         assert script.is_file(), script
     elif words[0] == "make":
         subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)

@@ -114,7 +114,7 @@ def test_an_empty_folder_is_used_and_survives_a_failure(traced, tmp_path) -> Non
     [
         ("full", "exists already and is not an empty folder: remove it, or choose another --out"),
         ("file", "exists already and is not an empty folder"),
-        ("link", "exists already and is not an empty folder"),
+        ("link", "full exists already and is not an empty folder"),
         ("file/a/b/out", "cannot write"),
         ("new/" + "x" * 300, "cannot write"),
         ("new/" + "x" * 250, "cannot write"),  # a valid name, but not with the temporary folder's suffix
@@ -125,7 +125,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_read(agent
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("data")
     (tmp_path / "file").write_text("data")
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
     before = sorted(tmp_path.rglob("*"))
     unread = ModelSource(tmp_path / "unread", "unread", None)
     with pytest.raises(MaraError, match=message):

@@ -259,7 +259,6 @@ def test_a_wrong_order_of_cache_slots_is_stopped(bundle, traced) -> None:
     ("architecture", "setting", "value"),
     [
         ("llama", "rope_scaling", None),
-        ("llama", "tie_word_embeddings", True),
         pytest.param("qwen2", "rope_theta", 500.0, marks=pytest.mark.long),
         pytest.param("qwen3", "rms_norm_eps", 0.1, marks=pytest.mark.long),
         pytest.param("mistral", "hidden_act", "gelu", marks=pytest.mark.long),

@@ -70,7 +70,8 @@ def written(folder, tmp_path) -> Callable[[], SimpleNamespace]:
         facts = write_tokenizer(load(folder), out)
         assert facts.file == "tokenizer.json"
         template = None if facts.chat_template is None else (out / facts.chat_template).read_bytes().decode("utf-8")
-        side = TextSide(SimpleNamespace(manifest=SimpleNamespace(tokenizer=facts), path=lambda name: out / name))
+        manifest = SimpleNamespace(tokenizer=facts, max_context=4096)
+        side = TextSide(SimpleNamespace(manifest=manifest, path=lambda name: out / name))
         return SimpleNamespace(facts=facts, files={p.name for p in out.iterdir()}, template=template, side=side)
 
     return write

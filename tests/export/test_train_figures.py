@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mara_deploy.prompts import Prompt
 from mara_deploy.scores.base import ScoreValues
 from mara_deploy.train.config import TrainConfig
 from mara_deploy.train.environment import Episode, Trajectory
@@ -22,7 +23,8 @@ def trajectory(margins: list[float], reference: list[float], forced: list[bool])
 
 
 def metrics(episodes: list[Episode], scores: list[float]) -> dict[str, Any]:
-    prompts, texts = tuple(f"prompt {i}" for i in range(len(episodes))), [f"text {i}" for i in range(len(episodes))]
+    prompts = [Prompt(f"prompt {i}") for i in range(len(episodes))]
+    texts = [f"text {i}" for i in range(len(episodes))]
     values = ScoreValues(scores, {"one": scores, "other": [3 * s for s in scores]})
     return round_metrics(Rollouts(prompts, episodes, texts, values), kl_weight=0.5)
 

@@ -315,5 +315,5 @@ def test_the_command_builds_several_engines_with_onnx_and_tensorrt_alone(copied:
         size = after.manifest.files[engine.file].size_bytes
         assert f"{engine.file}  ({size / 1e6:.1f} MB" in done.stdout
     assert "2 attention_input" in done.stdout
-    line = f'mara-run {bundle.folder} --engine {RTX} --prompt "…" --top-k {MAX_CANDIDATES}'
+    line = f'mara-run {bundle.folder} --engine {RTX} --prompt "…"'
     assert done.stdout.splitlines()[-1] == line

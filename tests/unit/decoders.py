@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.tensors import spare_slots
-from tests.unit import helpers
-from tests.unit.helpers import ASSISTANT, EOS
+from tests.unit import helpers, tiny_tokenizers
+from tests.unit.tiny_tokenizers import ASSISTANT, EOS
 
-TOKENIZER = helpers.byte_level_tokenizer()
+TOKENIZER = tiny_tokenizers.byte_level_tokenizer()
 VOCAB = TOKENIZER.get_vocab_size()
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 GREEDY = DecodeConfig(align=False)
@@ -27,7 +27,7 @@ def make_decoder(folder: Path, lookup: helpers.Lookup, **options: Any) -> tuple[
     """A decoder of a bundle with tokenizer and template, unless the options say otherwise."""
     defaults = {
         "tokenizer": TOKENIZER,
-        "chat_template": helpers.CHAT_TEMPLATE,
+        "chat_template": tiny_tokenizers.CHAT_TEMPLATE,
         "special_tokens": SPECIAL,
         "vocab_size": VOCAB,
         "eos_token_ids": [EOS],

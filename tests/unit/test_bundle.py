@@ -14,13 +14,15 @@ from mara_runtime import bundle as bundle_module
 from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import BundleError
 from mara_runtime.manifest import MANIFEST_FILE
-from tests.unit import helpers
+from tests.unit import helpers, tiny_tokenizers
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return helpers.make_bundle(
-        tmp_path / "bundle", tokenizer=helpers.byte_level_tokenizer(), chat_template=helpers.CHAT_TEMPLATE
+        tmp_path / "bundle",
+        tokenizer=tiny_tokenizers.byte_level_tokenizer(),
+        chat_template=tiny_tokenizers.CHAT_TEMPLATE,
     )
 
 

@@ -12,7 +12,7 @@ from mara_runtime.tensors import spare_slots
 from tests.table_engine import TableEngine
 from tests.unit import helpers
 from tests.unit.decoders import GREEDY, PAIRS, REJECTING, VOCAB, ids_of, make_decoder, reciting, saying
-from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
+from tests.unit.tiny_tokenizers import ASSISTANT, BOS, EOS, USER
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 

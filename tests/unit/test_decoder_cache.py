@@ -16,7 +16,7 @@ from mara_runtime.tensors import spare_slots
 from tests.conformance import chain
 from tests.unit import helpers
 from tests.unit.decoders import GREEDY, PAIRS, REJECTING, VOCAB, make_decoder, reciting, saying
-from tests.unit.helpers import ASSISTANT, EOS
+from tests.unit.tiny_tokenizers import ASSISTANT, EOS
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 

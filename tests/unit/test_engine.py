@@ -127,11 +127,13 @@ def test_tf32_is_switched_off(
         asked.extend(providers)
         raise RuntimeError("enough")
 
-    fake = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=session)
+    fake = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=session, preload_dlls=lambda: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
     with pytest.raises(EngineError, match="enough"):
         engine(bundle_for(tmp_path, engine.name))
-    assert asked == [(ort.PROVIDERS[engine.name], options)]
+    ((provider, given),) = asked
+    assert provider == ort.PROVIDERS[engine.name]
+    assert options.items() <= given.items()
 
 
 def test_the_result_records_the_engine_and_why_others_declined(tmp_path: Path, providers: list[str]) -> None:

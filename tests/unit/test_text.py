@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError, PromptError
 from mara_runtime.text import TextSide, TextStream
-from tests.unit import helpers
-from tests.unit.helpers import ASSISTANT, BOS, EOS, USER
+from tests.unit import helpers, tiny_tokenizers
+from tests.unit.tiny_tokenizers import ASSISTANT, BOS, EOS, USER
 
 
 def side_of(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None) -> TextSide:
@@ -28,12 +28,14 @@ def side_of(folder: Path, tokenizer: Tokenizer, chat_template: str | None = None
 
 @pytest.fixture(scope="module")
 def side(tmp_path_factory: pytest.TempPathFactory) -> TextSide:
-    return side_of(tmp_path_factory.mktemp("bundle"), helpers.byte_level_tokenizer(), helpers.CHAT_TEMPLATE)
+    return side_of(
+        tmp_path_factory.mktemp("bundle"), tiny_tokenizers.byte_level_tokenizer(), tiny_tokenizers.CHAT_TEMPLATE
+    )
 
 
 @pytest.fixture(scope="module")
 def fallback_side(tmp_path_factory: pytest.TempPathFactory) -> TextSide:
-    return side_of(tmp_path_factory.mktemp("bundle"), helpers.byte_fallback_tokenizer())
+    return side_of(tmp_path_factory.mktemp("bundle"), tiny_tokenizers.byte_fallback_tokenizer())
 
 
 def ids_of(side: TextSide, text: str) -> list[int]:
@@ -63,8 +65,8 @@ def stream(side: TextSide, ids: Sequence[int], stop: Sequence[str] = ()) -> tupl
 
 # ── streaming ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-VOCABULARY = helpers.byte_level_tokenizer().get_vocab_size()
-FALLBACK_VOCABULARY = helpers.byte_fallback_tokenizer().get_vocab_size()
+VOCABULARY = tiny_tokenizers.byte_level_tokenizer().get_vocab_size()
+FALLBACK_VOCABULARY = tiny_tokenizers.byte_fallback_tokenizer().get_vocab_size()
 any_ids = st.lists(st.integers(0, VOCABULARY - 1), max_size=24)
 high_ids = st.lists(
     st.integers(170, VOCABULARY - 1), max_size=12
@@ -238,11 +240,11 @@ def test_a_prompt_has_one_bos(side):
 
 
 def test_padding_and_truncation_of_the_file_do_not_affect_prompts(tmp_path, side):
-    tokenizer = helpers.byte_level_tokenizer()
+    tokenizer = tiny_tokenizers.byte_level_tokenizer()
     tokenizer.enable_truncation(max_length=4)
     tokenizer.enable_padding(pad_id=EOS, pad_token="<eos>", length=64)
     assert len(tokenizer.encode("hello hello").ids) == 64  # the trap is set
-    trapped = side_of(tmp_path, tokenizer, helpers.CHAT_TEMPLATE)
+    trapped = side_of(tmp_path, tokenizer, tiny_tokenizers.CHAT_TEMPLATE)
     messages = [{"role": "user", "content": "hello hello"}]
     assert trapped.encode_raw("hello hello") == side.encode_raw("hello hello")
     assert trapped.encode_chat(messages) == side.encode_chat(messages)
@@ -305,7 +307,7 @@ def test_a_bundle_without_a_tokenizer_is_refused(tmp_path):
     ids=str,
 )
 def test_a_damaged_or_missing_file_is_named(tmp_path, name, content, error, named):
-    helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="x")
+    helpers.make_bundle(tmp_path, tokenizer=tiny_tokenizers.byte_level_tokenizer(), chat_template="x")
     if content is None:  # and its checksum was not verified
         (tmp_path / name).unlink()
     else:

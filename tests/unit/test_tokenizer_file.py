@@ -14,7 +14,7 @@ from mara_runtime import tokenizer
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError, PromptError
 from mara_runtime.text import TextSide
-from tests.unit import helpers
+from tests.unit import helpers, tiny_tokenizers
 
 GROWS = [{"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 100}]
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -92,7 +92,9 @@ def test_a_panic_of_the_library_is_one_line(changes: dict[str, Any], tmp_path: P
 
 def test_what_was_verified_at_opening_is_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither another working directory nor a file changed since then alters a bundle's prompts."""
-    folder = helpers.make_bundle(tmp_path, tokenizer=helpers.byte_level_tokenizer(), chat_template="{{ 'hello' }}")
+    folder = helpers.make_bundle(
+        tmp_path, tokenizer=tiny_tokenizers.byte_level_tokenizer(), chat_template="{{ 'hello' }}"
+    )
     monkeypatch.chdir(folder.parent)
     bundle = Bundle.open(folder.name)
     side = TextSide(bundle)
