@@ -10,6 +10,7 @@ import pytest
 from benchmarks.gpu_work import WIDTHS
 from mara_runtime.bundle import Bundle
 from tests.cuda.child import RUNS
+from tests.cuda.count import KINDS
 from tests.cuda.fake import Calls, FakeCuda, Result
 
 pytestmark = pytest.mark.long
@@ -83,6 +84,17 @@ def test_launches_and_waits_are_bounded(result: Result, layers: int) -> None:
     assert {name: count for name, count in counted.items() if not layers < count <= most} == {}
     waits = {name: calls.waits for name, calls in settled(result, "eager") if WIDE not in name}
     assert {name: count for name, count in waits.items() if count > WAITS} == {}
+
+
+def test_attention_of_wide_passes_is_fused(result: Result, layers: int) -> None:
+    wide = ("prompt of 20,", "prompt of 256,", "40 candidates,")
+    fused = {
+        name: sum(KINDS["fused"] in kernel for kernel in calls.kernels)
+        for name, calls in settled(result, "eager")
+        if any(part in name for part in wide)
+    }
+    assert len(fused) > 2 * len(wide)
+    assert {name: count for name, count in fused.items() if count != layers} == {}
 
 
 def test_nothing_is_allocated_and_the_cache_is_not_copied(result: Result) -> None:

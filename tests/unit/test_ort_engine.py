@@ -243,6 +243,20 @@ def test_a_provider_that_onnx_runtime_silently_replaces_is_refused(bundle: Bundl
         CudaEngine(bundle)
 
 
+def test_a_wide_pass_on_cuda_has_as_many_rows_as_fused_attention_takes(make: Maker) -> None:
+    """Two heads share keys: a multiple of four. At the end of the cache there is no room for more rows."""
+    engine, plain = make.ort("cuda", 32), make.ort("cpu", 32)
+    for rows in (1, 7, 8, 9, 11, 12, 13):
+        for slot in (0, 3, plain.cache.capacity - rows):
+            work = Pass([(5 * row + slot) % 24 for row in range(rows)], range(rows), slot, [rows - 1], [0], [0.0])
+            out, expected = engine.run(work), plain.run(work)
+            for name in ("rows", "margins", "top_logits", "log_normaliser"):
+                np.testing.assert_array_equal(getattr(out, name), getattr(expected, name))
+    assert {rows for rows, *_ in engine.memory.bindings} == {1, 7, 8, 12, 16}
+    engine.run(Pass(range(9), range(9), engine.cache.capacity - 9))
+    assert {rows for rows, *_ in engine.memory.bindings} == {1, 7, 8, 9, 12, 16}
+
+
 class Failing:
     """A session that opens, and whose passes fail, as on a GPU that the library has no kernels for."""
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,11 @@ from mara_runtime.tensors import ModelShape
 OWN_ATTENTION = 2 | 16
 """Kernels that attention may take, in ONNX Runtime's numbers: its own, fused and not. From compute capability 9.0 on it
 would take cuDNN's, which is built for each shape of pass when that runs, and may be refused then; not yet tried."""
+
+MASK_ALIGNMENT = 8
+"""Fused attention takes masks whose number of rows, by heads that share keys, is a multiple of this."""
+NARROW = 8
+"""Rows up to which a pass is run as it is: matrices of few rows have kernels of their own."""
 
 
 class CudaMemory(CpuMemory):
@@ -125,9 +132,21 @@ class CudaEngine(OrtEngine):
         first, merged, row_offset = self._memory.recompute.passes(work)
         if first is not None:
             self._run(first)
-        out = self._run(merged, row_offset)
+        out = self._run(self._padded(merged), row_offset)
         self._memory.recompute.cancel()
         return out
+
+    def _padded(self, work: Pass) -> Pass:
+        """A wide pass with as many rows as fused attention takes; where it takes none, kernels are more by a tenth.
+
+        Nothing attends to the rows at the end, which are written behind all others.
+        """
+        rows = len(work.tokens)
+        more = -rows % (MASK_ALIGNMENT // math.gcd(MASK_ALIGNMENT, self._shape.num_heads // self._shape.num_kv_heads))
+        if rows <= NARROW or work.full or work.slot + rows + more > self._memory.slots:
+            return work
+        last = work.positions[-1]
+        return replace(work, tokens=[*work.tokens, *[0] * more], positions=[*work.positions, *[last] * more])
 
     def _run_options(self, cached: bool) -> Any:
         options = super()._run_options(cached)
