@@ -6,6 +6,9 @@ code 2; any other exception is a bug and shows a traceback.
 
 from __future__ import annotations
 
+_PART = 200
+"""Letters of a long message that are kept at its beginning, and at its end, where the reason often is."""
+
 
 class MaraError(Exception):
     """Something the user can fix; `str(error)` says how."""
@@ -34,7 +37,8 @@ class NumericsError(MaraError):
 def first_line(error: BaseException) -> str:
     """First line of a third-party error's message, with the next if it is a heading; its type if there is none.
 
-    At most 300 letters of it, as a library may quote a whole file.
+    Of a long one, as a library may quote a whole file, the beginning and the end.
     """
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return (f"{first} {others[0]}" if first.endswith(":") and others else first)[:300]
+    line = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return line if len(line) <= 2 * _PART else f"{line[:_PART]} … {line[-_PART:]}"

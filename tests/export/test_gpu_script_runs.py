@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
 SMI = """#!/bin/sh
 case "$*" in
-    *--loop-ms=*) while echo "50.0, 1200"; do sleep 0.1; done ;;
+    *--loop-ms=*) while echo "50.0, 1200"; do sleep 0.01; done ;;
     *power.limit*) echo "Stand-in, 580.65.06, 8.9, 4914, P0, 300.00, Enabled, Off, Disabled, 34, 210, 3105, 405, 405" ;;
     *query-gpu=name*) echo Stand-in ;;
     *) echo "Driver Version: 580.65.06    CUDA Version: 13.0" ;;

@@ -74,6 +74,7 @@ def test_a_fingerprint_changes_with_weights_and_configuration(tmp_path):
         (EOFError(), "EOFError"),
         (RuntimeError("Error in loading:\n\n\tsizes differ\nand more"), "Error in loading: sizes differ"),
         (RuntimeError("Error in loading:\n"), "Error in loading:"),
+        (RuntimeError("a" * 200 + "b" * 9000 + "c" * 200), "a" * 200 + " … " + "c" * 200),
     ],
 )
 def test_the_first_line_of_an_error(error, line):
