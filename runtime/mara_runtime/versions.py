@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
 def installed(*names: str) -> dict[str, str]:
     """{package: version} in this order, without those that are not installed."""
+    # not before it is needed: it loads Python's mail parser
+    from importlib.metadata import PackageNotFoundError, version
+
     versions = {}
     for name in names:
         with suppress(PackageNotFoundError):
