@@ -40,7 +40,7 @@ def lowest() -> list[str]:
     """Requirements of the base install and of the extra `cpu`, pinned to their lower bounds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
-    bounds = [re.fullmatch(r"([\w-]+)>=([\w.]+)", requirement) for requirement in requirements]
+    bounds = [re.fullmatch(r"([\w-]+)>=([\w.]+)(,!=[\w.]+)*", requirement) for requirement in requirements]
     assert all(bounds), requirements
     return [f"{bound[1]}=={bound[2]}" for bound in bounds if bound]
 
