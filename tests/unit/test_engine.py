@@ -111,8 +111,16 @@ def test_when_no_engine_fits_every_reason_is_given(
     for reason in (str(tmp_path), f"cuda: this ONNX Runtime has no {CUDA}", "cpu: ", "targets: cuda"):
         assert reason in message
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what makes an import fail
-    with pytest.raises(EngineError, match=r"mara-deploy\[gpu\].*mara-deploy\[cpu\]"):
+    with pytest.raises(EngineError, match=r"not installed.*mara-deploy\[gpu\].*mara-deploy\[cpu\]"):
         open_engine(bundle_for(tmp_path, "cpu", "cuda"))
+
+
+def test_a_library_that_is_broken_is_not_said_to_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libx.so: cannot enable executable stack')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot be imported \(libx.so: cannot enable"):
+        open_engine(bundle_for(tmp_path, "cpu"))
 
 
 @pytest.mark.parametrize(

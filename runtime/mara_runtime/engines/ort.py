@@ -43,9 +43,11 @@ def why_not(bundle: Bundle, name: str) -> str | None:
         return f"the bundle was not exported for it (targets: {', '.join(bundle.manifest.targets)})"
     try:
         import onnxruntime
-    except ImportError:
+    except (ImportError, OSError) as error:  # OSError: a native library that it loads is missing
         extra = "gpu" if name == "cuda" else "cpu"
-        return f"ONNX Runtime is not installed: pip install 'mara-deploy[{extra}]'"
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
+        why = "is not installed" if absent else f"cannot be imported ({first_line(error)})"
+        return f"ONNX Runtime {why}: pip install 'mara-deploy[{extra}]'"
     available = onnxruntime.get_available_providers()
     if PROVIDERS[name] not in available:
         return f"this ONNX Runtime has no {PROVIDERS[name]} (it has {', '.join(available)})"
