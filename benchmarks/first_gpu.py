@@ -78,7 +78,7 @@ def find_bundles(folder: Path) -> list[Bundle]:
             size = sum(entry["size_bytes"] for entry in manifest["files"].values())
             engine = ["cpu", *(target for target in manifest["targets"] if target != "cpu")][-1]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SystemExit(refused(f"{path} is no manifest of a bundle ({error}): remove its folder")) from None
+            raise SystemExit(refused(f"{path} is not a bundle's manifest ({error}): remove its folder")) from None
         reference = folder / f"{path.parent.name}.json"
         found.append((size, Bundle(path.parent.absolute(), engine, reference.absolute())))
     if not found:
