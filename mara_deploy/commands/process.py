@@ -11,6 +11,7 @@ import errno
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,12 @@ from pathlib import Path
 
 from mara_runtime.errors import MaraError, first_line
 
-_NO_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate memory", "not enough memory")
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate memory", "not enough memory", "failed to map")
 """How libraries say in their exceptions that memory has run out."""
 
 
@@ -59,6 +65,36 @@ def unusable(argv: Sequence[str]) -> str | None:
         if argument.startswith("--") and argument.endswith("=--"):
             return f"{argument[:-3]} is '--', which is not a value"
     return None
+
+
+_ROOM = 256 << 20
+"""Bytes of address space that must be left when libraries have been loaded: threads, buffers, a first tensor."""
+
+
+def require_address_space(*modules: str) -> None:
+    """Import `modules` in a process of its own first if the address space is limited (`ulimit -v`).
+
+    Where memory is short, some libraries end the process while they are loaded instead of raising an exception.
+
+    Raises:
+        MaraError: `modules` and a reserve do not fit into the limit.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
+    if limit < 0:  # RLIM_INFINITY
+        return
+    trial = f"""
+import mmap
+room = mmap.mmap(-1, {_ROOM}, prot=mmap.PROT_READ)
+try:
+    import {", ".join(modules)}
+except ImportError as error:  # otherwise the command itself reports it
+    raise SystemExit("failed to map" in str(error))
+"""
+    nowhere = subprocess.DEVNULL
+    if subprocess.run([sys.executable, "-c", trial], stdin=nowhere, stdout=nowhere, stderr=nowhere).returncode:
+        raise MaraError(
+            f"the address space is limited to {limit >> 20} MiB (ulimit -v), too little to load PyTorch: raise the limit"
+        )
 
 
 def one_line(error: BaseException) -> str | None:

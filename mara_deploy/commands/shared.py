@@ -89,8 +89,9 @@ def print_json(value: object) -> None:
 
 @contextlib.contextmanager
 def needs_extra(extra: str, purpose: str) -> Iterator[None]:
-    """Report an absent package as one that `purpose` needs. extra: of pyproject.toml."""
+    """Report an absent package as one that `purpose` needs, or too little memory for it. extra: of pyproject.toml."""
     try:
+        process.require_address_space("torch", "mara_export.export")
         yield
     except ModuleNotFoundError as error:
         raise MaraError(

@@ -116,6 +116,16 @@ def test_a_working_directory_that_is_gone_is_refused(
     assert "the working directory cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space cannot be limited")
+def test_too_little_address_space_for_libraries_is_one_line() -> None:
+    """PyTorch ends the process when memory runs out while it is loaded."""
+    command = f"ulimit -v 600000; exec {sys.executable} -m mara_deploy.commands.export --model a --agent b"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert len(lines) == 2 and lines[1].startswith("mara-export: error: the address space is limited to 585 MiB")
+
+
 def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
     """Letters are replaced, JSON is escaped, and no file that is opened later becomes a stream."""
     folder = helpers.make_bundle(tmp_path / "bundle")
