@@ -19,10 +19,8 @@ from pathlib import Path
 
 from mara_runtime.errors import MaraError, first_line
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 _NO_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate memory", "not enough memory", "failed to map")
 """How libraries say in their exceptions that memory has run out."""
@@ -79,8 +77,10 @@ def require_address_space(*modules: str) -> None:
     Raises:
         MaraError: `modules` and a reserve do not fit into the limit.
     """
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0] if resource else -1
-    if limit < 0:  # RLIM_INFINITY
+    if sys.platform == "win32":
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
         return
     trial = f"""
 import mmap
@@ -93,7 +93,7 @@ except ImportError as error:  # otherwise the command itself reports it
     nowhere = subprocess.DEVNULL
     if subprocess.run([sys.executable, "-c", trial], stdin=nowhere, stdout=nowhere, stderr=nowhere).returncode:
         raise MaraError(
-            f"the address space is limited to {limit >> 20} MiB (ulimit -v), too little to load PyTorch: raise the limit"
+            f"the address space is limited to {limit >> 20} MiB (ulimit -v), too little to load PyTorch; raise it"
         )
 
 

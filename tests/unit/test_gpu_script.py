@@ -15,6 +15,7 @@ from benchmarks import carry, first_gpu, soak
 from mara_runtime.errors import MaraError
 from tests.unit import helpers
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 BOARDS = {
     # board: facts, lowering of TensorRT's graphs, targets, extras
@@ -121,7 +122,6 @@ def test_the_script_refuses_in_one_line(arguments, board, named):
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (

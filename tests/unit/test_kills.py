@@ -15,6 +15,8 @@ from tests.fork import killed_before
 from tests.unit import helpers
 from tests.unit.test_extend import BEFORE, add, assert_whole, facts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("is_mount", [False, True])
 def test_a_killed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mount: bool) -> None:

@@ -123,7 +123,8 @@ def test_too_little_address_space_for_libraries_is_one_line() -> None:
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     lines = result.stderr.splitlines()
     assert result.returncode == 2
-    assert len(lines) == 2 and lines[1].startswith("mara-export: error: the address space is limited to 585 MiB")
+    assert len(lines) == 2
+    assert lines[1].startswith("mara-export: error: the address space is limited to 585 MiB")
 
 
 def test_streams_may_be_closed_or_narrow(tmp_path: Path) -> None:
