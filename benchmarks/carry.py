@@ -55,10 +55,7 @@ def hollow(bundle: Bundle, out: Path) -> None:
 
     graph = onnx.load(bundle.path(bundle.manifest.step.file), load_external_data=False).graph
     (data,) = {entry.value for t in graph.initializer for entry in t.external_data if entry.key == "location"}
-    out.mkdir(parents=True)
-    for name in (MANIFEST_FILE, *bundle.manifest.files):
-        if name != data:
-            shutil.copy(bundle.path(name), out / name)
+    shutil.copytree(bundle.folder, out, ignore=shutil.ignore_patterns(data))
     weights = np.memmap(bundle.path(data), np.uint8, "r")
     parts, kept = [], bytearray()
     for tensor in graph.initializer:
@@ -85,10 +82,7 @@ def fill(folder: Path, out: Path) -> Bundle:
     if not (folder / FILLING).is_file():
         raise MaraError(f"{folder} lacks no weights: it has no {FILLING}, which the bundles of --bundles get")
     filling = json.loads((folder / FILLING).read_text(encoding="utf-8"))
-    out.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.name not in (FILLING, KEPT):
-            shutil.copy(path, out / path.name)
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(FILLING, KEPT), dirs_exist_ok=True)
     kept = (folder / KEPT).read_bytes()
     with (out / filling["file"]).open("wb") as file:
         file.truncate(filling["size"])

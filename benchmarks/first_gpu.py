@@ -36,6 +36,7 @@ LIMITS_S = {
     "conformance": 120,
     "answers": 180,
     "captures": 60,
+    "agents": 60,
     "real-model": 120,
     "widths": 120,
     "hugging-face": 60,

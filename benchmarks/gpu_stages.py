@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.board import NoBoard, find
 from benchmarks.gpu_work import (
+    MIX,
     Profiled,
     answered,
     candidates,
@@ -33,6 +34,7 @@ from benchmarks.gpu_work import (
     engine_name,
     engines,
     gate,
+    judging,
     numbers,
     timed,
     trials,
@@ -86,7 +88,7 @@ def machine(*_: Any) -> Found:
 
 def reference(bundle: Bundle, *_: Any) -> Found:
     """What a CPU computes."""
-    engine = CpuEngine(bundle)
+    engine = judging(CpuEngine(bundle), bundle)
     found: dict[str, Any] = {
         "engine": engine.describe(),
         "passes": {name: numbers(engine.run(work)) for name, work in works()},
@@ -174,12 +176,12 @@ def captures(bundle: Bundle, _: Any, smoke: bool) -> Found:
     """Passes in turns, replayed as CUDA graphs, against the same ones without: each has to read its own inputs."""
     if engine_name(bundle) != "cuda":
         raise Absent("CUDA graphs of ONNX Runtime are for bundles of the target cuda")
-    eager, captured = CudaEngine(bundle), CudaEngine(bundle, graphs=True)
+    eager, captured = (judging(CudaEngine(bundle, graphs=graphs), bundle) for graphs in (False, True))
     graphs = captured.describe()["cuda_graphs"]
     if graphs is not True:
         raise Absent(f"no CUDA graphs: {graphs}")
     shapes = [lambda first, rows=rows: candidates(rows, 20, first=first) for rows in (1, 2, 3, 4, 8, 16)]
-    shapes.append(lambda first: Pass.sequence(range(first, first + 5), 20, judge_draft=True))
+    shapes.append(lambda first: Pass.sequence(range(first, first + 5), 20, mix=MIX))
     prompt, long = Pass.prefill(range(20), 0, last=True), Pass.prefill(range(200, 456), 0, last=True)
     eager.memory.grow(captured.memory.slots)  # kernels depend on the size
     eager.run(prompt)
@@ -198,6 +200,35 @@ def captures(bundle: Bundle, _: Any, smoke: bool) -> Found:
         yield found
     if found["difference"] > gate(bundle).greatest_difference:
         yield {**found, "failed": "replays give other numbers"}
+
+
+def agents(bundle: Bundle, _: Any, smoke: bool) -> Found:
+    """No agent, one, and the same one twice, in turns: margins that follow from those of the one; time of a change."""
+    if not bundle.manifest.agents:
+        raise Absent("the bundle has no agent")
+    name = bundle.manifest.agents[0].name
+    found: dict[str, Any] = {}
+    for label, opened in engines(bundle).items():
+        engine = opened()
+        engine.run(Pass.prefill(range(20), 0, last=False))
+        alone = engine.run(candidates(4, 20)).margins.copy()
+        if not np.abs(alone).max() > 0:
+            yield {**found, "failed": f"the agent's margins are {alone.tolist()}"}
+            return
+        times, greatest = [], 0.0
+        for _ in range(3 if smoke else 20):
+            for names, mix in (((), (1.0,)), ((name,), (1.0,)), ((name, name), (0.5, 0.25))):
+                before = time.perf_counter()
+                engine.use(names)
+                times.append((time.perf_counter() - before) * 1e3)
+                expected = alone * (sum(mix) if names else 0)
+                for _ in range(3):  # also as a CUDA graph
+                    margins = engine.run(replace(candidates(4, 20), mix=mix)).margins
+                    greatest = max(greatest, float(np.abs(margins - expected).max() / np.abs(alone).max()))
+        found[label] = {"difference": greatest, "ms": median(times), "most_ms": max(times)}
+        yield found
+    if max(one["difference"] for one in found.values()) > gate(bundle).greatest_difference:
+        yield {**found, "failed": "agents that change give other margins"}
 
 
 def widths(bundle: Bundle, _: Any, smoke: bool) -> Found:
@@ -265,6 +296,7 @@ STAGES: dict[str, Callable[..., Found]] = {
     "passes": passes,
     "answers": answers,
     "captures": captures,
+    "agents": agents,
     "widths": widths,
     "hugging-face": hugging_face,
 }

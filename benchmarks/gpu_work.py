@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,10 +22,13 @@ from mara_runtime.engines.base import Engine, Pass, StepOutput
 from mara_runtime.engines.ort_cuda import OWN_ATTENTION, CudaEngine
 from mara_runtime.stats import Stats
 
+E = TypeVar("E", bound=Engine)
 PROMPTS, TOKENS = 20, 48
 """Answers of each kind that are compared, and their length at most."""
 PROMPT_ROWS, WIDTHS = (20, 256), (1, 2, 4, 40)
 """Of the passes that are compared."""
+MIX = (1.0,)
+"""Of the agent in use."""
 CUDNN_ATTENTION = 8
 """In ONNX Runtime's numbers."""
 WARM_UP = 3
@@ -39,6 +42,7 @@ def candidates(count: int, position: int, slot: int | None = None, first: int = 
         (),
         position,
         position if slot is None else slot,
+        mix=MIX,
         priorities=[-float(i) for i in range(count)],
         margin_weight=0.0,
         threshold=0.0,
@@ -52,7 +56,7 @@ def works() -> Iterator[tuple[str, Pass]]:
         yield f"prompt of {rows}", Pass.prefill(range(rows), 0, last=True)
     for rows in WIDTHS:
         yield f"{rows} candidates", candidates(rows, 20)
-    yield "draft", Pass.sequence(range(1, 9), 20, judge_draft=True)
+    yield "draft", Pass.sequence(range(1, 9), 20, mix=MIX)
 
 
 def numbers(out: StepOutput) -> dict[str, list[Any]]:
@@ -119,24 +123,36 @@ class WithCudnn(CudaEngine):
         return super()._open_session(path, options, {**provider_options, "sdpa_kernel": kernels})
 
 
+def judging(engine: E, bundle: Bundle) -> E:
+    """The engine, with the bundle's first agent in use."""
+    engine.use([agent.name for agent in bundle.manifest.agents[:1]])
+    return engine
+
+
 def engines(bundle: Bundle) -> dict[str, Callable[[], Engine]]:
-    """What opens the bundle's engine, by label; for CUDA also with graphs."""
+    """What opens the bundle's engine, by label, its first agent in use; for CUDA also with graphs."""
     name = engine_name(bundle)
     if name != "cuda":
-        return {name: lambda: open_engine(bundle, name)[0]}
-    return {"cuda": lambda: CudaEngine(bundle), "cuda, graphs": lambda: CudaEngine(bundle, graphs=True)}
+        return {name: lambda: judging(open_engine(bundle, name)[0], bundle)}
+    return {
+        "cuda": lambda: judging(CudaEngine(bundle), bundle),
+        "cuda, graphs": lambda: judging(CudaEngine(bundle, graphs=True), bundle),
+    }
 
 
 def trials(bundle: Bundle) -> dict[str, Callable[[], Engine]]:
     """What opens an engine that is not in use yet, to see whether it should be."""
-    return {"cuda, cuDNN's attention": lambda: WithCudnn(bundle)} if engine_name(bundle) == "cuda" else {}
+    if engine_name(bundle) != "cuda":
+        return {}
+    return {"cuda, cuDNN's attention": lambda: judging(WithCudnn(bundle), bundle)}
 
 
 def answered(decoder: AlignedDecoder) -> list[dict[str, Any]]:
     """Answers of the demo's prompts: tokens, whether each was within the noise, and how close its choice was."""
-    noise, found = decoder.bundle.manifest.noise, []
+    found = []
     for align in (False, True):
         config = DecodeConfig(max_new_tokens=TOKENS, align=align)
+        noise = decoder.bundle.manifest.mixed_noise(decoder.resolve(config).agents or {})
         prompts = demo_prompts("demo-dev")
         for prompt in prompts[:: len(prompts) // PROMPTS][:PROMPTS]:
             ids, near, gaps, stats = [], [], [], Stats()

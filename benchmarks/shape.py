@@ -63,7 +63,7 @@ def main() -> None:
     model.save_pretrained(args.out / "checkpoint")
     for name in TOKENIZER:
         shutil.copy(MODEL_FOLDER / name, args.out / "checkpoint" / name)
-    agents.save(agents.untrained(model.config.hidden_size, seed=0), args.out / "agent.safetensors")
+    agents.untrained(model.config.hidden_size, seed=0).save(args.out / "agent.safetensors")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ def page() -> str:
     """The text of commands.md."""
     from examples.demo_lm import __main__ as remake
     from examples.demo_lm import train as demo_lm
-    from mara_deploy.commands import bench, build, eval, export, inspect, memory, run, sign, train
+    from mara_deploy.commands import agent, bench, build, eval, export, inspect, memory, run, sign, train
     from mara_deploy.demo import __main__ as demo
 
     parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
-    for module in (export, build, run, inspect, sign, memory, bench, train, eval, demo, demo_lm, remake):
+    for module in (export, agent, build, run, inspect, sign, memory, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
-        parts.append(f"## {options.prog}\n\n```text\n{options.format_help().rstrip()}\n```\n")
+        helps = [each.format_help().rstrip() for each in (options, *getattr(options, "commands", {}).values())]
+        parts.append(f"## {options.prog}\n\n" + "\n".join(f"```text\n{shown}\n```\n" for shown in helps))
     parts.append(
         "Every command exits with code 0, or with code 2 and one line on stderr for an error that the user can fix.\n"
     )

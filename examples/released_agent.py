@@ -85,7 +85,7 @@ def require_same(bundle: Path, args: ReleasedAgentArguments) -> None:
     made = Bundle.open(bundle, verify=False).manifest
     for flag, recorded, asked in (
         ("model", made.model.source, model.resolve().name if model else hub_id_of(args.model)),
-        ("agent", made.agent.source, agent.name if agent else args.agent),
+        ("agent", made.agents[0].source, agent.name if agent else args.agent),
         ("precision", made.step.precision, args.precision),
     ):
         if recorded != asked:

@@ -1,1 +1,1 @@
-"""The front door: commands, the agent and its training, evaluation, the embedded demo."""
+"""The front door: commands, agents and their training, evaluation, the embedded demo."""

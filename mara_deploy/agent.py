@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mara_runtime.agents import EPSILON, MOST_BYTES, WIDTHS
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError, MaraError, first_line
 from mara_runtime.files import write_atomic
@@ -25,12 +26,8 @@ from mara_runtime.training import Training
 
 METADATA = "mara"
 """Key of the one JSON text in a .safetensors file's metadata: {"fallback": …, "training": {…} or null}."""
-MOST_BYTES = 1 << 28
-"""Of an agent's file, and of its weights in float32; those of a 70B LLM's agent take 35 MB."""
 _MAKES_BYTES = (b"bytearray", b"_codecs")
 """What torch.load would call in a pickle, and what could make any amount of bytes."""
-WIDTHS = (1024, 256)
-"""Hidden widths of the released agents."""
 DEFAULT_FALLBACK = "first"
 """Fallback of an agent file that does not record one, as in the paper's evaluation."""
 _LAYERS = ("ln", "linear1", "linear2", "output_linear")
@@ -52,7 +49,7 @@ class Agent(nn.Module):
 
     def __init__(self, hidden_size: int, widths: tuple[int, int] = WIDTHS) -> None:
         super().__init__()
-        self.ln = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.ln = nn.LayerNorm(hidden_size, eps=EPSILON)
         self.linear1 = nn.Linear(hidden_size, widths[0])
         self.linear2 = nn.Linear(widths[0], widths[1])
         self.output_linear = nn.Linear(widths[1], 2)
@@ -82,19 +79,18 @@ class Agent(nn.Module):
         logits = self.forward(states)
         return logits[:, 1] - logits[:, 0]
 
+    def save(self, path: Path) -> None:
+        """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
+        training = None if self.origin is None else asdict(self.origin)
+        metadata = {METADATA: json.dumps({"fallback": self.fallback, "training": training}, sort_keys=True)}
+        write_atomic(path, safetensors.torch.save(cpu_state(self), metadata))  # the library hides a disk's errors
+
 
 def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> Agent:
     """An agent with random weights, for tests, benchmarks and controls. It aligns nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Agent(hidden_size, widths).eval()
-
-
-def save(agent: Agent, path: Path) -> None:
-    """Write a .safetensors file with fallback and training; equal agents make equal files. Raises OSError."""
-    training = None if agent.origin is None else asdict(agent.origin)
-    metadata = {METADATA: json.dumps({"fallback": agent.fallback, "training": training}, sort_keys=True)}
-    write_atomic(path, safetensors.torch.save(cpu_state(agent), metadata))  # the library hides a disk's errors
 
 
 def cpu_state(agent: Agent) -> dict[str, Tensor]:
@@ -159,8 +155,8 @@ def _suggestion(path: Path) -> str:
         agents = []
     if agents:
         name = "agent.safetensors" if "agent.safetensors" in agents else agents[0]
-        return f", which is a folder with {name} in it: pass --agent {path / name}"
-    return ": --agent takes a .pth or .safetensors file, hub-id:file, or `demo`"
+        return f", which is a folder with {name} in it: pass {path / name}"
+    return ": an agent is a .pth or .safetensors file, hub-id:file, or `demo`"
 
 
 def _sizes(path: Path, state: dict[str, Tensor]) -> tuple[int, tuple[int, int]]:

@@ -16,6 +16,7 @@ from mara_export.targets import (
     HEAD_ROWS,
     LOWERINGS,
     MAX_CANDIDATES,
+    MOST_AGENTS,
     PRECISIONS,
     TARGETS,
     Lowering,
@@ -30,9 +31,10 @@ JETSONS_GB = (8, 16, 32, 64)
 SYSTEM_BYTES = 2_500_000_000
 """For Linux without a desktop, the CUDA context and the libraries' kernels: assumed, not measured."""
 AGENT_WIDTHS = (1024, 256)
+"""Of released agents, and the least that a TensorRT engine takes."""
 LOGIT_ROWS = HEAD_ROWS + 1
 """Maximum rows through the LM head in one pass of a TensorRT engine: those requested, and the chosen one."""
-PLAN_BYTES, PLAN_BYTES_A_LAYER = 4_800_000, 710_000
+PLAN_BYTES, PLAN_BYTES_A_LAYER = 6_800_000, 710_000
 """Kernels and names in a TensorRT engine, besides its weights."""
 SCRATCH_BYTES = 8_270_000
 """Workspace of any TensorRT engine for choosing among candidates and finding the best tokens."""
@@ -94,7 +96,7 @@ class Setting(Options):
         slots = self.context + spare_slots(self.max_candidates)
         if self.target != "cuda":
             return slots
-        from mara_runtime.engines.ort import rounded  # NumPy comes with it, which --help does not need
+        from mara_runtime.engines.ort_memory import rounded  # NumPy comes with it, which --help does not need
 
         return rounded(slots)
 
@@ -108,7 +110,7 @@ class Memory:
     kv_bytes: int
     """the KV cache at its largest"""
     workspace_bytes: int
-    """activations of the widest pass, with inputs and outputs"""
+    """activations of the widest pass, with agents, other inputs and outputs"""
     host_bytes: int
     """the process around it"""
 
@@ -158,7 +160,6 @@ def weight_bytes(model: Decoder, setting: Setting) -> int:
         + _vocabulary_bytes(model, setting)
         + model.small * plain
         + positions * model.head_dim * stored  # cosines and sines
-        + 4 * _agent_parameters(model.hidden_size)
     )
 
 
@@ -181,9 +182,10 @@ def kv_bytes(model: Decoder, setting: Setting) -> int:
 
 
 def workspace_bytes(model: Decoder, setting: Setting) -> int:
-    """Peak of the widest pass, with inputs and outputs."""
+    """Peak of the widest pass, with inputs and outputs; of the inputs, only agents are large."""
+    agents = (MOST_AGENTS if setting.on_tensorrt else 1) * _agent_bytes(model.hidden_size)
     outputs = 4 * (LOGIT_ROWS * model.vocab_size + PREFILL_ROWS * model.hidden_size)
-    return outputs + activation_bytes(model, setting)
+    return agents + outputs + activation_bytes(model, setting)
 
 
 def activation_bytes(model: Decoder, setting: Setting) -> int:
@@ -229,7 +231,7 @@ def _slot_bytes(model: Decoder, setting: Setting) -> int:
 
 def outgrown_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the smaller KV cache that ONNX Runtime's engine keeps while it fills the last, larger one."""
-    from mara_runtime.engines.ort import FIRST_SLOTS, grown  # NumPy comes with it, which --help does not need
+    from mara_runtime.engines.ort_memory import FIRST_SLOTS, grown  # NumPy comes with it, which --help does not need
 
     before, size = 0, FIRST_SLOTS
     while size < setting.slots:
@@ -237,6 +239,6 @@ def outgrown_bytes(model: Decoder, setting: Setting) -> int:
     return before * _slot_bytes(model, setting)
 
 
-def _agent_parameters(hidden: int) -> int:
+def _agent_bytes(hidden: int) -> int:
     first, second = AGENT_WIDTHS
-    return 2 * hidden + (hidden + 1) * first + (first + 1) * second + 2 * (second + 1)
+    return 4 * ((hidden + 1) * first + (first + 1) * second + second + 1)

@@ -28,6 +28,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from mara_export.export import NamedAgent
+
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 
 BOS_ID, EOS_ID, SECOND_EOS_ID, PAD_ID = 256, 257, 258, 259
@@ -67,6 +69,11 @@ def make(architecture: str, folder: Path, *, seed: int = 0, tie: bool | None = N
 def load(folder: Path) -> PreTrainedModel:
     """Load a checkpoint the way the oracle wants it: float32, eager attention, eval."""
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def named(agent: torch.nn.Module, name: str = "agent") -> list[NamedAgent]:
+    """An agent as exports take it."""
+    return [NamedAgent(name, name, agent)]
 
 
 def random_prompts(n: int, *, seed: int = 0, length: int = 8) -> list[list[int]]:

@@ -24,9 +24,9 @@ from mara_runtime.schedule.base import Fixed, Schedule
 from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
 from tests import reference
-from tests.table_engine import TableEngine
+from tests.conformance_agents import MIXES, AgentConformance
 from tests.unit import helpers
-from tests.unit.written_model import CANDIDATES, CONTEXT, FINE, INFINITE, SHAPE, SLOTS, judge, table
+from tests.unit.written_model import CANDIDATES, CONTEXT, FINE, INFINITE, JUDGES, SHAPE, SLOTS, table
 
 SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "one-by-one": lambda: Fixed(1),
@@ -48,7 +48,7 @@ def siblings(tokens: Sequence[int], position: int, slot: int | None = None, **op
 
 def judged(count: int, **options: Any) -> dict[str, Any]:
     """Options of a pass whose first rows are judged, the earlier the better."""
-    return {"agent_rows": range(count), "priorities": [-float(i) for i in range(count)], **options}
+    return {"agent_rows": range(count), "mix": [1.0], "priorities": [-float(i) for i in range(count)], **options}
 
 
 def filled(engines: Sequence[Any], tokens: Sequence[int]) -> None:
@@ -58,15 +58,12 @@ def filled(engines: Sequence[Any], tokens: Sequence[int]) -> None:
         engine.cache.extend(tokens)
 
 
-class Conformance:
+class Conformance(AgentConformance):
     """Tests of any engine on the written model."""
 
     strategies: Sequence[str] = STRATEGIES
 
     # ── what an engine is compared with ──────────────────────────────────────────────────────────────────────────────
-
-    def twin(self) -> TableEngine:
-        return TableEngine(table, judge, SLOTS, CANDIDATES)
 
     def check(self, actual: StepOutput, expected: StepOutput) -> None:
         """Equal, of equal logits the lower id first."""
@@ -85,18 +82,24 @@ class Conformance:
             np.testing.assert_array_equal(actual.hidden, expected.hidden)
             np.testing.assert_array_equal(actual.logits, expected.logits)
 
-    def random_pass(self, rng: random.Random, length: int, used: int) -> Pass:
-        """Candidates of a position, a chain under the first where it may stand, and an election among them."""
+    def random_pass(self, rng: random.Random, length: int, used: int, mix: Sequence[float]) -> Pass:
+        """Candidates of a position, a chain under the first where it may stand, and an election among them.
+
+        mix: of the agents; rows may leave out all but the first.
+        """
         drafted = 0 if used else rng.randint(0, 3)
         others = rng.randint(0, 4)
         rows = 1 + drafted + others
         shown = rng.sample(range(rows), rng.randint(0, rows))
+        by_row = np.tile(mix, (len(shown), 1))
+        by_row[::2, 1:] = 0
         return Pass(
             tokens=[rng.randrange(FINE) for _ in range(rows)],
             positions=[*range(length, length + 1 + drafted), *[length] * others],
             slot=length + used,
             head_rows=rng.sample(range(rows), rng.randint(0, min(rows, 3))),
             agent_rows=shown,
+            mix=rng.choice([mix, by_row]) if shown else mix,
             priorities=[rng.choice([-math.inf, 0.0, 0.0, -1.0, -2.0]) for _ in shown],
             margin_weight=rng.choice([0.0, 0.0, 1.0]),
             threshold=rng.choice([-2.0, 0.0, 0.0, 0.25, 0.1, 1e9]),
@@ -110,8 +113,11 @@ class Conformance:
         rng = random.Random(part)
         for _ in range(4):
             engine.cache.clear()
-            expected = self.twin()
+            agents = rng.choice(MIXES)
+            expected, mix = self.twin(), [*agents.values()] or [1.0]
             both, length = (engine, expected), 0
+            for e in both:
+                e.use([*agents])
             while length < CONTEXT - 10:
                 prompt = [rng.randrange(FINE) for _ in range(rng.randint(1, 6))]
                 work = chain(prompt, length, head_rows=[len(prompt) - 1])
@@ -121,7 +127,7 @@ class Conformance:
                 length += len(prompt)
                 used = 0
                 for _ in range(rng.randint(0, 3)):
-                    work = self.random_pass(rng, length, used)
+                    work = self.random_pass(rng, length, used, mix)
                     self.check(engine.run(work), expected.run(work))
                     used += len(work.tokens)
                 if used:  # one candidate of the last pass goes on
@@ -130,7 +136,7 @@ class Conformance:
                         e.cache.commit(work.tokens[row], work.slot + row)
                     length += 1
                 if rng.random() < 0.3:
-                    work = Pass.full_outputs([1, 2, 3], [length] * 3, length)
+                    work = replace(Pass.full_outputs([1, 2, 3], [length] * 3, length), mix=mix)
                     self.check(engine.run(work), expected.run(work))
 
     def test_the_threshold_is_compared_in_float64(self, engine: Engine) -> None:
@@ -138,7 +144,7 @@ class Conformance:
         margins = engine.run(siblings(range(FINE), 0, **judged(FINE))).margins.tolist()
         row = margins.index(0.25)
         for threshold, elected in ((0.25, []), (0.25 - 1e-12, [row]), (0.25 + 1e-12, [])):
-            work = siblings(range(FINE), 0, agent_rows=[row], priorities=[0.0], threshold=threshold)
+            work = siblings(range(FINE), 0, agent_rows=[row], mix=[1.0], priorities=[0.0], threshold=threshold)
             assert engine.run(work).rows.tolist() == elected
 
     def test_a_row_attends_to_the_slots_below_its_position_and_to_its_own(self, engine: Engine) -> None:
@@ -168,7 +174,7 @@ class Conformance:
         options: list[dict[str, Any]] = [
             judged(3, threshold=1e9),
             judged(3, threshold=1e9, margin_weight=1.0),
-            {"agent_rows": [2, 1], "priorities": [-math.inf] * 2, "threshold": -1e9},
+            {"agent_rows": [2, 1], "mix": [1.0], "priorities": [-math.inf] * 2, "threshold": -1e9},
             {},
         ]
         for position, each in enumerate(options, 1):
@@ -191,8 +197,11 @@ class Conformance:
             kept = prompt if rng.random() < 0.5 else []
             prompt = [*kept, *(rng.randrange(FINE) for _ in range(rng.randint(1, 8)))][:30]
             strategy = rng.choice(["top1", *self.strategies])
+            agents = rng.choice([MIXES[0], *MIXES[:-1]])
+            engine.use([*agents])
             config = DecodeConfig(
                 align=rng.random() < 0.8,
+                agents=agents,
                 top_k=rng.randint(1, CANDIDATES),
                 top_p=1.0,
                 strategy=strategy,
@@ -263,24 +272,9 @@ class Conformance:
 
     # ── NaN and infinity ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    @pytest.mark.parametrize(("weight", "fallback"), [(0.0, None), (1.0, 2)])
-    def test_rows_after_a_token_that_is_not_finite_have_no_margin_and_are_not_elected(
-        self, engine: Engine, weight: float, fallback: int | None
-    ) -> None:
-        engine.run(chain([1, INFINITE]))
-        options = judged(3, threshold=-1e30, margin_weight=weight, fallback_row=fallback)
-        work = siblings([2, 3, 4], 2, head_rows=[1], **options)
-        for _ in range(3):  # also as a CUDA graph
-            out = engine.run(work)
-            assert np.isnan(out.margins).all()
-            assert out.rows.tolist() == [1, *([] if fallback is None else [fallback])]
-            assert np.isnan(out.log_normaliser).all()
-            assert not is_finite(out)
-        assert np.isnan(engine.run(Pass.full_outputs([5], [2], 5)).margins).all()
-
     def test_a_candidate_that_is_not_finite_is_not_elected(self, engine: Engine) -> None:
         engine.run(chain([1]))
-        work = siblings([2, INFINITE, 3], 1, agent_rows=range(3), priorities=[-1.0, 0.0, -2.0], threshold=-1e30)
+        work = siblings([2, INFINITE, 3], 1, **judged(3, priorities=[-1.0, 0.0, -2.0], threshold=-1e30))
         out = engine.run(work)
         assert np.isnan(out.margins[1])  # whether it reaches the others depends on the kernel
         assert np.isfinite(out.margins[out.rows]).all()
@@ -324,7 +318,7 @@ def answer(
     prompt: Sequence[int], config: DecodeConfig, fallback: str = "first", eos: Any = frozenset()
 ) -> reference.Answer:
     """What the sequential procedure says of the written model."""
-    return helpers.sequential(table, prompt, config, fallback, eos, config.max_new_tokens, judge)
+    return helpers.sequential(table, prompt, config, fallback, eos, config.max_new_tokens, JUDGES)
 
 
 class DeviceConformance(Conformance):
@@ -332,8 +326,7 @@ class DeviceConformance(Conformance):
 
     strategies = tuple(s for s in STRATEGIES if s != "max_prob")  # margins are its scores
 
-    def twin(self) -> TableEngine:
-        return TableEngine(table, judge, SLOTS, SHAPE.vocab_size)  # it returns all tokens
+    top = SHAPE.vocab_size  # all
 
     def check(self, actual: StepOutput, expected: StepOutput) -> None:
         """expected: with all tokens."""
@@ -344,7 +337,7 @@ class DeviceConformance(Conformance):
         np.testing.assert_array_equal(actual.top_logits, np.take_along_axis(by_id, actual.top_ids, 1))
         self.check_all_but_order(actual, expected)
 
-    def random_pass(self, rng: random.Random, length: int, used: int) -> Pass:
-        """Each row's score differs from the others': margins and priorities are multiples of 1/4."""
-        work = super().random_pass(rng, length, used)
+    def random_pass(self, rng: random.Random, length: int, used: int, mix: Sequence[float]) -> Pass:
+        """Each row's score differs from the others': margins and priorities are multiples of 1/8."""
+        work = super().random_pass(rng, length, used, mix)
         return replace(work, priorities=[priority - i / 64 for i, priority in enumerate(work.priorities)])

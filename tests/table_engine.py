@@ -6,7 +6,7 @@ the slots that it attends to: a decode loop that places, moves or counts a slot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.tensors import top_tokens
 
 Prefix = tuple[int, ...]
-Lookup = Callable[[Prefix], tuple[NDArray[np.float32], NDArray[np.float32]]]
+F32 = NDArray[np.float32]
+Lookup = Callable[[Prefix], tuple[F32, F32]]
 
 
 class TableMemory:
@@ -53,17 +54,18 @@ class TableMemory:
 class TableEngine:
     """Looks up (logits (V,), hidden state (D,)) by the tokens up to and including a row's own.
 
-    agent: hidden states (N, D) to margins (N,). A row's slot is never below its position.
+    agents: by name, hidden states (N, D) to margins (N,). A row's slot is never below its position.
     """
 
     def __init__(
         self,
         lookup: Lookup,
-        agent: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+        agents: Mapping[str, Callable[[F32], F32]],
         slots: int,
         max_candidates: int = 64,
     ) -> None:
-        self._lookup, self._agent = lookup, agent
+        self._lookup, self._agents = lookup, agents
+        self._in_use: list[Callable[[F32], F32]] = []
         self.max_candidates = max_candidates
         self.memory = TableMemory(slots)
         self._cache = KVCache(self.memory)
@@ -72,12 +74,15 @@ class TableEngine:
     def cache(self) -> KVCache:
         return self._cache
 
+    def use(self, agents: Sequence[str]) -> None:
+        self._in_use = [self._agents[name] for name in agents]
+
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`. Raises IndexError where a row would attend to an entry of another sequence."""
         self._cache.reserve(work.slot, len(work.tokens))
         hidden, logits = self._rows(work.tokens, work.positions, work.slot)
         judged = list(work.agent_rows)
-        margins = self._margins(hidden[judged]) if judged else np.zeros(0, np.float32)
+        margins = self._margins(hidden[judged], work.mix) if judged else np.zeros(0, np.float32)
         scores = [
             (priority + work.margin_weight * margin, -index)
             for index, (priority, margin) in enumerate(zip(work.priorities, margins, strict=True))
@@ -91,7 +96,7 @@ class TableEngine:
         chosen = logits[rows]
         top = top_tokens(self.max_candidates, logits.shape[1])
         ids = np.argsort(-chosen, axis=1, kind="stable")[:, :top]
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             greatest = chosen.max(axis=1, keepdims=True, initial=-np.inf)
             normaliser = np.log(np.exp(chosen - greatest).sum(axis=1)) + greatest[:, 0]
         return StepOutput(
@@ -107,14 +112,16 @@ class TableEngine:
     def describe(self) -> dict[str, Any]:
         return {"name": "table"}
 
-    def _margins(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """NaN for a state that is not finite, whatever the agent makes of it."""
-        margins = self._agent(hidden).astype(np.float32)
+    def _margins(self, hidden: F32, mix: Sequence[float] | F32) -> F32:
+        """NaN for a state that is not finite, whatever the agents make of it."""
+        parts = np.broadcast_to(np.asarray(mix, np.float32), (len(hidden), max(len(self._in_use), 1)))
+        margins = np.zeros(len(hidden), np.float32)
+        for part, agent in zip(parts.T, self._in_use, strict=False):
+            with np.errstate(invalid="ignore", over="ignore"):
+                margins += np.where(part == 0, 0, part * agent(hidden).astype(np.float32))
         return np.where(np.isfinite(hidden).all(axis=1), margins, np.float32(np.nan))
 
-    def _rows(
-        self, tokens: Sequence[int], positions: Sequence[int], slot: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _rows(self, tokens: Sequence[int], positions: Sequence[int], slot: int) -> tuple[F32, F32]:
         for row, (token, position) in enumerate(zip(tokens, positions, strict=True)):
             self.memory.entries[slot + row] = (int(token), int(position))
         rows = [self._lookup((*self._prefix(p), int(t))) for t, p in zip(tokens, positions, strict=True)]

@@ -1,1 +1,1 @@
-"""Hugging Face model and agent → traced graph → lowering → parity gate → bundle."""
+"""Hugging Face model and agents → traced graph → lowering → parity gate → bundle."""

@@ -1,4 +1,4 @@
-"""From a Hugging Face model and an agent to bundles: `trace` once, `finish` once per bundle; `export` does both."""
+"""From a Hugging Face model and agents to bundles: `trace` once, `finish` once per bundle; `export` does both."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import onnxruntime
-import torch
 
 from mara_export import parity
-from mara_export.errors import ModelError, ParityError
+from mara_export.agents import NamedAgent, check_size
+from mara_export.errors import ParityError
 from mara_export.folder import claimed, destination, file_entries, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
-from mara_export.graph.trace import rotary_tables, trace_agent, trace_llm
+from mara_export.graph.trace import rotary_tables, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
 from mara_export.hf.families import check_supported, decoder_sizes
@@ -36,34 +36,18 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort import CpuEngine
 from mara_runtime.errors import OptionError
-from mara_runtime.manifest import AgentFacts, GraphFacts, Manifest, ModelFacts
-from mara_runtime.training import Training
+from mara_runtime.manifest import GraphFacts, Manifest, ModelFacts
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
 
 
-class ExportableAgent(Protocol):
-    """What an agent must offer: a torch module (N, D) → (N, 2) with these facts."""
-
-    fallback: str
-    origin: Training | None
-
-    @property
-    def hidden_size(self) -> int: ...  # noqa: D102
-
-    @property
-    def widths(self) -> tuple[int, int]: ...  # noqa: D102
-
-    def margin(self, states: torch.Tensor) -> torch.Tensor: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class Traced:
-    """A model and its agent, traced. Weights stay in the folder given to `trace`, which must outlive this."""
+    """A model, traced, and its agents. Weights stay in the folder given to `trace`, which must outlive this."""
 
     model: ModelFacts
-    agent: AgentFacts
+    agents: Sequence[NamedAgent]
     tokenizer: Any | None
     graph: pipeline.TracedGraph
     max_context: int
@@ -75,8 +59,7 @@ class Traced:
 
 def trace(
     source: ModelSource,
-    agent: ExportableAgent,
-    agent_name: str,
+    agents: Sequence[NamedAgent],
     folder: Path,
     *,
     max_context: int | None = None,
@@ -93,7 +76,7 @@ def trace(
     """
     progress = progress or Progress(quiet=True)
     return_large_blocks()
-    config, context = vet(source, agent, agent_name, max_context)
+    config, context = vet(source, agents, max_context)
     sizes = decoder_sizes(config.to_dict(), source.name)
     tokenizer = load_tokenizer(source)
     if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
@@ -110,14 +93,16 @@ def trace(
             f"--eos '{end[1]}' if answers run on"
         )
     weights = fingerprint(model)
-    if agent.origin is not None:
-        for doubt in agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
-            progress.note(f"note: the agent may not align this model: {doubt}")
+    for each in agents:
+        if each.agent.origin is not None:
+            for doubt in each.agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
+                progress.note(f"note: the agent {each.name} may not align this model: {doubt}")
     reference = None
     if gate:
         with progress.stage("run the reference (Hugging Face eager)"):
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
-            reference = parity.run_reference(model, source.name, agent, prompts, max_candidates, progress)
+            in_torch = [each.agent for each in agents]
+            reference = parity.run_reference(model, source.name, in_torch, prompts, max_candidates, progress)
         del model
         gc.collect()  # it sits in cycles
         with progress.stage("load again, to trace it"):
@@ -125,7 +110,7 @@ def trace(
     with progress.stage("trace the LLM"):
         rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
         llm = trace_llm(model, folder)
-        trace_agent(cast(torch.nn.Module, agent), agent.hidden_size, folder / "agent.onnx")
+        trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
         del model
         gc.collect()
     return Traced(
@@ -140,16 +125,9 @@ def trace(
             weights=weights,
             ignored_weights=tuple(ignore_weights),
         ),
-        AgentFacts(
-            source=agent_name,
-            hidden_size=agent.hidden_size,
-            widths=agent.widths,
-            fallback=agent.fallback,
-            state="last hidden state after the final norm",
-            training=agent.origin,
-        ),
+        agents,
         tokenizer,
-        pipeline.TracedGraph(llm, folder / "agent.onnx", sizes.shape, rotary),
+        pipeline.TracedGraph(llm, folder / "agents.onnx", sizes.shape, rotary),
         context,
         max_candidates,
         reference,
@@ -168,10 +146,10 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
         pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
         if traced.tokenizer is not None:
             manifest = replace(manifest, tokenizer=write_tokenizer(traced.tokenizer, folder))
+        manifest = replace(manifest, agents=tuple(each.write(folder) for each in traced.agents))
         if reference is not None:
             with progress.stage("parity gate"):
-                report = _check_parity(Bundle(folder, manifest), reference, options, progress)
-            manifest = replace(manifest, parity=report.to_json(), noise=report.engine_noise)
+                manifest = _check_parity(Bundle(folder, manifest), reference, options, progress)
         manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
     return Bundle(out if out.is_dir() else destination(out), manifest)
@@ -179,24 +157,22 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
 
 def export(
     source: ModelSource,
-    agent: ExportableAgent,
-    agent_name: str,
+    agents: Sequence[NamedAgent],
     out: Path,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a frozen LLM and its agent to the folder `out`, which must not exist or be empty.
+    """Export a frozen LLM and its agents, the default first, to the folder `out`, which must not exist or be empty.
 
     Returns the finished bundle. Raises MaraError (ModelError, ParityError); then, or when interrupted, nothing is left
     behind.
     """
-    return export_all(source, agent, agent_name, [(options or ExportOptions(), out)], progress)[0]
+    return export_all(source, agents, [(options or ExportOptions(), out)], progress)[0]
 
 
 def export_all(
     source: ModelSource,
-    agent: ExportableAgent,
-    agent_name: str,
+    agents: Sequence[NamedAgent],
     bundles: Sequence[tuple[ExportOptions, Path]],
     progress: Progress | None = None,
 ) -> list[Bundle]:
@@ -219,8 +195,7 @@ def export_all(
         folder = claims.enter_context(working_folder(first_out))
         traced = trace(
             source,
-            agent,
-            agent_name,
+            agents,
             folder,
             max_context=first.max_context,
             max_candidates=first.max_candidates,
@@ -232,20 +207,15 @@ def export_all(
         return [finish(traced, options, out, progress) for options, out in bundles]
 
 
-def vet(
-    source: ModelSource, agent: ExportableAgent, agent_name: str, max_context: int | None = None
-) -> tuple[Any, int]:
+def vet(source: ModelSource, agents: Sequence[NamedAgent], max_context: int | None = None) -> tuple[Any, int]:
     """Reject, from the model's configuration alone, what cannot be exported. Returns it and the context length.
 
     max_context: as in ExportOptions. Raises ModelError.
     """
     config = load_config(source)
     context = check_supported(config, source.name, max_context)
-    if agent.hidden_size != config.hidden_size:
-        raise ModelError(
-            f"the agent {agent_name} was trained for a hidden size of {agent.hidden_size}; "
-            f"{source.name} has {config.hidden_size}: use an agent trained for this model"
-        )
+    for each in agents:
+        check_size(each, config.hidden_size, source.name)
     return config, context
 
 
@@ -270,27 +240,31 @@ def _reference(traced: Traced, options: ExportOptions) -> parity.Reference | Non
     return traced.reference
 
 
-def _check_parity(
-    bundle: Bundle, reference: parity.Reference, options: ExportOptions, progress: Progress
-) -> parity.Report:
-    """Run the bundle over the reference's cases. Raises ParityError where they differ."""
+def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOptions, progress: Progress) -> Manifest:
+    """Run the bundle over the reference's cases. Returns its manifest with the reports.
+
+    Raises ParityError where LLM or agents differ.
+    """
+    manifest, gate = bundle.manifest, parity.GATES[options.precision]
     engine = CpuEngine(bundle)
+    engine.use([agent.name for agent in manifest.agents])
     perturb = None if options.quantisation is None else parity.perturber(engine)
-    sides = [parity.run_engine(engine, case, perturb) for case in progress.parts(reference.cases)]
+    count = len(manifest.agents)
+    sides = [parity.run_engine(engine, case, count, perturb) for case in progress.parts(reference.cases)]
     in_float16 = options.cache == "float16"
-    report = parity.compare(
-        reference.cases,
-        sides,
-        parity.GATES[options.precision],
-        reference.largest_activation if in_float16 else None,
-    )
-    if report.failures:
+    report = parity.compare(reference.cases, sides, gate, reference.largest_activation if in_float16 else None)
+    failures, agents = list(report.failures), []
+    for i, agent in enumerate(manifest.agents):
+        judged = parity.compare_agent(reference.cases, sides, i, gate)
+        failures += [f"agent {agent.name}: {failure}" for failure in judged.failures]
+        agents.append(replace(agent, parity=judged.to_json(), noise=judged.engine_noise))
+    if failures:
         raise ParityError(
-            f"{bundle.manifest.model.source}: the exported graphs differ from Hugging Face eager ("
-            + "; ".join(report.failures)
+            f"{manifest.model.source}: the exported graphs differ from Hugging Face eager ("
+            + "; ".join(failures)
             + "); nothing was written"
         )
-    return report
+    return replace(manifest, agents=tuple(agents), parity=report.to_json(), noise=report.engine_noise)
 
 
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
@@ -299,7 +273,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
     return Manifest(
         model=traced.model,
-        agent=traced.agent,
+        agents=(),
         max_context=options.max_context or traced.max_context,
         max_candidates=options.max_candidates,
         targets=options.runs_on,

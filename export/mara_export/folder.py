@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +17,8 @@ from mara_runtime.bundle import Bundle, sha256
 from mara_runtime.errors import MaraError
 from mara_runtime.files import locked, umask, write_atomic
 from mara_runtime.graph_file import check_graph
-from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest, parse
+from mara_runtime.manifest import MANIFEST_FILE, EngineFacts, FileEntry, Manifest
+from mara_runtime.manifest_reader import parse
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 """Errors while a file is written, which name no file."""
@@ -188,17 +189,29 @@ def _apply_umask(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def folder_inside(bundle: Bundle, part: str) -> Iterator[Path]:
+    """A temporary folder inside a bundle for files that go to its folder `part`; removed in the end.
+
+    Raises MaraError if `part` cannot be written: better before long work than after it.
+    """
+    root, goal = bundle.folder, bundle.path(part)
+    _reject_link(root, goal)
+    with _temporary(root, root, prefix=".new.", needs=goal) as folder:
+        if not os.access(goal, os.W_OK):
+            raise MaraError(f"cannot write {goal}: make it writable")
+        yield folder
+
+
+@contextlib.contextmanager
 def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     """A temporary folder inside a bundle for files that `add_engines` takes from there; removed in the end.
 
-    Raises MaraError if the target's engine folder cannot be written: better before a long build than after it.
+    Raises MaraError if the target's engine folder cannot be written, or another build is adding to it.
     """
-    root, engines = bundle.folder, bundle.path(f"engines/{target}")
-    _reject_link(root, engines)
+    root, part = bundle.folder, f"engines/{target}"
+    _reject_link(root, bundle.path(part))
     busy = f"another mara-build is adding engines for {target} to {root}: wait until it has ended"
-    with _claim(root / f".{target}.lock", root, busy), _temporary(root, root, prefix=".new.", needs=engines) as folder:
-        if not os.access(engines, os.W_OK):
-            raise MaraError(f"cannot write {engines}: make it writable")
+    with _claim(root / f".{target}.lock", root, busy), folder_inside(bundle, part) as folder:
         yield folder
 
 
@@ -211,57 +224,82 @@ def add_engines(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) ->
     """Move engine files from `staged` into the bundle and list them in its manifest.
 
     A new engine replaces the one of the same target and slots, and those of the target for another TensorRT, GPU or
-    platform, which could not run together with it. Engines that others have added since `bundle` was opened stay.
-    File names contain the checksum, so no existing file changes: the manifest is the one switch between before and
-    after. Raises MaraError, and leaves the bundle as it was.
+    platform, which could not run together with it. Engines and agents that others have added since `bundle` was opened
+    stay. File names contain the checksum, so no existing file changes. Raises MaraError, and leaves the bundle as it
+    was.
+    """
+    with _disk_errors(bundle.folder):
+        entries = [entry_of(staged / engine.file) for engine in engines]
+    added = [
+        replace(engine, file=unique_name(engine.file, entry)) for engine, entry in zip(engines, entries, strict=True)
+    ]
+    with changing(bundle, "its engine was built: build the engine again") as before:
+        targets = dict.fromkeys((*before.targets, *(engine.target for engine in added)))
+        after = replace(before, engines=(*_compatible(before.engines, added), *added), targets=tuple(targets))
+        sources = (staged / engine.file for engine in engines)
+        moved = {new.file: pair for new, pair in zip(added, zip(sources, entries, strict=True), strict=True)}
+        return switch(bundle.folder, before, after, moved)
+
+
+@contextlib.contextmanager
+def changing(bundle: Bundle, meanwhile: str) -> Iterator[Manifest]:
+    """Keep others from changing a bundle; yields its manifest as it is now.
+
+    Raises MaraError where the bundle was exported again since it was opened. meanwhile: what was done then, and what to
+    do now.
     """
     root = bundle.folder
-    with _disk_errors(root):
-        entries = {engine.file: _entry(staged / engine.file) for engine in engines}
-    added = [replace(engine, file=_unique_name(engine.file, entries[engine.file])) for engine in engines]
     with _disk_errors(root), locked(root, wait=True):
-        before = Bundle.open(root, verify=False).manifest
-        if _without_engines(before) != _without_engines(bundle.manifest):
-            raise MaraError(f"{root} was exported again while its engine was built: build the engine again")
-        kept = _compatible(before.engines, added)
-        removed = {engine.file for engine in before.engines} - {engine.file for engine in kept}
-        files = {name: entry for name, entry in before.files.items() if name not in removed}
-        files |= {new.file: entries[old.file] for new, old in zip(added, engines, strict=True)}
-        after = replace(
-            before,
-            engines=(*kept, *added),
-            targets=tuple(dict.fromkeys((*before.targets, *(engine.target for engine in added)))),
-            files=dict(sorted(files.items())),
-        )
-        try:
-            for new, old in zip(added, engines, strict=True):
-                path = root / new.file
-                _reject_link(root, path.parent)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                (staged / old.file).replace(path)
-            write_manifest(root, after)
-        finally:
-            _remove_unlisted(root)
+        now = Bundle.open(root, verify=False).manifest
+        if _exported(now) != _exported(bundle.manifest):
+            raise MaraError(f"{root} was exported again while {meanwhile}")
+        yield now
+
+
+def switch(root: Path, before: Manifest, after: Manifest, moved: Mapping[str, tuple[Path, FileEntry]]) -> Bundle:
+    """Make `after` the manifest of a bundle, within `changing`; `files` follow from its agents and engines.
+
+    moved: where new files come from, by name. The manifest is the one switch between before and after: new files
+    precede it, and those that it no longer lists are removed after it. Where that fails, `before` holds.
+    """
+    gone = _added(before) - _added(after)
+    files = {name: entry for name, entry in before.files.items() if name not in gone}
+    after = replace(after, files=dict(sorted({**files, **{name: entry for name, (_, entry) in moved.items()}}.items())))
+    try:
+        for name, (source, _) in moved.items():
+            path = root / name
+            _reject_link(root, path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(path)
+        write_manifest(root, after)
+    finally:
+        _remove_unlisted(root, {*gone, *moved})
     return Bundle(root, after)
 
 
-def _unique_name(name: str, entry: FileEntry) -> str:
+def unique_name(name: str, entry: FileEntry) -> str:
+    """A file's name with its checksum in it."""
     path = PurePosixPath(name)
     return str(path.with_name(f"{path.stem}-{entry.sha256[:12]}{path.suffix}"))
 
 
-def _without_engines(manifest: Manifest) -> object:
-    """What a manifest says, as JSON has it, of all that `add_engines` leaves alone."""
-    engine_files = {engine.file for engine in manifest.engines}
-    files = {name: entry for name, entry in manifest.files.items() if name not in engine_files}
-    return json.loads(replace(manifest, engines=(), targets=(), files=files).to_json())
+def _added(manifest: Manifest) -> set[str]:
+    """Files that come and go after the export."""
+    return {agent.file for agent in manifest.agents} | {engine.file for engine in manifest.engines}
+
+
+def _exported(manifest: Manifest) -> object:
+    """What a manifest says, as JSON has it, of what an export alone decides."""
+    files = {name: entry for name, entry in manifest.files.items() if name not in _added(manifest)}
+    return json.loads(replace(manifest, agents=(), engines=(), targets=(), files=files).to_json())
 
 
 def _compatible(engines: Sequence[EngineFacts], added: Sequence[EngineFacts]) -> tuple[EngineFacts, ...]:
-    """Those of a bundle's engines that stay when others are added."""
+    """Those of a bundle's engines that stay when others are added: of their target, for the same machine and agents."""
 
-    def machine(engine: EngineFacts) -> tuple[str, ...]:
-        return engine.target, engine.version, engine.compute_capability, engine.platform
+    def machine(engine: EngineFacts) -> tuple[object, ...]:
+        built_for = engine.target, engine.version, engine.compute_capability, engine.platform
+        return *built_for, engine.agents, engine.agent_widths
 
     replaced = {(engine.target, engine.slots) for engine in added}
     targets, machines = {engine.target for engine in added}, {machine(engine) for engine in added}
@@ -273,23 +311,30 @@ def _compatible(engines: Sequence[EngineFacts], added: Sequence[EngineFacts]) ->
     )
 
 
-def _remove_unlisted(root: Path) -> None:
-    """Delete what the manifest does not list: replaced engine files, and leftovers of builds that were killed."""
+def _remove_unlisted(root: Path, names: Set[str]) -> None:
+    """Delete those of these files that the manifest does not list, and leftovers of changes that were killed.
+
+    An agent's file without a checksum in its name stays: it may be the user's own.
+    """
     with contextlib.suppress(OSError, MaraError):
-        listed = Bundle.open(root, verify=False).manifest.files
-        for path in (*(root / "engines").glob("*/*.engine"), *root.glob(f".{MANIFEST_FILE}.*.partial")):
-            inside = path.parent.resolve().is_relative_to(root.resolve())
-            if inside and path.relative_to(root).as_posix() not in listed:
+        listed = Bundle.open(root, verify=False).manifest.files.keys()
+        patterns = "engines/*/*.engine", f"agents/*-{'[0-9a-f]' * 12}.safetensors"
+        ours = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)}
+        unlisted = [root / name for name in (names | ours) - listed]
+        for path in (*unlisted, *root.glob(f".{MANIFEST_FILE}.*.partial")):
+            if path.parent.resolve().is_relative_to(root.resolve()):
                 path.unlink(missing_ok=True)
+        (root / "agents").rmdir()  # if it is empty
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
     """Size and checksum of every file in a folder, by its relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
+    return {path.relative_to(folder).as_posix(): entry_of(path) for path in paths}
 
 
-def _entry(path: Path) -> FileEntry:
+def entry_of(path: Path) -> FileEntry:
+    """Size and checksum of a file."""
     return FileEntry(path.stat().st_size, sha256(path))
 
 

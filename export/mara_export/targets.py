@@ -149,6 +149,8 @@ MAX_CANDIDATES = 1024
 """More siblings than this would make the mask of one pass larger than the model's own work."""
 HEAD_ROWS = DRAFT_ROWS + 1
 """Rows whose logits one pass of a TensorRT engine may return: a whole draft and the row before it."""
+MOST_AGENTS = 4
+"""Agents that one pass of a TensorRT engine may mix."""
 SLOT_MULTIPLE = 16
 """KV slots of an engine are rounded up to it: fused kernels want aligned mask rows."""
 

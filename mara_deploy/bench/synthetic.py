@@ -136,6 +136,10 @@ class SyntheticEngine:
         """See `Engine`."""
         return self._engine.cache
 
+    def use(self, agents: Sequence[str]) -> None:
+        """See `Engine.use`."""
+        self._engine.use(agents)
+
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`. Priorities force the choice, so that the graph does all its work."""
         script, positions = self._script, work.positions

@@ -39,6 +39,9 @@ class Subject:
     def __init__(self, folder: str, engine: str, threads: int | None) -> None:
         self._bundle = Bundle.open(folder, verify=False)
         self._engine, _ = open_engine(self._bundle, engine, threads)
+        agents = {agent.name: 1.0 for agent in self._bundle.manifest.agents[:1]}
+        self._engine.use(tuple(agents))
+        self._noise = self._bundle.manifest.mixed_noise(agents)
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
     @property
@@ -86,7 +89,7 @@ class Subject:
             acceptance, drafts = self._learned.setdefault(key, (Acceptance(), NGrams()))
             engine = SyntheticEngine(self._engine, script)
             schedule = _schedule(config, self._cost, acceptance)
-            session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, manifest.noise)
+            session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, self._noise)
             stats = Stats()
             prompt = script.prompt(context)
             emitted = [step.token for step in _steps(engine, session, prompt, config, tokens, stats)]

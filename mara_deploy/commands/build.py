@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from mara_deploy.commands.decoding import BUNDLE_HELP, prompt_options
 from mara_deploy.commands.options import add_options, from_args
-from mara_deploy.commands.shared import Parser, guarded
+from mara_deploy.commands.shared import Parser, guarded, note_signature
 from mara_export.options import BuildOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
 from mara_runtime.options import Options, option, required
-from mara_runtime.signature import SIGNATURE_FILE
 
 LAYER_KINDS = (
     *("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "MATRIX_MULTIPLY", "DEQUANTIZE", "SCATTER", "TOPK"),
@@ -68,8 +67,7 @@ def _build(args: argparse.Namespace) -> None:
 
     bundle = Bundle.open(arguments.bundle, verify=arguments.verify)
     bundle = build(bundle, arguments.target, options, Progress(arguments.quiet))
-    if (bundle.folder / SIGNATURE_FILE).exists():
-        print("mara-build: the bundle's signature no longer holds: sign it again with mara-sign", file=sys.stderr)
+    note_signature("mara-build", bundle)
     if not arguments.quiet:
         print("\n".join(summary(bundle, arguments.target)))
 

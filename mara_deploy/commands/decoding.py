@@ -57,7 +57,7 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
     """The decoding options. Raises OptionError, also for options without effect."""
     config = from_args(DecodeConfig, args)
     if not config.align:
-        reject(args, DecodeConfig, ("strategy", "order", "fallback", "threshold"), "--no-align runs no agent")
+        reject(args, DecodeConfig, ("agents", "strategy", "order", "fallback", "threshold"), "--no-align runs no agent")
     default = DecodeConfig()
     drafts = not config.sample and (config.strategy, config.order) == (default.strategy, default.order)
     if config.draft and not drafts:
@@ -66,16 +66,20 @@ def decode_config(args: argparse.Namespace) -> DecodeConfig:
 
 
 def report_departures(decoder: AlignedDecoder, config: DecodeConfig, variables: Mapping[str, Any] | None) -> None:
-    """Say on stderr why the agent may not align, and where decoding differs from its training.
+    """Say on stderr why agents may not align, and where decoding differs from the training of the first.
 
     variables: of the chat template, as given; None: the prompts do not use it.
     """
-    manifest = decoder.bundle.manifest
-    training = manifest.agent.training
-    if training is None or not config.align:
+    if not config.align:
         return
-    template = training.template if variables is None else decoder.variables(variables)
-    for what in (*manifest.doubts, *training.departures(decoder.resolve(config), template)):
+    config, manifest = decoder.resolve(config), decoder.bundle.manifest
+    agents = list(config.agents or ())
+    training = manifest.agent(agents[0]).training
+    notes = [f"{name}: {doubt}" if len(agents) > 1 else doubt for name in agents for doubt in manifest.doubts(name)]
+    if training is not None:
+        template = training.template if variables is None else decoder.variables(variables, agents)
+        notes += training.departures(config, template)
+    for what in notes:
         print(f"note: {what}", file=sys.stderr)
 
 

@@ -72,7 +72,7 @@ class EvalArguments(Options):
     skip_refused: bool = option(False, "skip prompts that one of the sides rejects, such as those that are too long")
     baseline: tuple[str, ...] = option(
         ("greedy",),
-        "greedy, sample or best-of-N: the bundle without its agent; or the folder or Hub id of another checkpoint, "
+        "greedy, sample or best-of-N: the bundle's LLM alone; or the folder or Hub id of another checkpoint, "
         "such as one after RLHF or DPO",
         metavar="BASELINE",
     )
@@ -184,7 +184,10 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "name": bundle.folder.resolve().name,
                 "model": manifest.model.source,
                 "revision": manifest.model.revision,
-                "agent": manifest.agent.source,
+                "agents": [
+                    {"name": name, "part": part, "source": manifest.agent(name).source}
+                    for name, part in (config.agents or {}).items()
+                ],
                 "fallback": config.fallback,
                 "precision": manifest.step.precision,
                 "engine": {**decoder.engine.describe(), "declined": decoder.declined},
@@ -241,9 +244,11 @@ def _answer_sources(
     from mara_deploy.evaluate.answers import BundleAnswers
     from mara_deploy.evaluate.store import file_name
 
-    greedy = replace(config, align=False, strategy="top1", order="ranked", fallback=None, threshold=0.0)
+    greedy = replace(config, align=False, agents=None, strategy="top1", order="ranked", fallback=None, threshold=0.0)
     sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
-    ours = replace(prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template))
+    ours = replace(
+        prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template, config.agents)
+    )
     sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, ours)]
     for name in arguments.baseline:
         if name == "greedy":

@@ -1,4 +1,4 @@
-"""`mara-export`: export a Hugging Face model and an agent to bundles."""
+"""`mara-export`: export a Hugging Face model and its agents to bundles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mara_deploy.commands.decoding import prompt_options
 from mara_deploy.commands.options import add_options, from_args, values_of
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
-from mara_deploy.models import MODEL_HELP, find_agent, find_model
+from mara_deploy.models import MODEL_HELP, find_model, named_agents
 from mara_export.options import ExportOptions
 from mara_export.targets import BITS
 from mara_runtime.bundle import Bundle
@@ -30,6 +30,7 @@ examples:
   mara-export --model demo --agent demo
   mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
   mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth --max-context 2048
+  mara-export --model qwen2 --agent polite=a.safetensors --agent brief=b.safetensors
   mara-export --model qwen2 --agent agent.safetensors --precision int4 --precision fp16
 
 Several --target or --precision write one bundle for each combination, from a single load and trace of the model.
@@ -42,12 +43,17 @@ class ExportArguments(Options):
     """What to export, and where to."""
 
     model: str = required(MODEL_HELP, metavar="MODEL")
-    agent: str = required("demo, a .pth or .safetensors file, or HUB_ID:FILE", metavar="AGENT")
+    agent: tuple[str, ...] = option(
+        (),
+        "demo, a .pth or .safetensors file, or HUB_ID:FILE; the first is the bundle's default",
+        metavar="[NAME=]AGENT",
+        unset="no agent: mara-agent adds one later",
+    )
     out: Path | None = option(
         None,
         "bundle folder to write, must be new or empty; with several bundles, their parent: DIR/<target>-<precision>",
         metavar="DIR",
-        unset="bundles/<model>-<agent>-<target>-<precision>",
+        unset="bundles/<model>-<agents>-<target>-<precision>",
     )
     build: bool = option(True, "TensorRT: build no engine now; mara-build does so on the device that will run it")
     quiet: bool = option(False, "suppress progress and summary")
@@ -57,7 +63,7 @@ def parser() -> Parser:
     """The command's options."""
     options = Parser(
         "mara-export",
-        "Export a frozen LLM and its accept/reject agent to a bundle that mara-run decodes without PyTorch. A parity\n"
+        "Export a frozen LLM and accept/reject agents to a bundle that mara-run decodes without PyTorch. A parity\n"
         "gate compares the bundle with Hugging Face first: a bundle that computes something else is not written.",
         EPILOG,
     )
@@ -89,19 +95,19 @@ def _export(args: argparse.Namespace) -> None:
     if arguments.out is not None:  # before anything is loaded
         for folder in _folders(arguments.out, exports, ""):
             require_free(folder)
-    agent, agent_name = find_agent(arguments.agent, arguments.model)
+    agents = named_agents(arguments.agent, arguments.model)
 
     def folders(source: ModelSource) -> list[Path]:
-        names = (source.name.rpartition("/")[2], Path(agent_name.rpartition(":")[2]).stem)
+        names = (source.name.rpartition("/")[2], *(agent.name for agent in agents))
         return _folders(arguments.out, exports, "-".join(names))
 
     def check_before_download(config_only: ModelSource) -> None:
-        vet(config_only, agent, agent_name, exports[0].max_context)
+        vet(config_only, agents, exports[0].max_context)
         for folder in folders(config_only):
             require_free(folder)
 
     source = find_model(arguments.model, check_before_download)
-    bundles = export_all(source, agent, agent_name, list(zip(exports, folders(source), strict=True)), progress)
+    bundles = export_all(source, agents, list(zip(exports, folders(source), strict=True)), progress)
     for bundle, options in zip(bundles, exports, strict=True):
         missing = _build(bundle, options.target, arguments.build, progress)
         if not arguments.quiet:
@@ -120,7 +126,7 @@ def _exports(args: argparse.Namespace) -> list[ExportOptions]:
 
 
 def _folders(out: Path | None, exports: Sequence[ExportOptions], name: str) -> list[Path]:
-    """Where the bundles are written. name: of model and agent, for the default."""
+    """Where the bundles are written. name: of model and agents, for the default."""
     kinds = [f"{options.target}-{options.precision}" for options in exports]
     if out is None:
         return [BUNDLES / f"{name}-{kind}" for kind in kinds]

@@ -14,8 +14,9 @@ from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
+from mara_runtime.manifest import AgentFacts, Manifest
 from mara_runtime.options import Options, option, required
-from mara_runtime.reports import PARITY_NUMBERS, PARITY_OUTCOMES
+from mara_runtime.reports import AGENT_NUMBERS, AGENT_OUTCOMES, MODEL_NUMBERS, MODEL_OUTCOMES
 from mara_runtime.training import Training
 
 EPILOG = """\
@@ -83,10 +84,8 @@ def summary(bundle: Bundle) -> list[str]:
         f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
         f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
         *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
-        f"agent     {m.agent.source}: {m.agent.hidden_size} → {' → '.join(map(str, m.agent.widths))} → 2, "
-        f"falls back to the {m.agent.fallback} candidate",
-        *_training(m.agent.training),
-        *(f"          note: {doubt}" for doubt in m.doubts),
+        *(line for agent in m.agents for line in _agent(m, agent)),
+        *([] if m.agents else ["agent     none: mara-agent adds one"]),
         f"graph     {m.step.precision}{_quantised(m.step.quantisation)}, lowering {m.step.lowering}, "
         f"for {', '.join(m.targets)}",
         *(
@@ -99,6 +98,20 @@ def summary(bundle: Bundle) -> list[str]:
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
     ]
     return lines + parity_lines(m.parity)
+
+
+def _agent(manifest: Manifest, agent: AgentFacts) -> list[str]:
+    return [
+        f"agent     {agent.name}, from {agent.source}: {agent.hidden_size} → {' → '.join(map(str, agent.widths))} → 2, "
+        f"falls back to the {agent.fallback} candidate",
+        *_training(agent.training),
+        *(f"          note: {doubt}" for doubt in manifest.doubts(agent.name)),
+        *(
+            compared(agent.parity, AGENT_NUMBERS, AGENT_OUTCOMES)
+            if agent.parity
+            else ["          NOT CHECKED: exported or added with --no-gate"]
+        ),
+    ]
 
 
 def _training(training: Training | None) -> list[str]:
@@ -121,23 +134,30 @@ def parity_lines(report: dict[str, Any] | None) -> list[str]:
     lines = [
         f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager",
     ]
-    for name in PARITY_NUMBERS:
-        cosine = f", least cosine {report[name]['least_cosine']:.7f}" if "least_cosine" in report[name] else ""
-        difference = f"greatest difference {report[name]['greatest_difference']:.1e} of the largest value"
-        lines.append(f"          {name}: {difference}{cosine}")
-    for name in PARITY_OUTCOMES:
-        (outcome, gap), counts, least = OUTCOMES[name], report[name], report["min_gap"][name]
-        lines.append(
-            f"          {outcome}: {counts['differing']} of {counts['compared']} {gap} more than {least:.2g} "
-            f"nat{'' if least == 1 else 's'} differ; {counts['changed']} of all "
-            f"{counts['compared'] + counts['within_noise']} changed"
-        )
+    lines += compared(report, MODEL_NUMBERS, MODEL_OUTCOMES)
     if report["largest_activation"] is not None:
         lines.append(f"          largest activation: {report['largest_activation']:,.0f}; float16 goes up to 65,504")
     if report["perplexity"] is not None:
         lines.append(
             f"          perplexity of its prompts: {report['perplexity']['exported']:.4g}, "
             f"Hugging Face {report['perplexity']['reference']:.4g}"
+        )
+    return lines
+
+
+def compared(report: dict[str, Any], numbers: Sequence[str], outcomes: Sequence[str]) -> list[str]:
+    """What a gate compared, a line each."""
+    lines = []
+    for name in numbers:
+        cosine = f", least cosine {report[name]['least_cosine']:.7f}" if "least_cosine" in report[name] else ""
+        difference = f"greatest difference {report[name]['greatest_difference']:.1e} of the largest value"
+        lines.append(f"          {name}: {difference}{cosine}")
+    for name in outcomes:
+        (outcome, gap), counts, least = OUTCOMES[name], report[name], report["min_gap"][name]
+        lines.append(
+            f"          {outcome}: {counts['differing']} of {counts['compared']} {gap} more than {least:.2g} "
+            f"nat{'' if least == 1 else 's'} differ; {counts['changed']} of all "
+            f"{counts['compared'] + counts['within_noise']} changed"
         )
     return lines
 

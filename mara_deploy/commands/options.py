@@ -11,7 +11,7 @@ from mara_runtime.errors import OptionError
 from mara_runtime.options import NO_DEFAULT, Option, Options, options_of
 
 T = TypeVar("T", bound=Options)
-METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", dict: "NAME[=X]"}
 
 
 def add_options(
@@ -45,6 +45,10 @@ def given(config: type[Options], args: argparse.Namespace) -> dict[str, Any]:
         if hasattr(args, dest := _dest(config, each)):
             value = getattr(args, dest)
             values[each.name] = value if each.count is None else tuple(value)
+            if each.kind is dict:
+                values[each.name] = dict(value)
+                if len(values[each.name]) < len(value):
+                    raise OptionError(f"{each.flag} gives a name twice: {_shown([name for name, _ in value])}")
     return values
 
 
@@ -98,7 +102,7 @@ def _add(
         }
     elif each.count:
         details |= {"nargs": each.count, "metavar": (details["metavar"],) * each.count}
-    elif each.count == 0 or several:
+    elif each.count == 0 or each.kind is dict or several:
         details["action"] = "append"
     parser.add_argument(each.flag, required=each.default is NO_DEFAULT, help=_help(each, shown, several), **details)
 
@@ -110,17 +114,22 @@ def _help(each: Option, defaults: Sequence[Any], several: bool = False) -> str:
         notes.append(f"default: {each.unset}")
     elif shown := [_shown(value) for value in defaults if value not in (NO_DEFAULT, None, "", ())]:
         notes.append(f"default: {', '.join(dict.fromkeys(shown))}")
-    if each.count == 0 or several:
+    if each.count == 0 or each.kind is dict or several:
         notes.append("can be repeated")
     return (each.help + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={number:g}" for name, number in value.items())
     return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _converted(kind: type, text: str) -> Any:
     """The value. Text that cannot be converted stays as it is: the dataclass rejects it, naming the range."""
+    if kind is dict:
+        name, sign, number = text.partition("=")
+        return name, _converted(float, number) if sign else 1.0
     try:
         return kind(text) if text else text
     except ValueError:

@@ -38,6 +38,7 @@ Without --prompt and --input-ids, mara-run starts a chat on a terminal and other
 examples:
   mara-run BUNDLE --prompt "How do I cook rice?"
   mara-run BUNDLE --prompt "How do I cook rice?" --no-align
+  mara-run BUNDLE --prompt "How do I cook rice?" --agent polite=1 --agent brief=0.5
   echo "How do I cook rice?" | mara-run BUNDLE --json
 """
 
@@ -73,7 +74,7 @@ class RunArguments(Options):
 def parser() -> Parser:
     """The command's options."""
     options = Parser(
-        "mara-run", "Decode text with a bundle's LLM; its agent accepts or rejects each candidate token.", EPILOG
+        "mara-run", "Decode text with a bundle's LLM; an agent accepts or rejects each candidate token.", EPILOG
     )
     add_options(options, RunArguments)
     add_options(options.add_argument_group("decoding"), DecodeConfig)
@@ -147,8 +148,10 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         if name in decoder.bundle.manifest.targets:  # nobody expects the others to run
             print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
-        fallback = decoder.resolve(config).fallback
-        print(f"agent {decoder.bundle.manifest.agent.source}, fallback {fallback}", file=sys.stderr)
+        config = decoder.resolve(config)
+        parts = config.agents or {}
+        mix = " + ".join(name if part == 1 else f"{part:g} × {name}" for name, part in parts.items())
+        print(f"agent {mix}, fallback {config.fallback}", file=sys.stderr)
 
 
 def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:

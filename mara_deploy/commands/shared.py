@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from mara_deploy.commands import process
+from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
+from mara_runtime.signature import SIGNATURE_FILE
 from mara_runtime.versions import installed
 
 EXIT_BAD_INPUT = 2
@@ -20,17 +22,33 @@ EXIT_BAD_INPUT = 2
 class Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors, --debug and --version."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None, **details: Any) -> None:
         super().__init__(
             prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **details,
         )
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.commands: dict[str, Parser] = {}
+        """parsers of what follows the name of a command within this one"""
+        self._adder: Any = None
+        self._reports_as = prog
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
         version = f"%(prog)s (mara-deploy {installed('mara-deploy')['mara-deploy']})"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
+
+    def add_command(self, name: str, description: str) -> Parser:
+        """A command within this one, whose name becomes `args.command`: the parser of its own options."""
+        if self._adder is None:
+            self._adder = self.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+        added: Parser = self._adder.add_parser(name, description=description, help=description)
+        added._reports_as = self.prog
+        self.commands[name] = added
+        return added
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Take `--prompt -hello` for `--prompt=-hello`: argparse takes what begins with a dash for an option."""
@@ -48,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Print one line and exit."""
         if found := re.fullmatch(r"argument (\S+): expected one argument", message):
             message = f"{found[1]} has no value; one that begins with dashes is given as {found[1]}=--…"
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(EXIT_BAD_INPUT, f"{self._reports_as}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -60,7 +78,7 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
             if reason := process.unusable(given):
                 parser.error(reason)
             args = parser.parse_args(given)
-            debug = args.debug
+            debug = getattr(args, "debug", False)
             body(args)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has exited, as `head` does
@@ -85,6 +103,12 @@ def print_json(value: object) -> None:
     """Print a line of JSON, with escapes where the stream cannot show a letter."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(value, ensure_ascii=not utf8))
+
+
+def note_signature(prog: str, bundle: Bundle) -> None:
+    """Say on stderr that a signed bundle, whose manifest has just changed, is to be signed again."""
+    if (bundle.folder / SIGNATURE_FILE).exists():
+        print(f"{prog}: the bundle's signature no longer holds: sign it again with mara-sign", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ examples:
   mara-run BUNDLE --require-signature mine.pem.pub --prompt "How do I cook rice?"
 
 Keep mine.pem to yourself, and give mine.pem.pub to those who check. Keys are Ed25519 keys in PEM form, as of
-OpenSSL. mara-build changes the manifest: sign the bundle again afterwards.
+OpenSSL. mara-build and mara-agent change the manifest: sign the bundle again afterwards.
 """
 
 

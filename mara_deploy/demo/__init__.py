@@ -38,8 +38,9 @@ def demo_agent() -> Agent:
 
 def export_demo(out: Path, quiet: bool = False, **options: Any) -> Bundle:
     """Export LM and agent to `out`. options: of `mara_export.options.ExportOptions`."""
+    from mara_export.agents import NamedAgent
     from mara_export.export import export
     from mara_export.options import ExportOptions
     from mara_export.progress import Progress
 
-    return export(demo_model(), demo_agent(), NAME, out, ExportOptions(**options), Progress(quiet))
+    return export(demo_model(), [NamedAgent(NAME, NAME, demo_agent())], out, ExportOptions(**options), Progress(quiet))

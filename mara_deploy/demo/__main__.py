@@ -97,7 +97,7 @@ def _remove_previous(out: Path) -> None:
         manifest = Bundle.open(out, verify=False).manifest
     except MaraError:
         manifest = None
-    if manifest is None or (manifest.model.source, manifest.agent.source) != (demo.NAME, demo.NAME):
+    if manifest is None or {manifest.model.source, *(agent.source for agent in manifest.agents)} != {demo.NAME}:
         raise MaraError(f"{out} exists already and is not a demo bundle: remove it, or choose another --out")
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
     if foreign := sorted(files - {MANIFEST_FILE, *manifest.files}):

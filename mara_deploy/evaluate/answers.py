@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mara_deploy.prompts import Asked, key_of
-from mara_runtime.bundle import sha256
 from mara_runtime.config import DecodeConfig
-from mara_runtime.manifest import MANIFEST_FILE
+from mara_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from mara_runtime.decoder import AlignedDecoder
@@ -81,14 +80,14 @@ class BundleAnswers:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `AnswerSource`. The manifest's checksum stands for all files of the bundle. Schedule, drafts and the
-        engine's memory are left out: no answer depends on them."""
+        """See `AnswerSource`. The manifest's checksum stands for all files of the bundle. Left out are schedule,
+        drafts, the engine's memory, and agents that are not asked: no answer depends on them."""
         config = self._config.to_json()
         del config["schedule"], config["draft"]
         side = self._decoder.text_side
         engine = {key: value for key, value in self._decoder.engine.describe().items() if key != "memory"}
         return {
-            "bundle": sha256(self._decoder.bundle.path(MANIFEST_FILE)),
+            "bundle": _checksum(self._decoder.bundle.manifest, self._config),
             "samples": self._samples,
             "raw": self._encoding["raw"] or side is None or not side.has_template,
             "template": dict(self._encoding["template"] or {}),
@@ -112,6 +111,14 @@ class BundleAnswers:
         result = self._decoder.generate(prompt, replace(self._config, seed=seed), **self._encoding)
         assert result.text is not None  # the command requires a bundle with a tokenizer
         return Answer(result.text, result.stats.tokens, result.finish_reason, result.stats.to_json())
+
+
+def _checksum(manifest: Manifest, config: DecodeConfig) -> str:
+    """SHA-256 of what a manifest says, without the agents that are not asked."""
+    asked = [manifest.agent(name) for name in config.agents or ()] if config.align else []
+    others = {agent.file for agent in manifest.agents if agent not in asked}
+    files = {name: entry for name, entry in manifest.files.items() if name not in others}
+    return hashlib.sha256(replace(manifest, agents=tuple(asked), files=files).to_json().encode()).hexdigest()
 
 
 def answer_seed(seed: int, prompt: Asked, sample: int = 0) -> int:

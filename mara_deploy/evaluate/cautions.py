@@ -11,7 +11,7 @@ from mara_deploy.evaluate.evaluate import Evaluation, ScoredAnswers
 _MIN_UNITS = 20
 """Bootstrap intervals over fewer units are markedly too narrow."""
 _TRUNCATED, _EMPTY, _REPEATED, _FORCED, _LENGTH_RATIO = 0.1, 0.05, 0.5, 0.5, 0.2
-"""Shares of truncated, empty and repeated answers and of decisions in which the agent rejects all candidates, and the
+"""Shares of truncated, empty and repeated answers and of decisions in which all candidates are rejected, and the
 relative difference in length, from which a caution is given."""
 
 
@@ -71,11 +71,11 @@ def _nothing_compared(sides: Sequence[ScoredAnswers]) -> Iterator[str]:
             yield f"The score {name} is {values.pop():.4g} for every answer of every side: it compares nothing."
     counters = sides[0].counters or {}
     if counters.get("decisions") == 0:
-        yield "The agent decided nothing, as every position had one candidate: raise --top-p or --top-k."
+        yield "Nothing was decided, as every position had one candidate: raise --top-p or --top-k."
     elif counters and (forced := counters["forced"] / counters["decisions"]) >= _FORCED:
-        yield f"The agent rejected all candidates in {forced:.0%} of its decisions: the fallback chose the token."
+        yield f"All candidates were rejected in {forced:.0%} of the decisions: the fallback chose the token."
     elif counters and not any(int(rank) > 1 for rank in counters["accepted_rank"]) and not counters["forced"]:
-        yield "The agent accepted the LLM's best candidate in every decision: it changed nothing."
+        yield "The LLM's best candidate was accepted in every decision: alignment changed nothing."
 
 
 def _few_units(evaluation: Evaluation, units: int, unit: str) -> Iterator[str]:

@@ -125,7 +125,7 @@ class RunFolder:
         """Write a checkpoint and the agent."""
         self._save_state(state)
         with writing(self.path / "agent.safetensors"):
-            agents.save(agent, self.path / "agent.safetensors")
+            agent.save(self.path / "agent.safetensors")
         write_file(self.path / "agent.pth", lambda path: _torch_save(agents.cpu_state(agent), path))
 
     def _save_state(self, state: Mapping[str, Any]) -> None:

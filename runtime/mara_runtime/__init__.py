@@ -1,4 +1,4 @@
-"""Aligned decoding of an exported bundle, a frozen LLM with its accept/reject agent, without PyTorch.
+"""Aligned decoding of an exported bundle, a frozen LLM and its accept/reject agents, without PyTorch.
 
     from mara_runtime import AlignedDecoder, DecodeConfig
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from mara_runtime.errors import BundleError, MaraError, OptionError
 from mara_runtime.files import read_file
 from mara_runtime.graph_file import check_graph
-from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest, parse
+from mara_runtime.manifest import MANIFEST_FILE, FileEntry, Manifest
+from mara_runtime.manifest_reader import parse
 from mara_runtime.signature import SIGNATURE_FILE, check_signature
 
 _MOST_MANIFEST_BYTES = 1 << 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mara_runtime.errors import OptionError
@@ -22,7 +23,13 @@ ENGINES = ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
 class DecodeConfig(Options):
     """Options of one generation. Defaults are those of the MARA paper's evaluation (arXiv 2505.19743)."""
 
-    align: bool = option(True, "plain decoding: the LLM without its agent, greedy unless --sample is given")
+    align: bool = option(True, "plain decoding: the LLM alone, greedy unless --sample is given")
+    agents: Mapping[str, float] | None = option(
+        None,
+        "agent of the bundle that judges candidates; of several, the margins are added, each times its number (1)",
+        flag="--agent",
+        unset="the bundle's first",
+    )
     top_k: int | None = option(
         None, "maximum number of candidates per position", least=1, unset=f"as the agent was trained, else {TOP_K}"
     )
@@ -67,6 +74,11 @@ class DecodeConfig(Options):
             raise OptionError("--sample is for plain decoding: add --no-align, or use --strategy random")
         if self.temperature != 1.0 and not self.sample:
             raise OptionError(f"--temperature is {self.temperature}, but it acts on --sample only; leave it out")
+
+    @property
+    def mix(self) -> tuple[float, ...]:
+        """How much the margin of each agent counts."""
+        return (1.0,) if self.agents is None else tuple(self.agents.values())
 
     @property
     def candidates(self) -> tuple[int, float]:

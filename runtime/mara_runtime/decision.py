@@ -91,6 +91,7 @@ class Decision:
             draft,
             self._position,
             self._slot,
+            mix=config.mix,
             # the host draws the token of "random", which then runs again
             priorities=[NEVER] * count if config.strategy == "random" else priorities,
             margin_weight=float(config.strategy == "max_prob"),
@@ -140,7 +141,7 @@ class Decision:
 
 
 def examination_order(order: str, count: int) -> list[int]:
-    """LM ranks, from 0, in the order in which the agent examines them."""
+    """LM ranks, from 0, in the order in which they are examined."""
     ranks = list(range(count))
     if order == "ranked":
         return ranks

@@ -1,4 +1,4 @@
-"""Aligned decoding: an agent accepts or rejects each token of a frozen LLM (MARA, arXiv 2505.19743).
+"""Aligned decoding: agents accept or reject each token of a frozen LLM (MARA, arXiv 2505.19743).
 
     prefill → candidates ─┬─ one:     take it                                        ─┬─→ emit → commit → candidates → …
                           └─ several: run them; the first accepted, or the fallback  ─┘
@@ -181,7 +181,8 @@ class _Decoder:
         """Run an emitted token, and a draft after it. Returns the candidates after the token, and the draft."""
         start, draft = len(self._cache.tokens), self._draft(step.token)
         count = self._schedule.plan(PassContext(start, np.empty(0), draft=draft)).drafted
-        work = Pass.sequence([step.token, *draft.tokens[:count]], start, judge_draft=self._config.align)
+        mix = self._config.mix if self._config.align else None
+        work = Pass.sequence([step.token, *draft.tokens[:count]], start, mix=mix)
         out = yield from self._run(work)
         self._stats.drafted += count
         following = self._next_candidates(out)

@@ -9,7 +9,8 @@ Each is a thin wrapper around the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -26,6 +27,7 @@ from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
 from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
+from mara_runtime.manifest import AgentFacts
 from mara_runtime.schedule.acceptance import Acceptance
 from mara_runtime.schedule.adaptive import Adaptive
 from mara_runtime.schedule.base import Fixed, Schedule
@@ -132,14 +134,15 @@ class AlignedDecoder:
                 "the slots of one decision"
             )
         self._cost, self._report = cost, report
-        self._acceptance, self._drafts = Acceptance(), NGrams()
+        self._acceptance, self._drafts = defaultdict[tuple[str, ...], Acceptance](Acceptance), NGrams()
 
     def forget(self) -> None:
-        """Clear the KV cache, and forget what was learned of the agent and of the texts."""
+        """Clear the KV cache, and forget what was learned of agents and texts."""
         with self._cache.lock:
             self._cache.owner = None
             self._cache.clear()
-            self._acceptance, self._drafts = Acceptance(), NGrams()
+            self._acceptance.clear()
+            self._drafts = NGrams()
 
     def encode(
         self,
@@ -148,12 +151,14 @@ class AlignedDecoder:
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
+        agents: Iterable[str] | None = None,
     ) -> list[int]:
         """Token ids of a prompt.
 
         prompt: a user message, which goes through the bundle's chat template unless `raw` or there is none;
         a conversation, [{"role": …, "content": …}, …]; or token ids, taken as they are.
-        template: variables for the chat template, {"enable_thinking": False} say; others are as in training.
+        template: variables for the chat template, {"enable_thinking": False} say; others are as in the training of
+        the first of `agents`, by default the bundle's first.
         continue_final_message: the last message of the conversation is the beginning of the answer.
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
         variables without a template.
@@ -184,7 +189,7 @@ class AlignedDecoder:
                 ids = side.encode_raw(prompt)
             else:
                 messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                ids = side.encode_chat(messages, self.variables(template), continue_final_message)
+                ids = side.encode_chat(messages, self.variables(template, agents), continue_final_message)
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         for index, token in enumerate(ids):
@@ -200,9 +205,15 @@ class AlignedDecoder:
             )
         return ids
 
-    def variables(self, template: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Variables for the chat template: those given, and of the others those that the agent was trained with."""
-        training, side = self.bundle.manifest.agent.training, self.text_side
+    def variables(
+        self, template: Mapping[str, Any] | None = None, agents: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """Variables for the chat template: those given, and of the others those that the agent was trained with.
+
+        agents: by name, of which the first counts; default the bundle's first.
+        """
+        agent, side = self._leading(agents), self.text_side
+        training = None if agent is None else agent.training
         trained = {}
         if training is not None and training.template and side is not None and side.has_template:
             trained = {name: training.template[name] for name in training.template if name in side.template.variables}
@@ -222,7 +233,8 @@ class AlignedDecoder:
         Its text is what comes after the prompt, also after a final message that it continues.
         """
         config = self.resolve(config or DecodeConfig())
-        ids = self.encode(prompt, raw=raw, template=template, continue_final_message=continue_final_message)
+        options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
+        ids = self.encode(prompt, raw=raw, agents=config.agents, **options)
         with self._cache.lock:
             self._cache.owner = answer = object()
         return _Locked(self._pieces(ids, config, answer, ids if continue_final_message else ()), self._cache.lock)
@@ -246,22 +258,40 @@ class AlignedDecoder:
         return result
 
     def resolve(self, config: DecodeConfig) -> DecodeConfig:
-        """The configuration with what it leaves to the bundle: top-k, top-p and fallback as the agent was trained.
+        """The configuration with what it leaves to the bundle.
 
-        Raises OptionError for what the bundle does not allow.
+        That is the agents, by default the bundle's first, and top-k, top-p and fallback as the first of them was
+        trained. Raises OptionError for what the bundle does not allow or have.
         """
-        most, agent = self.bundle.manifest.max_candidates, self.bundle.manifest.agent
+        manifest = self.bundle.manifest
+        most = manifest.max_candidates
         if config.top_k is not None and config.top_k > most and (config.align or config.sample):
             raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
         if config.stop and self.text_side is None:
             raise OptionError("--stop needs text, and this bundle holds no tokenizer")
-        top_k, top_p = (TOP_K, TOP_P) if agent.training is None else (agent.training.top_k, agent.training.top_p)
+        agent = self._leading(config.agents)
+        if agent is None and config.align:
+            raise OptionError(
+                f"{self.bundle.folder} has no agent: add one with mara-agent, or decode without: --no-align"
+            )
+        agents = config.agents or ({} if agent is None else {agent.name: 1.0})
+        for name in agents:
+            manifest.agent(name)
+        training = None if agent is None else agent.training
+        top_k, top_p = (TOP_K, TOP_P) if training is None else (training.top_k, training.top_p)
         return replace(
             config,
+            agents=agents or None,
             top_k=min(top_k, most) if config.top_k is None else config.top_k,
             top_p=top_p if config.top_p is None else config.top_p,
-            fallback=config.fallback or agent.fallback,
+            fallback=config.fallback or ("first" if agent is None else agent.fallback),
         )
+
+    def _leading(self, agents: Iterable[str] | None) -> AgentFacts | None:
+        """The first of these agents, default the bundle's first; None: it has none. Raises OptionError."""
+        manifest = self.bundle.manifest
+        first = next(iter(agents or ()), None)
+        return manifest.agent(first) if first is not None else next(iter(manifest.agents), None)
 
     def _check_owner(self, answer: object) -> None:
         if self._cache.owner is not answer:
@@ -270,13 +300,14 @@ class AlignedDecoder:
     def _session(self, config: DecodeConfig) -> Session:
         adaptive = config.schedule == "adaptive"
         drafts = self._drafts if config.draft or (config.draft is None and adaptive) else None
-        return Session(self._cache, self._schedule(config), drafts, self.bundle.manifest.noise)
+        noise = self.bundle.manifest.mixed_noise(config.agents or {})
+        return Session(self._cache, self._schedule(config), drafts, noise)
 
     def _schedule(self, config: DecodeConfig) -> Schedule:
         if config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample)):
             if self._cost is None:
                 self._cost = measured_cost(self.bundle, self.engine, self._report)
-            return Adaptive(self._cost, self._acceptance)
+            return Adaptive(self._cost, self._acceptance[tuple(config.agents or ())])
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
     def _pieces(self, ids: list[int], config: DecodeConfig, answer: object, context: Sequence[int]) -> Iterator[Piece]:
@@ -284,9 +315,11 @@ class AlignedDecoder:
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
-        request = Request(ids, config, config.fallback or manifest.agent.fallback, eos, limit)
+        request = Request(ids, config, config.fallback or "first", eos, limit)
         stats = Stats()
         self._check_owner(answer)  # before a measurement overwrites the cache of another answer
+        if config.align:
+            self.engine.use(tuple(config.agents or ()))
         session = self._session(config)
         stream = TextStream(self.text_side, config.stop, context) if self.text_side else None
         emitted: list[int] = []

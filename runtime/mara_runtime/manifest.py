@@ -1,24 +1,22 @@
-"""`manifest.json` of a bundle as dataclasses, and its only reader; docs/reference/bundle.md specifies the format."""
+"""`manifest.json` of a bundle as dataclasses; manifest_reader.py reads it, docs/reference/bundle.md specifies it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mara_runtime.config import ENGINES, FALLBACKS
-from mara_runtime.errors import BundleError
-from mara_runtime.json_reader import JsonReader, load_object, shortened
-from mara_runtime.reports import read_build, read_parity, read_quantisation
-from mara_runtime.tensors import CACHE_BYTES, ModelShape, spare_slots
+from mara_runtime.errors import OptionError
+from mara_runtime.json_reader import shortened
+from mara_runtime.tensors import ModelShape, spare_slots
 from mara_runtime.training import Training
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
-MOST_NAME = 255
-"""Characters of a file's name, with its folders."""
+_AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
 
@@ -52,17 +50,29 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class AgentFacts:
-    """The accept/reject agent."""
+    """An accept/reject agent."""
 
+    name: str
+    file: str
+    """agents/<name>.safetensors, as it was trained; of one that replaced another, with its checksum after the name"""
     source: str
     hidden_size: int
-    widths: tuple[int, ...]
+    widths: tuple[int, int]
     fallback: str
     """emitted when all candidates are rejected: "first" or "last", by LM rank"""
     state: str
     """which hidden state it takes"""
     training: Training | None
     """None: not known, as of released agents"""
+    parity: dict[str, Any] | None
+    """report of its gate; None when it was skipped"""
+    noise: float | None
+    """of its margins between pass widths, as the gate measured it, ≥ 0; None when not measured"""
+
+
+def is_agent_name(name: str) -> bool:
+    """May an agent be called so? Names are parts of file names and of options."""
+    return _AGENT_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,10 @@ class EngineFacts:
     """most rows of a pass in the second"""
     head_rows: int
     """most rows through the LM head in one pass, in both"""
+    agents: int
+    """most agents at once"""
+    agent_widths: tuple[int, int]
+    """of their hidden layers; narrower ones are padded"""
     in_place: bool
     """present is written over past; False: into a second copy, and the two swap roles after each pass"""
     version: str
@@ -117,9 +131,10 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class Noise:
-    """Differences between pass widths, as the parity gate measured them for this bundle; ≥ 0."""
+    """Differences between pass widths, as the parity gates measured them for this bundle; ≥ 0."""
 
     margins: float
+    """of a mix of agents"""
     logits: float
     """nats"""
 
@@ -129,7 +144,8 @@ class Manifest:
     """The content of manifest.json."""
 
     model: ModelFacts
-    agent: AgentFacts
+    agents: tuple[AgentFacts, ...]
+    """by name, the default first; may be empty"""
     max_context: int
     """tokens of prompt and answer together"""
     max_candidates: int
@@ -144,8 +160,8 @@ class Manifest:
     """{package: version}"""
     parity: dict[str, Any] | None
     """report of the parity gate; None when it was skipped"""
-    noise: Noise | None
-    """None when not measured"""
+    noise: float | None
+    """of logits between pass widths, in nats; None when not measured"""
     files: dict[str, FileEntry]
     """every file except the manifest, by its path in the bundle"""
 
@@ -154,14 +170,31 @@ class Manifest:
         """KV slots that decoding may need: of a full context, and of one more decision."""
         return self.max_context + spare_slots(self.max_candidates)
 
-    @property
-    def doubts(self) -> list[str]:
-        """Why the agent may not align this model, one clause each."""
-        if self.agent.training is None:
+    def agent(self, name: str) -> AgentFacts:
+        """The agent of that name. Raises OptionError."""
+        for agent in self.agents:
+            if agent.name == name:
+                return agent
+        known = ", ".join(agent.name for agent in self.agents)
+        raise OptionError(f"--agent is {shortened(name)}; the bundle has {known or 'none: add one with mara-agent'}")
+
+    def mixed_noise(self, mix: Mapping[str, float]) -> Noise | None:
+        """The noise of decoding with a mix of agents; None: not known."""
+        noises = [self.agent(name).noise for name in mix]
+        if self.noise is None or None in noises:
+            return None
+        return Noise(
+            sum(abs(part) * (noise or 0.0) for part, noise in zip(mix.values(), noises, strict=True)), self.noise
+        )
+
+    def doubts(self, name: str) -> list[str]:
+        """Why an agent may not align this model, one clause each."""
+        training = self.agent(name).training
+        if training is None:
             return []
         template = None if self.tokenizer is None else self.tokenizer.chat_template
         checksum = None if template is None else self.files[template].sha256
-        return list(self.agent.training.doubts(self.model.source, self.model.weights, checksum))
+        return list(training.doubts(self.model.source, self.model.weights, checksum))
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -173,160 +206,3 @@ def checksum(content: Mapping[str, Any]) -> str:
     """SHA-256 of what a manifest says, `sha256` itself left out, however it is laid out."""
     said = {name: value for name, value in content.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def parse(text: str, where: str) -> Manifest:
-    """Read the text of a manifest.json. Raises BundleError with the field that is wrong."""
-    try:
-        root = load_object(text)
-    except ValueError as error:
-        raise BundleError(f"{where} is not valid manifest JSON ({error}); export the bundle again") from None
-    if not isinstance(root, dict) or "schema_version" not in root:
-        raise BundleError(f"{where} is not a bundle manifest: it has no schema_version")
-    version = root["schema_version"]
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{where} has schema version {shortened(version)}; this release reads version {SCHEMA_VERSION}: "
-            "export the bundle again, or install the release that made it"
-        )
-    reader = _Reader(where, root)
-    manifest = reader.manifest()
-    reader.count("schema_version")
-    stated = reader.text("sha256")
-    reader.reject_unknown()
-    if stated != checksum(root):
-        raise BundleError(
-            f"{where} was changed: its content differs from its checksum; copy or export the bundle again"
-        )
-    return manifest
-
-
-class _Reader(JsonReader):
-    """A manifest, field by field."""
-
-    def manifest(self) -> Manifest:
-        tokenizer = self.get("tokenizer", dict, type(None))
-        return Manifest(
-            model=ModelFacts(
-                source=self.text("model.source"),
-                revision=self.get("model.revision", str, type(None)),
-                architecture=self.text("model.architecture"),
-                shape=ModelShape(
-                    **{name: self.count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
-                ),
-                intermediate_size=self.count("model.intermediate_size"),
-                tied=self.get("model.tied", bool),
-                eos_token_ids=self.counts("model.eos_token_ids", least=0),
-                weights=self.text("model.weights"),
-                ignored_weights=tuple(self.texts("model.ignored_weights")),
-            ),
-            agent=AgentFacts(
-                source=self.text("agent.source"),
-                hidden_size=self.count("agent.hidden_size"),
-                widths=self.counts("agent.widths"),
-                fallback=self.text("agent.fallback", FALLBACKS),
-                state=self.text("agent.state"),
-                training=Training.read(self, "agent.training"),
-            ),
-            max_context=self.count("max_context"),
-            max_candidates=self.count("max_candidates"),
-            targets=self._targets(),
-            step=GraphFacts(
-                self._file("step.file"),
-                self.text("step.lowering"),
-                self.text("step.precision"),
-                read_quantisation(self, "step.quantisation"),
-                self.text("step.cache", tuple(CACHE_BYTES)),
-            ),
-            engines=self._engines(),
-            tokenizer=None
-            if tokenizer is None
-            else TokenizerFacts(
-                file=self._file("tokenizer.file"),
-                chat_template=None
-                if self.get("tokenizer.chat_template", str, type(None)) is None
-                else self._file("tokenizer.chat_template"),
-                special_tokens=self._special_tokens("tokenizer.special_tokens"),
-            ),
-            made_with=self.dict_of(str, "made_with", shown=True),
-            parity=read_parity(self, "parity"),
-            noise=self._noise(),
-            files={
-                name: FileEntry(entry["size_bytes"], entry["sha256"])
-                for name, entry in self.dict_of(dict, "files").items()
-                if self._is_file_entry(name, entry)
-            },
-        )
-
-    def _targets(self) -> tuple[str, ...]:
-        targets = self.texts("targets")
-        if not targets or not {*targets} <= {*ENGINES}:
-            raise self.wrong("targets", f"is {shortened(targets)}, not a list of {', '.join(ENGINES)}")
-        return tuple(targets)
-
-    def _engines(self) -> tuple[EngineFacts, ...]:
-        engines: dict[tuple[str, int], EngineFacts] = {}
-        for i in range(len(self.get("engines", list))):
-            engine = self._engine(f"engines.{i}")
-            if (engine.target, engine.slots) in engines:
-                raise self.wrong(
-                    f"engines.{i}.slots", f"is {engine.slots}, as that of another engine for {engine.target}"
-                )
-            engines[engine.target, engine.slots] = engine
-        return tuple(engines.values())
-
-    def _engine(self, path: str) -> EngineFacts:
-        target, file = self.text(f"{path}.target", ENGINE_TARGETS), self._file(f"{path}.file")
-        if not file.startswith(f"engines/{target}/"):
-            raise self.wrong(f"{path}.file", f"names {shortened(file)}, which does not lie in engines/{target}/")
-        return EngineFacts(
-            target=target,
-            file=file,
-            slots=self.count(f"{path}.slots"),
-            decode_rows=self.count(f"{path}.decode_rows"),
-            prefill_rows=self.count(f"{path}.prefill_rows"),
-            head_rows=self.count(f"{path}.head_rows"),
-            in_place=self.get(f"{path}.in_place", bool),
-            version=self.text(f"{path}.version"),
-            compute_capability=self.text(f"{path}.compute_capability"),
-            platform=self.text(f"{path}.platform"),
-            options=read_build(self, f"{path}.options"),
-        )
-
-    def _noise(self) -> Noise | None:
-        if self.get("noise", dict, type(None)) is None:
-            return None
-        return Noise(margins=self.number("noise.margins"), logits=self.number("noise.logits"))
-
-    def _special_tokens(self, path: str) -> dict[str, str | list[str]]:
-        tokens: dict[str, str | list[str]] = self.get(path, dict)
-        for token in tokens.values():
-            if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
-                raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
-        return tokens
-
-    def _file(self, path: str) -> str:
-        """The name of a file that `files` lists."""
-        name = self.text(path)
-        if name not in self.get("files", dict):
-            raise self.wrong(path, f"names {shortened(name)}, which is not among the bundle's files")
-        return name
-
-    def _is_file_entry(self, name: str, entry: dict[str, Any]) -> bool:
-        parts = name.split("/")
-        if (
-            len(name) > MOST_NAME
-            or not name.isprintable()
-            or "\\" in name
-            or ":" in name
-            or any(part in ("", ".", "..") for part in parts)
-        ):
-            raise self.wrong("files", f"names {shortened(name)}, which does not lie inside the bundle")
-        if unknown := sorted(entry.keys() - {"size_bytes", "sha256"}):
-            raise self.wrong(f"files[{shortened(name)}][{shortened(unknown[0])}]", "is not known to this release")
-        size = entry.get("size_bytes")
-        if type(size) is not int or not 0 <= size < 2**63:
-            raise self.wrong(f"files[{shortened(name)}].size_bytes", f"is {shortened(size)}")
-        if not isinstance(entry.get("sha256"), str):
-            raise self.wrong(f"files[{shortened(name)}].sha256", f"is {shortened(entry.get('sha256'))}")
-        return True

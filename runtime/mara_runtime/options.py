@@ -52,7 +52,7 @@ class Option:
 
     name: str = ""
     kind: type = str
-    """bool, int, float, str or Path"""
+    """bool, int, float, str or Path; dict: numbers by name"""
     count: int | None = None
     """None: a single value; 0: a tuple of any length; else: a tuple of this length"""
     default: Any = NO_DEFAULT
@@ -63,6 +63,8 @@ class Option:
             return "one of " + ", ".join(map(str, self.choices))
         if self.kind in (str, Path):
             return "text"
+        if self.kind is dict:
+            return "one or more names, each with a finite number"
         noun = "a whole number" if self.kind is int else "a number" if self.most is not None else "a finite number"
         low = "" if self.least is None else str(self.least)
         if self.above is not None:
@@ -103,13 +105,11 @@ class Option:
         if self.kind is int:
             return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
         if self.kind is float:
-            try:
-                number = float(value) if isinstance(value, Real) else math.nan
-            except OverflowError:
-                return None
-            return number if math.isfinite(number) else None
+            return _finite(value)
         if self.kind is Path:
             return value if isinstance(value, Path) else None
+        if self.kind is dict:
+            return _numbers(value)
         return value if isinstance(value, str) else None
 
     def _in_range(self, value: Any) -> bool:
@@ -168,6 +168,7 @@ def flag(name: str) -> str:
 def _complete(declared: Option, name: str, hint: Any, default: Any) -> Option:
     """What is declared, with name, type and default of the field."""
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType]
+    kinds = [dict if typing.get_origin(kind) is Mapping else kind for kind in kinds]
     count = None
     if typing.get_origin(hint) is tuple:
         count = 0 if kinds[-1] is Ellipsis else len(kinds)
@@ -182,6 +183,24 @@ def _complete(declared: Option, name: str, hint: Any, default: Any) -> Option:
         count=count,
         default=NO_DEFAULT if default is MISSING else default,
     )
+
+
+def _numbers(value: Any) -> dict[str, float] | None:
+    """Finite numbers by name, at least one; None if they are anything else."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    numbers = {name: _finite(number) for name, number in value.items() if isinstance(name, str)}
+    finite = {name: number for name, number in numbers.items() if number is not None}
+    return finite if len(finite) == len(value) else None
+
+
+def _finite(value: Any) -> float | None:
+    """The number, if it is one and finite."""
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -6,6 +6,7 @@ Both are generators that yield passes and receive their outputs, as the decode l
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -33,13 +34,13 @@ def find_fault(cache: KVCache, before: Sequence[int], work: Pass, *, judged: boo
     """Raise NumericsError for the pass `work` after the tokens `before`, naming the position and what is at fault.
 
     A NaN reaches other rows of its pass, so the rows are run again, one at a time, on a clean cache.
-    judged: the agent's margins count, too.
+    judged: the agents' margins count, too.
     """
     cache.clear()
     if before and not is_finite((yield from fill(cache, before))):
         before, work, judged = (), Pass(before, range(len(before)), 0), False
     for token, position in zip(work.tokens, work.positions, strict=True):
-        out = yield Pass.full_outputs([int(token)], [position], position)
+        out = yield replace(Pass.full_outputs([int(token)], [position], position), mix=work.mix)
         _check_row(out, int(token), position, judged)
     raise NumericsError(
         f"a pass at position {len(before)} returned values that are not finite, and finite ones when repeated: "
@@ -62,6 +63,4 @@ def _check_row(out: StepOutput, token: int, position: int, judged: bool) -> None
             "export it again, with a higher precision if it is quantised"
         )
     if judged and not np.isfinite(out.margins).all():
-        raise NumericsError(
-            f"the agent's margin at position {position} is not finite: the agent's weights are at fault"
-        )
+        raise NumericsError(f"the agents' margin at position {position} is not finite: their weights are at fault")

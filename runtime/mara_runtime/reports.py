@@ -9,10 +9,10 @@ from typing import Any
 
 from mara_runtime.json_reader import JsonReader
 
-PARITY_NUMBERS = ("hidden", "logits", "margins")
-"""What the parity gate compares as numbers, by their names in its report."""
-PARITY_OUTCOMES = ("first", "ranks", "decisions")
-"""What it compares as outcomes."""
+MODEL_NUMBERS, AGENT_NUMBERS = ("hidden", "logits"), ("margins",)
+"""What the parity gates of LLM and agent compare as numbers, by their names in their reports."""
+MODEL_OUTCOMES, AGENT_OUTCOMES = ("first", "ranks"), ("decisions",)
+"""What they compare as outcomes."""
 
 Facts = dict[str, Any]
 
@@ -47,22 +47,24 @@ def read_build(reader: JsonReader, path: str) -> Facts:
     return facts
 
 
-def read_parity(reader: JsonReader, path: str) -> Facts | None:
-    """The report of the parity gate; None: it was not run."""
+def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes: tuple[str, ...]) -> Facts | None:
+    """The report of a parity gate; None: it was not run. names, outcomes: what it compares."""
     report: Facts | None = reader.get(path, dict, type(None))
     if report is None:
         return None
     if not reader.get(f"{path}.passed", bool):
         raise reader.wrong(f"{path}.passed", "is false, and what fails the gate is not written")
     kinds = ("compared", "within_noise", "differing", "changed")
-    for name in ("prompts", "rows", *(f"{outcome}.{kind}" for outcome in PARITY_OUTCOMES for kind in kinds)):
+    for name in ("prompts", "rows", *(f"{outcome}.{kind}" for outcome in outcomes for kind in kinds)):
         reader.count(f"{path}.{name}", least=0)
-    numbers = [f"{name}.greatest_difference" for name in PARITY_NUMBERS] + [f"noise.{name}" for name in PARITY_NUMBERS]
-    numbers += ["hidden.least_cosine", "logits.least_cosine", *(f"min_gap.{name}" for name in PARITY_OUTCOMES)]
-    if reader.get(f"{path}.perplexity", dict, type(None)) is not None:
-        numbers += ["perplexity.reference", "perplexity.exported"]
-    if reader.get(f"{path}.largest_activation", int, float, type(None)) is not None:
-        numbers.append("largest_activation")
+    numbers = [f"{name}.greatest_difference" for name in names] + [f"noise.{name}" for name in names]
+    numbers += [f"min_gap.{name}" for name in outcomes]
+    if names == MODEL_NUMBERS:
+        numbers += [f"{name}.least_cosine" for name in names]
+        if reader.get(f"{path}.perplexity", dict, type(None)) is not None:
+            numbers += ["perplexity.reference", "perplexity.exported"]
+        if reader.get(f"{path}.largest_activation", int, float, type(None)) is not None:
+            numbers.append("largest_activation")
     for name in numbers:
         reader.number(f"{path}.{name}")
     return report

@@ -59,8 +59,8 @@ def check_signature(manifest: bytes, folder: Path, key: Path) -> None:
         public.verify(signature, manifest)
     except exceptions.InvalidSignature:
         raise BundleError(
-            f"the manifest of {folder} is not the one that the owner of {key} signed; if mara-build has changed it, "
-            "sign it again with mara-sign"
+            f"the manifest of {folder} is not the one that the owner of {key} signed; if mara-build or "
+            "mara-agent has changed it, sign it again with mara-sign"
         ) from None
 
 

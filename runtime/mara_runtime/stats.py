@@ -44,7 +44,7 @@ class Stats:
     decisions: int = 0
     """positions with several candidates"""
     examined: int = 0
-    """candidates that the sequential procedure asks the agent about"""
+    """candidates that the sequential procedure asks the agents about"""
     forced: int = 0
     """decisions in which all candidates were rejected"""
     accepted_rank: Counter[int] = field(default_factory=Counter)

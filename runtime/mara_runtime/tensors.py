@@ -1,9 +1,9 @@
 """Every tensor of the exported graphs: names, shapes, dtypes. Export, engines and tests take them from here.
 
-A bundle has one graph, the *step*: the LLM, the agent, the election among candidates, and the LM head on the rows that
-need it. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows that the agent judges, H0 rows that go
-through the LM head whatever the agent decides, R rows that went through it, P = H0 + 1 rows of the outputs about them.
-A row is one token; it has one KV slot and one position:
+A bundle has one graph, the *step*: the LLM, its agents, the election among candidates, and the LM head on the rows that
+need it. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows that the agents judge, H0 rows that go
+through the LM head whatever the agents decide, R rows that went through it, P = H0 + 1 rows of the outputs about them,
+A agents in memory, W1 and W2 the widths of their hidden layers. A row is a token; it has one KV slot and one position:
 
     row i is written to slot `write_indices[0] + i`, rotated by `position_ids[0, i]`, and attends to the slots below
     its position and to its own.
@@ -11,7 +11,10 @@ A row is one token; it has one KV slot and one position:
 Slots and positions differ: sibling candidates share a position and occupy a slot each. A prompt or a draft has
 positions T, T+1, …, siblings have T, T, …, and one pass may contain both.
 
-The election: among the agent's rows whose margin exceeds `threshold`, the one with the greatest
+Agents are data: the graph takes the weights of A of them, stacked, and for each row that they judge a mix. A row's
+margin is the sum of the agents' margins, each times its part of the mix; a part of 0 leaves an agent out.
+
+The election: among the judged rows whose margin exceeds `threshold`, the one with the greatest
 `priorities + margin_weight * margins`; a priority of -inf excludes a row. If there is none, the fallback row, unless
 that is -1. The elected row is appended to `head_rows`; `rows` returns all that went through the head. For each of them
 the graph returns its `TOP` most likely tokens, and the log of the sum of all exponentials: log-probability = logit -
@@ -29,6 +32,7 @@ POSITION_IDS = "position_ids"
 WRITE_INDICES = "write_indices"
 HEAD_ROWS = "head_rows"
 AGENT_ROWS = "agent_rows"
+AGENT_MIX = "agent_mix"
 PRIORITIES = "priorities"
 MARGIN_WEIGHT = "margin_weight"
 THRESHOLD = "threshold"
@@ -45,7 +49,6 @@ LOGITS = "logits"
 # of the parts of the step, before they are joined
 ATTENTION_MASK = "attention_mask"
 AGENT_STATES = "hidden_states"
-AGENT_MARGIN = "margin"
 
 TOP_SPARE = 8
 """Tokens returned in addition to the candidates of a position: engines promise no order of equal logits, so the host
@@ -125,30 +128,52 @@ def llm_outputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
     ]
 
 
+def agent_weights(hidden_size: int) -> list[Tensor]:
+    """The weights of A agents, in the order of their layers; mara_runtime.agents makes them of agent files."""
+    return [
+        Tensor("agents.0.weight", "float32", ("A", "W1", hidden_size)),
+        Tensor("agents.0.bias", "float32", ("A", "W1", 1)),
+        Tensor("agents.1.weight", "float32", ("A", "W2", "W1")),
+        Tensor("agents.1.bias", "float32", ("A", "W2", 1)),
+        Tensor("agents.2.weight", "float32", ("A", 1, "W2")),
+        Tensor("agents.2.bias", "float32", ("A", 1, 1)),
+    ]
+
+
 def agent_inputs(hidden_size: int) -> list[Tensor]:
-    """Inputs of the traced agent."""
-    return [Tensor(AGENT_STATES, "float32", ("N", hidden_size))]
+    """Inputs of the traced agents."""
+    return [
+        Tensor(AGENT_STATES, "float32", ("N", hidden_size)),
+        Tensor(AGENT_MIX, "float32", ("A", "N")),
+        *agent_weights(hidden_size),
+    ]
 
 
 def agent_outputs() -> list[Tensor]:
-    """Outputs of the traced agent: margin = z1 - z0, accepted when above the threshold."""
-    return [Tensor(AGENT_MARGIN, "float32", ("N",))]
+    """Outputs of the traced agents: an agent's margin is z1 - z0, and a row is accepted when the mix exceeds the
+    threshold."""
+    return [Tensor(MARGINS, "float32", ("N",))]
 
 
-def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
-    """Inputs of `step.onnx`, in order. cache: type of the KV cache, one of CACHE_BYTES."""
+def pass_inputs() -> list[Tensor]:
+    """Inputs of `step.onnx` that say what a pass does, in order."""
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
         Tensor(POSITION_IDS, "int64", (1, "S")),
         Tensor(WRITE_INDICES, "int64", (1,)),
         Tensor(HEAD_ROWS, "int64", ("H0",)),
         Tensor(AGENT_ROWS, "int64", ("N",)),
+        Tensor(AGENT_MIX, "float32", ("A", "N")),
         Tensor(PRIORITIES, "float32", ("N",)),
         Tensor(MARGIN_WEIGHT, "float32", (1,)),
         Tensor(THRESHOLD, "float32", (1,)),
         Tensor(FALLBACK_ROW, "int64", (1,)),
-        *_cache(shape, 0, cache),
     ]
+
+
+def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
+    """Inputs of `step.onnx`, in order. cache: type of the KV cache, one of CACHE_BYTES."""
+    return [*pass_inputs(), *agent_weights(shape.hidden_size), *_cache(shape, 0, cache)]
 
 
 def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Tensor]:

@@ -36,9 +36,10 @@ def every_work() -> Iterator[tuple[str, Pass]]:
     yield "full", Pass.full_outputs([1, 2, 3], [20, 21, 22], 20)
 
 
-def run_all(engine: CudaEngine, label: str) -> None:
-    """Every pass, an entry that moves, a cache that grows to its full size, and every pass in that."""
+def run_all(engine: CudaEngine, label: str, agent: str) -> None:
+    """Every pass, an entry that moves, a cache that grows to its full size, every pass in that, agents that change."""
     mark(f"{label}: room")
+    engine.use([agent])
     engine.run(Pass.prefill(range(256), 0, last=False))
     engine.run(candidates(1, 20, 256))
     run_works(engine, label)
@@ -59,6 +60,13 @@ def run_all(engine: CudaEngine, label: str) -> None:
     mark(f"{label}: cleared")
     for _, work in works():
         engine.run(work)
+    for turn in range(RUNS):
+        for agents in ([], [agent], [agent, agent]):
+            mark(f"{label}: {len(agents)} agents, turn {turn}")
+            engine.use(agents)
+            for run in range(2):
+                mark(f"{label}: {len(agents)} agents, turn {turn}, pass {run}")
+                engine.run(candidates(4, 20))
 
 
 def run_works(engine: CudaEngine, label: str) -> None:
@@ -76,7 +84,7 @@ def passes(bundle: Bundle) -> Any:
     """All passes, without and with CUDA graphs, and where the nodes run."""
     engines = {"eager": CudaEngine(bundle), "graphs": CudaEngine(bundle, graphs=True)}
     for label, engine in engines.items():
-        run_all(engine, label)
+        run_all(engine, label, bundle.manifest.agents[0].name)
     mark("profile")
     profiled = Profiled(bundle)
     for _, work in every_work():

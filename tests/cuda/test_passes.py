@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_work import WIDTHS
+from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from tests.cuda.child import RUNS
 from tests.cuda.count import KINDS
@@ -21,7 +22,7 @@ CASES = [
     *(("demo", precision, capability) for precision in ("fp16", "int8", "int4") for capability in CAPABILITIES),
     *((architecture, "fp16", 87) for architecture in ("qwen3", "llama", "mistral")),
 ]
-LAUNCHES_OF_A_LAYER, OTHER_LAUNCHES = 24, 50
+LAUNCHES_OF_A_LAYER, OTHER_LAUNCHES = 24, 55
 """At most, kernels and calls of cuBLAS."""
 WAITS = 3
 """At most, of a pass: after its upload, its run and its download."""
@@ -123,6 +124,17 @@ def test_a_cleared_cache_keeps_its_graphs(result: Result) -> None:
     """ONNX Runtime frees none before its session: graphs of memory that is gone would pile up."""
     calls = result.passes["graphs: cleared"]
     assert (calls.captured, calls.replays, calls.allocations) == (0, 6, [])
+
+
+def test_agents_that_change_keep_graphs_and_memory_and_take_no_copy_of_a_pass(result: Result) -> None:
+    for agents in range(3):
+        turn = f"{agents} agents, turn 2"
+        change, replay = result.passes[f"graphs: {turn}"], result.passes[f"graphs: {turn}, pass 0"]
+        assert len(change.copied("host-to-device")) == len(tensors.agent_weights(1))
+        assert (replay.captured, replay.kernels, replay.replays) == (0, [], 1)
+        assert change.allocations == replay.allocations == []
+        bound = result.passes[f"eager: {turn}, pass 1"]
+        assert [len(calls.copied("host-to-device")) for calls in (replay, bound)] == [1, 1]
 
 
 def test_captures_and_replays_do_nothing_that_is_forbidden(result: Result) -> None:

@@ -15,7 +15,7 @@ TENSORRT = "https://docs.nvidia.com/deeplearning/tensorrt/latest"
 
 RULES = {
     "static capacity": (
-        "The sequence dimension of a KV cache is fixed in the engine",
+        "The sequence dimension of a KV cache is fixed in the engine, as are other sizes that its profiles do not name",
         f"{TENSORRT}/_static/operators/KVCacheUpdate.html",
     ),
     "profile": (

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from mara_runtime.engines.io_block import Sizes
+from mara_runtime.tensors import agent_weights
 from tests.double import RULES, Broken
 from tests.double.machine import Machine, write_engine
-from tests.unit.written_model import SLOTS, write_bundle
+from tests.unit.written_model import SHAPE, SLOTS, write_bundle
 
-ROWS = {"decode_rows": 8, "prefill_rows": 16, "head_rows": 4}
-SMALL = {"input_ids": (1, 2), "position_ids": (1, 2), "head_rows": (1,), "agent_rows": (1,), "priorities": (1,)}
+MOST = {"decode_rows": 8, "prefill_rows": 16, "head_rows": 4, "agents": 2, "agent_widths": (3, 2)}
+ROWS = {"input_ids": (1, 2), "position_ids": (1, 2), "head_rows": (1,), "agent_rows": (1,), "priorities": (1,)}
+AGENTS = Sizes(2, 1, 1, 1, (3, 2))
+SMALL = {**ROWS, "agent_mix": (1, 1), **{t.name: AGENTS.of(t.shape) for t in agent_weights(SHAPE.hidden_size)}}
 PAST, PRESENT = "past_key_values.0.key", "present.0.key"
 
 
@@ -21,7 +25,7 @@ class Program:
     def __init__(self, folder: Path, **options: Any) -> None:
         write_bundle(folder, always_head=True)
         options = {"in_place": True, **options}
-        write_engine(folder / "x.engine", folder / "step.onnx", slots=SLOTS, **ROWS, **options)
+        write_engine(folder / "x.engine", folder / "step.onnx", slots=SLOTS, **MOST, **options)
         self.machine = Machine()
         self.cuda, self.trt = self.machine.cuda, self.machine.trt
         self.stream = int(self.cuda.cudaStreamCreateWithFlags(1)[1])
@@ -151,6 +155,8 @@ PROGRAMS: list[tuple[str, Callable[[Program], None]]] = [
     ("profile", run_after(lambda p, c: c.set_input_shape("input_ids", (1, 9)))),
     ("profile", run_after(lambda p, c: c.set_input_shape("head_rows", (5,)))),
     ("profile", run_after(lambda p, c: c.set_input_shape("agent_rows", (0,)))),
+    ("profile", run_after(lambda p, c: c.set_input_shape("agent_mix", (3, 1)))),
+    ("static capacity", run_after(lambda p, c: c.set_input_shape("agents.0.weight", (1, 2, 4)))),
     ("profile first", run_after(lambda p, c: c.set_optimization_profile_async(1, p.stream))),
     ("addresses", run_after(lambda p, c: c._addresses.pop("margins"))),
     ("in place", run_after(lambda p, c: c.set_tensor_address(PRESENT, p.allocate(1 << 14)))),

@@ -89,6 +89,8 @@ class ICudaEngine:
         self.session = _session(facts["graph"])
         nodes = [(t, TensorIOMode.INPUT) for t in self.session.get_inputs()]
         nodes += [(t, TensorIOMode.OUTPUT) for t in self.session.get_outputs()]
+        first, second = facts["agent_widths"]
+        self._fixed = {"C": facts["slots"], "W1": first, "W2": second}
         self._io = {t.name: (mode, self._shape(t.shape), *_TYPES[t.type]) for t, mode in nodes}
         self.device_memory_size_v2 = facts.get("activation_bytes", 4096)
         self.streamable_weights_size = facts.get("streamable_weights_bytes", 0)
@@ -96,7 +98,7 @@ class ICudaEngine:
         trt.engines.add(self)
 
     def _shape(self, sizes: Sequence[Any]) -> tuple[int, ...]:
-        return tuple(self._facts["slots"] if size == "C" else -1 if isinstance(size, str) else size for size in sizes)
+        return tuple(self._fixed.get(size, -1) if isinstance(size, str) else size for size in sizes)
 
     @property
     def num_io_tensors(self) -> int:
@@ -128,9 +130,12 @@ class ICudaEngine:
     def num_optimization_profiles(self) -> int:
         return int(self._facts.get("profiles", 2))
 
-    def bounds(self, profile: int) -> tuple[int, int]:
-        """(S and N at most, H0 at most) in a profile."""
-        return self._facts["prefill_rows" if profile else "decode_rows"], self._facts["head_rows"]
+    def bounds(self, profile: int, name: str) -> tuple[int | None, ...]:
+        """The most of each size of an input in a profile; None: it is fixed."""
+        rows = self._facts["prefill_rows" if profile else "decode_rows"]
+        most = {"S": rows, "N": rows, "H0": self._facts["head_rows"], "A": self._facts["agents"]}
+        shapes = {tensor.name: tensor.shape for tensor in self.session.get_inputs()}
+        return tuple(most.get(size) for size in shapes[name])
 
     def get_weight_streaming_automatic_budget(self) -> int:
         return self._trt.automatic_budget

@@ -81,9 +81,8 @@ class IExecutionContext:
         fixed = self.engine.get_tensor_shape(name)
         if len(shape) != len(fixed) or any(want not in (-1, size) for want, size in zip(fixed, shape, strict=True)):
             raise Broken("static capacity", f"{name} is {fixed} and was set to {shape}")
-        rows, heads = self.engine.bounds(self._profile)
-        most = heads if name == "head_rows" else rows
-        if not all(1 <= size <= most for want, size in zip(fixed, shape, strict=True) if want == -1):
+        most = self.engine.bounds(self._profile, name)
+        if not all(1 <= size <= bound for size, bound in zip(shape, most, strict=True) if bound is not None):
             raise Broken("profile", f"{name} {shape} is not within 1 … {most} of profile {self._profile}")
         if self._shapes.get(name) != shape:
             self._shapes[name] = shape

@@ -24,7 +24,7 @@ from mara_deploy import agent as agents
 from mara_deploy.demo import NAME, demo_agent, demo_model
 from mara_deploy.scores import load
 from mara_deploy.scores.function import load_function
-from mara_export.export import Traced, finish, trace
+from mara_export.export import NamedAgent, Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_export.targets import LOWERINGS
@@ -98,10 +98,10 @@ def traced(
     @cache
     def make(architecture: str) -> Traced:
         if architecture == NAME:
-            given = demo_model(), demo_agent(), NAME
+            given = demo_model(), checkpoints.named(demo_agent(), NAME)
         else:
             source = resolve_model(str(checkpoint(architecture)))
-            given = source, agent(architecture), agent_file(architecture).name
+            given = source, [NamedAgent("agent", agent_file(architecture).name, agent(architecture))]
         folder = tmp_path_factory.mktemp("trace")
         return trace(*given, folder, max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES)
 

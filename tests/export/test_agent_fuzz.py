@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     agent = agents.untrained(6, 0, (5, 4))
     agent.load_state_dict(checkpoints.make_agent(6, seed=0, widths=(5, 4)).state_dict())
     agent.origin = Training(**TRAINING)
-    agents.save(agent, folder / "a.safetensors")
+    agent.save(folder / "a.safetensors")
     torch.save(agent.state_dict(), folder / "a.pth")
     torch.save(agent.state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
     return {path.name: path.read_bytes() for path in folder.iterdir()}

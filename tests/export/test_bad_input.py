@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from mara_deploy import agent as agents
-from mara_export.graph.trace import trace_agent
+from mara_export.graph.trace import trace_agents
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.errors import MaraError, NumericsError
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
@@ -113,7 +113,7 @@ def test_a_graph_that_does_not_fit_the_manifest(refused, bundle, bundle_copy) ->
     whole = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for changed in facts:
         rewrite(folder, lambda manifest, changed=changed: manifest["model"]["shape"].update(changed))
-        names(refused(folder), "step.onnx", "manifest")
+        names(refused(folder), "agents.0.hidden_size" if "hidden_size" in changed else "step.onnx", "manifest")
         rewrite(folder, lambda manifest: manifest.update(whole))
     rewrite(folder, lambda manifest: manifest.update(max_candidates=MAX_CANDIDATES + 1))
     names(refused(folder), "step.onnx", "top_ids", "73")  # the graph returns fewer tokens
@@ -127,7 +127,7 @@ def test_a_graph_that_does_not_fit_the_manifest(refused, bundle, bundle_copy) ->
         onnx.save(model, folder / "step.onnx")
         rewrite(folder)
         names(refused(folder), "step.onnx", lost)
-    trace_agent(agents.untrained(64, 0, (8, 8)), 64, folder / "step.onnx")
+    trace_agents(64, folder / "step.onnx")
     rewrite(folder)
     names(refused(folder), "step.onnx is not accepted: ")
 
@@ -242,7 +242,10 @@ def test_logits_that_are_not_finite_are_named(refused, bundle_copy, reference) -
 def test_an_agent_that_overflows_is_not_a_rejection(command, refused, bundle_copy, agent) -> None:
     """Finite weights, finite states, and yet margins of inf - inf: an error, not a candidate rejected."""
     folder = bundle_copy()
-    overwrite_weights(folder, agent("qwen2").linear2.weight, 3e38)
+    path = folder / "agents" / "agent.safetensors"
+    state = agent("qwen2").state_dict()
+    save_file({**state, "linear2.weight": torch.full_like(state["linear2.weight"], 3e38)}, path)
+    rewrite(folder)
     names(refused(folder, "--input-ids", IDS, "--json"), "margin", "position")
     # Tokens without a decision may precede it: their text ends its line before the error.
     printed = command("run", folder, "--input-ids", IDS, "--threads", 1)

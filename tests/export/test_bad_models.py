@@ -277,7 +277,7 @@ def test_a_model_that_transformers_cannot_run_is_one_line(checkpoint, agent, tmp
     broken = Broken.__new__(Broken)
     broken.__dict__ = agent("qwen2").__dict__
     with pytest.raises(ModelError, match=r"^qwen2 cannot be run by transformers: shapes cannot be multiplied$"):
-        export(resolve_model(str(checkpoint("qwen2"))), broken, "agent", tmp_path / "out")
+        export(resolve_model(str(checkpoint("qwen2"))), checkpoints.named(broken), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,15 +289,15 @@ def test_what_is_not_there_is_named(refused, tmp_path, monkeypatch) -> None:
     for model in ("/nowhere/model", "./nowhere", "qwen9", "~nosuchuser/model"):
         names(refused(model=model), model)
     for agent in (f"{tmp_path}/none.pth", str(tmp_path), "~nosuchuser/a.pth"):
-        names(refused(agent=agent), agent, "--agent")
+        names(refused(agent=agent), agent, ".pth or .safetensors")
     assert refused(agent="x" * 5000)
     monkeypatch.setitem(sys.modules, "mara_export.export", None)
     names(refused(), "pip install 'mara-deploy[cpu,export]'")
 
 
 def test_an_agent_that_does_not_fit_is_named(refused, tmp_path) -> None:
-    names(refused(agent="demo"), "--agent is demo", "qwen2")
-    agents.save(agents.untrained(128, 0, (4, 4)), tmp_path / "big.safetensors")
+    names(refused(agent="demo"), "the agent demo works only with the model demo, not with qwen2")
+    agents.untrained(128, 0, (4, 4)).save(tmp_path / "big.safetensors")
     names(refused(agent=tmp_path / "big.safetensors"), "big.safetensors", "128", "qwen2", "64")
     for name in ("agent.pth", "agent.safetensors"):
         (tmp_path / name).write_bytes(b"\x80\x02M")

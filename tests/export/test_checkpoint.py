@@ -98,6 +98,6 @@ def test_surplus_weights_may_be_left_out_by_name(checkpoint, agent, tmp_path) ->
     with pytest.raises(OptionError, match="qwen2 has none"):
         load_model(source(checkpoint("qwen2")), ignore_weights=["v_head*"])
     options = ExportOptions(max_context=64, max_candidates=8, gate=False, ignore_weights=("v_head*",))
-    bundle = export(source(folder), agent("qwen2"), "a", tmp_path / "out", options)
+    bundle = export(source(folder), checkpoints.named(agent("qwen2")), tmp_path / "out", options)
     assert bundle.manifest.model.ignored_weights == ("v_head*",)
     assert "without weights v_head*" in " ".join(summary(bundle))

@@ -69,7 +69,7 @@ def ids(tokens: list[int]) -> str:
 
 def test_the_commands_are_installed(command) -> None:
     scripts = {script.name: script.value for script in entry_points(group="console_scripts")}
-    for name in ("export", "build", "run", "inspect", "memory", "sign", "bench", "eval", "train"):
+    for name in ("export", "agent", "build", "run", "inspect", "memory", "sign", "bench", "eval", "train"):
         assert scripts[f"mara-{name}"] == f"mara_deploy.commands.{name}:main"
     assert command("run", "--version") == CommandResult(0, f"mara-run (mara-deploy {version('mara-deploy')})\n", "")
 
@@ -110,7 +110,7 @@ def test_streamed_text_is_that_of_the_json_object(run, result) -> None:
         assert not {"e", "t"} & set(found["text"]) or "--stop" not in options
         engine, agent, counters = streamed.err.splitlines()
         assert engine.startswith("engine cpu (onnxruntime ")
-        assert agent == "agent qwen2-agent.safetensors, fallback first"
+        assert agent == "agent agent, fallback first"
         assert counters.startswith(f"[{found['stats']['tokens']} tokens; ")
         assert counters.endswith(f"ended by {found['finish_reason']}]")
 

@@ -103,9 +103,9 @@ def test_the_command_replaces_an_earlier_demo_and_nothing_else(bundle, tmp_path,
 
     assert refused(link) == f"{link} is a link: remove it, or choose another --out"
     ours = manifest.read_text()
-    for part, name in (("agent", "demography-v2.pth"), ("agent", "demo.pth"), ("model", "demos")):
+    for part, name in (("agents", "demography-v2.pth"), ("agents", "demo.pth"), ("model", "demos")):
         changed = json.loads(ours)
-        changed[part]["source"] = name
+        (changed[part][0] if part == "agents" else changed[part])["source"] = name
         write_manifest(out, changed)
         assert all(text in refused(out) for text in (str(out), "not a demo bundle", "--out"))
     manifest.write_text(ours)

@@ -85,7 +85,7 @@ def runs_here(page: Path, words: list[str]) -> bool:
 
 @dataclass
 class Place:
-    """A working directory with the model `qwen2`, an agent, prompts and a score; shared by all pages."""
+    """A working directory with the model `qwen2`, agents, prompts and a score; shared by all pages."""
 
     folder: Path
     done: set[tuple[str, ...]] = field(default_factory=set)
@@ -102,7 +102,8 @@ class Place:
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
     shutil.copytree(MODEL_FOLDER, folder / "qwen2")
-    shutil.copy(AGENT_FILE, folder / "agent.safetensors")
+    for name in ("agent", "polite", "brief"):
+        shutil.copy(AGENT_FILE, folder / f"{name}.safetensors")
     (folder / "prompts.txt").write_text("How do I keep bread fresh?\nAnd cheese?\n", encoding="utf-8")
     score, *_ = (block for _, block in fenced(ROOT / "docs/guide/train.md", "python"))
     (folder / score.split()[1]).write_text(score, encoding="utf-8")
@@ -153,7 +154,7 @@ def check(page, words, place, command, bundle):
     parser(name).parse_args(arguments)  # exits on an unknown option
     if not runs_here(page, call) or tuple(call) in place.done:
         return
-    if name in ("mara-run", "mara-inspect", "mara-eval"):
+    if name in ("mara-run", "mara-agent", "mara-inspect", "mara-eval"):
         place.provide([word for word in arguments if word.startswith("qwen2-")], bundle)
     smaller = SMALLER.get(f"{name} --resume" if "--resume" in arguments else name, "")
     stdin = words[1] if words[0] == "echo" else ""

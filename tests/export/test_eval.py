@@ -307,7 +307,7 @@ def test_a_device_without_pytorch_can_evaluate_with_python_scores(bundle, prompt
     """In a process of its own: a model as score or baseline is refused with what to install."""
     code = (
         "import sys\n"
-        "for name in ('torch', 'transformers', 'onnx', 'optimum', 'safetensors', 'mara_export'):\n"
+        "for name in ('torch', 'transformers', 'onnx', 'optimum', 'mara_export'):\n"
         "    sys.modules[name] = None\n"
         "from mara_deploy.commands.eval import main\n"
         f"args, model = sys.argv[1:], {str(MODEL_FOLDER)!r}\n"

@@ -14,7 +14,8 @@ import pytest
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError
-from mara_runtime.manifest import MANIFEST_FILE, parse
+from mara_runtime.manifest import MANIFEST_FILE
+from mara_runtime.manifest_reader import parse
 from tests.fuzz.surfaces import SURFACES
 
 

@@ -16,7 +16,7 @@ WAYS = ({}, {"schedule": "together"}, {"schedule": "together", "draft": 16})
 def test_low_precision_follows_its_own_sequential_path(precision, bundle):
     """Answers part only at positions within the noise that the bundle records."""
     slow, fast = (AlignedDecoder(bundle("demo", "ort", precision), threads=1) for _ in range(2))
-    noise = fast.bundle.manifest.noise
+    noise = fast.bundle.manifest.mixed_noise({"demo": 1.0})
     positions = parted = 0
     for prompt in prompts(12, 11, True):
         steps = [piece.step for piece in slow.stream(prompt.text, SEQUENTIAL)]

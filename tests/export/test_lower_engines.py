@@ -142,7 +142,7 @@ def test_the_cache_that_is_given_stays_as_it_is(graphs, reference) -> None:
     """Two buffers may change places: present holds what is new and all that past holds, which stays."""
     model, shape = graphs("qwen3", "fp32"), model_shape(reference("qwen3").config)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    slot, sizes = 5, {"S": 3, "C": 12, "H0": 1, "N": 1}
+    slot, sizes = 5, {"S": 3, "C": 12, "H0": 1, "N": 1, "A": 2, "W1": 3, "W2": 4}
     rng, feeds = np.random.default_rng(0), {}
     for tensor in tensors.step_inputs(shape):
         size = [sizes.get(n, n) if isinstance(n, str) else n for n in tensor.shape]
@@ -160,15 +160,18 @@ def test_the_cache_that_is_given_stays_as_it_is(graphs, reference) -> None:
 # --- types -----------------------------------------------------------------------------------------------------------
 
 
+HALF = ("Gemm", "MatMul", "Attention", "RMSNormalization", "TensorScatter", "ScatterND", "Sigmoid")
+
+
 @pytest.mark.parametrize("lowering", ["portable", "decomposed"])
 def test_the_llm_computes_in_float16_and_the_step_in_float32(graphs, lowering) -> None:
     model = graphs("qwen3", "fp16", lowering)
     kinds = types(model)
     half, single = TensorProto.FLOAT16, TensorProto.FLOAT
     for node in model.graph.node:
-        if node.op_type == "Gemm":
-            assert kinds[node.output[0]] == (single if node.name.startswith("agent/") else half)  # or a tied head
-        elif node.op_type in ("MatMul", "Attention", "RMSNormalization", "TensorScatter", "ScatterND", "Sigmoid"):
+        if node.name.startswith("agents/"):
+            assert kinds[node.output[0]] in (single, TensorProto.BOOL), node.name
+        elif node.op_type in HALF:
             assert kinds[node.output[0]] == half, node.name
         elif node.op_type in ("Softmax", "ReduceMean", "Sqrt", "LayerNormalization", "Exp", "TopK"):
             assert kinds[node.output[0]] == single, node.name

@@ -27,8 +27,9 @@ from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import open_engine
-from mara_runtime.engines.ort import CpuMemory
+from mara_runtime.engines.ort_memory import CpuMemory
 from mara_runtime.tensors import spare_slots
+from tests.checkpoints import named
 
 CANDIDATES = 16
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16384}
@@ -59,8 +60,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle
     def traced(name: str, context: int) -> Traced:
         folder = root / f"{name}-{context}-trace"
         folder.mkdir()
-        source, agent = ModelSource(checkpoint(name), name, None), agents.untrained(256, seed=0)
-        return trace(source, agent, "agent", folder, max_context=context, max_candidates=CANDIDATES, gate=False)
+        source, given = ModelSource(checkpoint(name), name, None), named(agents.untrained(256, seed=0))
+        return trace(source, given, folder, max_context=context, max_candidates=CANDIDATES, gate=False)
 
     @cache
     def make(name: str, target: str, precision: str, lowering: str, context: int) -> tuple[Bundle, Setting]:

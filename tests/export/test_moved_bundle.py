@@ -15,7 +15,7 @@ import pytest
 
 from mara_runtime import AlignedDecoder, DecodeConfig
 
-EXPORTERS = ["torch", "transformers", "onnx", "optimum", "safetensors", "huggingface_hub", "mara_export"]
+EXPORTERS = ["torch", "transformers", "onnx", "optimum", "huggingface_hub", "mara_export"]
 PROMPT = "How do I cook rice?"
 BLOCK = """
 import json, sys
@@ -58,10 +58,9 @@ def test_a_moved_bundle_that_nobody_may_change_runs_as_before(bundle, tmp_path, 
     assert expected["stats"]["decisions"] > 0
     shutil.move(first, moved)
     first.parent.rmdir()
-    before = {path.name: path.stat().st_mtime_ns for path in moved.iterdir()}
-    for path in moved.iterdir():
-        path.chmod(0o444)
-    moved.chmod(0o555)
+    before = {path: path.stat().st_mtime_ns for path in moved.rglob("*")}
+    for path in (*before, moved):
+        path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         outcome = subprocess.run(
             [sys.executable, "-c", BLOCK + script, ",".join(blocked), PROMPT],
@@ -72,9 +71,10 @@ def test_a_moved_bundle_that_nobody_may_change_runs_as_before(bundle, tmp_path, 
             timeout=300,
             check=False,
         )
-        assert {path.name: path.stat().st_mtime_ns for path in moved.iterdir()} == before
+        assert {path: path.stat().st_mtime_ns for path in moved.rglob("*")} == before
     finally:
-        moved.chmod(0o755)
+        for folder in (moved, moved / "agents"):
+            folder.chmod(0o755)
     assert (outcome.returncode, outcome.stderr) == (0, "")
     found = json.loads(outcome.stdout)
     for name in ("token_ids", "text", "finish_reason"):

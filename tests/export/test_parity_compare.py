@@ -24,9 +24,8 @@ from mara_export.parity.compare import (
 )
 from mara_runtime.engines.base import Pass
 from mara_runtime.engines.ort import CpuEngine
-from mara_runtime.manifest import Noise
 from tests import checkpoints
-from tests.unit.helpers import parity_json
+from tests.unit.manifests import parity_json
 
 GATE = parity.GATES["fp32"]
 
@@ -37,7 +36,7 @@ def f32(*rows: Any) -> Any:
 
 def side(hidden: Any, logits: Any, margins: Any) -> parity.Side:
     """Both routes agree; the last row is recomputed."""
-    rows = parity.Rows(*(np.array(value, np.float32) for value in (hidden, logits, margins)))
+    rows = parity.Rows(*(np.array(value, np.float32) for value in (hidden, logits, np.array(margins)[:, None])))
     return parity.Side(rows, copied(rows.tail(1)))
 
 
@@ -53,7 +52,12 @@ def hand_made() -> tuple[list[parity.Case], list[parity.Side]]:
 
 
 def failures(cases: list[parity.Case], found: list[parity.Side], gate: parity.Gate = GATE) -> list[str]:
-    return parity.compare(cases, found, gate).failures
+    return parity.compare(cases, found, gate).failures + agent_report(cases, found, gate).failures
+
+
+def agent_report(cases: list[parity.Case], found: list[parity.Side], gate: parity.Gate = GATE) -> parity.Report:
+    """Of the only agent."""
+    return parity.compare_agent(cases, found, 0, gate)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -61,15 +65,14 @@ def failures(cases: list[parity.Case], found: list[parity.Side], gate: parity.Ga
 
 def test_equal_sides_pass() -> None:
     cases, found = hand_made()
-    report = parity.compare(cases, found, GATE)
-    assert report.failures == []
-    assert report.outcomes == {
-        "first": Counts(5, 0, 0, 0), "ranks": Counts(5 * 40, 0, 0, 0), "decisions": Counts(5, 0, 0, 0)
-    }  # fmt: skip
+    report, agent = parity.compare(cases, found, GATE), agent_report(cases, found)
+    assert report.failures == agent.failures == []
+    assert report.outcomes == {"first": Counts(5, 0, 0, 0), "ranks": Counts(5 * 40, 0, 0, 0)}
+    assert agent.outcomes == {"decisions": Counts(5, 0, 0, 0)}
     rows = cases[0].reference.rows
     floor = {name: NOISE_FLOOR * float(np.abs(getattr(rows, name)).max()) for name in parity.NAMES}
-    assert report.noise == floor  # recomputed rows agree to the last bit
-    assert report.engine_noise == Noise(floor["margins"], floor["logits"])
+    assert report.noise | agent.noise == floor  # recomputed rows agree to the last bit
+    assert (agent.engine_noise, report.engine_noise) == (floor["margins"], floor["logits"])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -144,7 +147,7 @@ def test_noise_is_measured_on_each_side_alone() -> None:
     found[0].recomputed.logits[:] += 0.25
     noise = parity.compare(cases, found, GATE).noise
     assert noise["logits"] == NOISE_FACTOR * 0.25
-    assert noise["margins"] == pytest.approx(NOISE_FLOOR * 3.0)
+    assert agent_report(cases, found).noise["margins"] == pytest.approx(NOISE_FLOOR * 3.0)
     # A difference between the sides is not noise.
     found[0].rows.logits[:] += 0.25
     assert parity.compare(cases, found, GATE).noise == parity.compare(*hand_made(), GATE).noise
@@ -167,10 +170,11 @@ def perturbed(by: float) -> list[parity.Side]:
 
 def test_level_flips_are_noise_to_decoding_and_excuse_nothing() -> None:
     cases, found = hand_made()
-    plain, report = parity.compare(cases, found, GATE), parity.compare(cases, perturbed(0.25), GATE)
-    assert report.engine_noise == Noise(margins=NOISE_FACTOR * 0.5, logits=NOISE_FACTOR * 0.25)
-    assert report.to_json() == plain.to_json()
-    assert parity.compare(cases, perturbed(1e-9), GATE).engine_noise == plain.engine_noise  # the floor is the same
+    for compare, noise in ((parity.compare, NOISE_FACTOR * 0.25), (agent_report, NOISE_FACTOR * 0.5)):
+        plain, report = compare(cases, found, GATE), compare(cases, perturbed(0.25), GATE)
+        assert report.engine_noise == noise
+        assert report.to_json() == plain.to_json()
+        assert compare(cases, perturbed(1e-9), GATE).engine_noise == plain.engine_noise  # the floor is the same
 
 
 @pytest.mark.parametrize("name", ["logits", "margins"])
@@ -194,8 +198,10 @@ def test_rows_move_by_less_than_the_recorded_noise_where_levels_flip(traced, tmp
     options = ExportOptions(precision=precision, lowering=lowering, gate=False)
     engine = CpuEngine(finish(traced("qwen2"), options, tmp_path / "out"), threads=1)
     cases = traced("qwen2").reference.cases
-    sides = [parity.run_engine(engine, case, parity.perturber(engine)) for case in cases]
-    recorded = parity.compare(cases, sides, parity.GATES[precision]).engine_noise
+    engine.use([traced("qwen2").agents[0].name])
+    sides = [parity.run_engine(engine, case, 1, parity.perturber(engine)) for case in cases]
+    gate = parity.GATES[precision]
+    recorded = {"logits": parity.compare(cases, sides, gate), "margins": agent_report(cases, sides, gate)}
     generator = np.random.default_rng(1)
     moved = dict.fromkeys(("margins", "logits"), 0.0)
     for tokens in checkpoints.random_prompts(4, seed=5, length=150):
@@ -208,8 +214,8 @@ def test_rows_move_by_less_than_the_recorded_noise_where_levels_flip(traced, tmp
                 moved[name] = max(moved[name], float(np.abs(getattr(row, name)[0] - expected[name][slot]).max()))
             entries = engine.memory.entries[:, :, :, slot]
             entries[...] = entries * (1 + 2e-7 * generator.standard_normal(entries.shape))
-    assert 0.1 < moved["logits"] < recorded.logits  # last bits alone move them by less than 0.001
-    assert 0.001 < moved["margins"] < recorded.margins
+    assert 0.1 < moved["logits"] < recorded["logits"].engine_noise  # last bits alone move them by less than 0.001
+    assert 0.001 < moved["margins"] < recorded["margins"].engine_noise
 
 
 # --- the documented limits -------------------------------------------------------------------------------------------
@@ -326,7 +332,7 @@ def test_the_report_on_the_screen_says_how_much_changed_and_does_not_call_it_noi
     counts = {"compared": 128, "within_noise": 72, "differing": 1, "changed": 20}
     min_gap = {"first": 1.0, "ranks": 0.01, "decisions": 0.0123}
     report = {**parity_json(), "rows": 200, "first": counts, "decisions": counts, "min_gap": min_gap}
-    text = "\n".join(inspect.parity_lines(report))
+    text = "\n".join([*inspect.parity_lines(report), *inspect.compared(report, (), ["decisions"])])
     assert "best token: 1 of 128 that lead by more than 1 nat differ; 20 of all 200 changed" in text
     assert "decisions: 1 of 128 decided by more than 0.012 nats differ; 20 of all 200 changed" in text
     assert "noise" not in text

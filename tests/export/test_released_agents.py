@@ -62,9 +62,9 @@ def test_an_agent_of_a_released_shape_from_the_hub(cached, tmp_path, capsys):
     options = ["--model", str(llm), "--agent", f"{AGENTS}:some/llm_actor.pth", "--out", str(out), "--no-gate"]
     assert export.main(options) == 0, capsys.readouterr().err
     bundle = Bundle.open(out)
-    assert bundle.manifest.agent.source == f"{AGENTS}:some/llm_actor.pth"
-    assert (bundle.manifest.agent.hidden_size, bundle.manifest.agent.widths) == (2048, (1024, 256))
-    assert bundle.manifest.agent.fallback == "first"
+    assert bundle.manifest.agents[0].source == f"{AGENTS}:some/llm_actor.pth"
+    assert (bundle.manifest.agents[0].hidden_size, bundle.manifest.agents[0].widths) == (2048, (1024, 256))
+    assert bundle.manifest.agents[0].fallback == "first"
 
     found = AlignedDecoder(bundle, threads=1).generate([256, 72, 105], DecodeConfig(max_new_tokens=12))
     expected = decode(checkpoints.load(llm), as_written(state), [256, 72, 105], eos_ids=[257], max_new_tokens=12)

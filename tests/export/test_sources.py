@@ -243,5 +243,5 @@ def test_a_model_and_an_agent_of_the_hub(
     assert f"{QWEN2} @ {REVISION}" in outcome.out
     bundle = Bundle.open(tmp_path / "bundles" / "Qwen2-0.5B-Instruct-agent-1-cpu-fp32")
     assert (bundle.manifest.model.source, bundle.manifest.model.revision) == (QWEN2, REVISION)
-    assert bundle.manifest.agent.source == agent
+    assert bundle.manifest.agents[0].source == agent
     assert str(tmp_path) not in (bundle.folder / "manifest.json").read_text(encoding="utf-8")

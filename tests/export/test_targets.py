@@ -111,7 +111,7 @@ def test_activations_that_float16_does_not_hold_are_found_on_a_cpu(traced, refer
         model.model.layers[0].mlp.up_proj.weight.mul_(2.0**17)
         model.model.layers[0].mlp.down_proj.weight.mul_(2.0**-17)
     prompts = [(tokens, True) for tokens in checkpoints.random_prompts(1)]
-    large = parity.run_reference(model, "large", agent("qwen2"), prompts, 8, Progress(quiet=True))
+    large = parity.run_reference(model, "large", [agent("qwen2")], prompts, 8, Progress(quiet=True))
     options = {"max_context": 128, "max_candidates": 8}
     with pytest.raises(ParityError, match=r"activations reach [\d,]+, and float16 ends at 65,504: use bf16"):
         finish(replace(traced("qwen2"), reference=large), ExportOptions(target="cuda", **options), tmp_path / "out")

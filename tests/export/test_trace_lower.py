@@ -28,7 +28,7 @@ from mara_export.progress import Progress
 from mara_export.targets import LOWERINGS
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.engines.ort import CpuEngine
 from tests import checkpoints
@@ -93,6 +93,7 @@ def engines(bundle: Callable[..., Path]) -> Callable[[str, str], CpuEngine]:
         key = architecture, lowering
         if key not in opened:
             opened[key] = CpuEngine(Bundle.open(bundle(architecture, lowering)), threads=1)
+            opened[key].use(["agent"])
         return opened[key]
 
     return get
@@ -228,8 +229,9 @@ def test_a_small_vocabulary_is_returned_whole(traced, reference, agent, tmp_path
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_cache_that_grows_gives_the_same_rows(bundle, reference, agent, monkeypatch, lowering) -> None:
-    monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 16)
+    monkeypatch.setattr(ort_memory, "FIRST_SLOTS", 16)
     engine = CpuEngine(Bundle.open(bundle("qwen3", lowering)), threads=1)
+    engine.use(["agent"])
     pair = Pair(engine, reference("qwen3"), agent("qwen3"), PROMPT)
     assert_close(pair.prefill([9, *[1] * 14]), pair.expected(pair.prompt))  # the seventeenth row needs more slots
     expected, sizes = pair.after_prompt([65], [66], [67]), [engine.memory.slots]
@@ -251,7 +253,9 @@ def test_logits_that_are_not_finite_have_no_normaliser(bundle, engines, tmp_path
     array[0, 300] = value  # one weight of one token
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, tmp_path / "step.onnx")
+    shutil.copytree(original.folder / "agents", tmp_path / "agents")
     engine = CpuEngine(Bundle(tmp_path, original.manifest), threads=1)
+    engine.use(["agent"])
     work = Pass(SIBLINGS, range(COUNT), 0, range(COUNT), [0], [-np.inf])
     out = engine.run(work)
     full = engine.run(Pass.full_outputs(work.tokens, work.positions, 0)).logits
@@ -273,7 +277,7 @@ def scaled(checkpoint, agent, traced, tmp_path_factory) -> Traced:
         layer.self_attn.scaling *= 0.7
     plain = traced("mistral")
     prompts = [(plain.reference.cases[0].tokens, True)]
-    wanted = run_reference(model, "scaled", agent("mistral"), prompts, MAX_CANDIDATES, Progress(quiet=True))
+    wanted = run_reference(model, "scaled", [agent("mistral")], prompts, MAX_CANDIDATES, Progress(quiet=True))
     llm = trace_llm(model, tmp_path_factory.mktemp("scaled"))
     return replace(plain, reference=wanted, graph=replace(plain.graph, llm=llm))
 
@@ -298,7 +302,9 @@ def test_equal_weights_are_read_from_one_place(checkpoint, agent, tmp_path, monk
     folder = shutil.copytree(checkpoint(architecture), tmp_path / "equal")
     model.save_pretrained(folder)
     (tmp_path / "trace").mkdir()
-    traced = trace(resolve_model(str(folder)), agent(architecture), "agent", tmp_path / "trace", max_context=64)
+    traced = trace(
+        resolve_model(str(folder)), checkpoints.named(agent(architecture)), tmp_path / "trace", max_context=64
+    )
     for lowering, precision in (("ort", "fp32"), ("ort", "int8"), ("portable", "int8"), ("decomposed", "fp32")):
         out = finish(traced, ExportOptions(lowering=lowering, precision=precision), tmp_path / lowering / precision)
         graph = onnx.load(out.path("step.onnx"), load_external_data=False).graph  # it has passed the gate

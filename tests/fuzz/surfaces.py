@@ -14,6 +14,7 @@ from random import Random
 from mara_deploy.commands import inspect, memory, run
 from mara_deploy.commands.decoding import EngineOptions, decode_config, template_variables
 from mara_deploy.commands.options import from_args
+from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import ChatTemplate
 from mara_runtime.config import DecodeConfig
@@ -101,6 +102,21 @@ def graph(folder: Path) -> Case:
     return case
 
 
+def agent(folder: Path) -> Case:
+    """Changed bytes of an agent's file, read as an engine takes it into memory."""
+    bundle = Bundle.open(folder)
+    facts = bundle.manifest.agents[0]
+    path = bundle.path(facts.file)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")  # the changes are to come where they are structure
+
+    def case(rng: Random) -> None:
+        path.write_bytes(changed_bytes(rng, whole[:head]) + whole[head:])
+        AgentStack(bundle).use([facts.name], lambda stacked: None)
+
+    return case
+
+
 def tokenizer(folder: Path) -> Case:
     """A changed tokenizer.json, used for a prompt and an answer."""
     bundle = Bundle.open(folder)
@@ -182,5 +198,5 @@ def options(folder: Path) -> Case:
 
 
 SURFACES: dict[str, Callable[[Path], Case]] = {
-    each.__name__: each for each in (files, manifest_bytes, manifest, graph, tokenizer, template, options)
+    each.__name__: each for each in (files, manifest_bytes, manifest, graph, agent, tokenizer, template, options)
 }

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import ort as ort_engine
+from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Engine
 from tests.conformance import DeviceConformance
 from tests.gpu.conftest import close, open_on
@@ -51,7 +51,7 @@ def opened(written: Bundle, target: str, growing: bool, monkeypatch: pytest.Monk
     """An engine that begins small, or one that begins with all its slots."""
     on_cuda = target.startswith("cuda")
     if on_cuda:
-        monkeypatch.setattr(ort_engine, "FIRST_SLOTS", 4 if growing else SLOTS)
+        monkeypatch.setattr(ort_memory, "FIRST_SLOTS", 4 if growing else SLOTS)
     return open_on(target, written if growing or on_cuda else largest_only(written))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import board, soak
-from benchmarks.gpu_work import gate
+from benchmarks.gpu_work import gate, judging
 from mara_deploy.bench.worker import Subject
 from mara_export import parity
 from mara_export.targets import HEAD_ROWS
@@ -44,13 +44,13 @@ class Parts:
         return replace(out, logits=np.concatenate(logits))
 
     def side(self, case: parity.Case) -> parity.Side:
-        return parity.run_engine(self, case)  # type: ignore[arg-type]  # which runs passes alone
+        return parity.run_engine(self, case, 1)  # type: ignore[arg-type]  # which runs passes alone
 
     def rows(self, tokens: list[int], positions: Sequence[int], slot: int) -> parity.Rows:
         out = self.run(Pass.full_outputs(tokens, positions, slot))
         assert out.hidden is not None
         assert out.logits is not None
-        return parity.Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
+        return parity.Rows(out.hidden.copy(), out.logits.copy(), out.margins[:, None].copy())
 
 
 def on_the_cpu(bundle: Bundle) -> Bundle:
@@ -66,7 +66,7 @@ def on_the_cpu(bundle: Bundle) -> Bundle:
 @pytest.fixture(scope="module")
 def cases(bundle: Bundle) -> list[parity.Case]:
     """Random prompts, their best next tokens, and the CPU's results."""
-    reference = CpuEngine(on_the_cpu(bundle))
+    reference = judging(CpuEngine(on_the_cpu(bundle)), bundle)
     rng, vocab_size = np.random.default_rng(0), bundle.manifest.model.shape.vocab_size
     cases = []
     for length in PROMPT_TOKENS:
@@ -78,9 +78,10 @@ def cases(bundle: Bundle) -> list[parity.Case]:
 
 
 def test_the_gpu_computes_what_the_cpu_computes(engine: Engine, bundle: Bundle, cases: list[parity.Case]) -> None:
-    report = parity.compare(cases, [Parts(engine).side(case) for case in cases], gate(bundle))
-    assert report.failures == []
-    assert report.outcomes["first"].compared > 0
+    sides = [Parts(judging(engine, bundle)).side(case) for case in cases]
+    model, agent = parity.compare(cases, sides, gate(bundle)), parity.compare_agent(cases, sides, 0, gate(bundle))
+    assert model.failures == agent.failures == []
+    assert min(model.outcomes["first"].compared, agent.outcomes["decisions"].compared) > 0
 
 
 def siblings_after(engine: Engine, tokens: list[int], siblings: list[int]) -> parity.Side:
@@ -99,9 +100,11 @@ def test_siblings_after_a_long_context(engine: Engine, bundle: Bundle) -> None:
     length = min(LONG_TOKENS, manifest.max_context)
     tokens = rng.integers(0, manifest.model.shape.vocab_size, length).tolist()
     siblings = rng.choice(manifest.model.shape.vocab_size, parity.SIBLINGS, replace=False).tolist()
-    reference = siblings_after(CpuEngine(on_the_cpu(bundle)), tokens, siblings)
-    case = parity.Case(tokens, siblings, reference, is_text=False)
-    assert parity.compare([case], [siblings_after(engine, tokens, siblings)], gate(bundle)).failures == []
+    reference = siblings_after(judging(CpuEngine(on_the_cpu(bundle)), bundle), tokens, siblings)
+    cases = [parity.Case(tokens, siblings, reference, is_text=False)]
+    sides = [siblings_after(judging(engine, bundle), tokens, siblings)]
+    assert parity.compare(cases, sides, gate(bundle)).failures == []
+    assert parity.compare_agent(cases, sides, 0, gate(bundle)).failures == []
 
 
 def test_memory_does_not_grow_over_two_thousand_steps(bundle: Bundle, target: str) -> None:

@@ -27,11 +27,14 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from mara_export.progress import Progress
+from mara_export.targets import MOST_AGENTS
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt.build import BuildOptions, build
 from mara_runtime import tensors
+from mara_runtime.agents import WIDTHS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import trt_file
+from mara_runtime.engines.io_block import Sizes
 from tests import checkpoints
 from tests.gpu.test_conformance import CAPACITIES, written_bundle
 from tests.tensorrt.conftest import MAX_CANDIDATES, MAX_CONTEXT, RTX, files, refused
@@ -103,7 +106,8 @@ def built(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def network(bundle: Callable[..., Path]) -> Callable[..., parts.Network]:
     def parse(architecture: str, precision: str) -> parts.Network:
-        return parts.Network(trt, bundle(architecture, precision) / "step.onnx", SLOTS)
+        fixed = {"C": SLOTS, "W1": WIDTHS[0], "W2": WIDTHS[1]}
+        return parts.Network(trt, bundle(architecture, precision) / "step.onnx", fixed)
 
     return parse
 
@@ -139,6 +143,7 @@ def test_an_engine_of_every_architecture_and_precision(
     assert engine.slots == SLOTS >= MAX_CONTEXT + tensors.spare_slots(MAX_CANDIDATES)
     assert engine.in_place == (lowering == "portable")
     assert (engine.version, engine.compute_capability) == (trt.__version__, "8.0+")
+    assert (engine.agents, engine.agent_widths) == (MOST_AGENTS, WIDTHS)  # those of its agent are less
 
     graph = graph_of(made.before).graph
     layers, counts = engine.options["layers"], Counter(node.op_type for node in graph.node)
@@ -184,16 +189,19 @@ def test_the_cache_is_updated_in_place_and_the_llm_computes_in_its_type(
         assert tuple(update.get_output(0).shape) == (1, shape.num_kv_heads, SLOTS, shape.head_dim)
     outputs = {inside.get_output(i).name: inside.get_output(i).dtype.name for i in range(inside.num_outputs)}
     assert {outputs[name] for name in (tensors.MARGINS, tensors.LOGITS, tensors.TOP_LOGITS)} == {"FLOAT"}
+    inputs = {inside.get_input(i).name: tuple(inside.get_input(i).shape) for i in range(inside.num_inputs)}
+    for weights in tensors.agent_weights(shape.hidden_size):  # their number is open, their widths are not
+        assert inputs[weights.name] == Sizes(1, 1, 1, -1, WIDTHS).of(weights.shape)
     types: dict[bool, set[str]] = {True: set(), False: set()}
     for layer in layers:
         if layer.type == trt.LayerType.MATRIX_MULTIPLY:
-            types[layer.name.startswith("agent/")].add(layer.get_input(0).dtype.name)
+            types[layer.name.startswith("agents/")].add(layer.get_input(0).dtype.name)
     assert types == {True: {"FLOAT"}, False: {CACHE[precision]}}
 
     # Float32 is not rounded, which the builder does by default.
     builder = trt.Builder(trt_file.logger(trt))
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
-    assert not parsed.config([((1, 1, 1),) * 3]).get_flag(trt.BuilderFlag.TF32)
+    assert not parsed.config([((1, 1, 1, 1),) * 3]).get_flag(trt.BuilderFlag.TF32)
 
     # Weights are counted as they are stored, and as wide ones.
     here = Bundle.open(bundle("qwen3", precision))

@@ -1,5 +1,6 @@
 """Decoders over tables that answer with a given text."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,13 @@ def ids_of(text: str) -> list[int]:
     return ids
 
 
-def make_decoder(folder: Path, lookup: helpers.Lookup, **options: Any) -> tuple[AlignedDecoder, helpers.CountingEngine]:
-    """A decoder of a bundle with tokenizer and template, unless the options say otherwise."""
+def make_decoder(
+    folder: Path, lookup: helpers.Lookup, judges: Mapping[str, helpers.Judge] | None = None, **options: Any
+) -> tuple[AlignedDecoder, helpers.CountingEngine]:
+    """A decoder of a bundle with tokenizer and template, unless the options say otherwise.
+
+    judges: its agents by name; default one.
+    """
     defaults = {
         "tokenizer": TOKENIZER,
         "chat_template": tiny_tokenizers.CHAT_TEMPLATE,
@@ -37,7 +43,9 @@ def make_decoder(folder: Path, lookup: helpers.Lookup, **options: Any) -> tuple[
     options = {**defaults, **options}
     candidates = options["max_candidates"]
     slots = options["max_context"] + spare_slots(candidates)
-    engine = helpers.CountingEngine(lookup, slots=slots, max_candidates=candidates)
+    engine = helpers.CountingEngine(lookup, judges, slots=slots, max_candidates=candidates)
+    if judges is not None:
+        options["agents"] = {name: helpers.agent_file([1.0, 1.0]) for name in judges}
     return AlignedDecoder(helpers.make_bundle(folder, **options), engine=engine, cost=helpers.COST), engine
 
 

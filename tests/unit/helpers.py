@@ -2,24 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mara_runtime.config import DecodeConfig
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.manifest import MANIFEST_FILE, checksum
+from mara_runtime.manifest import MANIFEST_FILE, Noise, checksum
 from mara_runtime.schedule.cost import Cost
+from mara_runtime.tensors import ModelShape, step_inputs
 from tests import reference
 from tests.table_engine import TableEngine
+from tests.unit import manifests
 
-Lookup = Callable[[tuple[int, ...]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+F32 = NDArray[np.float32]
+Lookup = Callable[[tuple[int, ...]], tuple[F32, F32]]
+Judge = Callable[[F32], F32]
+"""An agent: hidden states (N, D) to margins (N,)."""
 
 # ── bundles ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -46,9 +52,25 @@ def message(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-GRAPH = message(7, 11 * message(11, b""))
+GRAPH = message(7, len(step_inputs(ModelShape(0, 0, 1, 0, 0, 0))) * message(11, b""))
 """With the inputs of one layer, and nothing else."""
 OTHER_GRAPH = GRAPH + message(2, b"another producer")
+
+
+def agent_file(vector: Sequence[float] | F32, scale: float = 1.0) -> bytes:
+    """A trained agent's file, of widths 3 and 2; without the LayerNorm its margin is `vector @ state * scale ** 2`."""
+    row = np.asarray(vector, np.float32)
+    first, second, output = np.stack([row, -row, 0 * row]), np.eye(2, 3), np.array([[0, 0], [1, -1]])
+    layers = {"linear1": (first, 3), "linear2": (scale * second, 2), "output_linear": (scale * output, 2)}
+    state = {"ln.weight": np.ones(row.shape), "ln.bias": np.zeros(row.shape)}
+    for name, (weight, width) in layers.items():
+        state |= {f"{name}.weight": weight, f"{name}.bias": np.zeros(width)}
+    content: bytes = safetensors.numpy.save({name: array.astype(np.float32) for name, array in state.items()})
+    return content
+
+
+AGENT = "agent"
+"""The agent of a bundle that does not say otherwise."""
 
 
 def make_bundle(
@@ -62,120 +84,38 @@ def make_bundle(
     eos_token_ids: Sequence[int] = (0,),
     max_context: int = 32,
     max_candidates: int = 8,
+    agents: Mapping[str, bytes] | None = None,
     fallback: str = "first",
     training: dict[str, Any] | None = None,
     targets: Sequence[str] = ("cpu",),
-    noise: dict[str, float] | None = None,
+    noise: Noise | None = None,
     graph: bytes = GRAPH,
 ) -> Path:
-    """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`.
+
+    agents: their files by name; default one, AGENT. fallback, training: of the first.
+    """
     files = {"step.onnx": graph, "step.onnx.data": bytes(range(256))}
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer.to_str().encode()
     if chat_template is not None:
         files["chat_template.jinja"] = chat_template.encode()
+    for name, content in ({AGENT: agent_file([1.0] * hidden_size)} if agents is None else agents).items():
+        files[f"agents/{name}.safetensors"] = content
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    manifest = manifest_json(files, has_tokenizer=tokenizer is not None, special_tokens=special_tokens or {})
+    manifest = manifests.manifest_json(files, has_tokenizer=tokenizer is not None, special_tokens=special_tokens or {})
     manifest["model"]["shape"].update(vocab_size=vocab_size, hidden_size=hidden_size)
     manifest["model"]["eos_token_ids"] = list(eos_token_ids)
-    manifest["agent"].update(hidden_size=hidden_size, fallback=fallback, training=training)
-    manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets), noise=noise)
+    for agent in manifest["agents"]:
+        agent.update(hidden_size=hidden_size, noise=noise and noise.margins)
+    for agent in manifest["agents"][:1]:
+        agent.update(fallback=fallback, training=training)
+    manifest.update(max_context=max_context, max_candidates=max_candidates, targets=list(targets))
+    manifest["noise"] = noise and noise.logits
     write_manifest(folder, manifest)
     return folder
-
-
-def manifest_json(
-    files: dict[str, bytes], *, has_tokenizer: bool = False, special_tokens: dict[str, str] | None = None
-) -> dict[str, Any]:
-    """A valid manifest of these files, as the JSON value that docs/reference/bundle.md specifies."""
-    tokenizer = {
-        "file": "tokenizer.json",
-        "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
-        "special_tokens": special_tokens or {},
-    }
-    return {
-        "schema_version": 3,
-        "model": {
-            "source": "example/tiny",
-            "revision": "0123abc",
-            "architecture": "qwen2",
-            "shape": {
-                "hidden_size": 2,
-                "vocab_size": 12,
-                "num_layers": 1,
-                "num_heads": 2,
-                "num_kv_heads": 1,
-                "head_dim": 4,
-            },
-            "intermediate_size": 128,
-            "tied": True,
-            "eos_token_ids": [0],
-            "weights": "0123",
-            "ignored_weights": [],
-        },
-        "agent": {
-            "source": "agent.pth",
-            "hidden_size": 2,
-            "widths": [8, 4],
-            "fallback": "first",
-            "state": "final",
-            "training": None,
-        },
-        "max_context": 32,
-        "max_candidates": 8,
-        "targets": ["cpu"],
-        "step": {
-            "file": "step.onnx",
-            "lowering": "ort",
-            "precision": "int4",
-            "quantisation": {"bits": 4, "block_size": 32, "quantiser": "rtn", "keep": []},
-            "cache": "float32",
-        },
-        "engines": [],
-        "tokenizer": tokenizer if has_tokenizer else None,
-        "made_with": {"mara-deploy": "0.1.0"},
-        "parity": parity_json(),
-        "noise": {"margins": 0.001, "logits": 0.0025},
-        "files": {
-            name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        },
-    }
-
-
-def parity_json() -> dict[str, Any]:
-    """A report of the parity gate."""
-    facts = {"passed": True, "prompts": 2, "rows": 40, "largest_activation": 900.5}
-    number, counts = {"greatest_difference": 0.001}, {"compared": 39, "within_noise": 1, "differing": 0, "changed": 1}
-    return {
-        **facts,
-        **{name: {**number, "least_cosine": 0.99} for name in ("hidden", "logits")},
-        "margins": number,
-        "noise": {"hidden": 0.1, "logits": 0.2, "margins": 0.3},
-        **{name: dict(counts) for name in ("first", "ranks", "decisions")},
-        "min_gap": {"first": 0.1, "ranks": 0.2, "decisions": 0.3},
-        "perplexity": {"reference": 12.5, "exported": 12.25},
-    }
-
-
-def engine_json(file: str, **facts: Any) -> dict[str, Any]:
-    """A valid entry of `engines`; its file must be among the manifest's."""
-    return {
-        "target": "tensorrt",
-        "file": file,
-        "slots": 64,
-        "decode_rows": 26,
-        "prefill_rows": 64,
-        "head_rows": 17,
-        "in_place": True,
-        "version": "10.16.1.11",
-        "compute_capability": "8.7",
-        "platform": "linux-aarch64",
-        "options": {"decomposable": "all"},
-        **facts,
-    }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -219,7 +159,7 @@ def hash_table(seed: int, vocab_size: int, levels: int, peak: float, memory: int
     """
 
     @cache
-    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def lookup(prefix: tuple[int, ...]) -> tuple[F32, F32]:
         seen = prefix if memory is None else prefix[-memory:]
         digest = hashlib.shake_128(f"{seed}:{seen}".encode()).digest(vocab_size + 2)
         logits = [peak * (byte % levels) / levels for byte in digest[:vocab_size]]
@@ -229,9 +169,18 @@ def hash_table(seed: int, vocab_size: int, levels: int, peak: float, memory: int
     return lookup
 
 
-def sum_agent(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+def sum_agent(hidden: F32) -> F32:
     """(N, 2) hidden states to (N,) margins: their sum."""
     return hidden[:, 0] + hidden[:, 1]
+
+
+AGENTS: dict[str, Judge] = {AGENT: sum_agent, "other": lambda hidden: hidden[:, 0]}
+
+
+def mixed(agents: Mapping[str, Judge], mix: Mapping[str, float]) -> Judge:
+    """Agents that judge together."""
+    parts = {name: np.float32(part) for name, part in mix.items() if part}
+    return lambda hidden: sum((part * agents[name](hidden) for name, part in parts.items()), np.zeros(len(hidden)))
 
 
 @dataclass(frozen=True)
@@ -239,7 +188,7 @@ class TableNode:
     """A prefix of a table; see `reference.Node`."""
 
     lookup: Lookup
-    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    agent: Judge
     prefix: tuple[int, ...]
 
     @property
@@ -261,10 +210,10 @@ def sequential(
     fallback: str = "first",
     eos: Container[int] = (),
     limit: int | None = None,
-    agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
+    agents: Mapping[str, Judge] = AGENTS,
 ) -> reference.Answer:
     """The sequential procedure's answer. limit: default the config's."""
-    node = TableNode(lookup, agent, tuple(prompt))
+    node = TableNode(lookup, mixed(agents, config.agents or {AGENT: 1.0}), tuple(prompt))
     limit = config.max_new_tokens if limit is None else limit
     config = replace(config, **dict(zip(("top_k", "top_p"), config.candidates, strict=True)))
     return reference.decode(node, len(prompt), config, fallback=fallback, eos=eos, limit=limit)
@@ -273,22 +222,31 @@ def sequential(
 class CountingEngine(TableEngine):
     """A TableEngine that records its calls, and does what the protocol allows any engine to do.
 
-    It overwrites returned arrays in the next pass, and returns equal logits with the higher id first.
+    It overwrites returned arrays in the next pass, and returns equal logits with the higher id first. Its first agent
+    is in use from the start.
     """
 
     def __init__(
         self,
         lookup: Lookup,
-        agent: Callable[[NDArray[np.float32]], NDArray[np.float32]] = sum_agent,
+        agents: Mapping[str, Judge] | None = None,
         slots: int = 512,
         max_candidates: int = 64,
     ) -> None:
-        super().__init__(lookup, agent, slots, max_candidates)
+        agents = agents or AGENTS
+        super().__init__(lookup, agents, slots, max_candidates)
+        super().use([*agents][:1])
+        self.uses: list[tuple[str, ...]] = []
+        """the agents that were asked for since"""
         self.calls: list[Pass] = []
         """every pass but those of a fault search, its sequences as lists"""
         self.headed: list[int] = []
         """rows that went through the LM head, by pass"""
         self._given: list[NDArray[Any]] = []
+
+    def use(self, agents: Sequence[str]) -> None:
+        super().use(agents)
+        self.uses.append(tuple(agents))
 
     def run(self, work: Pass) -> StepOutput:
         if not work.full:
@@ -331,7 +289,7 @@ def scripted(
     A prefix without logits goes on with token 7 alone; one without a margin is rejected (-1).
     """
 
-    def lookup(prefix: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def lookup(prefix: tuple[int, ...]) -> tuple[F32, F32]:
         row = np.full(vocab_size, -np.inf, np.float32)
         for token, logit in logits.get(prefix, {7: 0.0}).items():
             row[token] = logit

@@ -65,7 +65,10 @@ def compared(out, ours=OURS, theirs=THEIRS, scores=SCORES, prompts=PROMPTS, name
 FACTS = {
     "command": "mara-eval BUNDLE --score '<b>'",
     "score": "+1 × number -0.5 × length",
-    "bundle": {"name": "polite", "model": "tiny", "agent": "a.pth", "precision": "fp32"},
+    "bundle": {
+        "name": "polite", "model": "tiny", "precision": "fp32",
+        "agents": [{"name": "a", "part": 1.0, "source": "a.pth"}],
+    },
     "prompts": {
         "file": "prompts.txt", "read": 9, "duplicates": 2, "refused": 0, "limit": None, "unique": 7,
         "remarks": ["prompts.txt has columns that are not read: 'id'"], "training_file": "train.json",

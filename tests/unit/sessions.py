@@ -49,6 +49,8 @@ class Chat:
         eos: set[int] | None = None,
         limit: int | None = None,
     ) -> Iterator[Step]:
+        if config.agents:
+            self.engine.use([*config.agents])
         request = Request(prompt, config, fallback, eos or set(), limit or config.max_new_tokens)
         return decode(self.engine, self.session, request, stats)
 
@@ -171,6 +173,8 @@ class Guesser:
 
 VOCAB = 9
 MOST_PROMPT = 30
+ALONE = {helpers.AGENT: 1.0}
+MIXES = ALONE, ALONE, {helpers.AGENT: 1.0, "other": -0.5}, {"other": 1.0, helpers.AGENT: 0.0}
 CASES = 250 * settings.default.max_examples // 100
 """Sessions of a part: more of them with `--hypothesis-profile=search`."""
 
@@ -259,6 +263,7 @@ def a_config(draw: Draw, kind: str) -> DecodeConfig:
         "seed": draw.whole(0, 1000),
     }
     if kind in ("any", "verified"):
+        options["agents"] = draw.one(*MIXES)
         options["threshold"] = draw.one(-2.5, -0.75, -0.5, 0.0, 0.0, 0.25, 0.7, 1.0, 9.0)
     if kind == "any":
         options |= {"strategy": draw.one(*STRATEGIES), "order": draw.one(*ORDERS)}

@@ -15,6 +15,7 @@ import pytest
 from mara_deploy.commands.build import main
 from mara_export.options import BuildOptions
 from mara_export.progress import Progress
+from mara_export.targets import MOST_AGENTS
 from mara_export.tensorrt import build as building
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt.build import build, why_cannot_build
@@ -66,8 +67,8 @@ class Network:
     weight_bytes, wide_weight_bytes, plan_bytes = 100, 200, 150
     made: list["Network"]
 
-    def __init__(self, trt: Any, path: Path, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, trt: Any, path: Path, fixed: dict[str, int]) -> None:
+        self.fixed = fixed
         self.made.append(self)
 
     def check_in_place(self, num_layers: int) -> None:
@@ -145,11 +146,12 @@ def test_both_profiles_cover_what_decoding_asks_for(folder: Path, machine: CudaD
     assert Bundle.open(folder) == bundle
     rows, heads = spare_slots(CANDIDATES) + 1, DRAFT_ROWS + 1  # one row may be recomputed in front of a decision
     for network, engine, prefill_rows in zip(parts.Network.made, bundle.manifest.engines, (48, 256), strict=True):
-        assert (engine.slots, engine.in_place, engine.head_rows) == (network.slots, True, heads)
+        assert (engine.in_place, engine.head_rows, engine.agents) == (True, heads, MOST_AGENTS)
+        assert network.fixed == dict(zip(("C", "W1", "W2"), (engine.slots, *engine.agent_widths), strict=True))
         assert (engine.decode_rows, engine.prefill_rows) == (rows, prefill_rows)
         decode, prefill = network.configuration.profiles
-        assert (decode[0], decode[2]) == ((1, 1, 1), (rows, heads, rows))
-        assert (prefill[0], prefill[2]) == ((1, 1, 1), (prefill_rows, heads, prefill_rows))
+        assert (decode[0], decode[2]) == ((1, 1, 1, 1), (rows, heads, rows, MOST_AGENTS))
+        assert (prefill[0], prefill[2]) == ((1, 1, 1, 1), (prefill_rows, heads, prefill_rows, MOST_AGENTS))
         for least, best, most in (decode, prefill):
             assert all(a <= b <= c for a, b, c in zip(least, best, most, strict=True))
 

@@ -40,7 +40,7 @@ def test_opens_and_verifies_wherever_it_lies(folder: Path, tmp_path: Path) -> No
     assert bundle.path("step.onnx").read_bytes() == helpers.GRAPH
     assert Bundle.open(str(folder)) == bundle
     (folder / "notes.txt").write_text("mine")  # a file of the user's
-    assert len(Bundle.open(folder).manifest.files) == 4
+    assert len(Bundle.open(folder).manifest.files) == 5
     moved = tmp_path / "elsewhere" / "renamed"
     moved.parent.mkdir()
     folder.rename(moved)

@@ -191,7 +191,9 @@ def test_times_leave_out_the_caller(monkeypatch):
             return super().plan(context)
 
     stats = Stats()
-    session = Chat(Slow(hand(ACCEPT), helpers.sum_agent, 16), Thoughtful([(1, 0)]))
+    engine = Slow(hand(ACCEPT), helpers.AGENTS, 16)
+    engine.use([helpers.AGENT])
+    session = Chat(engine, Thoughtful([(1, 0)]))
     for _ in session.decode(PROMPT, DecodeConfig(**WIDE), stats, limit=4):
         now += 100.0
     # One pass for the prompt; one each for 2, for 5 and for the 7 that is not the last.

@@ -8,6 +8,7 @@ import pytest
 
 from mara_runtime import AlignedDecoder, Bundle, DecodeConfig
 from mara_runtime.errors import BundleError, EngineError, OptionError, PromptError
+from mara_runtime.manifest import Noise
 from mara_runtime.tensors import spare_slots
 from tests.table_engine import TableEngine
 from tests.unit import helpers
@@ -230,7 +231,7 @@ def test_the_agent_s_habits_are_learned_over_answers(tmp_path):
 
 
 def test_positions_within_the_bundle_s_noise_are_counted(tmp_path):
-    for index, (noise, within) in enumerate(((None, 0), ({"margins": 1.5, "logits": 0.0}, 4))):  # margins are 1
+    for index, (noise, within) in enumerate(((None, 0), (Noise(margins=1.5, logits=0.0), 4))):  # margins are 1
         decoder, _ = make_decoder(tmp_path / str(index), reciting(), noise=noise)
         result = decoder.generate([5], replace(PAIRS, top_p=1.0))
         assert result.to_json()["stats"]["within_noise"] == within
@@ -268,13 +269,13 @@ def test_a_bundle_without_a_tokenizer_decodes_ids(tmp_path):
 
 def test_opens_a_path_a_text_or_an_open_bundle_and_verifies_it(tmp_path):
     folder, slots = helpers.make_bundle(tmp_path), 32 + spare_slots(8)
-    engine = TableEngine(REJECTING, helpers.sum_agent, slots)
+    engine = TableEngine(REJECTING, helpers.AGENTS, slots)
     manifest = Bundle.open(folder).manifest
     for bundle in (folder, str(folder), Bundle.open(folder)):
         assert AlignedDecoder(bundle, engine=engine).bundle.manifest == manifest
     with pytest.raises(OptionError, match="threads is 2"):
         AlignedDecoder(folder, engine=engine, threads=2)
-    small = TableEngine(REJECTING, helpers.sum_agent, slots - 1)
+    small = TableEngine(REJECTING, helpers.AGENTS, slots - 1)
     with pytest.raises(EngineError, match=f"{slots - 1} KV slots.* {slots}"):
         AlignedDecoder(folder, engine=small)
     (folder / "step.onnx.data").write_bytes(bytes(256))

@@ -34,7 +34,7 @@ class FakeEngine(TableEngine):
     name = "cpu"
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        super().__init__(helpers.scripted({}, {}), helpers.sum_agent, slots=32 + spare_slots(8))
+        super().__init__(helpers.scripted({}, {}), helpers.AGENTS, slots=32 + spare_slots(8))
         self.opened = (self.name, threads)
 
     def describe(self) -> dict[str, Any]:
@@ -157,9 +157,10 @@ def test_the_result_records_the_engine_and_why_others_declined(tmp_path: Path, p
 def pass_of(margins: Sequence[float], **options: Any) -> StepOutput:
     """Siblings with these margins after a prompt of one token."""
     table = helpers.scripted({}, {(0, i + 1): margin for i, margin in enumerate(margins)}, vocab_size=20)
-    engine = TableEngine(table, helpers.sum_agent, 40)
+    engine = TableEngine(table, helpers.AGENTS, 40)
+    engine.use([helpers.AGENT])
     engine.run(chain([0]))
-    return engine.run(siblings(range(1, len(margins) + 1), 1, **options))
+    return engine.run(siblings(range(1, len(margins) + 1), 1, mix=[1.0], **options))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_the_agent_sees_its_rows_alone() -> None:
 
 
 def test_the_table_engine_notices_a_wrong_slot() -> None:
-    engine = TableEngine(helpers.scripted({}, {}), helpers.sum_agent, slots=8)
+    engine = TableEngine(helpers.scripted({}, {}), helpers.AGENTS, slots=8)
     engine.run(chain([1, 2]))
     engine.cache.extend([1, 2])
     engine.run(siblings([5, 6], 2))
@@ -216,7 +217,7 @@ def threshold_input(threshold: float) -> float:
     """What a graph is given for a threshold, in float32."""
     names = (
         tensors.INPUT_IDS, tensors.POSITION_IDS, tensors.WRITE_INDICES, tensors.HEAD_ROWS, tensors.AGENT_ROWS,
-        tensors.PRIORITIES, tensors.MARGIN_WEIGHT, tensors.FALLBACK_ROW,
+        tensors.AGENT_MIX, tensors.PRIORITIES, tensors.MARGIN_WEIGHT, tensors.FALLBACK_ROW,
     )  # fmt: skip
     inputs = {name: np.zeros((1, 1)) for name in names} | {tensors.THRESHOLD: np.zeros(1, np.float32)}
     fill_inputs(inputs, chain([1], threshold=threshold))
@@ -234,7 +235,7 @@ def test_a_float32_margin_exceeds_the_graph_s_threshold_where_it_exceeds_the_opt
 
 def test_the_best_tokens_and_their_normaliser() -> None:
     logits: dict[tuple[int, ...], dict[int, float]] = {(0,): {3: 1.0, 1: 2.0, 4: 2.0, 2: -1.0}}
-    engine = TableEngine(helpers.scripted(logits, {}, vocab_size=30), helpers.sum_agent, 8, max_candidates=3)
+    engine = TableEngine(helpers.scripted(logits, {}, vocab_size=30), helpers.AGENTS, 8, max_candidates=3)
     out = engine.run(chain([0], head_rows=[0]))
     assert out.top_ids.shape == out.top_logits.shape == (1, 3 + TOP_SPARE)
     assert out.top_ids[0, :4].tolist() == [1, 4, 3, 2]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat, answer_seed, total_stats
+from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import Generation
 from mara_runtime.stats import Stats
+from tests.unit import helpers
 
 
 def test_counters_add_up():
@@ -33,7 +35,7 @@ class Recorder:
 
     def __init__(self, folder=None) -> None:
         self.calls: list[str | tuple[str, int, bool, object]] = []
-        self.bundle, self.engine = SimpleNamespace(path=lambda name: folder / name), self
+        self.bundle, self.engine = folder and Bundle.open(folder), self
         self.slots, self.text_side = 512, SimpleNamespace(has_template=True)
 
     def describe(self):
@@ -65,12 +67,16 @@ def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
 
 
 def test_settings_of_a_bundles_answers(tmp_path):
-    """Whatever changes an answer is one of them; the engine's memory, the schedule and drafts are not."""
-    (tmp_path / "manifest.json").write_text("{}")
-    decoder = Recorder(tmp_path)
+    """Whatever changes an answer is one of them; the engine's memory, schedule, drafts and other agents are not."""
+    asked, other, changed_one = (helpers.agent_file([1.0, part]) for part in (1.0, 2.0, 3.0))
+
+    def open_with(agents: dict[str, bytes], **options: int) -> Bundle:
+        return Bundle.open(helpers.make_bundle(tmp_path / "-".join(agents), agents=agents, **options))
+
+    decoder = Recorder(helpers.make_bundle(tmp_path / "bundle", agents={"asked": asked}))
 
     def settings(prompt_format=None, samples=1, **options):
-        config = DecodeConfig(**options)
+        config = DecodeConfig(**{"agents": {"asked": 1.0}, **options})
         return BundleAnswers("aligned", decoder, config, prompt_format or PromptFormat(), samples).settings
 
     before = settings()
@@ -91,5 +97,15 @@ def test_settings_of_a_bundles_answers(tmp_path):
     assert settings() == before
     decoder.text_side.has_template = False
     assert settings() == {**before, "raw": True}
-    (tmp_path / "manifest.json").write_text("{ }")
-    assert settings()["bundle"] != before["bundle"]
+
+    def bundle(**options):
+        return settings(**options)["bundle"]
+
+    plain = bundle(align=False)
+    decoder.bundle = open_with({"other": other, "asked": asked})
+    assert bundle() == before["bundle"]
+    assert bundle(agents={"asked": 1.0, "other": 0.5}) != before["bundle"]
+    decoder.bundle = open_with({"asked": changed_one})
+    assert (bundle() == before["bundle"], bundle(align=False) == plain) == (False, True)
+    decoder.bundle = open_with({"asked": asked}, max_context=33)
+    assert (bundle() == before["bundle"], bundle(align=False) == plain) == (False, False)

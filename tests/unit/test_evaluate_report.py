@@ -106,12 +106,12 @@ def test_cautions(tmp_path, options, caution):
 @pytest.mark.parametrize(
     ("counters", "caution"),
     [
-        ({"decisions": 0, "forced": 0, "accepted_rank": {}}, "The agent decided nothing, as every position had one"),
+        ({"decisions": 0, "forced": 0, "accepted_rank": {}}, "Nothing was decided, as every position had one"),
         (
             {"decisions": 9, "forced": 0, "accepted_rank": {"1": 9}},
-            "The agent accepted the LLM's best candidate in every",
+            "The LLM's best candidate was accepted in every",
         ),
-        ({"decisions": 8, "forced": 4, "accepted_rank": {"1": 4}}, "rejected all candidates in 50% of its decisions"),
+        ({"decisions": 8, "forced": 4, "accepted_rank": {"1": 4}}, "were rejected in 50% of the decisions"),
         ({"decisions": 9, "forced": 4, "accepted_rank": {"1": 5}}, None),
         ({"decisions": 9, "forced": 0, "accepted_rank": {"1": 8, "2": 1}}, None),
         (None, None),

@@ -17,12 +17,13 @@ from mara_export.folder import add_engines, staging_folder, whole_or_absent
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from mara_runtime.manifest import EngineFacts
-from tests.unit import helpers
+from tests.unit import helpers, manifests
 
 
 def facts(slots: int, target: str = "tensorrt", version: str = "11.1") -> EngineFacts:
     name = f"engines/{target}/step-{slots}.engine"
-    return EngineFacts(**helpers.engine_json(name, target=target, slots=slots, version=version))
+    said = manifests.engine_json(name, target=target, slots=slots, version=version, agent_widths=(8, 4))
+    return EngineFacts(**said)
 
 
 def stage(staged: Path, engines: Sequence[EngineFacts]) -> None:
@@ -89,13 +90,17 @@ def test_replaces_what_has_the_same_target_and_slots_and_nothing_else(bundle: Bu
     assert after.manifest.targets == ("cpu", "tensorrt", "tensorrt-rtx")
 
 
-@pytest.mark.parametrize("change", [{"version": "11.2"}, {"compute_capability": "8.9"}, {"platform": "linux-ppc64"}])
-def test_engines_of_another_release_gpu_or_system_go_with_the_first_that_is_replaced(
-    bundle: Bundle, change: dict[str, str]
+@pytest.mark.parametrize(
+    "change",
+    [{"version": "11.2"}, {"compute_capability": "8.9"}, {"platform": "linux-ppc64"}, {"agent_widths": (16, 4)}],
+    ids=str,
+)
+def test_engines_of_another_release_gpu_system_or_width_of_agents_go_with_the_first_that_is_replaced(
+    bundle: Bundle, change: dict[str, Any]
 ) -> None:
     """They could not run beside it, and an engine that does not fit refuses its target."""
     first = add(bundle, [facts(64), facts(128), facts(64, "tensorrt-rtx")])
-    new = replace(facts(128), **change)  # type: ignore[arg-type]
+    new = replace(facts(128), **change)
     second = add(first, [new])
     assert assert_whole(bundle.folder) == second
     assert plain(second.manifest.engines) == [facts(64, "tensorrt-rtx"), new]
@@ -281,7 +286,7 @@ def test_a_second_build_for_a_target_is_refused_at_its_start(bundle: Bundle) -> 
     with staging_folder(bundle, "tensorrt"), staging_folder(bundle, "tensorrt-rtx"), busy:
         add(bundle, [facts(64)])
     assert assert_whole(bundle.folder) == bundle
-    assert not [path for path in bundle.folder.iterdir() if path.is_dir()]
+    assert [path.name for path in bundle.folder.iterdir() if path.is_dir()] == ["agents"]
 
 
 @pytest.mark.parametrize("what", ["graph", "facts"])

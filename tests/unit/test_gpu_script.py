@@ -126,7 +126,7 @@ def test_a_device_needs_no_pytorch():
     """What gpu.sh --bundles runs."""
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'safetensors', 'hypothesis')))\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'optimum', 'hypothesis')))\n"
         "import benchmarks.soak, benchmarks.first_gpu, benchmarks.gpu_stages, mara_deploy.commands.bench\n"
         "import mara_export.tensorrt.build, mara_export.parity\n"
         "import tests.gpu.test_conformance, tests.gpu.test_real_model"

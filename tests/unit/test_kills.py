@@ -12,7 +12,8 @@ import pytest
 from mara_export.folder import claimed, whole_or_absent, working_folder
 from mara_runtime.bundle import Bundle
 from tests.fork import killed_before
-from tests.unit import helpers
+from tests.unit import helpers, test_bundle_agents
+from tests.unit.test_bundle_agents import CHANGES
 from tests.unit.test_extend import BEFORE, add, assert_whole, facts
 
 pytestmark = pytest.mark.slow
@@ -31,8 +32,9 @@ def test_a_killed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mou
         with claimed(out), working_folder(out) as trace:
             (trace / "weights").write_text("w")
             with whole_or_absent(out) as folder:
-                for path in made.iterdir():
-                    (folder / path.name).write_bytes(path.read_bytes())
+                for name in (*Bundle.open(made).manifest.files, "manifest.json"):
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_bytes((made / name).read_bytes())
 
     for change in count(1):
         killed = killed_before(change, export)
@@ -42,7 +44,7 @@ def test_a_killed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mou
             assert killed
             if is_mount:
                 for path in [path for path in out.iterdir() if not path.name.startswith(".")]:
-                    path.unlink()  # a file that arrived is not ours to remove
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()  # what arrived is not ours to remove
             export()
             assert assert_whole(out)
         assert {path.name for path in root.iterdir()} <= {"out", ".out.lock"} or killed
@@ -70,3 +72,24 @@ def test_a_killed_build(tmp_path: Path, before: list[object]) -> None:
             break
         shutil.rmtree(folder)
     assert change > 10
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_killed_change_of_agents(tmp_path: Path, change: str) -> None:
+    """The agents are those before or those after it; whoever adds that agent then has a whole bundle."""
+    fresh = test_bundle_agents.add(Bundle.open(helpers.make_bundle(tmp_path / "fresh")))
+    done = CHANGES[change](Bundle.open(Path(shutil.copytree(fresh.folder, tmp_path / "done"))))
+    for moment in count(1):
+        folder = Path(shutil.copytree(fresh.folder, tmp_path / f"{moment}"))
+        bundle = Bundle.open(folder)
+        killed = killed_before(moment, lambda bundle=bundle: CHANGES[change](bundle))
+        now = Bundle.open(folder)
+        assert now.manifest in (fresh.manifest, done.manifest)
+        if killed:
+            test_bundle_agents.add(now, "brief" if change == "add" else "polite", replace=True)
+        assert_whole(folder)
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+        if not killed:
+            break
+        shutil.rmtree(folder)
+    assert moment > (3 if change == "remove" else 8)

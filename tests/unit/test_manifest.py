@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara_runtime.errors import BundleError
-from mara_runtime.manifest import EngineFacts, Manifest, Noise, checksum, parse
-from tests.unit import helpers
+from mara_runtime.errors import BundleError, OptionError
+from mara_runtime.manifest import AgentFacts, EngineFacts, Manifest, Noise, checksum, is_agent_name
+from mara_runtime.manifest_reader import parse
+from tests.unit import helpers, manifests
 
 ENGINE = "engines/tensorrt/step-64.engine"
-FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE), b"x")
-VALID = helpers.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
-VALID["agent"]["training"] = helpers.TRAINING
-VALID["engines"] = [helpers.engine_json(ENGINE)]
+AGENTS = [f"agents/{name}.safetensors" for name in ("polite", "b.2_-")]
+FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE, *AGENTS), b"x")
+VALID = manifests.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
+VALID["agents"][0] |= {"training": helpers.TRAINING, "noise": 0.5}
+VALID["agents"][1]["parity"] = None
+VALID["engines"] = [manifests.engine_json(ENGINE)]
 VALID["sha256"] = checksum(VALID)
 MISSING = object()
 Path = tuple[str, ...]
@@ -47,13 +50,14 @@ def changed(path: Path, value: object) -> dict[str, Any]:
 
 
 OPEN = {
-    ("made_with",), ("tokenizer", "special_tokens"), ("engines", "0", "options"), ("agent", "training", "template"),
+    ("made_with",), ("tokenizer", "special_tokens"), ("engines", "0", "options"),
+    ("agents", "0", "training", "template"),
 }  # fmt: skip
 """Whose content the format leaves open."""
 NULLABLE = {
     ("model", "revision"), ("step", "quantisation"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",),
     ("noise",), ("parity", "perplexity"), ("parity", "largest_activation"),
-    ("agent", "training"), ("agent", "training", "chat_template"),
+    *(("agents", "0", name) for name in ("training", "parity", "noise")), ("agents", "0", "training", "chat_template"),
 }  # fmt: skip
 
 
@@ -64,8 +68,8 @@ def paths(value: object, prefix: Path = ()) -> Iterator[Path]:
     if isinstance(value, dict) and prefix not in OPEN:
         for key, inner in value.items():
             yield from paths(inner, (*prefix, key))
-    if prefix == ("engines",):
-        yield from ((*prefix, "0", key) for key in VALID["engines"][0])
+    if prefix in (("engines",), ("agents",)):
+        yield from (path for path in paths(VALID[prefix[0]][0], (*prefix, "0")) if path[-1] != "0")
 
 
 FIELDS = [path for path in paths(VALID) if path[0] != "files"]
@@ -98,9 +102,9 @@ def test_every_field_is_read() -> None:
     manifest = parse(json.dumps(VALID), "here")
     assert json.loads(manifest.to_json()) == VALID
     assert (manifest.model.source, manifest.model.eos_token_ids) == ("example/tiny", (0,))
-    assert (manifest.agent.widths, manifest.step.lowering) == ((8, 4), "ort")
-    assert (manifest.noise, manifest.step.cache) == (Noise(margins=0.001, logits=0.0025), "float32")
-    assert [dataclasses.asdict(engine) for engine in manifest.engines] == VALID["engines"]
+    assert [(agent.name, agent.file) for agent in manifest.agents] == [*zip(("polite", "b.2_-"), AGENTS, strict=True)]
+    assert (manifest.agents[0].widths, manifest.agents[0].noise) == ((3, 2), 0.5)
+    assert (manifest.step.lowering, manifest.step.cache, manifest.noise) == ("ort", "float32", 0.0025)
     for path in NULLABLE:
         manifest = parse(json.dumps(changed(path, None)), "here")
         assert json.loads(manifest.to_json()) == changed(path, None)
@@ -108,10 +112,11 @@ def test_every_field_is_read() -> None:
 
 def test_the_tests_below_miss_no_field() -> None:
     assert {f.name for f in dataclasses.fields(Manifest)} == set(VALID) - {"schema_version", "sha256"}
-    for name in ("model", "agent", "step", "tokenizer"):
+    for name in ("model", "step", "tokenizer"):
         kind = type(getattr(parse(json.dumps(VALID), "here"), name))
         assert {f.name for f in dataclasses.fields(kind)} == set(VALID[name])
-    assert {f.name for f in dataclasses.fields(EngineFacts)} == set(VALID["engines"][0])
+    for kind, name in ((AgentFacts, "agents"), (EngineFacts, "engines")):
+        assert {f.name for f in dataclasses.fields(kind)} == set(VALID[name][0])
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,8 +148,14 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("max_candidates",), -1),
         (("model", "eos_token_ids"), [-1]),
         (("model", "eos_token_ids"), [True]),
-        (("agent", "widths"), [0]),
-        (("agent", "fallback"), "middle"),
+        *((("agents", "0", "widths"), widths) for widths in ([0, 1], [8], [8, 4, 2], [])),
+        (("agents", "0", "hidden_size"), 3),  # that of the model is 2
+        (("agents", "0", "fallback"), "middle"),
+        *((("agents", "0", "name"), name) for name in ("other", "", ".", "../polite", "b.2_-")),
+        (("agents", "0", "file"), "agents/none.safetensors"),
+        (("agents", "0", "parity", "passed"), False),
+        (("agents", "0", "parity", "decisions", "changed"), -1),
+        (("agents", "0", "noise"), -0.001),
         (("targets",), ["cpu", None]),
         (("targets",), []),
         (("targets",), ["cpu", "tpu"]),
@@ -154,7 +165,7 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         ),
         (("model", "eos_token_ids"), [2**31]),
         (("model", "source"), "a\x1b[2J"),
-        (("agent", "source"), "line\nbreak"),
+        (("agents", "0", "source"), "line\nbreak"),
         (("made_with",), {"numpy\x9b": "2"}),
         (("step", "quantisation", "block_size"), 0),
         (("step", "quantisation", "block_size"), -2),
@@ -170,13 +181,14 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("step", "file"), "other.onnx"),
         (("step", "file"), "../step.onnx"),
         (("step", "cache"), "int8"),
-        (("noise", "margins"), -0.001),
-        (("noise", "logits"), -1),
+        (("noise",), -0.001),
+        (("noise",), {"margins": 0.1, "logits": 0.1}),
         (("engines", "0", "target"), "cpu"),
         (("engines", "0", "file"), "engines/tensorrt/other.engine"),
         (("engines", "0", "file"), "../../secret"),
         (("engines", "0", "file"), "step.onnx"),  # whoever replaces an engine deletes its file
-        *((("engines", "0", name), 0) for name in ("slots", "decode_rows", "prefill_rows", "head_rows")),
+        *((("engines", "0", name), 0) for name in ("slots", "decode_rows", "head_rows", "agents")),
+        *((("engines", "0", "agent_widths"), widths) for widths in ([8], [8, 0])),
         (("engines", "0", "in_place"), 1),
     ],
     ids=str,
@@ -187,16 +199,49 @@ def test_a_value_out_of_range_is_named(path: Path, value: object) -> None:
 
 def test_engines_have_a_folder_per_target_and_one_size_each() -> None:
     assert "engines/tensorrt-rtx/" in refused(json.dumps(changed(("engines", "0", "target"), "tensorrt-rtx")))
-    twice = changed(("engines",), [*VALID["engines"], helpers.engine_json(ENGINE, version="10.3.0")])
+    twice = changed(("engines",), [*VALID["engines"], manifests.engine_json(ENGINE, version="10.3.0")])
     assert "field engines.1.slots is 64" in refused(json.dumps(twice))
     value = copy.deepcopy(VALID)
     others = [("tensorrt", 128), ("tensorrt-rtx", 64)]
     for target, slots in others:
         name = f"engines/{target}/step-{slots}.engine"
         value["files"][name] = {"size_bytes": 1, "sha256": "0" * 64}
-        value["engines"].append(helpers.engine_json(name, target=target, slots=slots))
+        value["engines"].append(manifests.engine_json(name, target=target, slots=slots))
     engines = parse(helpers.signed(value), "here").engines
     assert [(engine.target, engine.slots) for engine in engines] == [("tensorrt", 64), *others]
+
+
+@pytest.mark.parametrize("name", ["a b", "-a", ".a", "a" * 65, "ä", "a=b"])
+def test_an_agent_is_called_what_files_and_options_can_be_called(name: str) -> None:
+    assert (is_agent_name(name), is_agent_name("Z9._-" * 12)) == (False, True)
+    value, facts = copy.deepcopy(VALID), manifests.agent_json(name)
+    value["files"][facts["file"]], value["agents"][1] = {"size_bytes": 1, "sha256": "0" * 64}, facts
+    assert "field agents.1.name" in refused(helpers.signed(value))
+
+
+def test_agents_have_names_of_their_own_and_may_be_none() -> None:
+    elsewhere = changed(("agents", "0", "file"), "step.onnx")  # whoever removes an agent deletes its file
+    assert "agents.0.name is 'polite', which does not go with the file 'step.onnx'" in refused(json.dumps(elsewhere))
+    twice = changed(("agents",), [VALID["agents"][1]] * 2)
+    assert "field agents.1.name is b.2_-" in refused(json.dumps(twice))
+    none = parse(json.dumps(changed(("agents",), [])), "here")
+    assert none.agents == ()
+    with pytest.raises(OptionError, match=r"--agent is 'polite'; .* none: add one with mara-agent"):
+        none.agent("polite")
+
+
+def test_what_is_known_of_a_mix_of_agents() -> None:
+    """Noise adds up; nothing is known where one was not measured."""
+    manifest = parse(json.dumps(VALID), "here")
+    assert manifest.agent("b.2_-") == manifest.agents[1]
+    with pytest.raises(OptionError, match=r"--agent is 'rude'; the bundle has polite, b\.2_-"):
+        manifest.mixed_noise({"polite": 1.0, "rude": 1.0})
+    for mix, margins in (({}, 0.0), ({"polite": -3.0}, 1.5), ({"b.2_-": 2.0, "polite": 1.0}, 0.502)):
+        assert manifest.mixed_noise(mix) == Noise(pytest.approx(margins), 0.0025)
+    assert parse(json.dumps(changed(("noise",), None)), "here").mixed_noise({}) is None
+    unknown = parse(json.dumps(changed(("agents", "1", "noise"), None)), "here")
+    assert unknown.mixed_noise({"polite": 1.0, "b.2_-": 1.0}) is None
+    assert unknown.mixed_noise({"polite": 1.0}) == Noise(0.5, 0.0025)
 
 
 @pytest.mark.parametrize("path", FILE_FIELDS, ids="/".join)
@@ -253,14 +298,15 @@ def test_no_single_byte_can_be_changed_unnoticed(other: str) -> None:
         *((text, "schema_version") for text in ("[]", "3", "null", '"text"', "{}", '{"version": 1}')),
         (TEXT.replace('"max_context": 32', '"max_context": 32, "max_context": 64'), "max_context"),
         *((TEXT.replace('"rows": 40', f'"rows": {number}'), number) for number in ("NaN", "Infinity", "-Infinity")),
-        (TEXT.replace('"margins": 0.001', '"margins": NaN'), "NaN"),
-        (TEXT.replace('"margins": 0.001', '"margins": 1e999'), "noise.margins"),
-        (TEXT.replace('"margins": 0.001', '"margins": 1' + "0" * 400), "noise.margins"),
+        (TEXT.replace('"noise": 0.5', '"noise": NaN'), "NaN"),
+        (TEXT.replace('"noise": 0.5', '"noise": 1e999'), "agents.0.noise"),
+        (TEXT.replace('"noise": 0.0025', '"noise": 1' + "0" * 400), "field noise"),
         (TEXT.replace('"max_context": 32', '"max_context": ' + "9" * 10_000), "JSON"),
         (TEXT.replace("example/tiny", "\\ud800"), "half of a surrogate pair"),
         (TEXT.replace("bos_token", "\\udfff"), "half of a surrogate pair"),
         (json.dumps(changed(("max_context",), "x" * 1_000_000)), "max_context"),
-        (json.dumps(changed(("agent", "fallback"), "x" * 1_000_000)), "agent.fallback"),
+        (json.dumps(changed(("agents", "0", "fallback"), "x" * 1_000_000)), "agents.0.fallback"),
+        (json.dumps(changed(("agents", "0", "name"), "x" * 1_000_000)), "agents.0.name"),
         (json.dumps(changed(("targets",), [0] * 1_000_000)), "targets"),
         (json.dumps(changed(("schema_version",), "x" * 1_000_000)), "schema version"),
     ],
@@ -272,10 +318,10 @@ def test_a_text_that_is_no_manifest_is_refused(text: str, named: str) -> None:
 
 
 def test_another_schema_version_is_named_before_any_field() -> None:
-    for version in (0, 2, 4, -2, "3", None, [3], {}, True, 3.0):
+    for version in (0, 2, 3, 5, -2, "3", None, [4], {}, True, 4.0):
         message = refused(json.dumps({**changed(("step",), MISSING), "schema_version": version}))
         assert f"schema version {version!r}" in message
-        assert "reads version 3" in message
+        assert "reads version 4" in message
         assert "export" in message
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def spoiled(
     return lookup
 
 
-def spoiled_agent(bad: float) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def spoiled_agent(bad: float) -> helpers.Judge:
     return lambda hidden: np.where(hidden[:, 0] == MARK, np.float32(bad), helpers.sum_agent(hidden))
 
 
@@ -73,8 +73,8 @@ class Infectious(helpers.CountingEngine):
     That is what an additive mask does, 0 times NaN being NaN, until the entry is overwritten or cleared.
     """
 
-    def __init__(self, lookup: helpers.Lookup, agent: Any = helpers.sum_agent, slots: int = 512) -> None:
-        super().__init__(lookup, agent, slots)
+    def __init__(self, lookup: helpers.Lookup, agents: Any = helpers.AGENTS, slots: int = 512) -> None:
+        super().__init__(lookup, agents, slots)
         self._ill: set[int] = set()
         self.memory.zero = self._zero  # type: ignore[method-assign]
         self.culprits: list[tuple[int, int]] = []
@@ -122,7 +122,7 @@ def fails_and_recovers(
     guess: the tokens from index `guess_from` of the text on; by default, after the first candidate.
     """
     config, lookup, model = DecodeConfig(**(options or WIDE)), spoiled(at, what, bad), {"now": hand(ACCEPT)}
-    engine = kind(lambda prefix: model["now"](prefix), spoiled_agent(bad))
+    engine = kind(lambda prefix: model["now"](prefix), {helpers.AGENT: spoiled_agent(bad)})
     session = Chat(engine, schedule, Guesser(lambda index: guess[index - guess_from :]))
     run(session, [1, 0, 0], config, limit=3)  # so that there is something to drop
     assert session.cached
@@ -184,7 +184,7 @@ def test_the_error_names_a_hidden_state_where_there_is_nothing_to_decide(guess, 
 @pytest.mark.parametrize("what", ["hidden", "margin"])
 def test_the_error_names_a_fault_in_a_later_pass_of_a_decision(what):
     # The passes before it were sound; they do not run again to find it.
-    engine = Infectious(spoiled((1, 4), what, table=hand({})), spoiled_agent(math.nan))
+    engine = Infectious(spoiled((1, 4), what, table=hand({})), {helpers.AGENT: spoiled_agent(math.nan)})
     with pytest.raises(NumericsError, match=NAMED_FAULTS[what].format(1, 4)):
         run(engine, PROMPT, DecodeConfig(**WIDE), schedule=Fixed(2), limit=8)
     assert engine.cache.tokens == []
@@ -229,6 +229,20 @@ def test_logits_of_a_candidate_that_does_not_continue_are_not_computed():
 def test_the_error_names_a_margin(at, bad, schedule, guess):
     # An agent whose weights are NaN must not look like one that rejects everything.
     fails_and_recovers(at, "margin", bad, kind=helpers.CountingEngine, schedule=schedule, guess=guess)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # as below
+def test_the_error_names_a_mix_that_is_not_finite():
+    engine = helpers.CountingEngine(hand({(2,): 2.0, (2, 5): 1.0}))
+    with pytest.raises(NumericsError, match="margin at position 1 "):
+        run(Chat(engine), PROMPT, DecodeConfig(agents={helpers.AGENT: 3e38}, **WIDE), limit=3)
+
+
+def test_an_agent_that_is_left_out_is_not_at_fault():
+    agents = {"other": helpers.sum_agent, helpers.AGENT: spoiled_agent(math.nan)}
+    chat = Chat(helpers.CountingEngine(spoiled((1, 2), "margin", table=hand(ACCEPT)), agents))
+    config = DecodeConfig(agents={"other": 1.0, helpers.AGENT: 0.0}, **WIDE)
+    assert [step.token for step in run(chat, PROMPT, config, limit=3)[0]] == [2, 5, 7]
 
 
 def test_a_fault_that_does_not_repeat_is_an_error_all_the_same():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +35,7 @@ class Sample(Options):
     verify: bool = option(True, "skip checks")
     raw: bool = option(False, "as it is")
     out: Path | None = option(None, "where", metavar="DIR")
+    parts: Mapping[str, float] | None = option(None, "of each", flag="--part", unset="all alike")
 
 
 def parse(*argv: str, **how: Any) -> argparse.Namespace:
@@ -63,8 +65,12 @@ def parse(*argv: str, **how: Any) -> argparse.Namespace:
         ({"model": ""}, ("--model is empty",)),
         ({"raw": "no"}, ("raw is 'no'", "True or False")),
         ({"out": "x"}, ("--out is 'x'",)),
+        *(
+            ({"parts": parts}, (f"--part is {parts!r}", "one or more names, each with a finite number"))
+            for parts in ({}, "a", ["a"], {1: 1.0}, *({"a": x} for x in ("x", None, True, math.nan, math.inf, 10**400)))
+        ),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_a_rejected_value_is_named_with_flag_and_range(values, named):
     with pytest.raises(OptionError) as caught:
@@ -79,6 +85,7 @@ def test_a_rejected_value_is_named_with_flag_and_range(values, named):
         {"top_k": 1, "top_p": 0.0, "rate": 1e-9, "level": 0},
         {"top_p": 1.0, "level": 5, "kind": "b", "stop": ("a", "b"), "sizes": (1, 2), "widths": (1, 2)},
         {"note": "", "verify": False, "raw": True, "out": Path("x"), "rate": None},
+        {"parts": {"a": -1.5, "b": 0.0}},
     ],
 )
 def test_values_at_the_ends_of_their_range_are_kept(values):
@@ -90,9 +97,20 @@ def test_values_at_the_ends_of_their_range_are_kept(values):
 
 
 def test_numbers_of_other_libraries_become_plain_ones():
-    sample = Sample("m", top_k=np.int64(9), top_p=np.float32(0.5), rate=Fraction(1, 4))  # type: ignore[arg-type]
+    numbers: Any = {"top_k": np.int64(9), "top_p": np.float32(0.5), "rate": Fraction(1, 4), "parts": {"a": np.int64(2)}}
+    sample = Sample("m", **numbers)
     assert json.loads(json.dumps(sample.to_json()))["rate"] == 0.25
-    assert [type(value) for value in (sample.top_k, sample.top_p, sample.rate)] == [int, float, float]
+    assert sample.parts == {"a": 2.0}
+    values = (sample.top_k, sample.top_p, sample.rate, sample.parts["a"])
+    assert [type(value) for value in values] == [int, float, float, float]
+
+
+def test_numbers_by_name_are_a_copy():
+    given_parts = {"b": 1.0, "a": 2.0}
+    sample = Sample("m", parts=given_parts)
+    given_parts.clear()
+    assert sample.parts is not None
+    assert [*sample.parts] == ["b", "a"]  # in their order
 
 
 def test_options_are_frozen_and_their_error_is_a_value_error_too():
@@ -115,6 +133,24 @@ def test_flags_set_the_fields():
     )
     assert from_args(Sample, parse("--model", "m")) == Sample("m")
     assert from_args(Sample, parse("--model", "m"), top_k=7).top_k == 7
+
+
+def test_numbers_by_name_as_flags():
+    args = parse("--model", "m", "--part", "b=0.5", "--part", "a", "--part", "c=-2e-1")
+    parts = from_args(Sample, args).parts
+    assert parts is not None
+    assert [*parts.items()] == [("b", 0.5), ("a", 1.0), ("c", -0.2)]
+    with pytest.raises(OptionError, match=r"--part is b=0.5 a=1 c=-0.2, but nobody asks; leave it out"):
+        reject(args, Sample, ("parts",), "nobody asks")
+    for argv, named in (
+        (("b=1", "a", "b=2"), r"--part gives a name twice: b a b"),
+        (("b=",), r"--part is \{'b': ''\}; it must be one or more names, each with a finite number"),
+        (("b=x", "a"), r"--part is .*'x'"),
+        (("b=nan",), r"--part is .*nan"),
+        (("a=b=1",), r"--part is .*'b=1'"),
+    ):
+        with pytest.raises(OptionError, match=named):
+            from_args(Sample, parse("--model", "m", *(text for part in argv for text in ("--part", part))))
 
 
 def test_what_was_given_is_known():
@@ -160,6 +196,7 @@ def test_help_shows_metavar_default_and_repetition():
         "--no-verify skip checks",
         "--raw as it is",
         "--out DIR where",
+        "--part NAME[=X] of each (default: all alike; can be repeated)",
     ):
         assert words in text
     assert "[--top-k N]" in text
@@ -176,7 +213,9 @@ def test_help_shows_the_defaults_of_given_instances():
 
 
 @pytest.mark.parametrize(
-    "config", [DecodeConfig(), ExportOptions(), BuildOptions(), RECIPES["demo"]], ids=lambda c: type(c).__name__
+    "config",
+    [DecodeConfig(), DecodeConfig(agents={"a": 0.5, "b": -1.0}), ExportOptions(), BuildOptions(), RECIPES["demo"]],
+    ids=lambda c: type(c).__name__,
 )
 def test_every_option_has_a_flag_and_survives_json(config):
     parser = argparse.ArgumentParser()

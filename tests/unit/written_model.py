@@ -37,7 +37,12 @@ VECTORS = _rng.integers(-2, 3, (SHAPE.vocab_size, SHAPE.hidden_size)).astype(np.
 VECTORS[INFINITE] = np.inf
 HEAD = _rng.integers(-1, 2, (SHAPE.hidden_size, SHAPE.vocab_size)).astype(np.float32)
 HEAD[:, INFINITE] = 0
-AGENT = np.array([0.25, -0.5, 0.25, 0.0], np.float32)
+AGENTS = {
+    "agent": ([0.25, -0.5, 0.25, 0.0], 1.0),
+    "other": ([0.0, 0.25, 0.25, -0.5], 1.0),
+    "endless": ([0.25] * 4, 3e38),
+}
+"""Vector and scale of each; the margins of the last are infinite, or 0."""
 PERIOD = 5
 
 
@@ -50,10 +55,19 @@ def table(prefix: tuple[int, ...]) -> tuple[F32, F32]:
         return hidden @ HEAD, hidden
 
 
-def judge(hidden: F32) -> F32:
-    """The agent's margins."""
-    margins: F32 = hidden @ AGENT
-    return margins
+def judged_by(name: str) -> helpers.Judge:
+    """An agent's margins."""
+    vector, scale = AGENTS[name]
+
+    def judge(hidden: F32) -> F32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            margins: F32 = hidden @ np.array(vector, np.float32) * np.float32(scale) * np.float32(scale)
+        return margins
+
+    return judge
+
+
+JUDGES = {name: judged_by(name) for name in AGENTS}
 
 
 class Nodes:
@@ -103,18 +117,26 @@ def traced_llm() -> onnx.ModelProto:
     return add.model(tensors.llm_inputs(SHAPE), tensors.llm_outputs(SHAPE))
 
 
-def traced_agent() -> onnx.ModelProto:
-    """The agent as a graph that makes 0 of NaN, as a ReLU may: the step graph must see to it by itself."""
+def traced_agents() -> onnx.ModelProto:
+    """The agents as a graph that makes 0 of NaN, as a ReLU may: the step graph must see to it by itself.
+
+    It does not normalise, which would take the whole numbers away.
+    """
     add = Nodes()
-    zero = add.constant(0.0, "float32")
-    column = add("MatMul", tensors.AGENT_STATES, add.constant(AGENT[:, None], "float32"))
-    margin = add("Squeeze", column, add.constant([1], "int64"))
-    above = add("Where", add("Greater", margin, zero), margin, zero)
-    below = add("Where", add("Less", margin, zero), margin, zero)
-    add("Add", above, below, result=tensors.AGENT_MARGIN)
+    zero, names = add.constant(0.0, "float32"), [t.name for t in tensors.agent_weights(SHAPE.hidden_size)]
+    x = add("Transpose", tensors.AGENT_STATES, perm=[1, 0])
+    for weight, bias in zip(names[::2], names[1::2], strict=True):
+        x = add("Add", add("MatMul", weight, x), bias)
+        if weight != names[-2]:
+            x = add("Where", add("Greater", x, zero), x, zero)
+    mixed = add("Mul", tensors.AGENT_MIX, add("Squeeze", x, add.constant([1])))  # (A, N)
+    kept = add("Where", add("Equal", tensors.AGENT_MIX, zero), zero, mixed)
+    add("ReduceSum", kept, add.constant([0]), keepdims=0, result=tensors.MARGINS)
     return add.model(tensors.agent_inputs(SHAPE.hidden_size), tensors.agent_outputs())
 
 
+MOST_AGENTS, MOST_WIDTHS = 2, (5, 4)
+"""Of the engines of a bundle; wider than its agents."""
 DECODE_ROWS, HEAD_ROWS = spare_slots(CANDIDATES) + 1, DRAFT_ROWS + 1
 SIZES = (16, 40, SLOTS)
 """Slots of the engines of a bundle that has several."""
@@ -122,12 +144,14 @@ SIZES = (16, 40, SLOTS)
 
 def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
     """A bundle of the model, with a graph whose head runs always or when it is needed."""
-    model, agent = (ir.from_proto(proto) for proto in (traced_llm(), traced_agent()))
-    step.join(model.graph, agent.graph, SHAPE, CANDIDATES, always_head=always_head)
+    model, agents = (ir.from_proto(proto) for proto in (traced_llm(), traced_agents()))
+    step.join(model.graph, agents.graph, SHAPE, CANDIDATES, always_head=always_head)
     model.graph.sort()
     sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size}
     most = {"max_context": CONTEXT, "max_candidates": CANDIDATES}
-    return helpers.make_bundle(folder, graph=ir.to_proto(model).SerializeToString(), **sizes, **most, **options)
+    files = {name: helpers.agent_file(*agent) for name, agent in AGENTS.items()}
+    graph = ir.to_proto(model).SerializeToString()
+    return helpers.make_bundle(folder, graph=graph, agents=files, **sizes, **most, **options)
 
 
 def add_engines(
@@ -148,7 +172,7 @@ def add_engines(
     for size in slots:
         name = f"engines/{target}/step-{size}.engine"
         rows = {"decode_rows": DECODE_ROWS, "prefill_rows": min(32, size), "head_rows": HEAD_ROWS}
-        known = {"slots": size, **rows, "in_place": in_place}
+        known = {"slots": size, **rows, "agents": MOST_AGENTS, "agent_widths": list(MOST_WIDTHS), "in_place": in_place}
         write_engine(folder / name, folder / "step.onnx", **{**known, **(file or {})})
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -33,8 +33,8 @@ class GraphContext:
     rotary: Tables
     """for as many positions as a row may have"""
     options: ExportOptions
-    agent: Path
-    """the agent's traced graph"""
+    agents: Path
+    """the agents' traced graph"""
     progress: Progress
 
 

@@ -5,7 +5,7 @@ load (weights.py)     constants become weights, duplicates go
 lowering              custom nodes → operators of an engine: PASSES of ort.py, portable.py or decomposed.py
 weights               int8, int4: QUANTISE of the lowering (quantise.py, qdq.py); else tie_head (weights.py)
 float precision       precision.py: compute in the KV cache's type, or store in float16
-join (step.py)        the agent, the choice among candidates, the LM head on the chosen rows
+join (step.py)        the agents, the choice among candidates, the LM head on the chosen rows
 save (weights.py)     the graph, and its weights beside it
 """
 
@@ -23,7 +23,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mara_export.graph import decomposed, ort, portable
 from mara_export.graph.nodes import GraphContext, GraphPass, Tables
 from mara_export.graph.precision import narrow, store_float16
-from mara_export.graph.step import join_agent
+from mara_export.graph.step import join_agents
 from mara_export.graph.weights import load, save, tie_head
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress, no_logs
@@ -38,7 +38,7 @@ class TracedGraph:
     """What tracing left on disk, and what it found out on the way."""
 
     llm: Path
-    agent: Path
+    agents: Path
     shape: ModelShape
     rotary: Tables
     """for the longest context and most candidates that a bundle of this trace may have"""
@@ -56,12 +56,12 @@ def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]
         yield f"narrow to {options.cache}", (narrow,)
     elif options.precision == "fp16":
         yield "store as float16", (store_float16,)
-    yield "join with the agent", (join_agent,)
+    yield "join with the agents", (join_agents,)
 
 
 def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
     """Make the step graph for one set of options and write it to `path`. Raises MaraError."""
-    context = GraphContext(traced.shape, _tables(traced, options), options, traced.agent, progress)
+    context = GraphContext(traced.shape, _tables(traced, options), options, traced.agents, progress)
     with no_logs(logging.INFO):  # onnx-ir and ONNX Runtime's quantisers report every step
         model = load(traced.llm)
         graph = model.graph

@@ -1,7 +1,7 @@
 """Float precisions: what an LLM computes in, and what its matrices are stored as.
 
 `narrow` makes every float of a lowered LLM float16 or bfloat16, its KV cache included. What the step graph adds stays
-float32: the agent, its margins, the logits and what is made of them. So do *islands*, nodes that a lowering marks:
+float32: the agents, their margins, the logits and what is made of them. So do *islands*, nodes that a lowering marks:
 norms and softmax, where they are made of basic operators, with a Cast at each border. The fused RMSNormalization
 computes in float32 internally, by its `stash_type`. In what precision a fused attention accumulates is up to the
 engine: TensorRT accumulates in float16 unless query, key and value are widened in front of it (release notes of 11.3),

@@ -1,6 +1,6 @@
-"""Joining the lowered LLM and the traced agent into one graph, the step (its interface: mara_runtime.tensors).
+"""Joining the lowered LLM and the traced agents into one graph, the step (its interface: mara_runtime.tensors).
 
-What the join adds is the choice: which candidate the agent's margins elect, the LM head on that row alone, and the best
+What the join adds is the choice: which candidate the agents' margins elect, the LM head on that row alone, and the best
 tokens of that row. So one run of the graph is one step of decoding, and neither hidden states nor a row as wide as the
 vocabulary need to leave the engine.
 """
@@ -26,12 +26,12 @@ _NOBODY = np.nextafter(np.finfo(np.float32).min, np.float32(0))
 greatest that starts from the lowest, and takes only what is greater, finds this one too."""
 
 
-def join_agent(graph: ir.Graph, context: GraphContext) -> None:
+def join_agents(graph: ir.Graph, context: GraphContext) -> None:
     """Make a lowered LLM the step graph."""
     options = context.options
     join(
         graph,
-        load(context.agent).graph,
+        load(context.agents).graph,
         context.shape,
         options.max_candidates,
         cache=options.cache,
@@ -41,14 +41,14 @@ def join_agent(graph: ir.Graph, context: GraphContext) -> None:
 
 def join(
     graph: ir.Graph,
-    agent: ir.Graph,
+    agents: ir.Graph,
     shape: ModelShape,
     max_candidates: int,
     *,
     cache: str = "float32",
     always_head: bool = False,
 ) -> None:
-    """Make `graph`, a lowered LLM, the step graph. agent: a traced agent of the same hidden size; it is used up.
+    """Make `graph`, a lowered LLM, the step graph. agents: as traced, for the same hidden size; they are used up.
 
     cache: type of the KV cache. always_head: put one row through the LM head even when none is elected, so that all
     sizes follow from the inputs' sizes, as TensorRT and CUDA graphs need.
@@ -57,7 +57,7 @@ def join(
     results = {str(value.name): value for value in graph.outputs}
     mask = _mask(Builder(graph, "step/mask"))
     choice = Builder(graph, "step/choice")
-    results[tensors.MARGINS] = _margins(choice, agent, results[tensors.LAST_HIDDEN_STATE], shape)
+    results[tensors.MARGINS] = _margins(choice, agents, results[tensors.LAST_HIDDEN_STATE], shape)
     results[tensors.ROWS], chosen, exists = _choose(choice, results[tensors.MARGINS], always_head)
     results |= _best_tokens(
         Builder(graph, "step/top"), results[tensors.LOGITS], chosen, exists, top, pad=not always_head
@@ -92,33 +92,38 @@ def _mask(add: Builder) -> ir.Value:
     return add("Unsqueeze", additive, add.ints(0, 1), out=tensors.ATTENTION_MASK)
 
 
-def _margins(add: Builder, agent: ir.Graph, hidden: ir.Value, shape: ModelShape) -> ir.Value:
-    """(N,) the agent on the rows it is shown. A state that is not finite must not become a margin that is."""
+def _margins(add: Builder, agents: ir.Graph, hidden: ir.Value, shape: ModelShape) -> ir.Value:
+    """(N,) the agents on the rows they are shown. A state that is not finite must not become a margin that is."""
     states = add("Reshape", hidden, add.ints(-1, shape.hidden_size), out="step/states")
     shown = add("Gather", states, add.input(tensors.AGENT_ROWS), axis=0)
-    margins = _inline(add.graph, agent, shown)
+    margins = _inline(add, agents, {tensors.AGENT_STATES: shown})
     # a ReLU may turn NaN into 0, and TensorRT may take NaN times 0 for 0: so a comparison, which NaN fails
     sums = add("ReduceSum", shown, add.ints(1), keepdims=0)
     finite = add("Less", add("Abs", sums), add.constant(LARGEST))
     return add("Where", finite, margins, add.constant(np.nan), out=tensors.MARGINS)
 
 
-def _inline(graph: ir.Graph, agent: ir.Graph, states: ir.Value) -> ir.Value:
-    """Move the agent's nodes and weights into `graph`, all names prefixed; returns its margins."""
-    (source,), (margins,) = agent.inputs, agent.outputs
-    nodes, weights = list(agent), list(agent.initializers.values())
-    source.replace_all_uses_with(states)
-    agent.outputs.clear()
-    agent.remove(nodes)
-    agent.initializers.clear()
+def _inline(add: Builder, agents: ir.Graph, known: dict[str, ir.Value]) -> ir.Value:
+    """Move the agents' nodes and constants into the graph, all names prefixed; returns their margins.
+
+    known: inputs of the agents that the graph computes; the others become inputs of the graph.
+    """
+    (margins,) = agents.outputs
+    nodes, weights = list(agents), list(agents.initializers.values())
+    for source in agents.inputs:
+        name = str(source.name)
+        source.replace_all_uses_with(known[name] if name in known else add.input(name))
+    agents.outputs.clear()
+    agents.remove(nodes)
+    agents.initializers.clear()
     for node in nodes:
-        node.name = f"agent/{node.name}"
+        node.name = f"agents/{node.name}"
         for value in node.outputs:
-            value.name = f"agent/{value.name}"
+            value.name = f"agents/{value.name}"
     for weight in weights:
-        weight.name = f"agent/{weight.name}"
-        graph.register_initializer(weight)
-    graph.extend(nodes)
+        weight.name = f"agents/{weight.name}"
+        add.graph.register_initializer(weight)
+    add.graph.extend(nodes)
     return margins
 
 

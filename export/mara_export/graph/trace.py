@@ -39,6 +39,7 @@ from mara_export.graph.nodes import ATTENTION, DOMAIN, NORM, ROTARY
 from mara_export.hf.families import model_shape
 from mara_export.progress import no_logs
 from mara_runtime import tensors
+from mara_runtime.agents import EPSILON
 
 IMPLEMENTATION = "mara"
 """Name of the attention implementation in transformers."""
@@ -248,24 +249,34 @@ def trace_llm(model: Any, folder: Path) -> Path:
     return path
 
 
-class _Margin(torch.nn.Module):
-    def __init__(self, agent: torch.nn.Module) -> None:
+class _Margins(torch.nn.Module):
+    """The margins of stacked agents, mixed: LayerNorm → linear → ReLU → linear → ReLU → linear.
+
+    The weights stand on the left: a stack is one matrix for ONNX Runtime, which need not be packed for each pass.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.agent = agent
+        self.norm = torch.nn.LayerNorm(hidden_size, EPSILON, elementwise_affine=False)
 
-    def forward(self, states: Tensor) -> Tensor:
-        scores = self.agent(states)
-        margin: Tensor = scores[:, 1] - scores[:, 0]
-        return margin
+    def forward(self, states: Tensor, mix: Tensor, *weights: Tensor) -> Tensor:
+        """(N, D), (A, N), and tensors.agent_weights → (N,)."""
+        (w1, b1), (w2, b2), (w3, b3) = zip(weights[::2], weights[1::2], strict=True)
+        x = self.norm(states).T
+        x = torch.relu(w1 @ x + b1)
+        x = torch.relu(w2 @ x + b2)
+        margins = (w3 @ x + b3).squeeze(1)
+        return torch.where(mix == 0, 0.0, mix * margins).sum(0)  # one that is left out may have any margin
 
 
-def trace_agent(agent: torch.nn.Module, hidden_size: int, path: Path) -> None:
-    """Write the agent's graph: hidden states (N, D) to margins (N,), accept score minus reject score."""
+def trace_agents(hidden_size: int, path: Path) -> None:
+    """Write the graph of the agents' mixed margins, for any agents of that hidden size."""
     inputs, outputs = tensors.agent_inputs(hidden_size), tensors.agent_outputs()
+    sizes = {"N": 2, "A": 3, "W1": 5, "W2": 4}
     with _quiet():
         torch.onnx.export(
-            _Margin(agent).eval(),
-            (torch.zeros(2, hidden_size),),
+            _Margins(hidden_size).eval(),
+            tuple(torch.ones([sizes[d] if isinstance(d, str) else d for d in t.shape]) for t in inputs),
             str(path),
             input_names=[t.name for t in inputs],
             output_names=[t.name for t in outputs],

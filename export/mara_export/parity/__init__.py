@@ -4,7 +4,7 @@ Teacher-forced over several prompts and their sibling candidates, in an engine t
 is not written. Two kinds of evidence are required:
 
 numbers     hidden states, logits, margins: largest difference relative to the largest value, cosine of rows
-outcomes    ranks of the next tokens, and the agent's decisions, wherever the reference's own gap exceeds the noise
+outcomes    ranks of the next tokens, and each agent's decisions, wherever the reference's own gap exceeds the noise
 
 The noise is measured on each side alone, never between the two sides, else the second check could not fail: it is how
 far the same rows move when they are *recomputed* with other pass widths. Reference: the siblings as a batch instead of
@@ -23,9 +23,9 @@ These level flips excuse nothing: the gate itself uses the noise of recomputed r
     compare.py    measures the differences, applies a Gate, and reports
 """
 
-from mara_export.parity.compare import GATES, Gate, Report, compare
-from mara_export.parity.engine import perturber, run_engine
-from mara_export.parity.reference import Reference, prompts, run_reference
+from mara_export.parity.compare import GATES, Gate, Report, compare, compare_agent
+from mara_export.parity.engine import perturber, run_engine, run_rows
+from mara_export.parity.reference import Reference, margins_of, prompts, run_reference
 from mara_export.parity.rows import NAMES, SIBLINGS, Case, Rows, Side
 
 __all__ = [
@@ -39,8 +39,11 @@ __all__ = [
     "Rows",
     "Side",
     "compare",
+    "compare_agent",
+    "margins_of",
     "perturber",
     "prompts",
     "run_engine",
     "run_reference",
+    "run_rows",
 ]

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_export.parity.rows import F32, NAMES, Case, Side, difference
-from mara_runtime.manifest import Noise
+from mara_export.parity.rows import F32, Case, Side, difference
 
 LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 RANKS = 40
@@ -20,6 +19,10 @@ as rounding error, and two runs of the same kernels may happen to agree to the l
 NOISE_FACTOR = 4.0
 """Gaps below this many times the measured noise are not compared: both sides have rounding errors of their own, and the
 noise is a maximum over fewer rows than are compared."""
+
+
+Pairs = Sequence[tuple[Side, Side]]
+"""(reference, engine) of each case."""
 
 
 @dataclass(frozen=True)
@@ -73,29 +76,31 @@ class Report:
     prompts: int
     rows: int
     numbers: dict[str, dict[str, float]]
-    """by name in NAMES: greatest difference relative to the largest value; least cosine of hidden states and logits"""
+    """hidden states and logits of the LLM, or an agent's margins: greatest difference relative to the largest value;
+    but of margins the least cosine"""
     noise: dict[str, float]
-    """by name in NAMES, NOISE_FACTOR and NOISE_FLOOR applied"""
-    level_flips: dict[str, float]
-    """of margins and logits, NOISE_FACTOR applied; 0 where nothing rounds activations"""
+    """of the same, NOISE_FACTOR and NOISE_FLOOR applied"""
+    level_flips: float
+    """of logits or margins, NOISE_FACTOR applied; 0 where nothing rounds activations"""
     outcomes: dict[str, Counts]
-    """of the best token ("first"), the RANKS best ("ranks"), and the agent's "decisions" """
+    """of the best token ("first") and the RANKS best ("ranks"), or of an agent's "decisions" """
     min_gap: dict[str, float]
     """nats; outcomes with a smaller gap were not compared: the noise, or the gate's min_gap if that is larger"""
-    perplexity: dict[str, float] | None
+    perplexity: dict[str, float] | None = None
     """of the texts among the prompts, "reference" and "exported"; None without texts, or where it overflows"""
-    largest_activation: float | None
+    largest_activation: float | None = None
     """of the reference; None where the engine has float32's range"""
     failures: list[str] = field(default_factory=list)
     """each way in which the figures miss the gate"""
 
     @property
-    def engine_noise(self) -> Noise:
-        """What the manifest records for decoding: the noise, level flips included."""
-        return Noise(**{name: max(self.noise[name], flips) for name, flips in self.level_flips.items()})
+    def engine_noise(self) -> float:
+        """What the manifest records for decoding: the noise of logits or margins, level flips included."""
+        return max(self.noise["logits" if "logits" in self.noise else "margins"], self.level_flips)
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
+        of_model = "logits" in self.numbers
         return {
             "passed": not self.failures,
             "prompts": self.prompts,
@@ -104,42 +109,54 @@ class Report:
             "noise": self.noise,
             **{name: asdict(counts) for name, counts in self.outcomes.items()},
             "min_gap": self.min_gap,
-            "perplexity": self.perplexity,
-            "largest_activation": self.largest_activation,
+            **({"perplexity": self.perplexity, "largest_activation": self.largest_activation} if of_model else {}),
         }
 
 
 def compare(
     cases: Sequence[Case], sides: Sequence[Side], gate: Gate, largest_activation: float | None = None
 ) -> Report:
-    """Compare an engine's sides with the reference of the same cases.
+    """Compare an engine's sides with the reference of the same cases, agents left out.
 
     largest_activation: of the reference, where float16 has to hold it: a CPU, which computes in float32, does not show
     what would overflow on a GPU.
     """
     pairs = [(case.reference, side) for case, side in zip(cases, sides, strict=True)]
-    noise = {name: _noise(pairs, name) for name in NAMES}
-    flips = {
-        name: NOISE_FACTOR * _largest(side.level_flips(name) for _, side in pairs) for name in ("margins", "logits")
+    noise = _noise(pairs, "logits")
+    gaps = {"first": max(noise, gate.min_gap), "ranks": noise}
+    logits = [(reference.rows.logits, side.rows.logits) for reference, side in pairs]
+    report = _report(pairs, ("hidden", "logits"), gaps)
+    outcomes = {
+        "first": Counts.total(compare_ranks(a, b, gaps["first"], 1) for a, b in logits),
+        "ranks": Counts.total(compare_ranks(a, b, gaps["ranks"]) for a, b in logits),
     }
-    gaps = {"first": max(noise["logits"], gate.min_gap), "ranks": noise["logits"], "decisions": noise["margins"]}
-    rows = [(reference.rows, side.rows) for reference, side in pairs]
-    report = Report(
-        prompts=len(cases),
-        rows=sum(len(a.margins) for a, _ in rows),
-        numbers={name: _numbers(pairs, name) for name in NAMES},
-        noise=noise,
-        level_flips=flips,
-        outcomes={
-            "first": Counts.total(compare_ranks(a.logits, b.logits, gaps["first"], 1) for a, b in rows),
-            "ranks": Counts.total(compare_ranks(a.logits, b.logits, gaps["ranks"]) for a, b in rows),
-            "decisions": Counts.total(compare_decisions(a.margins, b.margins, gaps["decisions"]) for a, b in rows),
-        },
-        min_gap=gaps,
-        perplexity=_perplexities(cases, sides),
-        largest_activation=largest_activation,
+    report = replace(
+        report, outcomes=outcomes, perplexity=_perplexities(cases, sides), largest_activation=largest_activation
     )
     return replace(report, failures=[*_failures(report, gate)])
+
+
+def compare_agent(cases: Sequence[Case], sides: Sequence[Side], index: int, gate: Gate) -> Report:
+    """Compare the margins of one of the agents, the one of that index in all of them."""
+    pairs = [(case.reference.of_agent(index), side.of_agent(index)) for case, side in zip(cases, sides, strict=True)]
+    gap = _noise(pairs, "margins")
+    report = _report(pairs, ("margins",), {"decisions": gap})
+    decisions = Counts.total(compare_decisions(a.rows.margins, b.rows.margins, gap) for a, b in pairs)
+    report = replace(report, outcomes={"decisions": decisions})
+    return replace(report, failures=[*_failures(report, gate)])
+
+
+def _report(pairs: Pairs, names: Sequence[str], gaps: dict[str, float]) -> Report:
+    """What all reports have."""
+    return Report(
+        prompts=len(pairs),
+        rows=sum(len(reference.rows.hidden) for reference, _ in pairs),
+        numbers={name: _numbers(pairs, name) for name in names},
+        noise={name: _noise(pairs, name) for name in names},
+        level_flips=NOISE_FACTOR * _largest(side.level_flips(names[-1]) for _, side in pairs),
+        outcomes={},
+        min_gap=gaps,
+    )
 
 
 def _failures(report: Report, gate: Gate) -> Iterator[str]:
@@ -153,7 +170,7 @@ def _failures(report: Report, gate: Gate) -> Iterator[str]:
             yield f"{name}: greatest difference {greatest:.1e}, the gate is {gate.greatest_difference}"
         if not cosine >= gate.least_cosine:
             yield f"{name}: least cosine {cosine:.7f}, the gate is {gate.least_cosine}"
-    for row, noise in (("recomputed", report.noise), ("perturbed", report.level_flips)):
+    for row, noise in (("recomputed", report.noise), ("perturbed", {[*report.noise][-1]: report.level_flips})):
         for name, value in noise.items():
             if not np.isfinite(value):
                 yield f"{name}: not finite in a {row} row"
@@ -163,10 +180,6 @@ def _failures(report: Report, gate: Gate) -> Iterator[str]:
                 f"{name}: {counts.differing} of {counts.compared} differ that have a gap of more than "
                 f"{report.min_gap[name]:.2g} nats"
             )
-
-
-Pairs = Sequence[tuple[Side, Side]]
-"""(reference, engine) of each case."""
 
 
 def _numbers(pairs: Pairs, name: str) -> dict[str, float]:

@@ -31,29 +31,44 @@ def perturber(engine: CpuEngine) -> Callable[[int], None]:
     return perturb
 
 
-def run_engine(engine: Engine, case: Case, perturb: Callable[[int], None] | None = None) -> Side:
-    """Run an engine over a case. perturb: changes a slot of its KV cache; None: nothing rounds activations."""
+def run_engine(engine: Engine, case: Case, agents: int, perturb: Callable[[int], None] | None = None) -> Side:
+    """Run an engine over a case; see `run_rows`."""
+    return run_rows(engine, case.tokens, case.siblings, agents, perturb)
+
+
+def run_rows(
+    engine: Engine,
+    prompt: Sequence[int],
+    candidates: Sequence[int],
+    agents: int,
+    perturb: Callable[[int], None] | None = None,
+) -> Side:
+    """Run an engine over a prompt and candidates after it.
+
+    agents: number of those in use. perturb: changes a slot of its KV cache; None: nothing rounds activations.
+    """
 
     def rows(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
-        out = engine.run(Pass.full_outputs(tokens, positions, slot))
+        out = engine.run(Pass.full_outputs(tokens, positions, slot, agents))
         assert out.hidden is not None
         assert out.logits is not None
-        return Rows(out.hidden.copy(), out.logits.copy(), out.margins.copy())
+        margins = out.margins.reshape(agents, len(tokens)).T
+        return Rows(out.hidden.copy(), out.logits.copy(), margins.copy())
 
     def siblings() -> Rows:
-        return rows(case.siblings, [length] * len(case.siblings), length)
+        return rows(candidates, [length] * len(candidates), length)
 
-    length = len(case.tokens)
-    straight = Rows.concatenate([rows(case.tokens, range(length), 0), siblings()])
-    recomputed = [rows([token], [i], i) for i, token in enumerate(case.tokens)]
-    recomputed += [rows([token], [length], length + i) for i, token in enumerate(case.siblings)]
+    length = len(prompt)
+    straight = Rows.concatenate([rows(prompt, range(length), 0), siblings()])
+    recomputed = [rows([token], [i], i) for i, token in enumerate(prompt)]
+    recomputed += [rows([token], [length], length + i) for i, token in enumerate(candidates)]
     if perturb is None:
         return Side(straight, Rows.concatenate(recomputed))
 
     perturbed = []
     for start in range(0, length, PERTURBED_ROWS):
         slots = range(start, min(start + PERTURBED_ROWS, length))
-        perturbed.append(rows(case.tokens[slots.start : slots.stop], slots, start))
+        perturbed.append(rows(prompt[slots.start : slots.stop], slots, start))
         for slot in slots:
             perturb(slot)
     return Side(straight, Rows.concatenate(recomputed), Rows.concatenate([*perturbed, siblings()]))

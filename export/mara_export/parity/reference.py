@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mara_export.errors import ModelError
-from mara_export.parity.rows import SIBLINGS, Case, Rows, Side
+from mara_export.parity.rows import F32, SIBLINGS, Case, Rows, Side
 from mara_export.progress import Progress
 from mara_runtime.errors import first_line
 
@@ -33,7 +33,7 @@ Prompt = tuple[list[int], bool]
 
 
 class Margins(Protocol):
-    """The agent in PyTorch."""
+    """An agent in PyTorch."""
 
     def margin(self, states: torch.Tensor) -> torch.Tensor:
         """(N, D) → (N,)."""
@@ -71,27 +71,32 @@ def prompts(name: str, tokenizer: Any | None, vocab_size: int, context: int) -> 
 
 
 def run_reference(
-    model: Any, name: str, agent: Margins, inputs: Sequence[Prompt], max_candidates: int, progress: Progress
+    model: Any,
+    name: str,
+    agents: Sequence[Margins],
+    inputs: Sequence[Prompt],
+    max_candidates: int,
+    progress: Progress,
 ) -> Reference:
-    """Run a causal LM (eval mode, float32, eager attention) and the agent over the prompts.
+    """Run a causal LM (eval mode, float32, eager attention) and the agents over the prompts.
 
     name: of the model, for messages. Raises ModelError where that fails or gives values that are not finite.
     """
     with _largest_activation(model) as largest:
         try:
-            cases = [run_case(model, agent, ids, max_candidates, is_text) for ids, is_text in progress.parts(inputs)]
+            cases = [run_case(model, agents, ids, max_candidates, is_text) for ids, is_text in progress.parts(inputs)]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of a model that loads
             raise ModelError(f"{name} cannot be run by transformers: {first_line(error)}") from error
     rows = [case.reference.rows for case in cases]
     if not all(np.isfinite(r.hidden).all() and np.isfinite(r.logits).all() for r in rows):
         raise ModelError(f"{name} produces values that are not finite in transformers, too: its weights are damaged")
     if not all(np.isfinite(r.margins).all() for r in rows):
-        raise ModelError(f"the agent produces margins that are not finite on {name}: its weights are damaged")
+        raise ModelError(f"an agent produces margins that are not finite on {name}: its weights are damaged")
     return Reference(cases, largest())
 
 
 def run_case(
-    model: Any, agent: Margins, tokens: Sequence[int], max_siblings: int = SIBLINGS, is_text: bool = True
+    model: Any, agents: Sequence[Margins], tokens: Sequence[int], max_siblings: int = SIBLINGS, is_text: bool = True
 ) -> Case:
     """Run one prompt and its best next tokens."""
     import torch
@@ -103,7 +108,7 @@ def run_case(
 
     @torch.no_grad()
     def rows(hidden: torch.Tensor, logits: torch.Tensor) -> Rows:
-        return Rows(hidden.numpy(), logits.numpy(), agent.margin(hidden).numpy())
+        return Rows(hidden.numpy(), logits.numpy(), margins_of(agents, hidden))
 
     tokens = [int(token) for token in tokens]
     hidden, logits, cache = run([tokens])
@@ -115,6 +120,15 @@ def run_case(
     cache.batch_repeat_interleave(len(siblings))
     hidden, logits, _ = run([[token] for token in siblings], cache)
     return Case(tokens, siblings, Side(Rows.concatenate(parts), rows(hidden[:, 0], logits[:, 0])), is_text)
+
+
+def margins_of(agents: Sequence[Margins], hidden: torch.Tensor) -> F32:
+    """(N, D) hidden states → (N, K) margins of K agents in PyTorch."""
+    import torch
+
+    with torch.no_grad():
+        margins = [agent.margin(hidden).numpy() for agent in agents]
+    return np.stack(margins, axis=1) if margins else np.zeros((len(hidden), 0), np.float32)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,15 @@ class Rows:
     logits: F32
     """(N, V)"""
     margins: F32
-    """(N,) of the agent"""
+    """(N, K) of each agent; (N,) of one"""
 
     def tail(self, count: int) -> Rows:
         """The last `count` rows."""
         return Rows(self.hidden[-count:], self.logits[-count:], self.margins[-count:])
+
+    def of_agent(self, index: int) -> Rows:
+        """With the margins of one agent."""
+        return replace(self, margins=self.margins[:, index])
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -46,6 +50,11 @@ class Side:
     """the last of them, at least the siblings, with other pass widths"""
     perturbed: Rows | None = None
     """all of them over a slightly changed KV cache; None where nothing rounds activations"""
+
+    def of_agent(self, index: int) -> Side:
+        """With the margins of one agent."""
+        perturbed = None if self.perturbed is None else self.perturbed.of_agent(index)
+        return Side(self.rows.of_agent(index), self.recomputed.of_agent(index), perturbed)
 
     def noise(self, name: str) -> float:
         """Largest difference between rows and recomputed rows."""

@@ -15,13 +15,14 @@ from typing import Any
 from mara_export.folder import add_engines, staging_folder
 from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.targets import HEAD_ROWS, LOWERINGS, TARGETS
+from mara_export.targets import HEAD_ROWS, LOWERINGS, MOST_AGENTS, TARGETS
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt import timings
+from mara_runtime.agents import WIDTHS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, trt_file
 from mara_runtime.errors import EngineError, OptionError
-from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts
+from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
 from mara_runtime.tensors import PREFILL_ROWS, spare_slots
 
 OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
@@ -79,6 +80,16 @@ def build(bundle: Bundle, target: str, options: BuildOptions | None = None, prog
         return add_engines(bundle, folder, engines)
 
 
+def agent_widths(manifest: Manifest) -> tuple[int, int]:
+    """Hidden widths of the agents that engines of a bundle are built for: of its widest, and at least the usual ones.
+
+    So an agent that is added later needs no other engine unless it is wider than that. Narrow agents pay for it with
+    reading zeros in every pass, which is little beside the LLM's weights; a build takes minutes.
+    """
+    first, second = zip(WIDTHS, *(agent.widths for agent in manifest.agents), strict=True)
+    return max(first), max(second)
+
+
 def _check(bundle: Bundle, target: str, options: BuildOptions, trt: Any) -> None:
     """Reject what this TensorRT cannot do before the build starts."""
     lowering, just_in_time = bundle.manifest.step.lowering, TARGETS[target].just_in_time
@@ -130,15 +141,17 @@ def _build_one(
     manifest = bundle.manifest
     in_place, just_in_time = LOWERINGS[manifest.step.lowering].in_place, TARGETS[target].just_in_time
     decode_rows = spare_slots(manifest.max_candidates) + 1  # one more for a KV entry that is recomputed
-    prefill_rows = min(PREFILL_ROWS, slots)
+    prefill_rows, widths = min(PREFILL_ROWS, slots), agent_widths(manifest)
     with progress.stage(f"build {name}"), progress.phases() as tell:
-        network = parts.Network(trt, bundle.path(manifest.step.file), slots)
+        fixed = {"C": slots, "W1": widths[0], "W2": widths[1]}
+        network = parts.Network(trt, bundle.path(manifest.step.file), fixed)
         if in_place:
             network.check_in_place(manifest.model.shape.num_layers)
         kinds = network.kinds()
         usual = min(USUAL_ROWS, decode_rows)
-        decode = ((1, 1, 1), (usual, 1, usual), (decode_rows, HEAD_ROWS, decode_rows))
-        prefill = ((1, 1, 1), (prefill_rows, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows))
+        least, agents = (1, 1, 1, 1), MOST_AGENTS
+        decode = (least, (usual, 1, usual, 1), (decode_rows, HEAD_ROWS, decode_rows, agents))
+        prefill = (least, (prefill_rows, 1, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows, agents))
         config = network.config([decode, prefill])
         capability = _configure(config, target, options, trt)
         with contextlib.ExitStack() as stack:
@@ -161,6 +174,8 @@ def _build_one(
         decode_rows=decode_rows,
         prefill_rows=prefill_rows,
         head_rows=HEAD_ROWS,
+        agents=MOST_AGENTS,
+        agent_widths=widths,
         in_place=in_place,
         version=trt.__version__,
         compute_capability=capability,

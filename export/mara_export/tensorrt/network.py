@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
@@ -21,8 +21,8 @@ from mara_runtime.errors import EngineError
 if TYPE_CHECKING:  # why_cannot_build says how to install it
     import onnx
 
-Shapes = tuple[int, int, int]
-"""(S, H0, N): rows of a pass, rows for the LM head, rows for the agent."""
+Shapes = tuple[int, int, int, int]
+"""(S, H0, N, A): rows of a pass, rows for the LM head, rows for the agents, agents."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
 """Matches the error of a builder that has no fused kernel for an attention."""
 
@@ -40,8 +40,8 @@ def version(trt: Any) -> tuple[int, ...]:
 class Network:
     """A parsed step graph that can be built."""
 
-    def __init__(self, trt: Any, path: Path, slots: int) -> None:
-        """Parse the graph in `path` for a KV cache of `slots` slots. Raises EngineError, naming the node."""
+    def __init__(self, trt: Any, path: Path, fixed: Mapping[str, int]) -> None:
+        """Parse the graph in `path`. fixed: its sizes C, W1 and W2. Raises EngineError, naming the node."""
         self.trt = trt
         try:
             self._builder = trt.Builder(logger(trt))
@@ -52,10 +52,11 @@ class Network:
         self._parser = trt.OnnxParser(self.network, logger(trt))  # owns weights: must outlive the build
         model = _read(path)
         self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
+        self._inputs = model.graph.input
         for value in (*model.graph.input, *model.graph.output):
             for dim in value.type.tensor_type.shape.dim:
-                if dim.dim_param == "C":
-                    dim.dim_value = slots  # of the two, protobuf keeps the one set last
+                if dim.dim_param in fixed:
+                    dim.dim_value = fixed[dim.dim_param]  # of the two, protobuf keeps the one set last
         if not self._parser.parse(model.SerializeToString(), str(path)):
             error = self._parser.get_error(0)
             node = f"node {error.node_name()} ({error.node_operator()})"
@@ -103,18 +104,17 @@ class Network:
         return attentions
 
     def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
-        """A builder configuration with an optimisation profile for each (least, best, most) of S, H0 and N."""
+        """A builder configuration with an optimisation profile for each (least, best, most) of S, H0, N and A."""
         config = self._builder.create_builder_config()
         config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default; it rounds float32 to 11 bits
-        without_cache = tensors.step_inputs(tensors.ModelShape(0, 0, 0, 0, 0, 0))  # of the cache, sizes are fixed
         for triple in profiles:
             profile = self._builder.create_optimization_profile()
-            sizes = [dict(zip(("S", "H0", "N"), shapes, strict=True)) for shapes in triple]
-            for tensor in without_cache:
-                if any(isinstance(size, str) for size in tensor.shape):
-                    profile.set_shape(
-                        tensor.name, *([of.get(str(size), size) for size in tensor.shape] for of in sizes)
-                    )
+            sizes = [dict(zip(("S", "H0", "N", "A"), shapes, strict=True)) for shapes in triple]
+            for value in self._inputs:
+                dims = value.type.tensor_type.shape.dim
+                if any(dim.dim_param for dim in dims):  # the cache has none
+                    shapes = ([of.get(dim.dim_param, dim.dim_value) for dim in dims] for of in sizes)
+                    profile.set_shape(value.name, *shapes)
             config.add_optimization_profile(profile)
         return config
 

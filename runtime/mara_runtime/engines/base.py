@@ -33,9 +33,9 @@ class Pass:
     slot: int
     """row i writes its KV entry to slot `slot + i`"""
     head_rows: Sequence[int] = ()
-    """rows that go through the LM head whatever the agent decides"""
+    """rows that go through the LM head whatever the agents decide"""
     agent_rows: Sequence[int] = ()
-    """(N,) rows that the agent judges"""
+    """(N,) rows that the agents judge"""
     priorities: Sequence[float] = ()
     """(N,) the accepted row with the greatest `priority + margin_weight * margin` is elected: it, too, goes through the
     LM head; NEVER excludes a row"""
@@ -44,6 +44,8 @@ class Pass:
     """a row is accepted when its margin exceeds this"""
     fallback_row: int | None = None
     """elected when no row is accepted; None: no row is"""
+    mix: Sequence[float] | NDArray[np.float32] = (1.0,)
+    """(A,) how much the margin of each agent in use counts, or (N, A) by row; one number is for all, 0 leaves out"""
     full: bool = False
     """also return hidden states and logits, for parity checks and diagnosis"""
 
@@ -53,14 +55,15 @@ class Pass:
         return cls(tokens, range(start, start + len(tokens)), start, [len(tokens) - 1] if last else ())
 
     @classmethod
-    def sequence(cls, tokens: Sequence[int], start: int, *, judge_draft: bool) -> Pass:
+    def sequence(cls, tokens: Sequence[int], start: int, *, mix: Sequence[float] | None) -> Pass:
         """A token at position `start`, whose successor is not yet known, and a draft after it; all through the LM head.
 
-        judge_draft: the agent judges the drafted rows.
+        mix: of the agents, which judge the drafted rows; None: they do not.
         """
         rows = range(len(tokens))
-        judged = rows[1:] if judge_draft else ()
-        return cls(tokens, range(start, start + len(tokens)), start, rows, judged, [NEVER] * len(judged))
+        judged = () if mix is None else rows[1:]
+        positions, priorities = range(start, start + len(tokens)), [NEVER] * len(judged)
+        return cls(tokens, positions, start, rows, judged, priorities, mix=mix or (1.0,))
 
     @classmethod
     def siblings(
@@ -70,6 +73,7 @@ class Pass:
         position: int,
         slot: int,
         *,
+        mix: Sequence[float],
         priorities: Sequence[float],
         margin_weight: float,
         threshold: float,
@@ -88,6 +92,7 @@ class Pass:
             slot,
             head_rows=range(1 + drafted) if drafted else (),
             agent_rows=range(len(priorities) + drafted),
+            mix=mix,
             priorities=[priorities[0], *[NEVER] * drafted, *priorities[1:]],
             margin_weight=margin_weight,
             threshold=threshold,
@@ -95,10 +100,12 @@ class Pass:
         )
 
     @classmethod
-    def full_outputs(cls, tokens: Sequence[int], positions: Sequence[int], slot: int) -> Pass:
-        """Every output of every row."""
+    def full_outputs(cls, tokens: Sequence[int], positions: Sequence[int], slot: int, agents: int = 1) -> Pass:
+        """Every output of every row; (agents × S,) margins, of one agent after another."""
         rows = range(len(tokens))
-        return cls(tokens, positions, slot, rows, rows, [NEVER] * len(rows), full=True)
+        judged = [*rows] * agents
+        mix = np.repeat(np.eye(agents, dtype=np.float32), len(rows), axis=0) if agents else (1.0,)
+        return cls(tokens, positions, slot, rows, judged, [NEVER] * len(judged), mix=mix, full=True)
 
 
 def sibling_row(index: int, drafted: int) -> int:
@@ -111,7 +118,7 @@ class StepOutput:
     """What a pass returns; the arrays may be overwritten by the next pass."""
 
     margins: NDArray[np.float32]
-    """(N,) of the agent's rows; NaN where the hidden state is not finite"""
+    """(N,) of `agent_rows`; NaN where the hidden state is not finite"""
     rows: NDArray[np.int64]
     """(R,) rows that went through the LM head: `head_rows`, then the elected one, if any"""
     top_ids: NDArray[np.int64]
@@ -132,6 +139,12 @@ class Engine(Protocol):
     @property
     def cache(self) -> KVCache:
         """What the slots hold. Whoever runs passes holds its lock."""
+
+    def use(self, agents: Sequence[str]) -> None:
+        """Take these agents of the bundle into memory, in the order of the mix of the passes that follow.
+
+        At first none is: their margins are 0. Raises BundleError for a damaged file, EngineError where it has no room.
+        """
 
     def run(self, work: Pass) -> StepOutput:
         """Run the rows, write their KV entries, return the outputs. Cached tokens from `work.slot` on are dropped."""
@@ -155,6 +168,7 @@ def fill_inputs(inputs: Mapping[str, NDArray[Any]], work: Pass) -> None:
     inputs[tensors.WRITE_INDICES][0] = work.slot
     inputs[tensors.HEAD_ROWS][:] = work.head_rows if len(work.head_rows) else 0  # padding is row 0 …
     inputs[tensors.AGENT_ROWS][:] = work.agent_rows if len(work.agent_rows) else 0
+    inputs[tensors.AGENT_MIX].T[:] = work.mix if len(work.agent_rows) else 0  # … whose margin is 0, not infinite …
     inputs[tensors.PRIORITIES][:] = work.priorities if len(work.priorities) else NEVER  # … and is never elected
     inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
     inputs[tensors.THRESHOLD][0] = _float32_below(work.threshold)

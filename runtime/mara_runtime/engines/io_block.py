@@ -22,11 +22,26 @@ class Sizes(NamedTuple):
     """H0"""
     asked: int
     """N"""
+    agents: int
+    """A"""
+    widths: tuple[int, int]
+    """W1, W2: the same in all passes of an engine"""
 
     def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
         """A shape with these sizes filled in; it has no C. One row more than `heads` goes through the LM head."""
-        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "P": self.heads + 1, "R": self.heads + 1}
+        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "A": self.agents}
+        values |= {"P": self.heads + 1, "R": self.heads + 1, "W1": self.widths[0], "W2": self.widths[1]}
         return tuple(values[size] if isinstance(size, str) else size for size in shape)
+
+
+def layout(wanted: Sequence[Tensor], most: Sizes) -> tuple[dict[str, int], int]:
+    """Offsets at which tensors lie behind each other, each with room for the largest pass, and bytes of them all."""
+    offsets, size_bytes = {}, 0
+    for tensor in wanted:
+        offsets[tensor.name] = size_bytes
+        count = math.prod(most.of(tensor.shape))
+        size_bytes = aligned(size_bytes + count * np.dtype(tensor.dtype).itemsize)
+    return offsets, size_bytes
 
 
 class Block:
@@ -40,12 +55,7 @@ class Block:
         """most: sizes of the largest pass."""
         self._cuda = cuda
         self._types = {t.name: np.dtype(t.dtype) for t in wanted}
-        self._offsets: dict[str, int] = {}
-        self.size_bytes = 0
-        for tensor in wanted:
-            self._offsets[tensor.name] = self.size_bytes
-            count = math.prod(most.of(tensor.shape))
-            self.size_bytes = aligned(self.size_bytes + count * self._types[tensor.name].itemsize)
+        self._offsets, self.size_bytes = layout(wanted, most)
         self.device = cuda.allocate(self.size_bytes, "inputs and outputs")
         try:
             self.host = cuda.allocate_host(self.size_bytes)

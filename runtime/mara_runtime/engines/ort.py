@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,19 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime import tensors
+from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
 from mara_runtime.engines.cores import default_threads, most_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache
+from mara_runtime.engines.ort_memory import Binding, BindingKey, CpuMemory
 from mara_runtime.errors import EngineError, OptionError, first_line
 from mara_runtime.files import mapped
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine."""
-FIRST_SLOTS = 32
-"""Initial size of the KV cache; until it has its full size, it is a multiple of this."""
 _WIDEST_CACHED = 64
 """Bindings of passes with more rows, which are parts of prompts and the widest decisions, are not kept."""
 
@@ -52,103 +51,6 @@ def why_not(bundle: Bundle, name: str) -> str | None:
     if PROVIDERS[name] not in available:
         return f"this ONNX Runtime has no {PROVIDERS[name]} (it has {', '.join(available)})"
     return None
-
-
-def grown(name: str, size: int, slots: int) -> int:
-    """Slots that the cache of engine `name` grows to, from `size`, for a pass that needs `slots`.
-
-    On a CPU the cost of attention depends on the cache's size, and growing is a copy: it grows little. On a GPU the
-    opposite holds.
-    """
-    least = size + size // 16 if name == "cpu" else 2 * size
-    return rounded(max(slots, least))
-
-
-def rounded(slots: int) -> int:
-    """The next size that a cache may have."""
-    return -(-slots // FIRST_SLOTS) * FIRST_SLOTS
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A binding for passes of one shape, and the arrays that it reads and writes."""
-
-    binding: Any
-    options: Any
-    """of the run"""
-    inputs: dict[str, NDArray[Any]]
-    outputs: dict[str, NDArray[Any]]
-    uploads: Sequence[tuple[Any, NDArray[Any]]] = ()
-    """memory on a device, and the block of all inputs that is copied to it before a pass"""
-    downloads: Sequence[tuple[Any, NDArray[Any]]] = ()
-    """memory on a device, and the block of all outputs that it is copied to after a pass"""
-
-
-BindingKey = tuple[int, int, int]
-"""S, H0, N"""
-
-
-class CpuMemory:
-    """KV entries in host memory; see `CacheMemory`."""
-
-    name, device = "cpu", "cpu"
-
-    def __init__(self, shape: tensors.ModelShape, dtype: str, capacity: int) -> None:
-        self._shape, self._dtype, self._capacity = shape, dtype, capacity
-        self.bindings: dict[BindingKey, Binding]
-        """they refer to the entries, and go with them"""
-        self._allocate(min(FIRST_SLOTS, capacity))
-
-    def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
-        """Allocate memory of that size; entries: what it begins with, by layer and part."""
-        import onnxruntime as ort
-
-        shape = self._shape
-        # zeroed: masked slots take part in attention with weight 0, and 0 × NaN is NaN
-        slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._dtype)
-        for layer, kept in zip(slab, entries, strict=False):
-            layer[:, :, : kept.shape[2]] = kept
-        values = [ort.OrtValue.ortvalue_from_numpy(layer, self.device, 0) for layer in slab]
-        self._slab, self.values, self.bindings = slab, values, {}  # all or nothing: it may be interrupted
-
-    @property
-    def entries(self) -> NDArray[Any]:
-        """(2L, 1, KV heads, slots, head dim) keys and values of each layer in turn: the memory itself."""
-        return self._slab
-
-    @property
-    def capacity(self) -> int:
-        """See `CacheMemory`."""
-        return self._capacity
-
-    @property
-    def slots(self) -> int:
-        """Allocated now."""
-        return int(self._slab.shape[3])
-
-    def resize(self, slots: int, kept: int) -> None:
-        """See `CacheMemory`."""
-        size = min(rounded(slots), self._capacity)
-        if not size <= self.slots < 2 * size:
-            self._allocate(size, self._slab[:, :, :, :kept])
-
-    def grow(self, slots: int) -> None:
-        """See `CacheMemory`."""
-        if slots > self._capacity:
-            raise EngineError(f"{slots} slots are needed; the KV cache has {self._capacity}")
-        if slots > self.slots:
-            self._allocate(min(grown(self.name, self.slots, slots), self._capacity), self._kept())
-
-    def _kept(self) -> Iterable[NDArray[Any]]:
-        return self._slab
-
-    def move(self, token: int, source: int, target: int) -> None:
-        """See `CacheMemory`."""
-        self._slab[:, :, :, target] = self._slab[:, :, :, source]
-
-    def zero(self) -> None:
-        """See `CacheMemory`; the cache has its initial size again."""
-        self._allocate(min(FIRST_SLOTS, self._capacity))
 
 
 class OrtEngine(ABC):
@@ -177,6 +79,9 @@ class OrtEngine(ABC):
         self._check_io(path)
         self._memory = self._make_memory(manifest.slots)
         self._cache = KVCache(self._memory)
+        self._agents = AgentStack(bundle)
+        self._stacked: list[Any] = []
+        self.use(())
 
     @abstractmethod
     def _open(self, path: Path, options: Any) -> Any:
@@ -240,6 +145,22 @@ class OrtEngine(ABC):
         """Where the KV entries lie."""
         return self._memory
 
+    def use(self, agents: Sequence[str]) -> None:
+        """See `Engine.use`."""
+        self._agents.use(agents, self._load_agents)
+
+    def _load_agents(self, stacked: list[NDArray[np.float32]]) -> None:
+        """Stacks of one size take turns in the same memory, to which bindings refer."""
+        import onnxruntime as ort
+
+        if [value.shape() for value in self._stacked] == [list(weights.shape) for weights in stacked]:
+            for value, weights in zip(self._stacked, stacked, strict=True):
+                value.update_inplace(weights)
+        else:
+            device = self._memory.device
+            self._stacked[:] = [ort.OrtValue.ortvalue_from_numpy(weights, device, 0) for weights in stacked]
+            self._memory.bindings.clear()
+
     def _run(self, work: Pass, row_offset: int = 0) -> StepOutput:
         """row_offset: rows in front that the caller did not ask for."""
         key = len(work.tokens), len(work.head_rows), len(work.agent_rows)
@@ -272,10 +193,13 @@ class OrtEngine(ABC):
 
     def _make_binding(self, key: BindingKey, cached: bool) -> Binding:
         rows, heads, judged = key
-        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": judged, "P": heads + 1}
+        agents = self._stacked[0].shape()[0]
+        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": judged, "P": heads + 1, "A": agents}
         binding = self._session.io_binding()
-        inputs, uploads = self._bind_block(binding.bind_input, tensors.step_inputs(self._shape), sizes)
+        inputs, uploads = self._bind_block(binding.bind_input, tensors.pass_inputs(), sizes)
         outputs, downloads = self._bind_block(binding.bind_output, tensors.step_outputs(self._shape, self._top), sizes)
+        for tensor, value in zip(tensors.agent_weights(self._shape.hidden_size), self._stacked, strict=True):
+            binding.bind_ortvalue_input(tensor.name, value)
         for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), self._memory.values, strict=True):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)

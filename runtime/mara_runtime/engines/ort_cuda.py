@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.engines.ort import CpuMemory, OrtEngine, rounded
+from mara_runtime.engines.ort import OrtEngine
+from mara_runtime.engines.ort_memory import Binding, BindingKey, CpuMemory, rounded
 from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
@@ -94,6 +95,8 @@ class CudaEngine(OrtEngine):
         self._graphs: bool | str = graphs
         """whether passes run as CUDA graphs; a text: why not"""
         self._graph_ids = count(1)  # 0 is ONNX Runtime's own
+        self._stacks: dict[tuple[tuple[int, ...], ...], tuple[list[Any], dict[BindingKey, Binding]]] = {}
+        """of agents, by size: their memory, and the bindings whose graphs refer to it"""
         super().__init__(bundle, threads)
         self._try_a_row()
 
@@ -125,6 +128,18 @@ class CudaEngine(OrtEngine):
     def _make_memory(self, capacity: int) -> CudaMemory:
         # fused attention takes no mask whose rows are not aligned, so the last size, too, has to be a multiple
         return CudaMemory(self._shape, self._dtype, rounded(capacity), fixed=self._graphs is True)
+
+    def _load_agents(self, stacked: list[NDArray[np.float32]]) -> None:
+        """With CUDA graphs, stacks of each size keep their memory, too: see `CudaMemory`."""
+        before = self._stacked, self._memory.bindings
+        if self._graphs is True:
+            sizes = tuple(weights.shape for weights in stacked)
+            self._stacked, self._memory.bindings = self._stacks.setdefault(sizes, ([], {}))
+        try:
+            super()._load_agents(stacked)
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            self._stacked, self._memory.bindings = before
+            raise EngineError(f"the GPU has no memory for the agents ({first_line(error)}): use fewer") from error
 
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""

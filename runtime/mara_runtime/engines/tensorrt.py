@@ -1,7 +1,7 @@
 """The TensorRT engine: a bundle's engine files on TensorRT's Python API, without PyTorch.
 
-The KV cache lies on the device (trt_memory.py). An entry that moves is recomputed as a row of the next pass
-(recompute.py). Tested against a double of TensorRT and CUDA (tests/double); not yet run on hardware.
+KV cache (trt_memory.py) and agents (trt_agents.py) lie on the device. An entry that moves is recomputed as a row of the
+next pass (recompute.py). Tested against a double of TensorRT and CUDA (tests/double); not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shlex
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -104,11 +105,13 @@ class TrtEngine:
         self._views: dict[Sizes, tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = {}
         self._left_running = False
         """a pass was interrupted, and may still read its inputs"""
-        largest = Sizes(rows, self._heads, rows)
-        self._memory = TrtMemory(self._trt, bundle, engines, self._io, largest, graphs=graphs)
+        agents, widths = min(e.agents for e in engines), min(e.agent_widths for e in engines)
+        self._largest = Sizes(rows, self._heads, rows, agents, widths)
+        self._memory = TrtMemory(self._trt, bundle, engines, self._io, self._largest, graphs=graphs)
         self._finalizer = weakref.finalize(self, self._memory.close)
         try:
             self._device = self._memory.cuda.facts()
+            self.use(())
         except BaseException:
             self.close()
             raise
@@ -124,14 +127,18 @@ class TrtEngine:
         """What is open on the device."""
         return self._memory
 
+    def use(self, agents: Sequence[str]) -> None:
+        """See `Engine.use`."""
+        self._memory.agents.use(agents)
+
     def run(self, work: Pass) -> StepOutput:
         """See `Engine.run`."""
         count, recompute = len(work.tokens), self._memory.recompute
         most = self._memory.rows(work.slot + count)
-        if count > most or len(work.head_rows) > self._heads:
+        if max(count, len(work.agent_rows)) > most or len(work.head_rows) > self._heads:
             raise EngineError(
-                f"a pass of {count} rows, {len(work.head_rows)} of them for the LM head, is wider than the {most} and "
-                f"{self._heads} that the engine was built for: run fewer at once"
+                f"a pass of {count} rows, {len(work.head_rows)} of them for the LM head and {len(work.agent_rows)} "
+                f"judged, is wider than the {most} and {self._heads} that the engine was built for: run fewer at once"
             )
         self._cache.reserve(work.slot, count)
         first, merged, row_offset = recompute.passes(work, merge=count < most)
@@ -154,7 +161,12 @@ class TrtEngine:
         if self._left_running:
             memory.cuda.wait()
         memory.grow(work.slot + len(work.tokens))
-        sizes = Sizes(len(work.tokens), max(len(work.head_rows), 1), max(len(work.agent_rows), 1))
+        sizes = self._largest._replace(
+            rows=len(work.tokens),
+            heads=max(len(work.head_rows), 1),
+            asked=max(len(work.agent_rows), 1),
+            agents=memory.agents.count,
+        )
         inputs, outputs = self._view(sizes)
         fill_inputs(inputs, work)
         self._left_running = True
@@ -195,6 +207,7 @@ class TrtEngine:
                 "slots": facts.slots,
                 "engine_bytes": self._bundle.manifest.files[facts.file].size_bytes,
                 "streamed_weight_bytes": plan.streamed_bytes,
+                "agent_bytes": memory.agents.size_bytes,
                 "kv_cache_bytes": memory.cache.size_bytes,
                 "activation_bytes": plan.activation_bytes,
             },

@@ -79,13 +79,14 @@ class EngineFile:
 
     def _check_io(self, inputs: Sequence[tensors.Tensor], outputs: Sequence[tensors.Tensor]) -> None:
         """Check that the engine has the tensors that the manifest's sizes imply; else it would write out of bounds."""
-        engine, modes = self.engine, self._trt.TensorIOMode
+        engine, modes, (first, second) = self.engine, self._trt.TensorIOMode, self._facts.agent_widths
+        fixed: dict[int | str, int] = {"C": self._facts.slots, "W1": first, "W2": second}
         there = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
         for tensor, mode in [*((t, modes.INPUT) for t in inputs), *((t, modes.OUTPUT) for t in outputs)]:
             if tensor.name not in there or engine.get_tensor_mode(tensor.name) != mode:
                 raise self._unfit(f"it has no {mode.name.lower()} {tensor.name}")
             shape = tuple(engine.get_tensor_shape(tensor.name))
-            wanted = tuple(self._facts.slots if size == "C" else size for size in tensor.shape)
+            wanted = tuple(fixed.get(size, size) for size in tensor.shape)
             dtype = engine.get_tensor_dtype(tensor.name)
             agree = len(shape) == len(wanted) and all(
                 isinstance(want, str) or size == want for want, size in zip(wanted, shape, strict=True)

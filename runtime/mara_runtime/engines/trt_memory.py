@@ -16,6 +16,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines.cuda import Cuda, aligned
 from mara_runtime.engines.io_block import Block, Sizes
 from mara_runtime.engines.recompute import Recompute
+from mara_runtime.engines.trt_agents import DeviceAgents
 from mara_runtime.engines.trt_file import IO
 from mara_runtime.engines.trt_plan import Plan
 from mara_runtime.errors import EngineError
@@ -78,12 +79,15 @@ class DeviceCache:
 
 
 class TrtMemory:
-    """All that is open on the device: blocks for inputs and outputs, entries, the engine file. See `CacheMemory`."""
+    """All that is open on the device: blocks for inputs and outputs, agents, entries, the engine file.
+
+    See `CacheMemory`.
+    """
 
     def __init__(
         self, trt: Any, bundle: Bundle, engines: Sequence[EngineFacts], io: IO, largest: Sizes, *, graphs: bool
     ) -> None:
-        """engines: by ascending slots. largest: sizes of the largest pass. Raises EngineError."""
+        """engines: of one target, by ascending slots. largest: sizes of the largest pass. Raises EngineError."""
         self._trt, self._bundle, self._engines, self._io, self._graphs = trt, bundle, engines, io, graphs
         self.recompute = Recompute()
         self._cache: DeviceCache | None = None
@@ -91,10 +95,11 @@ class TrtMemory:
         self._stack = contextlib.ExitStack()  # whatever fails while closing, the rest is closed, too
         try:
             self.cuda = self._opened(Cuda())
-            inputs, outputs = ([t for t in side if "C" not in t.shape] for side in io)
-            self.inputs = self._opened(Block(self.cuda, inputs, largest))
+            outputs = [t for t in io[1] if "C" not in t.shape]
+            self.inputs = self._opened(Block(self.cuda, tensors.pass_inputs(), largest))
             self.outputs = self._opened(Block(self.cuda, [t for t in outputs if t.name not in _DIAGNOSTIC], largest))
             self.diagnostic = self._opened(Block(self.cuda, [t for t in outputs if t.name in _DIAGNOSTIC], largest))
+            self.agents = self._opened(DeviceAgents(self.cuda, bundle, engines[0].target, largest))
             self._stack.callback(self._close_cache)
             self._stack.callback(self._close_plan)
             self._open_engine(0)
@@ -187,8 +192,9 @@ class TrtMemory:
         self._close_plan()  # first, so that two engines are never in memory at once
         if self._cache is None or index != self._cache.index:  # else an earlier opening was interrupted or failed
             self._lay_out(index)
-        blocks = {**self.inputs.addresses(), **self.outputs.addresses(), **self.diagnostic.addresses()}
-        sides = [{**blocks, **entries} for entries in self.cache.addresses()]
+        parts = self.inputs, self.agents, self.outputs, self.diagnostic
+        fixed = {name: address for part in parts for name, address in part.addresses().items()}
+        sides = [{**fixed, **entries} for entries in self.cache.addresses()]
         kernels = f"kernels-{self._bundle.manifest.files[facts.file].sha256[:24]}"
         copied = self.inputs, self.outputs
         path = self._bundle.path(facts.file)

@@ -101,7 +101,7 @@ class Plan:
 
     def run(self, sizes: Sizes, side: int) -> None:
         """Copy the inputs in, run the pass, copy the outputs out, and wait."""
-        if sizes.rows > self._facts.decode_rows:
+        if max(sizes.rows, sizes.asked) > self._facts.decode_rows:
             self._put(self._context(1, sizes, side))
         else:
             kept = self._keep(sizes, side) if self.no_graphs is None else None

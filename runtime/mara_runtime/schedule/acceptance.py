@@ -1,4 +1,4 @@
-"""How likely the agent accepts a candidate, learned while decoding."""
+"""How likely a candidate is accepted, learned while decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scaled so that weights of a few units separate candidates: acceptance may change
 
 
 class Acceptance:
-    """Probability that the agent accepts a candidate: a logistic regression on cheap features, learned online.
+    """Probability that a candidate is accepted: a logistic regression on cheap features, learned online.
 
     Each decision takes one Newton step, with a curvature that slowly decays: a few dozen decisions are enough, and it
     adapts when the kind of text changes.

@@ -30,7 +30,7 @@ class PassContext:
     threshold: float = 0.0
     """a candidate is accepted when its margin exceeds this"""
     exhaustive: bool = False
-    """every candidate is examined, whatever the agent decides"""
+    """every candidate is examined, whatever the agents decide"""
     rerun_fallback: bool = False
     """the last of several passes runs the fallback once more"""
     draft: Draft = NO_DRAFT

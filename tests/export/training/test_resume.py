@@ -166,8 +166,8 @@ def test_a_run_can_begin_with_an_agent(run, resume, scores, whole, checkpoint, t
     assert cold.code == 0
     assert rows(tmp_path / "warm")[0]["entropy"] != rows(tmp_path / "cold")[0]["entropy"]
     assert read_run(tmp_path / "warm")["init_agent"] == str(whole / "agent.safetensors")
-    agents.save(agents.untrained(32, 0, (16, 8)), tmp_path / "narrow.safetensors")
-    agents.save(agents.untrained(64, 0, (4, 4)), tmp_path / "other.safetensors")
+    agents.untrained(32, 0, (16, 8)).save(tmp_path / "narrow.safetensors")
+    agents.untrained(64, 0, (4, 4)).save(tmp_path / "other.safetensors")
     for agent, named in (
         ("narrow", "reads 32 values, but talker has 64"),
         ("other", "--widths is (16, 8)"),
@@ -228,7 +228,7 @@ def full_at(monkeypatch, file: str) -> None:
         "replay": (Path, "open", lambda path, mode="r", *_: path.parent.name == file and mode == "ab"),
         "tensorboard": (EventsWriter, "write_event", lambda *_: True),
         "checkpoint.pt": (torch, "save", lambda state, _: "learner" in state),
-        "agent.safetensors": (agents, "save", lambda *_: True),
+        "agent.safetensors": (agents.Agent, "save", lambda *_: True),
     }[file]
     real, left = getattr(owner, name), 4
 
