@@ -29,6 +29,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 RUN_ON = ("README.md", "export.md", "run.md", "train.md", "evaluate.md", "python.md")
 """Pages whose commands run; those of the others are parsed."""
+LONG = ("export.md",)
+"""Of these, pages left to `test-long`."""
 AT_HAND = ("qwen2",)
 """Models that are in the working directory; others would have to be downloaded."""
 SMALLER = {
@@ -127,7 +129,13 @@ def short_gate():
         yield
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.long if page.name in LONG else (), id=str(page.relative_to(ROOT)))
+        for page in PAGES
+    ],
+)
 def test_commands_and_examples_run(page, place, command, bundle):
     names: dict[str, object] = {}  # a page's later examples use what earlier ones define
     for language, block in fenced(page, "sh", "python", "json", "toml"):

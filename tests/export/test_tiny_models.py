@@ -24,7 +24,12 @@ FRAGILE = 1e-4
 """What float32 leaves uncertain in the logits of the tiny models (float32 against float64: up to 6e-5)."""
 
 
-@pytest.fixture(params=checkpoints.ARCHITECTURES)
+QUICK = ("qwen2", "llama")
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in checkpoints.ARCHITECTURES]
+)
 def tiny(request, reference, agent) -> SimpleNamespace:
     """A tiny checkpoint: Hugging Face's model, and its agent."""
     return SimpleNamespace(name=request.param, model=reference(request.param), agent=agent(request.param))
