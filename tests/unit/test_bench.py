@@ -23,6 +23,8 @@ from mara_runtime.stats import Stats
 from mara_runtime.tensors import top_tokens
 from tests.unit import helpers
 
+pytestmark = pytest.mark.slow
+
 POSITIONS, VOCAB, TOP = 1500, 1000, 72
 
 

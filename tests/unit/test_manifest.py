@@ -24,6 +24,7 @@ VALID["agents"][0] |= {"training": helpers.TRAINING, "noise": 0.5}
 VALID["agents"][1]["parity"] = None
 VALID["engines"] = [manifests.engine_json(ENGINE)]
 VALID["sha256"] = checksum(VALID)
+TEXT = json.dumps(VALID)
 MISSING = object()
 Path = tuple[str, ...]
 
@@ -278,9 +279,7 @@ def test_a_field_that_nobody_knows_is_named() -> None:
     assert "model.source" in refused(json.dumps(changed(("model.source",), 1)))
 
 
-TEXT = json.dumps(VALID)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("other", '0"-')
 def test_no_single_byte_can_be_changed_unnoticed(other: str) -> None:
     """Refused, or the manifest says the same: a space for another, say."""

@@ -16,6 +16,8 @@ from mara_deploy.scores.base import ScoreError
 from mara_deploy.scores.load import load_score
 from mara_runtime.bundle import sha256
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, ANSWERS = ["a", "bb"], ["x", "xyz"]
 LENGTH = "def length(prompts, answers): return [len(a) for a in answers]\n"
 
@@ -217,7 +219,6 @@ def test_ctrl_c_ends_the_process_of_a_call(here) -> None:
     wait_for_the_end()
 
 
-@pytest.mark.slow
 def test_the_end_of_a_run_that_is_killed_ends_the_process_of_its_call(here) -> None:
     (here / "slow.py").write_text(SLOW)
     code = "from mara_deploy.scores.load import load_score; load_score('slow:judge')(['a'], ['b'])"

@@ -290,6 +290,7 @@ def test_every_size_is_measured_once(tmp_path: Path, machine: Machine, monkeypat
 # ── what is given back ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @sides
 def test_memory_is_constant_over_many_steps(start: Open, machine: Machine, in_place: bool) -> None:
     engine = start(in_place)
