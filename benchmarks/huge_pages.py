@@ -70,11 +70,6 @@ def main() -> None:
         print(f"{rows:8} {np.median(without):9.2f} {np.median(with_them):9.2f}  × {middle:.3f} [{low:.3f}–{high:.3f}]")
 
 
-def _pass(rows: int, context: int) -> Pass:
-    never = [-np.inf] * rows
-    return Pass([0] * rows, [context] * rows, context, [0], range(rows), priorities=never)
-
-
 def _serve(pipe: Connection, folder: str, context: int, threads: int, huge: bool) -> None:
     """A process with the bundle open: times passes when it is told to."""
     if not huge:
@@ -86,7 +81,7 @@ def _serve(pipe: Connection, folder: str, context: int, threads: int, huge: bool
     found = re.search(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     pipe.send((seconds, int(found[1]) * 1024 if found else 0))
     engine.memory.resize(context + max(ROWS), kept=0)
-    works = [_pass(rows, context) for rows in ROWS]
+    works = [Pass([0] * rows, [context] * rows, context, [0], range(rows), [-np.inf] * rows) for rows in ROWS]
     for work in works:
         engine.run(work)
     while pipe.recv():

@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mara_runtime.agents import EPSILON, MOST_BYTES, WIDTHS
+from mara_runtime.agents import EPSILON, MOST_BYTES
 from mara_runtime.config import FALLBACKS
 from mara_runtime.errors import BundleError, MaraError, first_line
 from mara_runtime.files import write_atomic
 from mara_runtime.json_reader import JsonReader, load_object
+from mara_runtime.tensors import AGENT_WIDTHS
 from mara_runtime.training import Training
 
 METADATA = "mara"
@@ -47,7 +48,7 @@ class Agent(nn.Module):
     hidden_size: D of the LLM; widths: sizes of the two hidden layers.
     """
 
-    def __init__(self, hidden_size: int, widths: tuple[int, int] = WIDTHS) -> None:
+    def __init__(self, hidden_size: int, widths: tuple[int, int] = AGENT_WIDTHS) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(hidden_size, eps=EPSILON)
         self.linear1 = nn.Linear(hidden_size, widths[0])
@@ -86,7 +87,7 @@ class Agent(nn.Module):
         write_atomic(path, safetensors.torch.save(cpu_state(self), metadata))  # the library hides a disk's errors
 
 
-def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = WIDTHS) -> Agent:
+def untrained(hidden_size: int, seed: int, widths: tuple[int, int] = AGENT_WIDTHS) -> Agent:
     """An agent with random weights, for tests, benchmarks and controls. It aligns nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -108,7 +109,7 @@ def load(path: Path) -> Agent:
     except (OSError, ValueError):  # a path that no file can have
         exists = False
     if not exists:
-        raise AgentError(f"there is no agent file at {path}{_suggestion(path)}")
+        raise AgentError(f"no agent file found at {path}{_suggestion(path)}")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise AgentError(f"{path} is not a MARA agent: it has {size:,} bytes, and an agent has at most {MOST_BYTES:,}")
     state, metadata = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)

@@ -23,15 +23,13 @@ from mara_export.targets import (
     engine_slots,
 )
 from mara_runtime.options import Options, option
-from mara_runtime.tensors import CACHE_BYTES, PREFILL_ROWS, spare_slots
+from mara_runtime.tensors import AGENT_WIDTHS, CACHE_BYTES, PREFILL_ROWS, spare_slots
 
 CONTEXTS = (2048, 8192)
 JETSONS_GB = (8, 16, 32, 64)
 """Memory shared by processor and GPU of a Jetson, in 10⁹ bytes: about what Linux has of as many GiB."""
 SYSTEM_BYTES = 2_500_000_000
 """For Linux without a desktop, the CUDA context and the libraries' kernels: assumed, not measured."""
-AGENT_WIDTHS = (1024, 256)
-"""Of released agents, and the least that a TensorRT engine takes."""
 LOGIT_ROWS = HEAD_ROWS + 1
 """Maximum rows through the LM head in one pass of a TensorRT engine: those requested, and the chosen one."""
 PLAN_BYTES, PLAN_BYTES_A_LAYER = 6_800_000, 710_000

@@ -8,13 +8,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mara_deploy.commands import process
-from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from mara_runtime.signature import SIGNATURE_FILE
 from mara_runtime.versions import installed
+
+if TYPE_CHECKING:
+    from mara_runtime.bundle import Bundle
 
 EXIT_BAD_INPUT = 2
 

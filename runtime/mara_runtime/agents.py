@@ -20,8 +20,6 @@ from mara_runtime.json_reader import shortened
 
 EPSILON = 1e-5
 """Of the LayerNorm."""
-WIDTHS = (1024, 256)
-"""Hidden widths of the released agents."""
 MOST_BYTES = 1 << 28
 """Of an agent's file, and of its weights in float32; those of a 70B LLM's agent take 35 MB."""
 _KEPT = 8

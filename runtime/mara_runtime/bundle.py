@@ -42,7 +42,7 @@ class Bundle:
         path = folder / MANIFEST_FILE
         try:
             if not folder.is_dir():
-                raise BundleError(f"there is no bundle at {folder}: make one with mara-export --out {folder}")
+                raise BundleError(f"no bundle found at {folder}: make one with mara-export --out {folder}")
             content = read_file(path, _MOST_MANIFEST_BYTES)
             if require_signature is not None:
                 check_signature(content, folder, Path(require_signature))

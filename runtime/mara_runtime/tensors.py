@@ -58,6 +58,9 @@ DRAFT_ROWS = 16
 PREFILL_ROWS = 256
 """Rows of one prefill pass: attention scores and mask of longer ones grow to gigabytes."""
 
+AGENT_WIDTHS = (1024, 256)
+"""W1 and W2 of the released agents."""
+
 MASKED = -3e4
 """Additive mask of a slot that a row must not attend to; finite, in float16 too, so that no masked row becomes NaN."""
 CACHE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

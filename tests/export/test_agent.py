@@ -148,7 +148,7 @@ def test_what_is_not_an_agent_is_named(tmp_path) -> None:
 
 def test_a_folder_suggests_the_agent_inside(tmp_path) -> None:
     for path in (tmp_path / "none.pth", tmp_path, Path("nul\0.pth")):
-        with pytest.raises(AgentError, match="there is no agent file at"):
+        with pytest.raises(AgentError, match="no agent file found at"):
             agents.load(path)
     for inside in ("actor.pth", "agent.safetensors"):  # in this order: the second one is preferred
         saved(tmp_path / inside, STATE)

@@ -31,10 +31,10 @@ from mara_export.targets import MOST_AGENTS
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt.build import BuildOptions, build
 from mara_runtime import tensors
-from mara_runtime.agents import WIDTHS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import trt_file
 from mara_runtime.engines.io_block import Sizes
+from mara_runtime.tensors import AGENT_WIDTHS
 from tests import checkpoints
 from tests.gpu.test_conformance import CAPACITIES, written_bundle
 from tests.tensorrt.conftest import MAX_CANDIDATES, MAX_CONTEXT, RTX, files, refused
@@ -106,7 +106,7 @@ def built(bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture
 def network(bundle: Callable[..., Path]) -> Callable[..., parts.Network]:
     def parse(architecture: str, precision: str) -> parts.Network:
-        fixed = {"C": SLOTS, "W1": WIDTHS[0], "W2": WIDTHS[1]}
+        fixed = {"C": SLOTS, "W1": AGENT_WIDTHS[0], "W2": AGENT_WIDTHS[1]}
         return parts.Network(trt, bundle(architecture, precision) / "step.onnx", fixed)
 
     return parse
@@ -143,7 +143,7 @@ def test_an_engine_of_every_architecture_and_precision(
     assert engine.slots == SLOTS >= MAX_CONTEXT + tensors.spare_slots(MAX_CANDIDATES)
     assert engine.in_place == (lowering == "portable")
     assert (engine.version, engine.compute_capability) == (trt.__version__, "8.0+")
-    assert (engine.agents, engine.agent_widths) == (MOST_AGENTS, WIDTHS)  # those of its agent are less
+    assert (engine.agents, engine.agent_widths) == (MOST_AGENTS, AGENT_WIDTHS)  # those of its agent are less
 
     graph = graph_of(made.before).graph
     layers, counts = engine.options["layers"], Counter(node.op_type for node in graph.node)
@@ -191,7 +191,7 @@ def test_the_cache_is_updated_in_place_and_the_llm_computes_in_its_type(
     assert {outputs[name] for name in (tensors.MARGINS, tensors.LOGITS, tensors.TOP_LOGITS)} == {"FLOAT"}
     inputs = {inside.get_input(i).name: tuple(inside.get_input(i).shape) for i in range(inside.num_inputs)}
     for weights in tensors.agent_weights(shape.hidden_size):  # their number is open, their widths are not
-        assert inputs[weights.name] == Sizes(1, 1, 1, -1, WIDTHS).of(weights.shape)
+        assert inputs[weights.name] == Sizes(1, 1, 1, -1, AGENT_WIDTHS).of(weights.shape)
     types: dict[bool, set[str]] = {True: set(), False: set()}
     for layer in layers:
         if layer.type == trt.LayerType.MATRIX_MULTIPLY:

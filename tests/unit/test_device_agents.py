@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 
 from mara_export.tensorrt.build import agent_widths
-from mara_runtime.agents import WIDTHS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort
 from mara_runtime.engines.base import Engine, Pass
@@ -20,6 +19,7 @@ from mara_runtime.engines.cuda import Cuda
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import BundleError, EngineError
+from mara_runtime.tensors import AGENT_WIDTHS
 from tests.double.machine import Machine
 from tests.unit.written_model import DECODE_ROWS, JUDGES, MOST_AGENTS, SIZES, SLOTS, add_engines, table, write_bundle
 
@@ -70,7 +70,7 @@ def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 def test_engines_are_built_for_the_widest_agent_and_at_least_for_a_usual_one(tmp_path: Path) -> None:
     manifest = Bundle.open(write_bundle(tmp_path, always_head=True)).manifest
     narrow = manifest.agents[0]
-    assert agent_widths(replace(manifest, agents=())) == agent_widths(manifest) == WIDTHS
+    assert agent_widths(replace(manifest, agents=())) == agent_widths(manifest) == AGENT_WIDTHS
     wide = [replace(narrow, name=name, widths=widths) for name, widths in (("a", (2048, 8)), ("b", (16, 512)))]
     assert agent_widths(replace(manifest, agents=(narrow, *wide))) == (2048, 512)
 

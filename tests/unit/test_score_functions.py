@@ -65,7 +65,7 @@ def test_a_file_beside_the_run_hides_no_module_from_the_command(here) -> None:
     line = ["-m", "mara_deploy.commands.eval", "none", "--prompts", "prompts.txt", "--score", "demo"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, *line], env=environment, capture_output=True, text=True, check=False)
-    assert run.stderr.startswith("mara-eval: error: there is no bundle at none")
+    assert run.stderr.startswith("mara-eval: error: no bundle found at none")
 
 
 @pytest.mark.parametrize(

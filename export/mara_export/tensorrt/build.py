@@ -18,12 +18,11 @@ from mara_export.progress import Progress
 from mara_export.targets import HEAD_ROWS, LOWERINGS, MOST_AGENTS, TARGETS
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt import timings
-from mara_runtime.agents import WIDTHS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, trt_file
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.manifest import ENGINE_TARGETS, EngineFacts, Manifest
-from mara_runtime.tensors import PREFILL_ROWS, spare_slots
+from mara_runtime.tensors import AGENT_WIDTHS, PREFILL_ROWS, spare_slots
 
 OLDEST = min(lowering.tensorrt_since for lowering in LOWERINGS.values() if lowering.tensorrt_since)
 """Version of TensorRT that some lowering needs at least."""
@@ -86,7 +85,7 @@ def agent_widths(manifest: Manifest) -> tuple[int, int]:
     So an agent that is added later needs no other engine unless it is wider than that. Narrow agents pay for it with
     reading zeros in every pass, which is little beside the LLM's weights; a build takes minutes.
     """
-    first, second = zip(WIDTHS, *(agent.widths for agent in manifest.agents), strict=True)
+    first, second = zip(AGENT_WIDTHS, *(agent.widths for agent in manifest.agents), strict=True)
     return max(first), max(second)
 
 
