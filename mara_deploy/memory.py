@@ -17,7 +17,10 @@ from mara_export.targets import (
     LOWERINGS,
     MAX_CANDIDATES,
     MOST_AGENTS,
+    MOST_PLACES,
+    PLACES,
     PRECISIONS,
+    SHARED_ROWS,
     TARGETS,
     Lowering,
     engine_slots,
@@ -31,9 +34,9 @@ JETSONS_GB = (8, 16, 32, 64)
 SYSTEM_BYTES = 2_500_000_000
 """For Linux without a desktop, the CUDA context and the libraries' kernels: assumed, not measured."""
 LOGIT_ROWS = HEAD_ROWS + 1
-"""Maximum rows through the LM head in one pass of a TensorRT engine: those requested, and the chosen one."""
-PLAN_BYTES, PLAN_BYTES_A_LAYER = 6_800_000, 710_000
-"""Kernels and names in a TensorRT engine, besides its weights."""
+"""Maximum rows of a conversation through the LM head in one pass: those requested, and the chosen one."""
+PLAN_BYTES, PLAN_BYTES_A_LAYER = 10_200_000, 1_065_000
+"""Kernels and names in a TensorRT engine, besides its weights; without passes of several conversations two thirds."""
 SCRATCH_BYTES = 8_270_000
 """Workspace of any TensorRT engine for choosing among candidates and finding the best tokens."""
 ORT_HOST_BYTES, TENSORRT_HOST_BYTES = 60_000_000, 145_000_000
@@ -52,6 +55,7 @@ class Setting(Options):
         2048, "number of tokens, prompt and answer", least=2, unset="2048 and 8192, or the model's own limit"
     )
     max_candidates: int = option(64, "maximum number of candidates per position", least=1, most=MAX_CANDIDATES)
+    conversations: int = option(1, "number of conversations at once", least=1, most=MOST_PLACES)
     lowering: str = option(
         "",
         "form of the graph; with decomposed, TensorRT needs two KV caches",
@@ -87,8 +91,13 @@ class Setting(Options):
         return self.on_tensorrt and self.form.fused_attention and self.precision != "fp32"
 
     @property
+    def logit_rows(self) -> int:
+        """Maximum rows through the LM head in one pass; TensorRT has room for those that its engine was built for."""
+        return LOGIT_ROWS * (max(self.conversations, PLACES) if self.on_tensorrt else self.conversations)
+
+    @property
     def slots(self) -> int:
-        """Slots of the KV cache at its largest."""
+        """Slots of a KV cache at its largest."""
         if self.on_tensorrt:
             return engine_slots(self.context, self.max_candidates)
         slots = self.context + spare_slots(self.max_candidates)
@@ -106,7 +115,7 @@ class Memory:
     engine_bytes: int
     """the engine's weights and code"""
     kv_bytes: int
-    """the KV cache at its largest"""
+    """the KV caches at their largest"""
     workspace_bytes: int
     """activations of the widest pass, with agents, other inputs and outputs"""
     host_bytes: int
@@ -174,15 +183,15 @@ def engine_memory_bytes(model: Decoder, setting: Setting) -> int:
 
 
 def kv_bytes(model: Decoder, setting: Setting) -> int:
-    """Size of the KV cache. A decomposed graph in TensorRT has two, used alternately."""
+    """Size of all KV caches. Of a decomposed graph in TensorRT each is two, used alternately."""
     copies = 2 if setting.on_tensorrt and not setting.form.in_place else 1
-    return copies * setting.slots * _slot_bytes(model, setting)
+    return copies * setting.conversations * setting.slots * _slot_bytes(model, setting)
 
 
 def workspace_bytes(model: Decoder, setting: Setting) -> int:
     """Peak of the widest pass, with inputs and outputs; of the inputs, only agents are large."""
     agents = (MOST_AGENTS if setting.on_tensorrt else 1) * _agent_bytes(model.hidden_size)
-    outputs = 4 * (LOGIT_ROWS * model.vocab_size + PREFILL_ROWS * model.hidden_size)
+    outputs = 4 * (setting.logit_rows * model.vocab_size + PREFILL_ROWS * model.hidden_size)
     return agents + outputs + activation_bytes(model, setting)
 
 
@@ -200,8 +209,13 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
         attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
     elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
-    head = LOGIT_ROWS * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
-    return max(mlp, attention, head) + (SCRATCH_BYTES if setting.on_tensorrt else 0)
+    head = setting.logit_rows * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
+    if not setting.on_tensorrt:
+        return max(mlp, attention, head)
+    # a pass of several: the mask, and keys and values of every head; unless fused, scores and their softmax instead
+    masks = 2 * SHARED_ROWS * (1 if setting.fused else model.num_heads * b)
+    shared = max(setting.conversations, PLACES) * setting.slots * (masks + 2 * width * b)
+    return max(max(mlp, attention, head) + SCRATCH_BYTES, shared)
 
 
 def _matrix_bytes(inputs: int, outputs: int, setting: Setting) -> int:
@@ -234,7 +248,7 @@ def outgrown_bytes(model: Decoder, setting: Setting) -> int:
     before, size = 0, FIRST_SLOTS
     while size < setting.slots:
         before, size = size, grown(setting.target, size, size + 1)
-    return before * _slot_bytes(model, setting)
+    return before * setting.conversations * _slot_bytes(model, setting)
 
 
 def _agent_bytes(hidden: int) -> int:

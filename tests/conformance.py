@@ -24,7 +24,8 @@ from mara_runtime.schedule.base import Fixed, Schedule
 from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.stats import Stats
 from tests import reference
-from tests.conformance_agents import MIXES, AgentConformance
+from tests.conformance_agents import MIXES
+from tests.conformance_places import PlacesConformance
 from tests.unit import helpers
 from tests.unit.written_model import CANDIDATES, CONTEXT, FINE, INFINITE, JUDGES, SHAPE, SLOTS, table
 
@@ -58,7 +59,7 @@ def filled(engines: Sequence[Any], tokens: Sequence[int]) -> None:
         engine.cache.extend(tokens)
 
 
-class Conformance(AgentConformance):
+class Conformance(PlacesConformance):
     """Tests of any engine on the written model."""
 
     strategies: Sequence[str] = STRATEGIES
@@ -252,7 +253,7 @@ class Conformance(AgentConformance):
         self, growing_and_whole: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, drafted: int, before: int
     ) -> None:
         growing, whole = growing_and_whole
-        monkeypatch.setattr(whole.memory, "resize", lambda slots, kept: None)  # a CPU's cache shrinks for a short text
+        monkeypatch.setattr(whole.cache._memory, "resize", lambda slots, kept: None)  # a CPU's shrinks for a short text
         for _ in range(before):  # a cache with two copies then grows from the second
             growing.run(chain([3]))
         smallest = growing.memory.slots

@@ -24,12 +24,16 @@ import onnxruntime_genai as og
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, which need not be installed here
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
 
+MOST = 32
+"""Conversations at once, in a static batch: dynamic ones need a paged cache, which models for a CPU do not have."""
+
 
 class GenAI:
     """A model, and the generator with the KV cache of the last request."""
 
     def __init__(self, folder: Path, threads: int | None):
         config = og.Config(str(folder))
+        config.overlay(json.dumps({"engine": {"static_batching": {"max_batch_size": MOST}}}))
         if threads is not None:
             options = {"intra_op_num_threads": threads}
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
@@ -37,13 +41,14 @@ class GenAI:
         settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._vocab_size = int(settings["model"]["vocab_size"])
         self._generator: Any = None
+        self._engine: Any = None
         self._context = 0
         self._max_length = 0
 
     def describe(self) -> dict[str, Any]:
         """Name and versions."""
         versions = {name: version(name) for name in ("onnxruntime-genai", "onnxruntime", "numpy")}
-        return {"name": "onnxruntime-genai", "versions": versions}
+        return {"name": "onnxruntime-genai", "versions": versions, "conversations": MOST}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """A step computes the logits of the newest token and chooses the next one.
@@ -85,21 +90,52 @@ class GenAI:
         generator.generate_next_token()
         return {"ms": (time.perf_counter() - start) * 1e3}
 
+    def together(self, conversations: int, context: int, tokens: int) -> dict[str, Any]:
+        """The engine's batching of requests, while all are there."""
+        self._generator = None
+        self._engine = engine = self._engine or og.Engine(self._model)
+        events = engine.create_event_buffer(MOST)
+        requests = [engine.create_request() for _ in range(conversations)]
+        limit = 2 * tokens + conversations  # those admitted first are ahead
+        for number, request in enumerate(requests):
+            options = og.TurnOptions(request)
+            options.set_do_sample(False)
+            options.set_max_generated_tokens(limit)
+            options.set_min_generated_tokens(limit)
+            request.begin_turn(self._prompt(context + number)[:context], options)
+        emitted = [0] * conversations
+        started, before = time.perf_counter(), 0
+        while sum(emitted) - before < tokens * conversations and max(emitted) < limit:
+            for event in engine.run(events):
+                if event.flags & og.EngineEventFlags.FAILED:
+                    raise RuntimeError(f"a request failed: {event.error_code}")
+                emitted[requests.index(event.request)] += bool(event.flags & og.EngineEventFlags.TOKEN)
+            if not before and min(emitted):
+                started, before = time.perf_counter(), sum(emitted)
+        ms = (time.perf_counter() - started) * 1e3
+        for request in requests:
+            request.close()
+        return {"tokens": sum(emitted) - before, "ms": ms}
+
     def _prompt(self, length: int) -> Any:
         return np.array(random_tokens(length, self._vocab_size), np.int32)
 
     def _new_generator(self, max_length: int) -> Any:
-        """A greedy generator that ignores end-of-sequence. It allocates its KV cache for `max_length` tokens."""
+        """It allocates its KV cache for `max_length` tokens."""
+        return og.Generator(self._model, self._params(max_length, past_present_share_buffer=True))
+
+    def _params(self, max_length: int, **options: Any) -> Any:
+        """Greedy search that ignores end-of-sequence."""
         params = og.GeneratorParams(self._model)
         params.set_search_options(
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
-            past_present_share_buffer=True,
             min_length=max_length,
             max_length=max_length,
+            **options,
         )
-        return og.Generator(self._model, params)
+        return params
 
 
 def main() -> None:

@@ -250,7 +250,8 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
     engine.use([agent.name for agent in manifest.agents])
     perturb = None if options.quantisation is None else parity.perturber(engine)
     count = len(manifest.agents)
-    sides = [parity.run_engine(engine, case, count, perturb) for case in progress.parts(reference.cases)]
+    found = parity.run_engine(engine, reference.cases, count, perturb)
+    sides = [side for _, side in zip(progress.parts(reference.cases), found, strict=True)]
     in_float16 = options.cache == "float16"
     report = parity.compare(reference.cases, sides, gate, reference.largest_activation if in_float16 else None)
     failures, agents = list(report.failures), []

@@ -19,6 +19,8 @@ from mara_export.targets import (
     DEFAULT_TARGET,
     LOWERINGS,
     MAX_CANDIDATES,
+    MOST_PLACES,
+    PLACES,
     PRECISIONS,
     QUANTISERS,
     TARGETS,
@@ -198,6 +200,13 @@ class BuildOptions(Options):
         metavar="N[,N…]",
         separator=",",
         least=1,
+    )
+    places: int = option(
+        PLACES,
+        "maximum number of conversations in one pass; memory for the context of each is taken when it begins",
+        flag="--conversations",
+        least=1,
+        most=MOST_PLACES,
     )
     compute_capabilities: tuple[str, ...] = option(
         (),

@@ -148,9 +148,13 @@ DEFAULT_TARGET = next(iter(TARGETS))
 MAX_CANDIDATES = 1024
 """More siblings than this would make the mask of one pass larger than the model's own work."""
 HEAD_ROWS = DRAFT_ROWS + 1
-"""Rows whose logits one pass of a TensorRT engine may return: a whole draft and the row before it."""
+"""Rows of a conversation whose logits one pass of a TensorRT engine may return: a whole draft and the row before."""
+SHARED_ROWS = 32
+"""Rows of one conversation in a pass that it shares with others; wider passes, as of prompts, run alone."""
 MOST_AGENTS = 4
 """Agents that one pass of a TensorRT engine may mix."""
+PLACES, MOST_PLACES = 4, 64
+"""Conversations in one pass of a TensorRT engine: by default, and at most."""
 SLOT_MULTIPLE = 16
 """KV slots of an engine are rounded up to it: fused kernels want aligned mask rows."""
 

@@ -54,6 +54,8 @@ class Contestant:
         self.about = self._read()
         self.serial: bool = self.about.get("serial") is True
         """aligned decoding takes one pass per candidate; slow, see protocol.py"""
+        self.conversations = int(self.about.get("conversations", 0))
+        """that it decodes at once; 0: it cannot"""
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """The answer to a request. Raises MaraError when it fails."""

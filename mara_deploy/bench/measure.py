@@ -25,6 +25,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "one-by-one": {"schedule": "one-by-one", "draft": 0},
     "together": {"schedule": "together", "draft": 0},
 }
+TOGETHER = ("plain", "aligned")
+"""Ways to decode several conversations."""
 SESSIONS = 4
 """How often contestants are restarted for plain steps and prefill, each time in another order: the speed of a process
 varies by several percent with where its memory happens to be, and on some machines the first to start is slower."""
@@ -109,6 +111,38 @@ class Bench:
         heads = ", ".join(f"{n}: {ms:.1f}" for n, ms in zip(curve["heads"], curve["head_ms"], strict=True))
         self.say(f"  LM head by rows: {heads}")
         return curve
+
+    def together(self, counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+        """Tokens per second of several conversations at once, on the first profile, and × those of one alone."""
+        context = self.contexts[0]
+        self.say(f"\nconversations at once, {context} tokens each: tokens/s of all, × one alone")
+        sides = [(MARA, way) for way in TOGETHER]
+        sides += [(name, "plain") for name, peer in self.contestants.items() if name != MARA and peer.conversations]
+        speeds: dict[tuple[str, str], dict[int, list[float]]] = {
+            side: {count: [] for count in sorted({1, *counts}) if count <= self.contestants[side[0]].conversations}
+            for side in sides
+        }
+        for turn in range(WARM_UP + self.rounds):
+            for (name, way), by_count in speeds.items():
+                ours: dict[str, Any] = {"profile": PROFILES[0] | {"seed": turn}, "way": way, "options": WAYS[way]}
+                for count, values in by_count.items():
+                    request = {"conversations": count, "context": context, "tokens": self.tokens}
+                    answer = self.contestants[name].ask("together", **request, **(ours if name == MARA else {}))
+                    if turn >= WARM_UP:
+                        values.append(answer["tokens"] / answer["ms"] * 1e3)
+                    time.sleep(PAUSE_S)
+        figures: dict[str, dict[str, Any]] = {}
+        for (name, way), by_count in speeds.items():
+            figures.setdefault(name, {})[way] = {}
+            for count, values in by_count.items():
+                found = {"tokens_per_second": spread(values), "ratio": spread(ratios(values, by_count[1]))}
+                figures[name][way][str(count)] = found
+                speed = found["tokens_per_second"]["median"]
+                self.say(f"  {name:<10}{way:<9}{count:>3}{speed:9.1f} tokens/s   × {bracketed(found['ratio'])}")
+            if left := sorted({*counts} - {*by_count}):
+                most = self.contestants[name].conversations
+                self.say(f"  {name:<10}{way:<9}without {', '.join(map(str, left))}: it holds {most} at once")
+        return figures
 
     def profile(self, number: int) -> dict[str, Any]:
         """Plain against aligned decoding on a profile, and against the peers' plain one; ratios are of tokens/s."""

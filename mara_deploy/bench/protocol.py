@@ -9,6 +9,11 @@ line, on stdin and stdout: first it writes what it is, then one answer for each 
     {"do": "prefill", "tokens": N}                {"ms": from an uncached prompt to its first token}
     {"do": "memory"}                              {"peak_bytes": largest resident size of the process so far}
 
+A contestant that says `"conversations": N` decodes up to so many at once, and answers
+
+    {"do": "together", "conversations": B, "context": C, "tokens": N}
+                                                  {"ms": …, "tokens": … emitted in it, about N each, while all B decode}
+
 A contestant that says `"serial": true` is slow: it is measured less often, only at the shortest context, and answers
 
     {"do": "serial", "profile": {...}, "context": C, "tokens": N}

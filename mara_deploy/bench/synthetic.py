@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime.engines.base import Engine, Pass, StepOutput
-from mara_runtime.engines.kv_cache import KVCache
+from mara_runtime.engines.base import Engine, Pass, StepOutput, Works
+from mara_runtime.engines.kv_cache import KVCache, Places
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.tensors import TOP_SPARE
 
@@ -124,10 +124,13 @@ def _position(profile: Profile, top: int, rng: np.random.Generator) -> tuple[NDA
 
 
 class SyntheticEngine:
-    """Runs every pass of `engine` in full and returns the candidates and decisions of the script. See `Engine`."""
+    """Runs every pass of `engine` in full and returns the candidates and decisions of a script. See `Engine`.
 
-    def __init__(self, engine: Engine, script: Script) -> None:
-        self._engine, self._script = engine, script
+    scripts: of the conversation at each place.
+    """
+
+    def __init__(self, engine: Engine, scripts: Sequence[Script]) -> None:
+        self._engine, self._scripts = engine, scripts
         self.passes: list[tuple[int, int]] = []
         """(rows, rows through the LM head) of each pass"""
 
@@ -140,15 +143,38 @@ class SyntheticEngine:
         """See `Engine.use`."""
         self._engine.use(agents)
 
-    def run(self, work: Pass) -> StepOutput:
-        """See `Engine.run`. Priorities force the choice, so that the graph does all its work."""
-        script, positions = self._script, work.positions
-        verdicts = [script.accepts(positions[row], work.tokens[row]) for row in work.agent_rows]
-        priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
-        out = self._engine.run(replace(work, priorities=priorities, margin_weight=0.0, threshold=-np.inf))
+    @property
+    def places(self) -> Places:
+        """See `Engine`."""
+        return self._engine.places
+
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
+        """See `Engine.run`."""
+        forced, verdicts = self._forced(work, place)
+        out = self._replaced(work, place, verdicts, self._engine.run(forced, place))
         self.passes.append((len(work.tokens), len(out.rows)))
+        return out
+
+    def run_together(self, works: Works) -> list[StepOutput]:
+        """See `Engine.run_together`."""
+        forced = [self._forced(work, place) for place, work in works]
+        outs = self._engine.run_together([(place, f) for (place, _), (f, _) in zip(works, forced, strict=True)])
+        return [
+            self._replaced(work, place, verdicts, out)
+            for (place, work), (_, verdicts), out in zip(works, forced, outs, strict=True)
+        ]
+
+    def _forced(self, work: Pass, place: int) -> tuple[Pass, list[bool]]:
+        """The pass with priorities that force the script's choice, so that the graph does all its work; verdicts."""
+        script = self._scripts[place]
+        verdicts = [script.accepts(work.positions[row], work.tokens[row]) for row in work.agent_rows]
+        priorities = [p if ok else -np.inf for p, ok in zip(work.priorities, verdicts, strict=True)]
+        return replace(work, priorities=priorities, margin_weight=0.0, threshold=-np.inf), verdicts
+
+    def _replaced(self, work: Pass, place: int, verdicts: list[bool], out: StepOutput) -> StepOutput:
+        """The output with the candidates and margins of the script."""
         margins = np.array([1.0 if ok else -1.0 for ok in verdicts], np.float32)
-        ids, logits = script.best([positions[row] + 1 for row in out.rows.tolist()])
+        ids, logits = self._scripts[place].best([work.positions[row] + 1 for row in out.rows.tolist()])
         return StepOutput(margins, out.rows, ids, logits, np.zeros(len(ids), np.float32))
 
     def expected_ms(self, cost: Cost, context: int, forwards: int) -> float:

@@ -1,6 +1,7 @@
 """A bundle as a contestant, see protocol.py.
 
 Further requests: `width` (the cost of rows) and `profile` (ways to decode, in turns, with synthetic acceptance).
+`together` takes a profile and a way to decode besides.
 """
 
 from __future__ import annotations
@@ -8,19 +9,21 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
 from mara_deploy.bench.synthetic import Profile, Script, SyntheticEngine
+from mara_runtime.batch import Batcher
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
 from mara_runtime.errors import MaraError
+from mara_runtime.passes import SHARED_PREFILL_ROWS
 from mara_runtime.schedule.acceptance import Acceptance
 from mara_runtime.schedule.adaptive import Adaptive
 from mara_runtime.schedule.base import Fixed, Schedule
@@ -39,9 +42,9 @@ class Subject:
     def __init__(self, folder: str, engine: str, threads: int | None) -> None:
         self._bundle = Bundle.open(folder, verify=False)
         self._engine, _ = open_engine(self._bundle, engine, threads)
-        agents = {agent.name: 1.0 for agent in self._bundle.manifest.agents[:1]}
-        self._engine.use(tuple(agents))
-        self._noise = self._bundle.manifest.mixed_noise(agents)
+        self._agents = {agent.name: 1.0 for agent in self._bundle.manifest.agents[:1]}
+        self._engine.use(tuple(self._agents))
+        self._noise = self._bundle.manifest.mixed_noise(self._agents)
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
     @property
@@ -50,8 +53,9 @@ class Subject:
         return self._bundle.manifest.max_context
 
     def describe(self) -> dict[str, Any]:
-        """Engine and versions."""
-        return {**self._engine.describe(), "versions": {"python": platform.python_version()}}
+        """Engine and versions, and how many conversations it holds at once."""
+        versions = {"python": platform.python_version()}
+        return {**self._engine.describe(), "versions": versions, "conversations": self._engine.places.most}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """Plain greedy steps of the decode loop."""
@@ -78,16 +82,12 @@ class Subject:
         self, profile: dict[str, Any], context: int, tokens: int, ways: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
         """Decode the same script in several ways in turn; {way: {ms, engine_ms, expected_ms, stats, continued}}."""
-        manifest = self._bundle.manifest
-        vocab_size = manifest.model.shape.vocab_size
-        top = top_tokens(manifest.max_candidates, vocab_size)
-        script = Script(Profile(**profile), context + tokens + 1, vocab_size, top)
+        script = self._script(profile, context + tokens + 1)
         answers = {}
         for way, options in ways.items():
             config = DecodeConfig(**options)
-            key = f"{profile | {'seed': 0}} {way}"
-            acceptance, drafts = self._learned.setdefault(key, (Acceptance(), NGrams()))
-            engine = SyntheticEngine(self._engine, script)
+            acceptance, drafts = self._learnt(profile, way)
+            engine = SyntheticEngine(self._engine, [script])
             schedule = _schedule(config, self._cost, acceptance)
             session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, self._noise)
             stats = Stats()
@@ -101,6 +101,58 @@ class Subject:
                 "stats": stats.to_json(),
             }
         return answers
+
+    def together(
+        self, conversations: int, context: int, tokens: int, profile: dict[str, Any], way: str, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Decode texts of a profile at once, a seed each, while all of them are there; see protocol.py."""
+        limit = min(3 * tokens + 2 * context // SHARED_PREFILL_ROWS * conversations, self.capacity - context)
+        scripts = [
+            self._script({**profile, "seed": 1000 * profile["seed"] + place}, context + limit + 1)
+            for place in range(conversations)
+        ]
+        config = DecodeConfig(**options)
+        if config.align:
+            config = replace(config, agents=self._agents)
+        engine = SyntheticEngine(self._engine, scripts)
+        schedule = _schedule(config, self._cost, self._learnt(profile, f"{conversations} {way}")[0])
+        with engine.places.lock:
+            engine.places.open(conversations)
+            batcher = Batcher(engine, partial(self._session, engine, schedule), share=False)
+            texts = [
+                batcher.submit(Request(script.prompt(context), config, "first", frozenset(), limit))
+                for script in scripts
+            ]
+            while not all(text.stats.tokens or text.done for text in texts):
+                batcher.step()
+            before, started = sum(text.stats.tokens for text in texts), time.perf_counter()
+            emitted = 0
+            while emitted < tokens * conversations and not any(text.done for text in texts):
+                batcher.step()
+                emitted = sum(text.stats.tokens for text in texts) - before
+            ms = (time.perf_counter() - started) * 1e3
+            for text in texts:
+                batcher.cancel(text)
+        if error := next((text.error for text in texts if text.error is not None), None):
+            raise error
+        if not emitted:
+            raise MaraError(
+                f"{conversations} conversations of {context} tokens: the bundle has no room for what the first decodes "
+                "until the last begins; take a smaller --context"
+            )
+        return {"tokens": emitted, "ms": ms}
+
+    def _session(self, engine: Engine, schedule: Schedule, place: int, request: Request) -> Session:
+        return Session(engine.places[place], schedule, noise=self._noise, place=place)
+
+    def _script(self, profile: dict[str, Any], positions: int) -> Script:
+        manifest = self._bundle.manifest
+        vocab_size = manifest.model.shape.vocab_size
+        return Script(Profile(**profile), positions, vocab_size, top_tokens(manifest.max_candidates, vocab_size))
+
+    def _learnt(self, profile: dict[str, Any], way: str) -> tuple[Acceptance, NGrams]:
+        """What outlives an answer on a profile, for each way to decode."""
+        return self._learned.setdefault(f"{profile | {'seed': 0}} {way}", (Acceptance(), NGrams()))
 
     def _plain(self, context: int, tokens: int) -> Iterator[Step]:
         """Greedy steps after a random prompt of `context` tokens."""

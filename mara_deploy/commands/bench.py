@@ -30,9 +30,10 @@ benchmarks/peers has ONNX Runtime GenAI, llama.cpp and Hugging Face eager.
 
 examples:
   mara-bench BUNDLE
+  mara-bench BUNDLE --measure conversations --conversations 1,4,8
   mara-bench BUNDLE --peer genai="GENAI_ENV/bin/python benchmarks/peers/genai.py MODEL_FOLDER"
 """
-MEASURES = ("memory", "steps", "prefill", "width", "profiles")
+MEASURES = ("memory", "steps", "prefill", "width", "profiles", "conversations")
 NUMBERS = tuple(range(1, len(PROFILES) + 1))
 """Of the profiles."""
 STANDARD_CONTEXTS = (256, 1024, 4096)
@@ -62,12 +63,17 @@ class BenchArguments(Options):
     profile: tuple[int, ...] = option(
         (), "number of a synthetic-acceptance profile to measure", choices=NUMBERS, unset="all"
     )
+    conversations: tuple[int, ...] = option(
+        (), "conversations decoded at once", least=1, metavar="N[,N…]", separator=",", unset="1,4,8"
+    )
     quiet: bool = option(False, "print only the JSON line")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.profile and "profiles" not in self.measure:
             raise OptionError("--profile needs 'profiles' among --measure")
+        if self.conversations and "conversations" not in self.measure:
+            raise OptionError("--conversations needs 'conversations' among --measure")
 
 
 def parser() -> Parser:
@@ -106,6 +112,7 @@ def _bench(args: argparse.Namespace) -> None:
         "prefill": bench.prefill,
         "width": bench.width,
         "profiles": lambda: [bench.profile(number) for number in arguments.profile or NUMBERS],
+        "conversations": lambda: bench.together(arguments.conversations or (1, 4, 8)),
     }
     with closing(contestants):
         about = contestants.open()

@@ -90,6 +90,7 @@ def _facts(bundle: Bundle, engine: EngineFacts) -> list[str]:
     return [
         f"engine    {engine.file}  ({size / 1e6:.1f} MB, built in {engine.options.get('seconds')} s)",
         f"          {engine.slots} KV slots, passes of 1 to {engine.decode_rows} and to {engine.prefill_rows} rows, "
+        f"{engine.places} conversation{'s' if engine.places > 1 else ''} at once, "
         f"{'TensorRT' if engine.target == 'tensorrt' else 'TensorRT for RTX'} {engine.version}, "
         f"compute capability {engine.compute_capability}",
         f"          {sum(layers.values())} layers, including {kinds}",

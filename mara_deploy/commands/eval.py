@@ -87,6 +87,7 @@ class EvalArguments(Options):
     examples: int = option(5, "examples of each kind in the report", least=0)
     raw: bool = option(False, "use prompts as plain text, without the chat template")
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    conversations: int = option(8, "answers of the bundle decoded at once; with 1 they repeat to the last bit", least=1)
     quiet: bool = option(False, "suppress progress and summary")
 
     def __post_init__(self) -> None:
@@ -249,12 +250,16 @@ def _answer_sources(
     ours = replace(
         prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template, config.agents)
     )
-    sources: list[AnswerSource] = [BundleAnswers("aligned", decoder, config, ours)]
+
+    def of_bundle(name: str, config: DecodeConfig, samples: int = 1) -> AnswerSource:
+        return BundleAnswers(name, decoder, config, ours, samples, arguments.conversations)
+
+    sources = [of_bundle("aligned", config)]
     for name in arguments.baseline:
         if name == "greedy":
-            sources.append(BundleAnswers(name, decoder, greedy, ours))
+            sources.append(of_bundle(name, greedy))
         elif (samples := _samples(name)) is not None:
-            sources.append(BundleAnswers(name, decoder, sampled, ours, samples))
+            sources.append(of_bundle(name, sampled, samples))
         else:
             checkpoint = sampled if arguments.sample_checkpoint else greedy
             sources.append(_checkpoint(name, checkpoint, prompt_format, arguments.ignore_weights))

@@ -109,7 +109,7 @@ def of_model(name: str, args: argparse.Namespace) -> tuple[str, list[Row]]:
 def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]:
     """A title and a row for each context; sizes of files that the bundle has replace estimates."""
     manifest, step = bundle.manifest, bundle.manifest.step
-    fixed = [each.name for each in options_of(Setting) if each.name not in ("target", "context")]
+    fixed = [each.name for each in options_of(Setting) if each.name not in ("target", "context", "conversations")]
     reject(args, Setting, fixed, f"{bundle.folder} is a bundle, which has it fixed")
     target = given(Setting, args).get("target", manifest.targets[0])
     if target not in manifest.targets:
@@ -117,7 +117,8 @@ def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]
     block_size: Any = (step.quantisation or {}).get("block_size")
 
     def setting(context: int) -> Setting:
-        return Setting(target, step.precision, context, manifest.max_candidates, step.lowering, block_size)
+        sizes = {"max_candidates": manifest.max_candidates, "lowering": step.lowering, "block_size": block_size}
+        return from_args(Setting, args, target=target, precision=step.precision, context=context, **sizes)
 
     limit, facts = manifest.max_context, manifest.model
     model = decoder_of(facts.shape, facts.architecture, facts.intermediate_size, facts.tied)

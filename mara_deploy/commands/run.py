@@ -26,20 +26,25 @@ from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
-    from mara_runtime.decoder import AlignedDecoder, Generation, Piece, Prompt
+    from mara_runtime.answer import Generation, Piece
+    from mara_runtime.decoder import AlignedDecoder
+    from mara_runtime.prompt import Prompt
     from mara_runtime.stats import Step
     from mara_runtime.text import TextSide
 
     Trace = Callable[[Piece], None]
 
 EPILOG = """\
-Without --prompt and --input-ids, mara-run starts a chat on a terminal and otherwise reads the prompt from stdin.
+Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal and otherwise reads the
+prompt from stdin. Of the prompts of a file, several are answered at once, and each answer is printed when it is
+finished; the exit code is 1 if some could not be answered.
 
 examples:
   mara-run BUNDLE --prompt "How do I cook rice?"
   mara-run BUNDLE --prompt "How do I cook rice?" --no-align
   mara-run BUNDLE --prompt "How do I cook rice?" --agent polite=1 --agent brief=0.5
   echo "How do I cook rice?" | mara-run BUNDLE --json
+  mara-run BUNDLE --prompts questions.txt --jsonl > answers.jsonl
 """
 
 
@@ -50,6 +55,16 @@ class RunArguments(Options):
     bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
     prompt: str | None = option(None, "user message, formatted with the bundle's chat template", allow_empty=True)
     input_ids: tuple[int, ...] = option((), "token ids, passed to the LLM as they are", metavar="N[,N…]", separator=",")
+    prompts: str | None = option(
+        None,
+        "answer every prompt of a file: one per line; .jsonl or a .json list of texts, conversations, or objects with "
+        "them; each answer is printed when it is finished",
+        metavar="FILE",
+    )
+    conversations: int | None = option(None, "--prompts: answers decoded at once", least=1, unset="8")
+    jsonl: bool = option(
+        False, "--prompts: print one JSON object per line: index and prompt, then what --json prints, or error"
+    )
     system: str | None = option(None, "system message before the prompt", allow_empty=True)
     prefill: str | None = option(
         None, "beginning of the answer, which goes on from there; what is printed is what comes after it"
@@ -65,6 +80,15 @@ class RunArguments(Options):
         super().__post_init__()
         if self.prompt is not None and self.input_ids:
             raise OptionError("--prompt and --input-ids are both given; leave one of them out")
+        for flag, given in (("--conversations", self.conversations is not None), ("--jsonl", self.jsonl)):
+            if given and self.prompts is None:
+                raise OptionError(f"{flag} is given, but no --prompts; leave it out")
+        if self.prompts is not None:
+            if self.json:
+                raise OptionError("--json is for one answer: use --jsonl with --prompts")
+            others = {"--prompt": self.prompt, "--input-ids": self.input_ids or None, "--trace": self.trace}
+            if other := next((flag for flag, value in others.items() if value is not None), None):
+                raise OptionError(f"--prompts and {other} are both given; leave one of them out")
         if self.raw or self.input_ids:
             for flag, value in (("--template", self.template), ("--system", self.system), ("--prefill", self.prefill)):
                 if value not in (None, ()):
@@ -87,18 +111,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(parser(), _run, argv)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     options, config, engine = from_args(RunArguments, args), decode_config(args), from_args(EngineOptions, args)
     variables = template_variables(options.template)
+    if options.prompts is not None:
+        return _answer_file(options, config, engine, variables)
     chat = options.prompt is None and not options.input_ids and sys.stdin.isatty()
     if chat and (options.json or options.raw or options.prefill):
         raise OptionError("--json, --raw and --prefill need a prompt: give --prompt, or write it to stdin")
     prompt = None if chat else _prompt(options)
 
-    decoder = engine.open(
-        options.bundle,
-        lambda message: print(f"mara-run: {message}", file=sys.stderr) if sys.stderr.isatty() else None,
-    )
+    decoder = engine.open(options.bundle, _report)
     if not options.json:
         _announce(decoder, config)
     with _tracer(options.trace, decoder) as trace:
@@ -107,18 +130,57 @@ def _run(args: argparse.Namespace) -> None:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
             report_departures(decoder, config, variables)
             _chat(decoder, config, options.system, variables, trace)
-            return
+            return 0
         begun = options.prefill is not None
         pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
         report_departures(decoder, config, None if options.raw or options.input_ids else variables)
         result = _answer(pieces, trace, echo=not options.json)
     if options.json:
         print_json(result.to_json())
-        return
+        return 0
     if result.text is None:
         print(",".join(map(str, result.token_ids)), end="")
     print(flush=True)
     print(_counters(result), file=sys.stderr)
+    return 0
+
+
+def _answer_file(options: RunArguments, config: DecodeConfig, engine: EngineOptions, variables: dict[str, Any]) -> int:
+    """Answer the prompts of a file. Returns the exit code."""
+    from mara_deploy.commands.run_prompts import CONVERSATIONS, answer_all, with_messages
+    from mara_deploy.prompts import read_prompts
+
+    prompts = read_prompts(options.prompts or "")
+    asked = with_messages(prompts, options.system, options.prefill)
+    for remark in (
+        *prompts.remarks,
+        *[f"{prompts.name} repeats prompts: each is asked once"] * bool(prompts.duplicates),
+    ):
+        print(f"mara-run: {remark}", file=sys.stderr)
+    decoder = engine.open(options.bundle, _report)
+    if decoder.text_side is None:
+        raise OptionError(f"{options.bundle} has no tokenizer, so it cannot answer text: give --input-ids")
+    config = decoder.resolve(config)
+    if not options.jsonl:
+        _announce(decoder, config)
+    report_departures(decoder, config, None if options.raw else variables)
+    failed = answer_all(
+        decoder,
+        asked,
+        config,
+        conversations=options.conversations or CONVERSATIONS,
+        jsonl=options.jsonl,
+        raw=options.raw,
+        template=variables,
+        begun=options.prefill is not None,
+    )
+    return 1 if failed else 0
+
+
+def _report(message: str) -> None:
+    """Say on a terminal what takes time."""
+    if sys.stderr.isatty():
+        print(f"mara-run: {message}", file=sys.stderr)
 
 
 def _prompt(options: RunArguments) -> Prompt:

@@ -71,8 +71,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_BAD_INPUT, f"{self._reports_as}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
-def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
-    """Parse and run `body`; return the exit code. Errors the user can fix are one line on stderr and exit code 2."""
+def guarded(parser: Parser, body: Callable[[argparse.Namespace], int | None], argv: Sequence[str] | None) -> int:
+    """Parse and run `body`; return its exit code. Errors the user can fix are one line on stderr and exit code 2."""
     with process.prepared():
         debug = False
         try:
@@ -81,7 +81,7 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
                 parser.error(reason)
             args = parser.parse_args(given)
             debug = getattr(args, "debug", False)
-            body(args)
+            code = body(args)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has exited, as `head` does
             if debug:
@@ -98,7 +98,7 @@ def guarded(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Se
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f"{parser.prog}: error: {message}", file=sys.stderr)
             return EXIT_BAD_INPUT
-    return 0
+    return code or 0
 
 
 def print_json(value: object) -> None:

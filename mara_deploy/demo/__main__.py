@@ -23,7 +23,7 @@ from mara_runtime.errors import MaraError
 from mara_runtime.options import Options, option
 
 if TYPE_CHECKING:
-    from mara_runtime.decoder import Generation
+    from mara_runtime.answer import Generation
 
 INTRODUCTION = (
     "The demo's LM was trained on considerate and inconsiderate replies in equal parts; its agent, to prefer the\n"

@@ -1,18 +1,19 @@
 """Where answers come from: the bundle, aligned or plain, or another checkpoint.
 
-An answer depends on its prompt and the source's settings alone: neither on the prompts before it nor on interruptions.
+An answer depends on its prompt and the source's settings alone: not on other prompts, their order or interruptions.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mara_deploy.prompts import Asked, key_of
 from mara_runtime.config import DecodeConfig
+from mara_runtime.errors import MaraError
 from mara_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -48,8 +49,11 @@ class AnswerSource(Protocol):
     def check(self, prompt: Asked) -> None:
         """Raise PromptError for a prompt that cannot be answered."""
 
-    def __call__(self, prompt: Asked) -> list[Answer]:
-        """One answer to a prompt, or several samples, of which the one with the best score is compared."""
+    def __call__(self, prompts: Sequence[Asked]) -> Iterator[tuple[int, list[Answer]]]:
+        """Answer prompts: (index of the prompt, its answer), in the order in which they are finished.
+
+        Several answers to a prompt are samples, of which the one with the best score is compared.
+        """
 
     def close(self) -> None:
         """Free memory; a later call may load again what it needs."""
@@ -69,13 +73,21 @@ class BundleAnswers:
     """Answers of a bundle: aligned, or plain with `config.align` false.
 
     samples: answers per prompt, ≥ 1, each with its own seed; more than one is for plain sampling (best-of-N).
+    conversations: answers decoded at once, ≥ 1. With 1, an answer repeats to the last bit; several share passes, whose
+    width can tip a decision within the noise that the bundle records.
     """
 
     def __init__(
-        self, name: str, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat, samples: int = 1
+        self,
+        name: str,
+        decoder: AlignedDecoder,
+        config: DecodeConfig,
+        prompt_format: PromptFormat,
+        samples: int = 1,
+        conversations: int = 1,
     ) -> None:
         self.name = name
-        self._decoder, self._config, self._samples = decoder, config, samples
+        self._decoder, self._config, self._samples, self._conversations = decoder, config, samples, conversations
         self._encoding: dict[str, Any] = {"raw": prompt_format.raw, "template": prompt_format.template}
 
     @property
@@ -99,18 +111,40 @@ class BundleAnswers:
         """See `AnswerSource`."""
         self._decoder.encode(prompt, **self._encoding)
 
-    def __call__(self, prompt: Asked) -> list[Answer]:
+    def __call__(self, prompts: Sequence[Asked]) -> Iterator[tuple[int, list[Answer]]]:
         """See `AnswerSource`."""
-        return [self._answer(prompt, answer_seed(self._config.seed, prompt, n)) for n in range(self._samples)]
+        asked = [(index, sample) for index in range(len(prompts)) for sample in range(self._samples)]
+        found: dict[int, dict[int, Answer]] = {}
+        for (index, sample), answer in self._answers(prompts, asked):
+            samples = found.setdefault(index, {})
+            samples[sample] = answer
+            if len(samples) == self._samples:
+                yield index, [answer for _, answer in sorted(found.pop(index).items())]
 
     def close(self) -> None:
         """Do nothing: the decoder belongs to the caller, and several sources share it."""
 
-    def _answer(self, prompt: Asked, seed: int) -> Answer:
-        self._decoder.forget()  # cached tokens and learned acceptance rates of the prompt before change last bits
-        result = self._decoder.generate(prompt, replace(self._config, seed=seed), **self._encoding)
-        assert result.text is not None  # the command requires a bundle with a tokenizer
-        return Answer(result.text, result.stats.tokens, result.finish_reason, result.stats.to_json())
+    def _answers(
+        self, prompts: Sequence[Asked], asked: list[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[int, int], Answer]]:
+        """The answer to each (prompt, sample). Raises the error of the first that fails."""
+        for together in [asked] if self._conversations > 1 else [[one] for one in asked]:
+            self._decoder.forget()  # cached tokens and learned acceptance rates change last bits
+            seeds = [answer_seed(self._config.seed, prompts[index], sample) for index, sample in together]
+            pieces = self._decoder.generate_many(
+                [prompts[index] for index, _ in together],
+                [replace(self._config, seed=seed) for seed in seeds],
+                places=self._conversations,
+                share=False,
+                **self._encoding,
+            )
+            for number, piece in pieces:
+                if isinstance(piece, MaraError):
+                    raise piece
+                if (result := piece.result) is not None:
+                    assert result.text is not None  # the command requires a bundle with a tokenizer
+                    stats = result.stats
+                    yield together[number], Answer(result.text, stats.tokens, result.finish_reason, stats.to_json())
 
 
 def _checksum(manifest: Manifest, config: DecodeConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -78,9 +78,13 @@ class CheckpointAnswers:
         """See `AnswerSource`."""
         self._encode(prompt)
 
+    def __call__(self, prompts: Sequence[Asked]) -> Iterator[tuple[int, list[Answer]]]:
+        """See `AnswerSource`: one at a time."""
+        for index, prompt in enumerate(prompts):
+            yield index, [self._answer(prompt)]
+
     @torch.no_grad()
-    def __call__(self, prompt: Asked) -> list[Answer]:
-        """See `AnswerSource`."""
+    def _answer(self, prompt: Asked) -> Answer:
         self._model = self._model or self._load()
         tokenizer, config = self._tokenizer, self._config
         eos = eos_token_ids(self._model, tokenizer)
@@ -107,7 +111,7 @@ class CheckpointAnswers:
         text = tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         ends = [at for at in (text.find(stop) for stop in config.stop) if at >= 0]
         stopped = bool(ends) or new[-1] in eos
-        return [Answer(text[: min(ends)] if ends else text, len(new), "stop" if stopped else "length")]
+        return Answer(text[: min(ends)] if ends else text, len(new), "stop" if stopped else "length")
 
     def _load(self) -> Any:
         dtype = torch.float32 if self._device == "cpu" else self._model_config.dtype or torch.float32

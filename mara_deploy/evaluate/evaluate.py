@@ -9,7 +9,7 @@ again computes only what is missing, with the same result as an uninterrupted ru
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -120,10 +120,10 @@ def _answer(source: AnswerSource, prompts: Sequence[Prompt], store: Store, quiet
     if not quiet:
         sys.stderr.write(f"{source.name}: {len(missing)} to answer" + f", {saved} already saved" * (saved > 0) + "\n")
     tokens = 0
-    with _progress(missing, quiet, unit="answer") as bar:
-        for key in bar:
-            answers = source(every[key])
-            store.add({key: [asdict(answer) for answer in answers]})
+    finished = source([every[key] for key in missing]) if missing else ()
+    with _progress(finished, quiet, total=len(missing), unit="answer") as bar:
+        for index, answers in bar:
+            store.add({missing[index]: [asdict(answer) for answer in answers]})
             tokens += sum(answer.tokens for answer in answers)
             bar.set_postfix_str(f"{tokens} tokens")
     source.close()
@@ -165,7 +165,7 @@ def _score(
     return ScoredAnswers(name, chosen, combined, each, text, total_stats(stats) if stats else None)
 
 
-def _progress(steps: Sequence[Any], quiet: bool, **options: Any) -> tqdm[Any]:
+def _progress(steps: Iterable[Any], quiet: bool, **options: Any) -> tqdm[Any]:
     """A progress bar over the steps, on a terminal only."""
     return tqdm(steps, leave=False, disable=True if quiet else None, ncols=88, **options)
 

@@ -16,19 +16,21 @@ os.environ.setdefault(
 )  # ONNX Runtime ≥ 1.32 sends telemetry unless it is disabled; 0 allows it
 
 if TYPE_CHECKING:
+    from mara_runtime.answer import Generation, Piece
     from mara_runtime.bundle import Bundle
     from mara_runtime.config import DecodeConfig
-    from mara_runtime.decoder import AlignedDecoder, Generation
+    from mara_runtime.decoder import AlignedDecoder
     from mara_runtime.errors import MaraError
 
-__all__ = ["AlignedDecoder", "Bundle", "DecodeConfig", "Generation", "MaraError"]
+__all__ = ["AlignedDecoder", "Bundle", "DecodeConfig", "Generation", "MaraError", "Piece"]
 
 _HOME = {
     "AlignedDecoder": "decoder",
     "Bundle": "bundle",
     "DecodeConfig": "config",
-    "Generation": "decoder",
+    "Generation": "answer",
     "MaraError": "errors",
+    "Piece": "answer",
 }
 
 

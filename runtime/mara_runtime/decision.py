@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates
 from mara_runtime.config import DecodeConfig
 from mara_runtime.engines.base import NEVER, Pass, StepOutput, sibling_row
-from mara_runtime.schedule.base import PassContext
+from mara_runtime.schedule.base import Company, PassContext
 from mara_runtime.schedule.drafts import Draft
 from mara_runtime.stats import Step
 
@@ -32,6 +33,13 @@ class Examined:
     """of its KV entry"""
     next_candidates: Candidates | None
     """None: its row did not go through the LM head"""
+    state: NDArray[np.float32] | None = None
+    """(D,) hidden state; None where it was not asked for"""
+
+
+def states_of(out: StepOutput, count: int) -> list[NDArray[np.float32] | None]:
+    """Copies of a pass's hidden states, those of its `count` judged rows; None where they were not asked for."""
+    return [None] * count if out.hidden is None else [state.copy() for state in out.hidden]
 
 
 class Decision:
@@ -63,7 +71,7 @@ class Decision:
         """Whether the rule can pick a candidate."""
         return len(self.examined) == len(self._candidates) or (self._accepted and not self._exhaustive)
 
-    def context(self, draft: Draft) -> PassContext:
+    def context(self, draft: Draft, company: Company) -> PassContext:
         """What the schedule is asked with. draft: a guess of what follows the first candidate."""
         return PassContext(
             self._position,
@@ -73,6 +81,7 @@ class Decision:
             self._exhaustive,
             rerun_fallback=self._order[0] == self._fallback and self._config.strategy != "random",
             draft=draft,
+            company=company,
         )
 
     def next_pass(self, count: int, draft: Sequence[int]) -> tuple[Pass, list[int]]:
@@ -111,6 +120,7 @@ class Decision:
     def add(self, work: Pass, ranks: Sequence[int], out: StepOutput, following: Mapping[int, Candidates]) -> None:
         """Take over what a pass of `next_pass` returned. following: {row: candidates after it}, of the head rows."""
         drafted, margins = len(work.tokens) - len(ranks), out.margins.tolist()
+        states = states_of(out, len(margins))
         for i, rank in enumerate(ranks):
             row = sibling_row(i, drafted)
             slot, next_candidates = work.slot + row, following.get(row)
@@ -118,11 +128,13 @@ class Decision:
                 fallback = next(candidate for candidate in self.examined if candidate.rank == rank)
                 fallback.slot, fallback.next_candidates = slot, next_candidates
             else:
-                self.examined.append(Examined(rank, work.tokens[row], margins[row], slot, next_candidates))
+                examined = Examined(rank, work.tokens[row], margins[row], slot, next_candidates, states[row])
+                self.examined.append(examined)
                 self.margins.append(margins[row])
                 self._accepted = self._accepted or margins[row] > self._config.threshold
         for row in range(1, 1 + drafted):
-            self.draft.append(Examined(0, work.tokens[row], margins[row], work.slot + row, following[row]))
+            slot = work.slot + row
+            self.draft.append(Examined(0, work.tokens[row], margins[row], slot, following[row], states[row]))
         self._slot += len(work.tokens)
 
     def pick(self, rng: np.random.Generator) -> tuple[Step, Examined]:
@@ -136,7 +148,15 @@ class Decision:
             if not self._exhaustive:
                 examined = examined[: index + 1]  # the sequential procedure stops here
         margins = {candidate.rank + 1: candidate.margin for candidate in examined}
-        step = Step(picked.token, self._position, self._candidates, picked.rank + 1, margins, forced=index is None)
+        step = Step(
+            picked.token,
+            self._position,
+            self._candidates,
+            picked.rank + 1,
+            margins,
+            forced=index is None,
+            states={c.rank + 1: c.state for c in examined if c.state is not None} or None,
+        )
         return step, picked
 
 

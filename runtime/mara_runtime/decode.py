@@ -23,21 +23,22 @@ emitted token. Between two of them its only state is the cache and its own local
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates, sample, select
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decision import Decision, Examined
+from mara_runtime.decision import Decision, Examined, states_of
 from mara_runtime.engines.base import Engine, Pass, StepOutput, is_finite
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.errors import NumericsError
 from mara_runtime.manifest import Noise
 from mara_runtime.passes import fill, find_fault
-from mara_runtime.schedule.base import PassContext, Schedule
+from mara_runtime.schedule.base import Company, PassContext, Schedule
 from mara_runtime.schedule.drafts import NO_DRAFT, Draft, DraftSource
 from mara_runtime.stats import Stats, Step
 from mara_runtime.tensors import DRAFT_ROWS
@@ -52,11 +53,15 @@ class Session:
     """What outlives an answer: the cache, and what was learned."""
 
     cache: KVCache
+    """of the engine's `place`"""
     schedule: Schedule
     drafts: DraftSource | None = None
     """None: nothing is drafted"""
     noise: Noise | None = None
     """None: unknown"""
+    company: Company = field(default_factory=Company)
+    """who shares the next pass; kept up to date by whoever runs the passes"""
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,14 @@ class Request:
     """each ends the answer"""
     limit: int
     """tokens to emit at most, ≥ 1"""
+    ends: Callable[[int], bool] = lambda _: False
+    """told each emitted token: whether the answer ends with it, as with the last of a stop text"""
+    states: bool = False
+    """whether steps have the hidden states of the examined candidates"""
 
 
 def decode(engine: Engine, session: Session, request: Request, stats: Stats) -> Iterator[Step]:
-    """The steps of one answer, run on the engine that owns the session's cache; `stats` is filled on the way.
+    """The steps of one answer, whose passes run on the engine by themselves; `stats` is filled on the way.
 
     Raises NumericsError with the position.
     """
@@ -83,7 +92,7 @@ def decode(engine: Engine, session: Session, request: Request, stats: Stats) -> 
     event = next(answer, None)
     while event is not None:
         if isinstance(event, Pass):
-            event = answer.send(engine.run(event))
+            event = answer.send(engine.run(event, session.place))
         else:
             yield event
             event = next(answer, None)
@@ -104,9 +113,10 @@ def conversation(session: Session, request: Request, stats: Stats) -> Events[Non
                 continue
             stats.record(event, request.config, session.noise)
             stats.decode_ms += clock.lap_ms()
+            ended = request.ends(event.token) or event.token in request.eos_token_ids or stats.tokens >= request.limit
             yield event
             clock.lap_ms()  # the caller's time
-            if event.token in request.eos_token_ids or stats.tokens >= request.limit:
+            if ended:
                 return
             event = next(events)
     except NumericsError:
@@ -118,7 +128,7 @@ class _Decoder:
     """One answer in the making."""
 
     def __init__(self, session: Session, request: Request, stats: Stats) -> None:
-        self._cache, self._schedule = session.cache, session.schedule
+        self._cache, self._schedule, self._company = session.cache, session.schedule, session.company
         self._request, self._config, self._stats = request, request.config, stats
         self._rng = np.random.default_rng(self._config.seed)
         # a draft continues the first choice of its position: other strategies and orders look elsewhere first
@@ -129,7 +139,7 @@ class _Decoder:
         """Fill the cache with what it lacks of the prompt; returns the first position's candidates."""
         prompt, cache = self._request.prompt, self._cache
         self._stats.prompt_tokens, self._stats.reused_tokens = len(prompt), cache.reuse(prompt)
-        out = yield from fill(cache, prompt)
+        out = yield from fill(cache, prompt, self._company)
         if not is_finite(out):
             yield from find_fault(cache, (), Pass(prompt, range(len(prompt)), 0), judged=False)
         if self._drafts is not None:
@@ -153,7 +163,9 @@ class _Decoder:
     def _take_only(self, candidates: Candidates) -> Step:
         """The token of a position at which there is nothing to decide."""
         pick = sample(candidates, self._config.temperature, self._rng) if self._config.sample else 0
-        return Step(int(candidates.ids[pick]), len(self._cache.tokens), candidates, pick + 1, {}, forced=False)
+        states: dict[int, NDArray[np.float32]] | None = {} if self._request.states else None
+        token, position = int(candidates.ids[pick]), len(self._cache.tokens)
+        return Step(token, position, candidates, pick + 1, {}, forced=False, states=states)
 
     def _decide(
         self, candidates: Candidates, examined: Sequence[Examined]
@@ -166,7 +178,7 @@ class _Decoder:
         decision = Decision(candidates, config, self._request.fallback, len(self._cache.tokens), examined)
         while not decision.complete:
             draft = NO_DRAFT if decision.examined else self._draft(int(candidates.ids[0]), after=1)
-            plan = self._schedule.plan(decision.context(draft))
+            plan = self._schedule.plan(decision.context(draft, self._company))
             work, ranks = decision.next_pass(plan.candidates, draft.tokens[: plan.drafted])
             out = yield from self._run(work)
             self._stats.drafted += plan.drafted
@@ -180,16 +192,18 @@ class _Decoder:
     def _run_token(self, step: Step) -> Events[tuple[Candidates, list[Examined]]]:
         """Run an emitted token, and a draft after it. Returns the candidates after the token, and the draft."""
         start, draft = len(self._cache.tokens), self._draft(step.token)
-        count = self._schedule.plan(PassContext(start, np.empty(0), draft=draft)).drafted
+        count = self._schedule.plan(PassContext(start, np.empty(0), draft=draft, company=self._company)).drafted
         mix = self._config.mix if self._config.align else None
         work = Pass.sequence([step.token, *draft.tokens[:count]], start, mix=mix)
         out = yield from self._run(work)
         self._stats.drafted += count
         following = self._next_candidates(out)
         margins = out.margins.tolist() or [0.0] * count  # plain decoding asks no agent
+        states = states_of(out, count)
         self._commit(step, start)
         return following[0], [
-            Examined(0, work.tokens[row], margins[row - 1], start + row, following[row]) for row in range(1, 1 + count)
+            Examined(0, work.tokens[row], margins[row - 1], start + row, following[row], states[row - 1])
+            for row in range(1, 1 + count)
         ]
 
     def _confirm(
@@ -200,15 +214,17 @@ class _Decoder:
         Returns the candidates of the position after them, and the one that the draft has examined there.
         """
         for drafted in draft:
-            margins = {}
+            margins: dict[int, float] = {}
+            states: dict[int, NDArray[np.float32]] | None = {} if self._request.states else None
             if int(candidates.ids[0]) != drafted.token:
                 break
             if len(candidates) > 1:
                 if not drafted.margin > self._config.threshold:
                     return candidates, [drafted]
                 margins = {1: drafted.margin}
+                states = None if drafted.state is None else {1: drafted.state}
                 self._schedule.update(candidates.probabilities, [drafted.margin], self._config.threshold)
-            step = Step(drafted.token, drafted.slot, candidates, 1, margins, forced=False, drafted=True)
+            step = Step(drafted.token, drafted.slot, candidates, 1, margins, False, drafted=True, states=states)
             self._commit(step, drafted.slot)
             yield step
             assert drafted.next_candidates is not None  # all drafted rows go through the LM head
@@ -242,6 +258,8 @@ class _Decoder:
 
     def _run(self, work: Pass) -> Events[StepOutput]:
         """Run and count a pass after the prompt."""
+        if self._request.states:
+            work = replace(work, hidden_rows=work.agent_rows)
         started = time.perf_counter()
         out = yield work
         self._stats.engine_ms += (time.perf_counter() - started) * 1e3

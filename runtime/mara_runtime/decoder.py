@@ -1,10 +1,11 @@
 """`AlignedDecoder`: an open bundle; text in, aligned text out.
 
-    generate()  the whole answer              → Generation
-    stream()    one piece per token           → Piece, the last with the Generation
-    decode()    token ids only, without text  (mara_runtime.decode)
+    generate()       the whole answer                     → Generation
+    stream()         one piece per token                  → Piece, the last with the Generation
+    generate_many()  several answers at once              → pieces of all of them, as they come
+    decode()         token ids only, without text         (mara_runtime.decode, mara_runtime.batch)
 
-Each is a thin wrapper around the next.
+Each is a thin wrapper around those below it.
 """
 
 from __future__ import annotations
@@ -12,94 +13,54 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from numbers import Integral
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mara_runtime import in_force
+from mara_runtime.answer import Assembler, Generation, Piece
+from mara_runtime.batch import Batcher
 from mara_runtime.bundle import Bundle
-from mara_runtime.chat import Message
-from mara_runtime.config import TOP_K, TOP_P, DecodeConfig
+from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
-from mara_runtime.errors import EngineError, MaraError, OptionError, PromptError
-from mara_runtime.manifest import AgentFacts
+from mara_runtime.errors import EngineError, MaraError, OptionError
+from mara_runtime.prompt import Prompt, encode
 from mara_runtime.schedule.acceptance import Acceptance
 from mara_runtime.schedule.adaptive import Adaptive
 from mara_runtime.schedule.base import Fixed, Schedule
 from mara_runtime.schedule.calibrate import measured_cost
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.schedule.drafts import NGrams
-from mara_runtime.stats import Stats, Step
-from mara_runtime.text import TextSide, TextStream
+from mara_runtime.text import TextSide
 
-Prompt = str | Sequence[Message] | Sequence[int] | NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer."""
-
-    token_ids: list[int]
-    """emitted ids, end-of-sequence included"""
-    text: str | None
-    """without special tokens and stop text; None when the bundle has no tokenizer"""
-    finish_reason: str
-    """"stop": an end-of-sequence id or a stop text; "length": max_new_tokens or the bundle's capacity"""
-    stats: Stats
-    engine: dict[str, Any]
-    """what ran, and why preferred engines declined"""
-    config: DecodeConfig
-    """as used: the fallback is the one that was in force"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `mara-run --json` prints them."""
-        return {
-            "token_ids": self.token_ids,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "stats": {**self.stats.to_json(), "engine": self.engine},
-            "config": self.config.to_json(),
-        }
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What one token adds to an answer."""
+class _Locked(Iterator[T]):
+    """Items made one at a time under a lock, so that threads may share them: each goes to one of them."""
 
-    text: str
-    """may be empty: a token can be part of a character, or of a possible stop text"""
-    step: Step
-    result: Generation | None = None
-    """the whole answer, on the last piece"""
+    def __init__(self, items: Iterator[T], lock: AbstractContextManager[Any]) -> None:
+        self._items, self._lock = items, lock
 
-
-class _Locked(Iterator[Piece]):
-    """Pieces made one at a time under a lock, so that threads may share a stream: each piece goes to one of them."""
-
-    def __init__(self, pieces: Iterator[Piece], lock: AbstractContextManager[Any]) -> None:
-        self._pieces, self._lock = pieces, lock
-
-    def __next__(self) -> Piece:
+    def __next__(self) -> T:
         with self._lock:
-            return next(self._pieces)
+            return next(self._items)
 
 
 class AlignedDecoder:
-    """A bundle ready to decode. One answer at a time, as there is one KV cache: between threads, `generate` waits for
-    its turn, and a stream raises an error once another answer has begun.
+    """A bundle ready to decode. One call at a time has the engine: between threads, `generate` waits for its turn, and
+    a stream raises an error once another call has begun.
 
     A prompt that starts with cached tokens, as the next turn of a conversation does, reuses their entries.
 
     engine: "auto" takes the best that bundle and machine have; an open engine may serve several decoders of its bundle
     in turn. threads: of a CPU engine that is opened here, default one per physical core.
     verify: compare the bundle's files with their checksums first. require_signature: file of the public key whose owner
-    must have signed the bundle. cost: of passes on this machine, by default measured
-    at the first adaptive answer, once per bundle and machine. report: called with a line before something slow.
+    must have signed the bundle. cost: of passes on this machine, by default measured at the first adaptive answer, once
+    per bundle and machine. places: conversations whose tokens `generate` and `stream` keep, the oldest making room;
+    each takes memory. report: called with a line before something slow.
     """
 
     def __init__(
@@ -111,6 +72,7 @@ class AlignedDecoder:
         verify: bool = True,
         require_signature: str | Path | None = None,
         cost: Cost | None = None,
+        places: int = 1,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
         if isinstance(bundle, Bundle):
@@ -127,22 +89,28 @@ class AlignedDecoder:
             if threads is not None:
                 raise OptionError(f"threads is {threads}, and the engine is open already: give it when that is opened")
             self.engine, self.declined = engine, {}
-        self._cache, needed = self.engine.cache, self.bundle.manifest.slots
-        if self._cache.capacity < needed:
+        capacity, needed = self.engine.cache.capacity, self.bundle.manifest.slots
+        if capacity < needed:
             raise EngineError(
-                f"the engine has {self._cache.capacity} KV slots; {self.bundle.folder} needs {needed}: max_context and "
-                "the slots of one decision"
+                f"the engine has {capacity} KV slots; {self.bundle.folder} needs {needed}: max_context and the slots "
+                "of one decision"
             )
-        self._cost, self._report = cost, report
-        self._acceptance, self._drafts = defaultdict[tuple[str, ...], Acceptance](Acceptance), NGrams()
+        _check_places(places)
+        with self.engine.places.lock:
+            self.engine.places.open(places)
+        self._places, self._cost, self._report = range(places), cost, report
+        self._acceptance = defaultdict[tuple[str, ...], Acceptance](Acceptance)
+        self._drafts = defaultdict[int, NGrams](NGrams)  # by place
 
     def forget(self) -> None:
-        """Clear the KV cache, and forget what was learned of agents and texts."""
-        with self._cache.lock:
-            self._cache.owner = None
-            self._cache.clear()
+        """Clear the KV caches, and forget what was learned of agents and texts."""
+        places = self.engine.places
+        with places.lock:
+            places.owner = None
+            for cache in places:
+                cache.clear()
             self._acceptance.clear()
-            self._drafts = NGrams()
+            self._drafts.clear()
 
     def encode(
         self,
@@ -163,47 +131,15 @@ class AlignedDecoder:
         Raises PromptError when it is empty, out of the vocabulary, or leaves no room for a token, and OptionError for
         variables without a template.
         """
-        manifest = self.bundle.manifest
-        if isinstance(prompt, np.ndarray):
-            prompt = prompt.tolist()
-        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise PromptError(
-                f"the prompt is of type {type(prompt).__name__}; it must be a text, a list of messages, or a list or "
-                "NumPy array of token ids"
-            )
-        is_ids = not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt)
-        if continue_final_message and (is_ids or isinstance(prompt, str)):
-            raise PromptError("continue_final_message needs a conversation, whose last message the answer continues")
-        if is_ids:
-            if template:
-                raise OptionError("variables of the chat template are given, which token ids leave out")
-            ids = [int(item) for item in prompt]  # type: ignore[arg-type]
-        else:
-            side = self.text_side or TextSide(self.bundle)  # the second raises, saying what to do
-            if raw or not side.has_template:
-                where = "raw text leaves out" if raw else f"{self.bundle.folder} does not have"
-                if template:
-                    raise OptionError(f"variables of the chat template are given, which {where}")
-                if not isinstance(prompt, str):
-                    raise PromptError(f"a conversation needs the chat template, which {where}")
-                ids = side.encode_raw(prompt)
-            else:
-                messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                ids = side.encode_chat(messages, self.variables(template, agents), continue_final_message)
-        if not ids:
-            raise PromptError("the prompt is empty: give at least one token")
-        for index, token in enumerate(ids):
-            if not 0 <= token < manifest.model.shape.vocab_size:
-                raise PromptError(
-                    f"token id {token} at index {index} of the prompt is outside the vocabulary, "
-                    f"0 to {manifest.model.shape.vocab_size - 1}"
-                )
-        if len(ids) >= manifest.max_context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens; this bundle holds {manifest.max_context} for prompt and answer: "
-                "shorten it, or export with a larger --max-context"
-            )
-        return ids
+        return encode(
+            self.bundle,
+            self.text_side,
+            prompt,
+            raw=raw,
+            template=template,
+            variables=lambda: self.variables(template, agents),
+            continue_final_message=continue_final_message,
+        )
 
     def variables(
         self, template: Mapping[str, Any] | None = None, agents: Iterable[str] | None = None
@@ -212,12 +148,7 @@ class AlignedDecoder:
 
         agents: by name, of which the first counts; default the bundle's first.
         """
-        agent, side = self._leading(agents), self.text_side
-        training = None if agent is None else agent.training
-        trained = {}
-        if training is not None and training.template and side is not None and side.has_template:
-            trained = {name: training.template[name] for name in training.template if name in side.template.variables}
-        return {**trained, **(template or {})}
+        return in_force.variables(self.bundle, self.text_side, template, agents)
 
     def stream(
         self,
@@ -235,9 +166,10 @@ class AlignedDecoder:
         config = self.resolve(config or DecodeConfig())
         options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
         ids = self.encode(prompt, raw=raw, agents=config.agents, **options)
-        with self._cache.lock:
-            self._cache.owner = answer = object()
-        return _Locked(self._pieces(ids, config, answer, ids if continue_final_message else ()), self._cache.lock)
+        places = self.engine.places
+        with places.lock:
+            places.owner = owner = object()
+        return _Locked(self._pieces(ids, config, owner, ids if continue_final_message else ()), places.lock)
 
     def generate(
         self,
@@ -250,12 +182,52 @@ class AlignedDecoder:
     ) -> Generation:
         """Decode a whole answer; see `encode` for prompts. Threads that ask at the same time wait for each other."""
         result = None
-        with self._cache.lock:
+        with self.engine.places.lock:
             options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
             for piece in self.stream(prompt, config, raw=raw, **options):
                 result = piece.result
         assert result is not None  # at least one token is emitted, and the last piece carries the result
         return result
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        config: DecodeConfig | Sequence[DecodeConfig] | None = None,
+        *,
+        places: int = 8,
+        share: bool = True,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+    ) -> Iterator[tuple[int, Piece | MaraError]]:
+        """Decode several answers at once; see `encode` for prompts, and `stream` for the pieces of each.
+
+        Yields (index of the prompt, piece) as tokens come; in place of a piece, the error that ended that answer or
+        refused its prompt. config: one for all, or one per prompt. places: answers at once at most, each with its own
+        KV cache. share: prompts begin with what any cache holds of them; otherwise nothing from before takes part.
+        Raises OptionError, and EngineError where there is no room for the caches.
+        """
+        _check_places(places)
+        if config is None or isinstance(config, DecodeConfig):
+            configs = [self.resolve(config or DecodeConfig())] * len(prompts)
+        elif len(config) != len(prompts):
+            raise OptionError(f"config has {len(config)} entries, and there are {len(prompts)} prompts: give one each")
+        else:
+            configs = list(config)
+        options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
+        ready: list[tuple[int, list[int], DecodeConfig]] = []
+        refused: list[tuple[int, MaraError]] = []
+        for index, prompt in enumerate(prompts):
+            try:
+                resolved = self.resolve(configs[index])
+                ready.append((index, self.encode(prompt, raw=raw, agents=resolved.agents, **options), resolved))
+            except MaraError as error:
+                refused.append((index, error))
+        held = self.engine.places
+        with held.lock:
+            held.open(min(places, held.most, max(1, len(ready))))
+            held.owner = owner = object()
+        return _Locked(self._many(ready, refused, owner, share, continue_final_message), held.lock)
 
     def resolve(self, config: DecodeConfig) -> DecodeConfig:
         """The configuration with what it leaves to the bundle.
@@ -263,86 +235,86 @@ class AlignedDecoder:
         That is the agents, by default the bundle's first, and top-k, top-p and fallback as the first of them was
         trained. Raises OptionError for what the bundle does not allow or have.
         """
-        manifest = self.bundle.manifest
-        most = manifest.max_candidates
-        if config.top_k is not None and config.top_k > most and (config.align or config.sample):
-            raise OptionError(f"--top-k is {config.top_k}; this bundle allows 1 to {most} (--max-candidates at export)")
-        if config.stop and self.text_side is None:
-            raise OptionError("--stop needs text, and this bundle holds no tokenizer")
-        agent = self._leading(config.agents)
-        if agent is None and config.align:
-            raise OptionError(
-                f"{self.bundle.folder} has no agent: add one with mara-agent, or decode without: --no-align"
-            )
-        agents = config.agents or ({} if agent is None else {agent.name: 1.0})
-        for name in agents:
-            manifest.agent(name)
-        training = None if agent is None else agent.training
-        top_k, top_p = (TOP_K, TOP_P) if training is None else (training.top_k, training.top_p)
-        return replace(
-            config,
-            agents=agents or None,
-            top_k=min(top_k, most) if config.top_k is None else config.top_k,
-            top_p=top_p if config.top_p is None else config.top_p,
-            fallback=config.fallback or ("first" if agent is None else agent.fallback),
-        )
+        return in_force.resolve(self.bundle, config)
 
-    def _leading(self, agents: Iterable[str] | None) -> AgentFacts | None:
-        """The first of these agents, default the bundle's first; None: it has none. Raises OptionError."""
-        manifest = self.bundle.manifest
-        first = next(iter(agents or ()), None)
-        return manifest.agent(first) if first is not None else next(iter(manifest.agents), None)
+    # ── under the lock of the engine's places ────────────────────────────────────────────────────────────────────────
 
-    def _check_owner(self, answer: object) -> None:
-        if self._cache.owner is not answer:
-            raise MaraError("this answer cannot go on: another has begun on the same engine, which has one KV cache")
+    def _check_owner(self, owner: object) -> None:
+        if self.engine.places.owner is not owner:
+            raise MaraError("this answer cannot go on: another has begun on the same engine")
 
-    def _session(self, config: DecodeConfig) -> Session:
-        adaptive = config.schedule == "adaptive"
-        drafts = self._drafts if config.draft or (config.draft is None and adaptive) else None
-        noise = self.bundle.manifest.mixed_noise(config.agents or {})
-        return Session(self._cache, self._schedule(config), drafts, noise)
+    def _pieces(self, ids: list[int], config: DecodeConfig, owner: object, context: Sequence[int]) -> Iterator[Piece]:
+        self._check_owner(owner)  # before a measurement overwrites the cache of another answer
+        if config.align:
+            self.engine.use(tuple(config.agents or ()))
+        self._measure([config])
+        request, assembler = self._request(ids, config, context)
+        session = self._session(self.engine.places.seat(ids, self._places), request)
+        steps = decode(self.engine, session, request, assembler.stats)
+        result = None
+        while result is None:
+            self._check_owner(owner)
+            piece = assembler.piece(next(steps))
+            result = piece.result
+            yield piece
 
-    def _schedule(self, config: DecodeConfig) -> Schedule:
-        if config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample)):
-            if self._cost is None:
-                self._cost = measured_cost(self.bundle, self.engine, self._report)
-            return Adaptive(self._cost, self._acceptance[tuple(config.agents or ())])
-        return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
+    def _many(
+        self,
+        ready: Sequence[tuple[int, list[int], DecodeConfig]],
+        refused: Sequence[tuple[int, MaraError]],
+        owner: object,
+        share: bool,
+        continued: bool,
+    ) -> Iterator[tuple[int, Piece | MaraError]]:
+        yield from refused
+        self._check_owner(owner)
+        self._measure([config for _, _, config in ready])
+        batcher = Batcher(self.engine, partial(self._session, share=share), share=share)
+        asked = {}
+        for index, ids, config in ready:
+            request, assembler = self._request(ids, config, ids if continued else ())
+            asked[batcher.submit(request, assembler.stats)] = index, assembler
+        while batcher.busy:
+            self._check_owner(owner)
+            for job, event in batcher.step():
+                index, assembler = asked[job]
+                yield index, event if isinstance(event, MaraError) else assembler.piece(event)
 
-    def _pieces(self, ids: list[int], config: DecodeConfig, answer: object, context: Sequence[int]) -> Iterator[Piece]:
-        """Runs under the cache's lock."""
+    def _request(self, ids: list[int], config: DecodeConfig, context: Sequence[int]) -> tuple[Request, Assembler]:
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
-        request = Request(ids, config, config.fallback or "first", eos, limit)
-        stats = Stats()
-        self._check_owner(answer)  # before a measurement overwrites the cache of another answer
-        if config.align:
-            self.engine.use(tuple(config.agents or ()))
-        session = self._session(config)
-        stream = TextStream(self.text_side, config.stop, context) if self.text_side else None
-        emitted: list[int] = []
-        steps = decode(self.engine, session, request, stats)
-        while True:
-            self._check_owner(answer)
-            step = next(steps)
-            emitted.append(step.token)
-            text = stream.push(step.token) if stream else ""
-            ended = step.token in eos or (stream is not None and stream.stopped)
-            if not (ended or len(emitted) == limit):
-                yield Piece(text, step)
-                continue
-            text += stream.finish() if stream else ""
-            # text held back may contain a stop text that the last token's bytes completed
-            ended = ended or (stream is not None and stream.stopped)
-            result = Generation(
-                token_ids=emitted,
-                text=stream.text if stream else None,
-                finish_reason="stop" if ended else "length",
-                stats=stats,
-                engine={**self.engine.describe(), "declined": self.declined},
-                config=config,
-            )
-            yield Piece(text, step, result)
-            return
+        assembler = Assembler(config, limit, eos, self.text_side, context, self._describe)
+        return Request(ids, config, config.fallback or "first", eos, limit, assembler.ends), assembler
+
+    def _describe(self) -> dict[str, Any]:
+        return {**self.engine.describe(), "declined": self.declined}
+
+    def _session(self, place: int, request: Request, share: bool = True) -> Session:
+        config = request.config
+        drafts = None
+        if config.draft or (config.draft is None and config.schedule == "adaptive"):
+            drafts = self._drafts[place] if share else NGrams()
+        noise = self.bundle.manifest.mixed_noise(config.agents or {})
+        return Session(self.engine.places[place], self._schedule(config), drafts, noise, place=place)
+
+    def _measure(self, configs: Iterable[DecodeConfig]) -> None:
+        """Measure the cost of passes if one of these needs it."""
+        if self._cost is None and any(map(_adapts, configs)):
+            self._cost = measured_cost(self.bundle, self.engine, self._report)
+
+    def _schedule(self, config: DecodeConfig) -> Schedule:
+        if _adapts(config):
+            assert self._cost is not None  # measured before
+            return Adaptive(self._cost, self._acceptance[tuple(config.agents or ())])
+        return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
+
+
+def _adapts(config: DecodeConfig) -> bool:
+    """Whether there is anything for the adaptive schedule to choose."""
+    return config.schedule == "adaptive" and (config.align or (config.draft != 0 and not config.sample))
+
+
+def _check_places(places: int) -> None:
+    if places < 1:
+        raise OptionError(f"places is {places}; it must be at least 1")

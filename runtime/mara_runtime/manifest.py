@@ -98,11 +98,15 @@ class EngineFacts:
     slots: int
     """size of the KV cache, C, which is fixed in the file"""
     decode_rows: int
-    """most rows of a pass in the first optimisation profile"""
+    """most rows of a pass in the first optimisation profile, which is for one conversation"""
     prefill_rows: int
-    """most rows of a pass in the second"""
+    """most rows of a pass in the second, likewise"""
     head_rows: int
-    """most rows through the LM head in one pass, in both"""
+    """most rows of a conversation that go through the LM head in one pass"""
+    places: int
+    """most conversations in one pass; of more than one, in a third profile"""
+    shared_rows: int
+    """most rows of one of them there; of all, so many and `decode_rows`"""
     agents: int
     """most agents at once"""
     agent_widths: tuple[int, int]

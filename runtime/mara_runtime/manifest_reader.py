@@ -177,6 +177,8 @@ class _Reader(JsonReader):
             decode_rows=self.count(f"{path}.decode_rows"),
             prefill_rows=self.count(f"{path}.prefill_rows"),
             head_rows=self.count(f"{path}.head_rows"),
+            places=self.count(f"{path}.places"),
+            shared_rows=self.count(f"{path}.shared_rows"),
             agents=self.count(f"{path}.agents"),
             agent_widths=self._widths(f"{path}.agent_widths"),
             in_place=self.get(f"{path}.in_place", bool),

@@ -14,17 +14,24 @@ import numpy as np
 from mara_runtime.engines.base import Pass, StepOutput, is_finite
 from mara_runtime.engines.kv_cache import KVCache
 from mara_runtime.errors import NumericsError
+from mara_runtime.schedule.base import ALONE, Company
 from mara_runtime.tensors import PREFILL_ROWS
+
+SHARED_PREFILL_ROWS = 64
+"""Rows of one prefill pass while other conversations wait for it."""
 
 T = TypeVar("T")
 Passes = Generator[Pass, StepOutput, T]
 
 
-def fill(cache: KVCache, tokens: Sequence[int]) -> Passes[StepOutput]:
-    """Run what the cache lacks of `tokens`, at least the last one; returns the last output, of one head row."""
+def fill(cache: KVCache, tokens: Sequence[int], company: Company = ALONE) -> Passes[StepOutput]:
+    """Run what the cache lacks of `tokens`, at least the last one; returns the last output, of one head row.
+
+    company: conversations that wait for each of these passes.
+    """
     out: StepOutput
     while (start := len(cache.tokens)) < len(tokens):
-        chunk = tokens[start : start + PREFILL_ROWS]
+        chunk = tokens[start : start + (SHARED_PREFILL_ROWS if company.conversations else PREFILL_ROWS)]
         out = yield Pass.prefill(chunk, start, last=start + len(chunk) == len(tokens))
         cache.extend(chunk)
     return out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mara_runtime.candidates import Candidates
 
@@ -32,6 +33,8 @@ class Step:
     """all candidates were rejected, and the fallback was emitted"""
     drafted: bool = False
     """it was guessed, and confirmed"""
+    states: dict[int, NDArray[np.float32]] | None = None
+    """{LM rank: (D,) hidden state} of the examined candidates; None where they were not asked for"""
 
 
 @dataclass

@@ -1,25 +1,32 @@
 """Every tensor of the exported graphs: names, shapes, dtypes. Export, engines and tests take them from here.
 
 A bundle has one graph, the *step*: the LLM, its agents, the election among candidates, and the LM head on the rows that
-need it. Symbolic dimensions: S rows of one pass, C slots of the KV cache, N rows that the agents judge, H0 rows that go
-through the LM head whatever the agents decide, R rows that went through it, P = H0 + 1 rows of the outputs about them,
-A agents in memory, W1 and W2 the widths of their hidden layers. A row is a token; it has one KV slot and one position:
+need it. Symbolic dimensions: S rows of one pass, B conversations that share it, M rows at most of one of them, C slots
+of a conversation's KV cache, N rows that the agents judge, H0 rows that go through the LM head whatever the agents
+decide, R rows that went through it, P = H0 + B rows of the outputs about them, Q rows whose hidden states are returned,
+A agents in memory, W1 and W2 the widths of their hidden layers.
 
-    row i is written to slot `write_indices[0] + i`, rotated by `position_ids[0, i]`, and attends to the slots below
-    its position and to its own.
+A row is a token of one conversation; it has one KV slot there and one position. Everything but attention sees the rows
+as they come. For attention they take seats, M for each conversation:
 
-Slots and positions differ: sibling candidates share a position and occupy a slot each. A prompt or a draft has
-positions T, T+1, …, siblings have T, T, …, and one pass may contain both.
+    row i sits at `seats[0, i]` = b · M + m, as the m-th row of conversation b, and `grid[b, m]` = i;
+    it is written to slot `write_indices[b] + m` of b, rotated by `position_ids[0, i]`, and attends to the slots of b
+    below its position and to its own.
+
+Where a conversation has fewer rows than M, `grid` names any row of its own. Slots and positions differ: sibling
+candidates share a position and occupy a slot each. A prompt or a draft has positions T, T+1, …, siblings have T, T, …,
+and one pass may contain both.
 
 Agents are data: the graph takes the weights of A of them, stacked, and for each row that they judge a mix. A row's
 margin is the sum of the agents' margins, each times its part of the mix; a part of 0 leaves an agent out.
 
-The election: among the judged rows whose margin exceeds `threshold`, the one with the greatest
-`priorities + margin_weight * margins`; a priority of -inf excludes a row. If there is none, the fallback row, unless
-that is -1. The elected row is appended to `head_rows`; `rows` returns all that went through the head. For each of them
-the graph returns its `TOP` most likely tokens, and the log of the sum of all exponentials: log-probability = logit -
-log_normaliser. Where no row is elected, the last of `rows` is -1 and the other outputs of that row are undefined:
-output sizes are known in advance, so nothing is allocated during a pass.
+The election of a conversation: among the judged rows whose margin exceeds `threshold`, the one with the greatest
+`priorities + margin_weight * margins`; a priority of -inf excludes a row, as it does those of other conversations. If
+there is none, the fallback row, unless that is -1. The elected rows are appended to `head_rows`, in the order of the
+conversations; `rows` returns all that went through the head. For each of them the graph returns its `TOP` most likely
+tokens, and the log of the sum of all exponentials: log-probability = logit - log_normaliser. Where a conversation
+elects no row, there is a -1 among the last B of `rows`, in its place or behind them all, and the other outputs there
+are undefined: output sizes are known in advance, so nothing is allocated during a pass.
 """
 
 from __future__ import annotations
@@ -30,8 +37,11 @@ from dataclasses import dataclass
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
 WRITE_INDICES = "write_indices"
+GRID = "grid"
+SEATS = "seats"
 HEAD_ROWS = "head_rows"
 AGENT_ROWS = "agent_rows"
+HIDDEN_ROWS = "hidden_rows"
 AGENT_MIX = "agent_mix"
 PRIORITIES = "priorities"
 MARGIN_WEIGHT = "margin_weight"
@@ -111,7 +121,7 @@ def spare_slots(max_candidates: int) -> int:
 
 
 def llm_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
-    """Inputs of the traced LLM, in order."""
+    """Inputs of the traced LLM, in order: of one conversation."""
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
         Tensor(POSITION_IDS, "int64", (1, "S")),
@@ -163,31 +173,36 @@ def pass_inputs() -> list[Tensor]:
     return [
         Tensor(INPUT_IDS, "int64", (1, "S")),
         Tensor(POSITION_IDS, "int64", (1, "S")),
-        Tensor(WRITE_INDICES, "int64", (1,)),
+        Tensor(WRITE_INDICES, "int64", ("B",)),
+        Tensor(GRID, "int64", ("B", "M")),
+        Tensor(SEATS, "int64", (1, "S")),
         Tensor(HEAD_ROWS, "int64", ("H0",)),
         Tensor(AGENT_ROWS, "int64", ("N",)),
+        Tensor(HIDDEN_ROWS, "int64", ("Q",)),
         Tensor(AGENT_MIX, "float32", ("A", "N")),
-        Tensor(PRIORITIES, "float32", ("N",)),
-        Tensor(MARGIN_WEIGHT, "float32", (1,)),
-        Tensor(THRESHOLD, "float32", (1,)),
-        Tensor(FALLBACK_ROW, "int64", (1,)),
+        Tensor(PRIORITIES, "float32", ("B", "N")),
+        Tensor(MARGIN_WEIGHT, "float32", ("B", 1)),
+        Tensor(THRESHOLD, "float32", ("B", 1)),
+        Tensor(FALLBACK_ROW, "int64", ("B",)),
     ]
 
 
 def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
     """Inputs of `step.onnx`, in order. cache: type of the KV cache, one of CACHE_BYTES."""
-    return [*pass_inputs(), *agent_weights(shape.hidden_size), *_cache(shape, 0, cache)]
+    return [*pass_inputs(), *agent_weights(shape.hidden_size), *_cache(shape, 0, cache, "B")]
 
 
 def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Tensor]:
-    """Outputs of `step.onnx`, in order. Hidden states and logits are copied to the host only for full passes."""
+    """Outputs of `step.onnx`, in order. Hidden states and logits are copied to the host only where a pass asks."""
     return [
         Tensor(MARGINS, "float32", ("N",)),
         Tensor(ROWS, "int64", ("P",)),
         Tensor(TOP_IDS, "int64", ("P", top)),
         Tensor(TOP_LOGITS, "float32", ("P", top)),
         Tensor(LOG_NORMALISER, "float32", ("P",)),
-        *llm_outputs(shape, cache),
+        Tensor(LOGITS, "float32", ("R", shape.vocab_size)),
+        Tensor(LAST_HIDDEN_STATE, "float32", ("Q", shape.hidden_size)),
+        *_cache(shape, 1, cache, "B"),
     ]
 
 
@@ -196,8 +211,8 @@ def top_tokens(max_candidates: int, vocab_size: int) -> int:
     return min(max_candidates + TOP_SPARE, vocab_size)
 
 
-def _cache(shape: ModelShape, side: int, dtype: str) -> list[Tensor]:
-    size = (1, shape.num_kv_heads, "C", shape.head_dim)
+def _cache(shape: ModelShape, side: int, dtype: str, conversations: int | str = 1) -> list[Tensor]:
+    size = (conversations, shape.num_kv_heads, "C", shape.head_dim)
     return [Tensor(names[side], dtype, size) for names in kv_names(shape.num_layers)]
 
 

@@ -92,7 +92,7 @@ def passes(bundle: Bundle) -> Any:
     return {
         "graphs": engines["graphs"].describe()["cuda_graphs"],
         "nodes": profiled.nodes(),
-        "entries": engines["eager"].memory.values[0].tensor_size_in_bytes(),
+        "entries": engines["eager"].memory.bank.slab.values[0].tensor_size_in_bytes(),
     }
 
 

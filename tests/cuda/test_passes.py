@@ -22,7 +22,7 @@ CASES = [
     *(("demo", precision, capability) for precision in ("fp16", "int8", "int4") for capability in CAPABILITIES),
     *((architecture, "fp16", 87) for architecture in ("qwen3", "llama", "mistral")),
 ]
-LAUNCHES_OF_A_LAYER, OTHER_LAUNCHES = 24, 55
+LAUNCHES_OF_A_LAYER, OTHER_LAUNCHES = 26, 65
 """At most, kernels and calls of cuBLAS."""
 WAITS = 3
 """At most, of a pass: after its upload, its run and its download."""
@@ -65,7 +65,7 @@ def test_every_node_runs_on_cuda_but_a_few_of_shapes(result: Result) -> None:
     assert not [name for _, operator, name in nodes if operator.startswith("Memcpy")]
     on_cpu = [(operator, name) for provider, operator, name in nodes if provider == "CPUExecutionProvider"]
     assert [name for operator, name in on_cpu if operator not in SHAPE_OPS] == []
-    assert len(on_cpu) <= 12
+    assert len(on_cpu) <= 14
 
 
 def test_inputs_and_outputs_take_one_copy_each(result: Result) -> None:

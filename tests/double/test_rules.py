@@ -7,15 +7,21 @@ from typing import Any
 import pytest
 
 from mara_runtime.engines.io_block import Sizes
-from mara_runtime.tensors import agent_weights
+from mara_runtime.tensors import step_inputs
 from tests.double import RULES, Broken
 from tests.double.machine import Machine, write_engine
 from tests.unit.written_model import SHAPE, SLOTS, write_bundle
 
-MOST = {"decode_rows": 8, "prefill_rows": 16, "head_rows": 4, "agents": 2, "agent_widths": (3, 2)}
-ROWS = {"input_ids": (1, 2), "position_ids": (1, 2), "head_rows": (1,), "agent_rows": (1,), "priorities": (1,)}
-AGENTS = Sizes(2, 1, 1, 1, (3, 2))
-SMALL = {**ROWS, "agent_mix": (1, 1), **{t.name: AGENTS.of(t.shape) for t in agent_weights(SHAPE.hidden_size)}}
+MOST = {"decode_rows": 8, "prefill_rows": 16, "head_rows": 4, "places": 3, "shared_rows": 4}
+AGENTS = {"agents": 2, "agent_widths": (3, 2)}
+SMALL = Sizes(conversations=1, width=2, rows=2, heads=1, asked=1, shown=1, agents=1, widths=(3, 2))
+SHARED = SMALL._replace(conversations=2)
+SHARED_MOST = MOST["shared_rows"] + MOST["decode_rows"]
+BEYOND: list[dict[str, int]] = [
+    *({"conversations": count} for count in (1, MOST["places"] + 1)),
+    *({"width": MOST["shared_rows"] + 1}, {"rows": SHARED_MOST + 1}, {"asked": SHARED_MOST + 1}),
+    *({"heads": MOST["places"] * MOST["head_rows"] + 1}, {"shown": 2}),
+]
 PAST, PRESENT = "past_key_values.0.key", "present.0.key"
 
 
@@ -25,7 +31,7 @@ class Program:
     def __init__(self, folder: Path, **options: Any) -> None:
         write_bundle(folder, always_head=True)
         options = {"in_place": True, **options}
-        write_engine(folder / "x.engine", folder / "step.onnx", slots=SLOTS, **MOST, **options)
+        write_engine(folder / "x.engine", folder / "step.onnx", slots=SLOTS, **MOST, **AGENTS, **options)
         self.machine = Machine()
         self.cuda, self.trt = self.machine.cuda, self.machine.trt
         self.stream = int(self.cuda.cudaStreamCreateWithFlags(1)[1])
@@ -33,13 +39,14 @@ class Program:
         self.engine = self.runtime.deserialize_cuda_engine((folder / "x.engine").read_bytes())
         self.host = self.cuda.cudaMallocHost(64)[1]
 
-    def context(self, profile: int = 0) -> Any:
+    def context(self, profile: int = 0, sizes: Sizes = SMALL) -> Any:
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(strategy)
         context.set_device_memory(self.allocate(4096), 4096)
         context.set_optimization_profile_async(profile, self.stream)
-        for name, shape in SMALL.items():
-            context.set_input_shape(name, shape)
+        for tensor in step_inputs(SHAPE):
+            shape = sizes.of([SLOTS if size == "C" else size for size in tensor.shape])
+            context.set_input_shape(tensor.name, shape)
         for i in range(self.engine.num_io_tensors):
             context.set_tensor_address(self.engine.get_tensor_name(i), self.allocate(1 << 14))
         for part in ("key", "value"):
@@ -103,6 +110,11 @@ def run_after(change: Callable[[Program, Any], object]) -> Callable[[Program], N
     return program
 
 
+def shared(**sizes: int) -> Callable[[Program], None]:
+    """A pass of several conversations with other sizes than those that the third profile takes."""
+    return lambda p: p.context(2, SHARED._replace(**sizes)) and None
+
+
 def captured(call: Callable[[Program], object]) -> Callable[[Program], None]:
     def program(p: Program) -> None:
         p.begin()
@@ -156,6 +168,10 @@ PROGRAMS: list[tuple[str, Callable[[Program], None]]] = [
     ("profile", run_after(lambda p, c: c.set_input_shape("head_rows", (5,)))),
     ("profile", run_after(lambda p, c: c.set_input_shape("agent_rows", (0,)))),
     ("profile", run_after(lambda p, c: c.set_input_shape("agent_mix", (3, 1)))),
+    ("profile", run_after(lambda p, c: c.set_input_shape("grid", (2, 2)))),
+    ("profile", run_after(lambda p, c: c.set_input_shape("hidden_rows", (9,)))),
+    ("profile", run_after(lambda p, c: c.set_input_shape(PAST, (2, 1, SLOTS, 4)))),
+    *[("profile", shared(**beyond)) for beyond in BEYOND],
     ("static capacity", run_after(lambda p, c: c.set_input_shape("agents.0.weight", (1, 2, 4)))),
     ("profile first", run_after(lambda p, c: c.set_optimization_profile_async(1, p.stream))),
     ("addresses", run_after(lambda p, c: c._addresses.pop("margins"))),
@@ -194,6 +210,15 @@ def test_a_rule_that_is_broken_is_named(tmp_path: Path, rule: str, program: Call
 
 def test_every_rule_has_a_program_that_breaks_it() -> None:
     assert {rule for rule, _ in PROGRAMS} == set(RULES)
+
+
+def test_a_pass_of_several_conversations_within_the_bounds_runs(tmp_path: Path) -> None:
+    p = Program(tmp_path)
+    most = SHARED._replace(conversations=3, width=4, rows=12, heads=12, asked=12)
+    for sizes in (SHARED, most):
+        context = p.context(2, sizes)
+        context.set_tensor_address("logits", p.allocate(1 << 16))
+        p.run(context)
 
 
 def test_two_sides_must_not_share_memory(tmp_path: Path) -> None:

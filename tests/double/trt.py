@@ -128,14 +128,22 @@ class ICudaEngine:
 
     @property
     def num_optimization_profiles(self) -> int:
-        return int(self._facts.get("profiles", 2))
+        return int(self._facts.get("profiles", 3 if self._facts["places"] > 1 else 2))
 
-    def bounds(self, profile: int, name: str) -> tuple[int | None, ...]:
-        """The most of each size of an input in a profile; None: it is fixed."""
-        rows = self._facts["prefill_rows" if profile else "decode_rows"]
-        most = {"S": rows, "N": rows, "H0": self._facts["head_rows"], "A": self._facts["agents"]}
+    def bounds(self, profile: int, name: str) -> list[tuple[int, int] | None]:
+        """The least and the most of each size of an input in a profile; None: it is fixed."""
+        facts, one = self._facts, (1, 1)
+        if profile < 2:
+            rows = 1, facts["prefill_rows" if profile else "decode_rows"]
+            sizes = {"B": one, "M": rows, "S": rows, "N": rows, "Q": rows, "H0": (1, facts["head_rows"])}
+        else:
+            places, width = facts["places"], facts["shared_rows"]
+            rows = width + facts["decode_rows"]
+            sizes = {"B": (2, places), "M": (1, width), "S": (2, rows), "N": (1, rows), "Q": one}
+            sizes["H0"] = 1, places * facts["head_rows"]
+        sizes["A"] = 1, facts["agents"]
         shapes = {tensor.name: tensor.shape for tensor in self.session.get_inputs()}
-        return tuple(most.get(size) for size in shapes[name])
+        return [sizes.get(size) for size in shapes[name]]
 
     def get_weight_streaming_automatic_budget(self) -> int:
         return self._trt.automatic_budget

@@ -81,9 +81,9 @@ class IExecutionContext:
         fixed = self.engine.get_tensor_shape(name)
         if len(shape) != len(fixed) or any(want not in (-1, size) for want, size in zip(fixed, shape, strict=True)):
             raise Broken("static capacity", f"{name} is {fixed} and was set to {shape}")
-        most = self.engine.bounds(self._profile, name)
-        if not all(1 <= size <= bound for size, bound in zip(shape, most, strict=True) if bound is not None):
-            raise Broken("profile", f"{name} {shape} is not within 1 … {most} of profile {self._profile}")
+        bounds = self.engine.bounds(self._profile, name)
+        if not all(bound is None or bound[0] <= n <= bound[1] for n, bound in zip(shape, bounds, strict=True)):
+            raise Broken("profile", f"{name} {shape} is not within {bounds} of profile {self._profile}")
         if self._shapes.get(name) != shape:
             self._shapes[name] = shape
             self._warm = False
@@ -146,7 +146,7 @@ class IExecutionContext:
                 shapes[name] = self._shapes.get(name, fixed)
         for tensor in engine.session.get_inputs():
             symbols.update({d: n for d, n in zip(tensor.shape, shapes[tensor.name], strict=True) if isinstance(d, str)})
-        symbols["P"] = symbols["R"] = symbols["H0"] + 1
+        symbols["P"] = symbols["R"] = symbols["H0"] + symbols["B"]
         for tensor in engine.session.get_outputs():
             shapes[tensor.name] = tuple(symbols[d] if isinstance(d, str) else d for d in tensor.shape)
         for name in names:

@@ -59,12 +59,12 @@ def rotate_by_slot(model: onnx.ModelProto) -> None:
             node.input[:] = ["t/positions" if name == tensors.POSITION_IDS else name for name in node.input]
     assert any("t/positions" in node.input for node in rest)
     by_slot = [
-        helper.make_node("Shape", [tensors.INPUT_IDS], ["t/rows"], "t/rows", start=1, end=2),
-        *(constant(f"t/{name}", value) for name, value in (("zero", 0), ("one", 1), ("axis", [0]))),
-        helper.make_node("Squeeze", ["t/rows", "t/axis"], ["t/count"], "t/count"),
-        helper.make_node("Range", ["t/zero", "t/count", "t/one"], ["t/range"], "t/range"),
-        helper.make_node("Add", ["t/range", tensors.WRITE_INDICES], ["t/slots"], "t/slots"),
-        helper.make_node("Unsqueeze", ["t/slots", "t/axis"], ["t/positions"], "t/positions"),
+        helper.make_node("Shape", [tensors.GRID], ["t/width"], "t/width", start=1, end=2),
+        helper.make_node("Div", [tensors.SEATS, "t/width"], ["t/conversation"], "t/conversation"),
+        helper.make_node("Mul", ["t/conversation", "t/width"], ["t/first"], "t/first"),
+        helper.make_node("Sub", [tensors.SEATS, "t/first"], ["t/number"], "t/number"),
+        helper.make_node("Gather", [tensors.WRITE_INDICES, "t/conversation"], ["t/start"], "t/start"),
+        helper.make_node("Add", ["t/start", "t/number"], ["t/positions"], "t/positions"),
     ]
     del graph.node[:]
     graph.node.extend([*by_slot, *rest])
@@ -73,7 +73,7 @@ def rotate_by_slot(model: onnx.ModelProto) -> None:
 def before_the_norm(model: onnx.ModelProto) -> None:
     """Hand the agent the state that goes into the final norm; the logits stay right."""
     graph = model.graph
-    normed = {tensors.LAST_HIDDEN_STATE: "t/hidden"}
+    normed = {"step/hidden": "t/hidden"}
     for node in graph.node:
         if not node.name.startswith("step/"):
             node.input[:] = [normed.get(name, name) for name in node.input]
@@ -85,7 +85,7 @@ def before_the_norm(model: onnx.ModelProto) -> None:
     else:
         (state,) = {name for name in first.input if name not in weights}
     place = next(i for i, node in enumerate(graph.node) if "t/hidden" in node.output)
-    graph.node.insert(place + 1, helper.make_node("Identity", [state], [tensors.LAST_HIDDEN_STATE], "t/before"))
+    graph.node.insert(place + 1, helper.make_node("Identity", [state], ["step/hidden"], "t/before"))
 
 
 def swap_two_tokens(model: onnx.ModelProto) -> None:
@@ -102,6 +102,30 @@ def siblings_see_each_other(model: onnx.ModelProto) -> None:
     """Those in later slots the ones before them: by slot, where a row sees by position."""
     (own,) = [node for node in model.graph.node if is_mask(node) and node.op_type == "Equal"]
     own.op_type = "LessOrEqual"
+
+
+def conversations_written_from_one_slot(model: onnx.ModelProto) -> None:
+    """All of them from the first one's: where several share a pass, only the first is right."""
+    nodes = [node for node in model.graph.node if tensors.WRITE_INDICES in node.input]
+    assert nodes
+    for node in nodes:
+        node.input[:] = ["t/starts" if name == tensors.WRITE_INDICES else name for name in node.input]
+    model.graph.node.insert(0, constant("t/axis", [0]))
+    model.graph.node.insert(1, constant("t/one", [1]))
+    ends = ["t/axis", "t/one", "t/axis"]
+    model.graph.node.insert(2, helper.make_node("Slice", [tensors.WRITE_INDICES, *ends], ["t/first"], "t/first"))
+    model.graph.node.insert(3, helper.make_node("Shape", [tensors.WRITE_INDICES], ["t/count"], "t/count"))
+    model.graph.node.insert(4, helper.make_node("Expand", ["t/first", "t/count"], ["t/starts"], "t/starts"))
+
+
+def rows_seated_with_others(model: onnx.ModelProto) -> None:
+    """What attention returns to the rows of a pass, as if all were the first conversation's: by number, not by seat."""
+    nodes = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] == tensors.SEATS]
+    assert nodes
+    for node in nodes:
+        node.input[1] = "t/numbers"
+    model.graph.node.insert(0, helper.make_node("Shape", [tensors.GRID], ["t/most"], "t/most", start=1, end=2))
+    model.graph.node.insert(1, helper.make_node("Mod", [tensors.SEATS, "t/most"], ["t/numbers"], "t/numbers"))
 
 
 def a_row_does_not_see_itself(model: onnx.ModelProto) -> None:
@@ -138,6 +162,8 @@ DAMAGES = {
     "before the norm": before_the_norm,
     "two tokens": swap_two_tokens,
     "siblings see each other": siblings_see_each_other,
+    "conversations written from one slot": conversations_written_from_one_slot,
+    "rows seated with others": rows_seated_with_others,
     "a row does not see itself": a_row_does_not_see_itself,
     "first token unseen": mask_inverted_at(0),
     "a later token seen by the wrong rows": mask_inverted_at(3),

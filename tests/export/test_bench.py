@@ -64,6 +64,9 @@ def test_it_measures_itself(bench):
         assert 0 <= aligned["host_share"] < 1
         expected = plain["passes_per_token"] / serial["passes_per_token"]
         assert serial["expected_ratio"] == pytest.approx(expected, rel=0.5)
+    for way in ("plain", "aligned"):
+        assert found["conversations"]["mara"][way]["1"]["ratio"]["median"] == 1.0
+        assert found["conversations"]["mara"][way]["8"]["tokens_per_second"]["median"] > 0
     for words in ("plain greedy step", "peak memory", "a pass by its rows", "synthetic acceptance 5: "):
         assert words in done.out
 
@@ -80,6 +83,21 @@ def test_aligned_decoding_is_compared_with_a_peer_s_plain_steps(bench, peer):
         for way, ratio in against.items():  # an answer's first token comes from its prompt: the others are compared
             ours_ms = (tokens - 1) / profile["ways"][way]["tokens_per_second"] * 1e3
             assert ratio["median"] == pytest.approx((tokens - 1) * step_ms / ours_ms)
+
+
+def test_several_conversations_are_compared_with_one_and_with_a_peer(bench, bundle, command, peer):
+    several = peer("several", '{"tokens": 8, "ms": 16.0 / request["conversations"]}', conversations=3)
+    single = peer("single", None)
+    options = ("--measure", "conversations", "--conversations", "2,4")
+    done = bench(*options, "--peer", several, "--peer", single)
+    found = figures(done)["conversations"]
+    assert {name: set(ways) for name, ways in found.items()} == {"mara": {"plain", "aligned"}, "several": {"plain"}}
+    assert set(found["mara"]["plain"]) == {"1", "2", "4"}
+    medians = {n: [values[key]["median"] for key in values] for n, values in found["several"]["plain"].items()}
+    assert medians == {"1": [500.0, 1.0], "2": [1000.0, 2.0]}
+    assert "without 4: it holds 3 at once" in done.out
+    full = command("bench", bundle("demo"), "--rounds", 1, "--tokens", 2, "--context", 253, "--quiet", *options)
+    assert full.refusal("mara-bench").startswith("mara: 4 conversations of 253 tokens: the bundle has no room")
 
 
 def test_a_peer_that_examines_one_candidate_at_a_time_is_compared_with_aligned_decoding(bench, peer):

@@ -127,6 +127,24 @@ def test_a_prompt_is_the_same_however_it_is_given(tokens, bundle) -> None:
     assert len({tuple(answer) for answer in (chat, raw, brief, tokens(stdin="Other"))}) == 4
 
 
+def test_the_prompts_of_a_file_are_answered_at_once_as_each_is_alone(command, bundle, run, tokens, tmp_path) -> None:
+    file = tmp_path / "prompts.json"
+    asked = [HELLO, "日本語", [{"role": "user", "content": "Other"}], "One?", "Two?"]
+    file.write_text(json.dumps([*asked, HELLO]))
+    outcome = run("--prompts", file, "--conversations", 3, "--jsonl", "--max-new-tokens", 24)
+    assert outcome.err == "mara-run: prompts.json repeats prompts: each is asked once\n"
+    found = sorted(map(json.loads, outcome.out.splitlines()), key=lambda answer: answer["index"])
+    assert [answer["prompt"] for answer in found] == asked
+    assert list(found[0]) == ["index", "prompt", *RESULT_KEYS]
+    alone = [tokens("--prompt", text) for text in (HELLO, "日本語", "Other", "One?", "Two?")]
+    assert [answer["token_ids"] for answer in found] == alone
+
+    file.write_text(json.dumps([HELLO, "long " * 300]))
+    outcome = command("run", bundle("qwen2"), "--threads", 1, "--prompts", file, "--jsonl", "--max-new-tokens", 2)
+    assert (outcome.code, json.loads(outcome.out.splitlines()[0])["index"]) == (1, 1)
+    assert "tokens; this bundle holds" in outcome.out
+
+
 def test_variables_reach_the_chat_template(result, bundle_copy) -> None:
     folder = bundle_copy()
     (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{% if loud %}!{% endif %}")

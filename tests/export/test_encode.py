@@ -102,8 +102,8 @@ def test_training_and_evaluation_ask_what_mara_run_asks(checkpoint, bundle, comm
     kept = [
         json.loads(line)["key"] for line in (tmp_path / "out" / "answers" / "greedy.jsonl").read_text().splitlines()[1:]
     ]
-    assert kept[:2] == [rows[0], "Translate:\nHund "]
-    assert json.loads(kept[4]) == rows[4]
+    assert {rows[0], "Translate:\nHund "} <= {*kept}  # in the order in which answers were finished
+    assert rows[4] in [json.loads(key) for key in kept if key.startswith("[")]
     line = command("eval", bundle("qwen2"), "--prompts", file, "--score", "demo", "--raw", *few).refusal("mara-eval")
     assert line.startswith("prompt 3: a conversation needs the chat template, which raw text leaves out; or skip")
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from mara_deploy.commands.scoring import ScoreOption, judges
 from mara_deploy.demo import MODEL_FOLDER
 from mara_deploy.demo.prompts import prompts
-from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat
+from mara_deploy.evaluate.answers import Answer, AnswerSource, BundleAnswers, PromptFormat
 from mara_deploy.evaluate.checkpoint import CheckpointAnswers
 from mara_deploy.files import run_lock
 from mara_deploy.scores import load
@@ -125,13 +125,19 @@ def test_a_checkpoint_decodes_like_a_bundle_whatever_its_generation_config(check
     plain = DecodeConfig(max_new_tokens=40, align=False)
     decoder = AlignedDecoder(bundle("qwen2"), threads=1)
     theirs = CheckpointAnswers(str(folder), plain, PromptFormat())
-    ours = BundleAnswers("greedy", decoder, plain, PromptFormat())
+    ours = BundleAnswers("greedy", decoder, plain, PromptFormat(), conversations=4)
     prompts = [f"Tell me about number {i}." for i in range(24)]
     ends = {decoder.generate(prompt, plain).token_ids[-1]: prompt for prompt in prompts}
     assert ends.keys() > set(checkpoints.EOS_IDS)  # each of the two ids ends an answer, and some answers are truncated
-    for prompt in (*(ends[token] for token in checkpoints.EOS_IDS), *prompts[:4]):
-        (a,), (b,) = theirs(prompt), ours(prompt)
+    asked = [*(ends[token] for token in checkpoints.EOS_IDS), *prompts[:4]]
+    for a, b in zip(answered(theirs, *asked), answered(ours, *asked), strict=True):
         assert (a.text, a.tokens, a.finish_reason) == (b.text, b.tokens, b.finish_reason)
+
+
+def answered(source: AnswerSource, *prompts: str) -> list[Answer]:
+    """One answer to each prompt."""
+    found = dict(source(prompts))
+    return [found[index][0] for index in range(len(prompts))]
 
 
 def answers_of(folder: Path, *, raw: bool = False, **options: Any) -> CheckpointAnswers:
@@ -144,12 +150,12 @@ def test_a_checkpoint_samples_reproducibly_from_the_candidates(checkpoint):
         for options in ({}, {"sample": True, "top_k": 1}, {"sample": True, "top_p": 1.0, "temperature": 3.0})
     )
     prompts = ["One", "Two", "Three"]
-    assert [narrow(p) for p in prompts] == [best(p) for p in prompts]
+    assert answered(narrow, *prompts) == answered(best, *prompts)
     state = torch.get_rng_state()
-    first = [wide(p) for p in prompts]
+    first = answered(wide, *prompts)
     assert torch.equal(torch.get_rng_state(), state)
     wide.close()  # a later call loads the model again
-    assert first == [wide(p) for p in prompts] != [best(p) for p in prompts]
+    assert first == answered(wide, *prompts) != answered(best, *prompts)
 
 
 def test_a_baseline_without_a_chat_template_is_a_caution(evaluate, tmp_path):
@@ -169,12 +175,12 @@ def test_a_baseline_without_a_chat_template_is_a_caution(evaluate, tmp_path):
 
 def test_stop_texts_and_the_context_end_a_checkpoints_answer(checkpoint):
     folder = checkpoint("mistral")
-    (whole,) = answers_of(folder, max_new_tokens=30)("One")
+    (whole,) = answered(answers_of(folder, max_new_tokens=30), "One")
     stop = whole.text[4:6]
-    (cut,) = answers_of(folder, max_new_tokens=30, stop=(stop,))("One")
+    (cut,) = answered(answers_of(folder, max_new_tokens=30, stop=(stop,)), "One")
     assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
     long = answers_of(folder, raw=True, max_new_tokens=10_000)
-    (most,) = long("a b c d e f g h " * 30)
+    (most,) = answered(long, "a b c d e f g h " * 30)
     assert most.tokens < 512
     with pytest.raises(MaraError, match=r"the prompt has \d+ tokens; mistral has a context of 512"):
         long.check("a b c d e f g h " * 60)

@@ -23,8 +23,8 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from mara_runtime.engines import ort as ort_engine
 from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_banks import CpuPlace
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
-from mara_runtime.engines.ort_memory import CpuMemory
 from mara_runtime.schedule.base import PassContext, PassPlan
 from mara_runtime.stats import Step
 from tests import checkpoints, oracle
@@ -219,7 +219,7 @@ def test_the_cuda_engine_recomputes_entries_and_moves_none(answers, bundle, monk
     """On the CPU provider."""
     monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(CudaMemory, "device", "cpu")
-    monkeypatch.setattr(CpuMemory, "move", None)
+    monkeypatch.setattr(CpuPlace, "move", None)
     opened = Bundle.open(bundle("llama", "ort"))
     decoder = AlignedDecoder(opened, engine=CudaEngine(opened, 1))
     config = DecodeConfig(**OPTIONS, schedule="together")
@@ -229,10 +229,10 @@ def test_the_cuda_engine_recomputes_entries_and_moves_none(answers, bundle, monk
 def test_the_comparison_notices_siblings_that_attend_to_each_other(answers, decoder, monkeypatch):
     honest = CpuEngine.run
 
-    def leaky(engine, work):
+    def leaky(engine, work, place=0):
         if len(set(work.positions)) == 1:  # siblings, run as a chain
             work = replace(work, positions=range(work.positions[0], work.positions[0] + len(work.tokens)))
-        return honest(engine, work)
+        return honest(engine, work, place)
 
     product, cases = decoder("llama", "ort"), answers("llama", **OPTIONS)
     monkeypatch.setattr(CpuEngine, "run", leaky)

@@ -142,12 +142,13 @@ def test_the_cache_that_is_given_stays_as_it_is(graphs, reference) -> None:
     """Two buffers may change places: present holds what is new and all that past holds, which stays."""
     model, shape = graphs("qwen3", "fp32"), model_shape(reference("qwen3").config)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    slot, sizes = 5, {"S": 3, "C": 12, "H0": 1, "N": 1, "A": 2, "W1": 3, "W2": 4}
+    slot, sizes = 5, {"S": 3, "C": 12, "H0": 1, "N": 1, "Q": 1, "A": 2, "B": 1, "M": 3, "W1": 3, "W2": 4}
     rng, feeds = np.random.default_rng(0), {}
     for tensor in tensors.step_inputs(shape):
         size = [sizes.get(n, n) if isinstance(n, str) else n for n in tensor.shape]
         feeds[tensor.name] = rng.integers(0, 3, size).astype(tensor.dtype)
     feeds |= {tensors.WRITE_INDICES: np.array([slot]), tensors.POSITION_IDS: np.array([[5, 5, 6]])}
+    feeds |= {name: np.arange(3)[None] for name in (tensors.GRID, tensors.SEATS)}
     before = {name: array.copy() for name, array in feeds.items()}
     names = tensors.kv_names(shape.num_layers)
     written = slice(slot, slot + sizes["S"])

@@ -27,7 +27,7 @@ from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import open_engine
-from mara_runtime.engines.ort_memory import CpuMemory
+from mara_runtime.engines.ort_banks import CpuMemory
 from mara_runtime.tensors import spare_slots
 from tests.checkpoints import named
 
@@ -69,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Bundle
         options = ExportOptions(target=target, precision=precision, lowering=lowering, **sizes, gate=False)
         out = root / f"{name}-{target}-{precision}-{lowering}-{context}"
         bundle = finish(traced(name, context), options, out)
-        return bundle, Setting(target, precision, context, CANDIDATES, lowering)
+        return bundle, Setting(target, precision, context, CANDIDATES, lowering=lowering)
 
     return lambda name, target, precision, lowering, context=256: make(name, target, precision, lowering, context)
 
@@ -99,7 +99,7 @@ def test_the_cache_is_what_an_engine_allocates(made):
     capacity = open_engine(bundle, "cpu", 1)[0].cache.capacity
     assert capacity == setting.slots == 256 + spare_slots(CANDIDATES)
     cache = CpuMemory(bundle.manifest.model.shape, "float32", capacity)
-    cache.grow(capacity)
+    cache.place(0).grow(capacity)
     assert cache.entries.nbytes == estimate(decoder_of(bundle), setting).kv_bytes
 
 

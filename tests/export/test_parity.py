@@ -66,7 +66,7 @@ def gate(bundle, traced, tmp_path) -> Callable[..., list[str]]:
 def compared(bundle: Bundle, cases: Sequence[parity.Case], gate: parity.Gate, engine: type = CpuEngine) -> list[str]:
     opened = engine(bundle, threads=1)
     opened.use([agent.name for agent in bundle.manifest.agents])
-    sides = [parity.run_engine(opened, case, 1) for case in cases]
+    sides = [*parity.run_engine(opened, cases, 1)]
     return parity.compare(cases, sides, gate).failures + parity.compare_agent(cases, sides, 0, gate).failures
 
 

@@ -199,7 +199,7 @@ def test_rows_move_by_less_than_the_recorded_noise_where_levels_flip(traced, tmp
     engine = CpuEngine(finish(traced("qwen2"), options, tmp_path / "out"), threads=1)
     cases = traced("qwen2").reference.cases
     engine.use([traced("qwen2").agents[0].name])
-    sides = [parity.run_engine(engine, case, 1, parity.perturber(engine)) for case in cases]
+    sides = [*parity.run_engine(engine, cases, 1, parity.perturber(engine))]
     gate = parity.GATES[precision]
     recorded = {"logits": parity.compare(cases, sides, gate), "margins": agent_report(cases, sides, gate)}
     generator = np.random.default_rng(1)

@@ -143,7 +143,7 @@ def test_a_moved_entry_continues_the_sequence(pair: Pair) -> None:
     pair.prefill()
     pair.evaluate(siblings, [LENGTH] * len(siblings), LENGTH)
     for index in (2, 1, 3):  # the moved one stays where it was: a move is a copy
-        pair.engine.memory.move(0, LENGTH + index, LENGTH)
+        pair.engine.memory.places[0].move(0, LENGTH + index, LENGTH)
         found = pair.evaluate([following], [LENGTH + 1], LENGTH + 10)
         assert_close(found, pair.after_prompt([siblings[index], following]))
     wrong = pair.after_prompt([siblings[0], following])  # what stands there without a move
@@ -239,7 +239,7 @@ def test_a_cache_that_grows_gives_the_same_rows(bundle, reference, agent, monkey
         assert_close(pair.evaluate([65, 66, 67], [LENGTH] * 3, slot), expected)
         sizes.append(engine.memory.slots)
     assert sizes == sorted({16 * 2, *sizes})
-    engine.memory.move(67, 42, LENGTH)  # the third sibling, written before the last growth
+    engine.memory.places[0].move(67, 42, LENGTH)  # the third sibling, written before the last growth
     assert_close(pair.evaluate([99], [LENGTH + 1], LENGTH + 1), pair.after_prompt([67, 99]))
 
 

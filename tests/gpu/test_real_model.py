@@ -16,7 +16,8 @@ from mara_deploy.bench.worker import Subject
 from mara_export import parity
 from mara_export.targets import HEAD_ROWS
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.base import Engine, Pass, StepOutput
+from mara_runtime.engines.base import Engine, Pass, StepOutput, Works
+from mara_runtime.engines.kv_cache import Places
 from mara_runtime.engines.ort import CpuEngine
 from tests.gpu.conftest import GRAPHS
 
@@ -34,17 +35,24 @@ class Parts:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def run(self, work: Pass) -> StepOutput:
+    @property
+    def places(self) -> Places:
+        return self._engine.places
+
+    def run_together(self, works: Works) -> list[StepOutput]:
+        return [self.run(work, place) for place, work in works]
+
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
         logits = []
         for start in range(0, len(work.head_rows), HEAD_ROWS):
             heads = work.head_rows[start : start + HEAD_ROWS]
-            out = self._engine.run(replace(work, head_rows=heads))
+            out = self._engine.run(replace(work, head_rows=heads), place)
             assert out.logits is not None
             logits.append(out.logits[: len(heads)].copy())
         return replace(out, logits=np.concatenate(logits))
 
     def side(self, case: parity.Case) -> parity.Side:
-        return parity.run_engine(self, case, 1)  # type: ignore[arg-type]  # which runs passes alone
+        return next(parity.run_engine(self, [case], 1))  # type: ignore[arg-type]  # it has no more of an engine
 
     def rows(self, tokens: list[int], positions: Sequence[int], slot: int) -> parity.Rows:
         out = self.run(Pass.full_outputs(tokens, positions, slot))

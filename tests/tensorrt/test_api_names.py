@@ -37,8 +37,8 @@ OBJECTS = (
 )
 """What the callers name objects of TensorRT."""
 OURS = {
-    "build", "check_in_place", "config", "get", "kinds", "side", "size_bytes", "strerror", "weight_bytes",
-    "wide_weight_bytes",
+    "build", "check_in_place", "config", "get", "kinds", "places", "settle", "size_bytes", "strerror", "turn",
+    "weight_bytes", "wide_weight_bytes",
 }  # fmt: skip
 """Attributes of objects that are named like one of TensorRT's and are not."""
 RTX = {

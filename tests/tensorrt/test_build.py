@@ -186,12 +186,12 @@ def test_the_cache_is_updated_in_place_and_the_llm_computes_in_its_type(
         assert update.get_input(0).is_network_input
         assert update.get_output(0).is_network_output
         assert update.get_output(0).dtype.name == CACHE[precision]
-        assert tuple(update.get_output(0).shape) == (1, shape.num_kv_heads, SLOTS, shape.head_dim)
+        assert tuple(update.get_output(0).shape) == (-1, shape.num_kv_heads, SLOTS, shape.head_dim)
     outputs = {inside.get_output(i).name: inside.get_output(i).dtype.name for i in range(inside.num_outputs)}
     assert {outputs[name] for name in (tensors.MARGINS, tensors.LOGITS, tensors.TOP_LOGITS)} == {"FLOAT"}
     inputs = {inside.get_input(i).name: tuple(inside.get_input(i).shape) for i in range(inside.num_inputs)}
     for weights in tensors.agent_weights(shape.hidden_size):  # their number is open, their widths are not
-        assert inputs[weights.name] == Sizes(1, 1, 1, -1, AGENT_WIDTHS).of(weights.shape)
+        assert inputs[weights.name] == Sizes(1, 1, 1, 1, 1, 1, -1, AGENT_WIDTHS).of(weights.shape)
     types: dict[bool, set[str]] = {True: set(), False: set()}
     for layer in layers:
         if layer.type == trt.LayerType.MATRIX_MULTIPLY:
@@ -201,7 +201,8 @@ def test_the_cache_is_updated_in_place_and_the_llm_computes_in_its_type(
     # Float32 is not rounded, which the builder does by default.
     builder = trt.Builder(trt_file.logger(trt))
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
-    assert not parsed.config([((1, 1, 1, 1),) * 3]).get_flag(trt.BuilderFlag.TF32)
+    ones = dict.fromkeys(("B", "M", "S", "H0", "N", "Q", "A"), (1, 1, 1))
+    assert not parsed.config([ones]).get_flag(trt.BuilderFlag.TF32)
 
     # Weights are counted as they are stored, and as wide ones.
     here = Bundle.open(bundle("qwen3", precision))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mara_runtime.config import DecodeConfig
-from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines.base import Pass, StepOutput, Works
 from mara_runtime.manifest import MANIFEST_FILE, Noise, checksum
 from mara_runtime.schedule.cost import Cost
 from mara_runtime.tensors import ModelShape, step_inputs
@@ -232,40 +232,53 @@ class CountingEngine(TableEngine):
         agents: Mapping[str, Judge] | None = None,
         slots: int = 512,
         max_candidates: int = 64,
+        most_places: int = 8,
     ) -> None:
         agents = agents or AGENTS
-        super().__init__(lookup, agents, slots, max_candidates)
+        super().__init__(lookup, agents, slots, max_candidates, most_places)
         super().use([*agents][:1])
         self.uses: list[tuple[str, ...]] = []
         """the agents that were asked for since"""
         self.calls: list[Pass] = []
-        """every pass but those of a fault search, its sequences as lists"""
+        """what every conversation asked for, but for a fault search; its sequences as lists"""
         self.headed: list[int] = []
-        """rows that went through the LM head, by pass"""
+        """rows that went through the LM head, by call"""
+        self.together: list[list[tuple[int, int]]] = []
+        """(place, rows) of the conversations of each pass"""
         self._given: list[NDArray[Any]] = []
 
     def use(self, agents: Sequence[str]) -> None:
         super().use(agents)
         self.uses.append(tuple(agents))
 
-    def run(self, work: Pass) -> StepOutput:
-        if not work.full:
+    def run_together(self, works: Works) -> list[StepOutput]:
+        for array in self._given:
+            array.fill(np.nan if array.dtype.kind == "f" else -1)
+        self.together.append([(place, len(work.tokens)) for place, work in works])
+        outs = [self._awkward(out) for out in super().run_together(works)]
+        self._given = [
+            array for o in outs for array in (o.margins, o.rows, o.top_ids, o.top_logits, o.log_normaliser)
+        ] + [out.hidden for out in outs if out.hidden is not None]
+        return outs
+
+    def _run(self, work: Pass, place: int) -> StepOutput:
+        if not work.logits:
             names = ("tokens", "positions", "head_rows", "agent_rows", "priorities")
             self.calls.append(replace(work, **{name: list(getattr(work, name)) for name in names}))
         assert len(self.calls) < 5000, "passes without end"
-        for array in self._given:
-            array.fill(np.nan if array.dtype.kind == "f" else -1)
-        out = super().run(work)
-        order = np.array([np.lexsort((-ids, -logits)) for ids, logits in zip(out.top_ids, out.top_logits, strict=True)])
-        if len(order):
-            out = replace(
-                out,
-                top_ids=np.take_along_axis(out.top_ids, order, 1),
-                top_logits=np.take_along_axis(out.top_logits, order, 1),
-            )
+        out = super()._run(work, place)
         self.headed.append(len(out.rows))
-        self._given = [out.margins, out.rows, out.top_ids, out.top_logits, out.log_normaliser]
         return out
+
+    def _awkward(self, out: StepOutput) -> StepOutput:
+        order = np.array([np.lexsort((-ids, -logits)) for ids, logits in zip(out.top_ids, out.top_logits, strict=True)])
+        if not len(order):
+            return out
+        return replace(
+            out,
+            top_ids=np.take_along_axis(out.top_ids, order, 1),
+            top_logits=np.take_along_axis(out.top_logits, order, 1),
+        )
 
     @property
     def moves(self) -> list[tuple[int, int]]:
@@ -273,7 +286,7 @@ class CountingEngine(TableEngine):
         return self.memory.moves
 
     def extend_slots(self, slots: int) -> None:
-        """Add slots up to so many."""
+        """Add slots to the first place, up to so many."""
         self.memory.entries += [None] * (slots - self.cache.capacity)
 
     def entries(self, count: int) -> list[tuple[int, int] | None]:

@@ -117,6 +117,8 @@ def engine_json(file: str, **facts: Any) -> dict[str, Any]:
         "decode_rows": 26,
         "prefill_rows": 64,
         "head_rows": 17,
+        "places": 4,
+        "shared_rows": 32,
         "agents": 2,
         "agent_widths": [8, 4],
         "in_place": True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mara_deploy.evaluate.answers import Answer
 from mara_deploy.evaluate.compare import Bootstrap
@@ -29,11 +29,12 @@ class Scripted:
     def check(self, prompt: str) -> None:
         pass
 
-    def __call__(self, prompt: str) -> list[Answer]:
-        if self._left == len(self.asked):
-            raise KeyboardInterrupt
-        self.asked.append(prompt)
-        return [Answer(text, len(text), "stop", STATS) for text in self._answers[prompt]]
+    def __call__(self, prompts: Sequence[str]) -> Iterator[tuple[int, list[Answer]]]:
+        for index, prompt in enumerate(prompts):
+            if self._left == len(self.asked):
+                raise KeyboardInterrupt
+            self.asked.append(prompt)
+            yield index, [Answer(text, len(text), "stop", STATS) for text in self._answers[prompt]]
 
     def close(self) -> None:
         self.closed = True

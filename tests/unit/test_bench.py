@@ -13,6 +13,7 @@ from mara_deploy.bench.contestant import commands
 from mara_deploy.bench.measure import spread
 from mara_deploy.bench.synthetic import HIGH, Profile, Script, SyntheticEngine
 from mara_deploy.bench.worker import continued_share
+from mara_runtime.batch import Batcher
 from mara_runtime.candidates import Candidates, select
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Request, Session, decode
@@ -85,7 +86,7 @@ def test_a_core_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_decoding_follows_the_script(schedule: Fixed, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Script(Profile(accept=0.6, repeated=0.5), 200, VOCAB, TOP)
     counting = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=400)
-    engine = SyntheticEngine(counting, made)
+    engine = SyntheticEngine(counting, [made])
     session = Session(engine.cache, schedule, NGrams() if schedule.drafted else None)
     stats = Stats()
     prompt = made.prompt(60)
@@ -104,6 +105,23 @@ def test_decoding_follows_the_script(schedule: Fixed, monkeypatch: pytest.Monkey
     assert engine.expected_ms(flat, 60, stats.forwards) == pytest.approx(
         sum(1.0 + 0.5 * bool(heads) for heads in counting.headed[3:]), rel=1e-6
     )
+
+
+def test_conversations_follow_a_script_each() -> None:
+    scripts = [Script(Profile(accept=0.6, seed=seed), 60, VOCAB, TOP) for seed in range(3)]
+    counting = helpers.CountingEngine(helpers.hash_table(1, VOCAB, 256, 4.0), slots=200)
+    engine = SyntheticEngine(counting, scripts)
+    engine.places.open(3)
+    batcher = Batcher(engine, lambda place, _: Session(engine.places[place], Fixed(2), place=place), share=False)
+    texts = [batcher.submit(Request(s.prompt(9), DecodeConfig(), "first", frozenset(), 40)) for s in scripts]
+    steps = list(batcher.run())
+    for made, text in zip(scripts, texts, strict=True):
+        emitted = [step for of, step in steps if of is text]
+        assert len(emitted) == 40
+        for step in emitted:
+            ids = select(*made.candidates(step.position), 0.0, 40, 0.95).ids
+            accepted = [int(t) for t in ids if made.accepts(step.position, int(t))]
+            assert step.token == (ids[0] if len(ids) == 1 or not accepted else accepted[0])
 
 
 @pytest.mark.parametrize(

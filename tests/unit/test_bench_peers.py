@@ -30,10 +30,10 @@ def chat():
 GENAI = """
 class Config:
     def __init__(self, folder):
-        self.overlaid = None
+        self.overlaid = ""
 
     def overlay(self, text):
-        self.overlaid = text
+        self.overlaid += text
 
 class Model:
     def __init__(self, config):
@@ -64,6 +64,54 @@ class Generator:
 
     def token_count(self):
         return len(self.tokens)
+
+class TurnOptions:
+    def __init__(self, request):
+        self.limit = 0
+
+    def set_do_sample(self, yes):
+        assert not yes
+
+    def set_max_generated_tokens(self, count):
+        self.limit = count
+
+    def set_min_generated_tokens(self, count):
+        assert count == self.limit
+
+class Request:
+    def begin_turn(self, tokens, options):
+        self.prompt, self.left = tokens.tolist(), options.limit
+
+    def close(self):
+        self.engine.requests.remove(self)
+
+class EngineEventFlags:
+    TOKEN, FAILED = 1, 2
+
+class Event:
+    def __init__(self, request):
+        self.request, self.flags = request, EngineEventFlags.TOKEN
+
+class Engine:
+    def __init__(self, model):
+        self.requests, self.runs = [], 0
+
+    def create_event_buffer(self, capacity):
+        return capacity
+
+    def create_request(self):
+        request = Request()
+        request.engine = self
+        self.requests.append(request)
+        return request
+
+    def run(self, buffer):  # one more is admitted in each
+        assert len({tuple(request.prompt) for request in self.requests}) == len(self.requests) <= buffer
+        self.runs += 1
+        for request in self.requests[: self.runs]:
+            assert request.left > 0
+            request.left -= 1
+            yield Event(request)
 """
 LLAMA = """
 import ctypes
@@ -134,7 +182,7 @@ def ask(tmp_path: Path, script: str, model: str, *requests: dict[str, Any]) -> l
 @pytest.mark.parametrize(
     ("script", "about"),
     [
-        ("genai.py", {"name": "onnxruntime-genai", "versions": {"onnxruntime-genai": "0.1"}}),
+        ("genai.py", {"name": "onnxruntime-genai", "versions": {"onnxruntime-genai": "0.1"}, "conversations": 32}),
         ("llamacpp.py", {"name": "llama.cpp", "versions": {"llama-cpp-python": "0.1"}, "system": "AVX512 = 1"}),
     ],
 )
@@ -158,6 +206,15 @@ def test_a_peer_answers_in_an_environment_without_this_project(
     assert prefilled["ms"] > 0
     assert memory["peak_bytes"] > 10**6
     assert failed["error"].startswith("AttributeError: ")
+
+
+def test_genai_decodes_several_conversations_at_once(tmp_path: Path) -> None:
+    requests = [
+        {"do": "together", "conversations": n, "context": 9, "tokens": tokens} for n, tokens in ((3, 8), (1, 4))
+    ]
+    _, three, one = ask(tmp_path, "genai.py", "model", *requests)
+    assert (three["tokens"], one["tokens"]) == (24, 4)
+    assert min(three["ms"], one["ms"]) > 0
 
 
 def test_a_model_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

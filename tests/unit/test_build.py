@@ -15,7 +15,7 @@ import pytest
 from mara_deploy.commands.build import main
 from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.targets import MOST_AGENTS
+from mara_export.targets import MOST_AGENTS, SHARED_ROWS
 from mara_export.tensorrt import build as building
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt.build import build, why_cannot_build
@@ -141,19 +141,31 @@ def test_slots_hold_the_context_and_a_decision(folder: Path) -> None:
         BuildOptions(capacities=(CONTEXT + 1,)).slots(manifest)
 
 
-def test_both_profiles_cover_what_decoding_asks_for(folder: Path, machine: CudaDouble) -> None:
-    bundle = build(Bundle.open(folder), "tensorrt", BuildOptions(capacities=(20,)))
+def test_profiles_cover_what_decoding_asks_for(folder: Path, machine: CudaDouble) -> None:
+    bundle = build(Bundle.open(folder), "tensorrt", BuildOptions(capacities=(20,), places=3))
     assert Bundle.open(folder) == bundle
     rows, heads = spare_slots(CANDIDATES) + 1, DRAFT_ROWS + 1  # one row may be recomputed in front of a decision
     for network, engine, prefill_rows in zip(parts.Network.made, bundle.manifest.engines, (48, 256), strict=True):
         assert (engine.in_place, engine.head_rows, engine.agents) == (True, heads, MOST_AGENTS)
         assert network.fixed == dict(zip(("C", "W1", "W2"), (engine.slots, *engine.agent_widths), strict=True))
         assert (engine.decode_rows, engine.prefill_rows) == (rows, prefill_rows)
-        decode, prefill = network.configuration.profiles
-        assert (decode[0], decode[2]) == ((1, 1, 1, 1), (rows, heads, rows, MOST_AGENTS))
-        assert (prefill[0], prefill[2]) == ((1, 1, 1, 1), (prefill_rows, heads, prefill_rows, MOST_AGENTS))
-        for least, best, most in (decode, prefill):
-            assert all(a <= b <= c for a, b, c in zip(least, best, most, strict=True))
+        assert (engine.places, engine.shared_rows) == (3, SHARED_ROWS)
+        profiles = network.configuration.profiles
+        for profile, width in zip(profiles, (rows, prefill_rows), strict=False):
+            assert {size: (least, most) for size, (least, _, most) in profile.items()} == {
+                "B": (1, 1), "H0": (1, heads), "A": (1, MOST_AGENTS), **dict.fromkeys("MSNQ", (1, width)),
+            }  # fmt: skip
+        assert {size: (least, most) for size, (least, _, most) in profiles[2].items()} == {
+            "B": (2, 3), "M": (1, SHARED_ROWS), "S": (2, SHARED_ROWS + rows), "H0": (1, 3 * heads),
+            "N": (1, SHARED_ROWS + rows), "Q": (1, 1), "A": (1, MOST_AGENTS),
+        }  # fmt: skip
+        for least, best, most in (sizes for profile in profiles for sizes in profile.values()):
+            assert least <= best <= most
+
+
+def test_an_engine_for_one_conversation_has_no_profile_for_several(folder: Path, machine: CudaDouble) -> None:
+    (engine,) = build(Bundle.open(folder), "tensorrt", BuildOptions(places=1)).manifest.engines
+    assert (engine.places, len(parts.Network.made[0].configuration.profiles)) == (1, 2)
 
 
 def test_options_reach_the_builder_and_the_manifest(folder: Path, machine: CudaDouble) -> None:

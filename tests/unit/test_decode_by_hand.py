@@ -149,8 +149,8 @@ def test_cached_tokens_are_right_after_an_error_in_any_pass():
     class Failing(helpers.CountingEngine):
         fails = -1
 
-        def run(self, work: Pass) -> StepOutput:
-            out = super().run(work)
+        def run(self, work: Pass, place: int = 0) -> StepOutput:
+            out = super().run(work, place)
             self.fails -= 1
             if self.fails == 0:
                 raise OSError("out of order")
@@ -179,10 +179,10 @@ def test_times_leave_out_the_caller(monkeypatch):
     monkeypatch.setattr("mara_runtime.decode.time.perf_counter", lambda: now)
 
     class Slow(TableEngine):
-        def run(self, work: Pass) -> StepOutput:
+        def run(self, work: Pass, place: int = 0) -> StepOutput:
             nonlocal now
             now += 1.0
-            return super().run(work)
+            return super().run(work, place)
 
     class Thoughtful(Scripted):
         def plan(self, context: PassContext) -> PassPlan:

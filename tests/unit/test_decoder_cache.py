@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -75,11 +76,11 @@ def test_threads_wait_for_each_other_or_a_stream_ends_with_an_error(tmp_path, mo
     expected = [decoder.generate(prompt, config).token_ids for prompt in prompts]
     run, inside = engine.run, threading.Lock()
 
-    def alone(work: Pass) -> StepOutput:
+    def alone(work: Pass, place: int) -> StepOutput:
         assert inside.acquire(blocking=False), "two threads are in the engine"
         try:
             time.sleep(1e-4)  # another thread's turn
-            return run(work)
+            return run(work, place)
         finally:
             inside.release()
 
@@ -104,7 +105,7 @@ def test_threads_may_share_a_stream(tmp_path, monkeypatch):
     decoder, engine = make_decoder(tmp_path, reciting())
     config, run = DecodeConfig(top_k=2, max_new_tokens=12), engine.run
     expected = decoder.generate([5, 5], config).token_ids
-    monkeypatch.setattr(engine, "run", lambda work: (time.sleep(1e-3), run(work))[1])  # another thread's turn
+    monkeypatch.setattr(engine, "run", lambda *work: (time.sleep(1e-3), run(*work))[1])  # another thread's turn
     stream = decoder.stream([5, 5], config)
     with ThreadPoolExecutor(4) as pool:
         parts = list(pool.map(lambda _: [piece.step for piece in stream], range(4)))
@@ -149,9 +150,9 @@ class Measured(helpers.CountingEngine):
 
     measuring = False
 
-    def _prefix(self, position: int) -> tuple[int, ...]:
+    def _prefix(self, entries: Sequence[tuple[int, int] | None], position: int) -> tuple[int, ...]:
         try:
-            return super()._prefix(position)
+            return super()._prefix(entries, position)
         except IndexError:
             if not self.measuring:
                 raise

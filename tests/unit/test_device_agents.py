@@ -87,7 +87,7 @@ def test_cuda_graphs_of_onnx_runtime_keep_the_agents_that_they_refer_to(
         for names, mix in (([name], [1.0]), ([name, name], [0.5, 0.5]), ([], [1.0])):
             engine.use(names)
             assert judge(engine, *mix) == (margins(name) if names else [0.0, 0.0])
-            bindings += engine.memory.bindings.values()
+            bindings += engine.memory.bank.slab.bindings.values()
     assert len({*map(id, bindings)}) == 4  # of each size one, and that of the row that is tried
 
 

@@ -18,7 +18,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engines import open_engine, ort, ort_cuda, tensorrt
-from mara_runtime.engines.base import NEVER, StepOutput, fill_inputs, is_finite
+from mara_runtime.engines.base import NEVER, Seating, StepOutput, is_finite
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.tensors import TOP_SPARE, spare_slots, top_tokens
 from tests.conformance import chain, siblings
@@ -215,13 +215,13 @@ def test_the_table_engine_notices_a_wrong_slot() -> None:
 
 def threshold_input(threshold: float) -> float:
     """What a graph is given for a threshold, in float32."""
-    names = (
-        tensors.INPUT_IDS, tensors.POSITION_IDS, tensors.WRITE_INDICES, tensors.HEAD_ROWS, tensors.AGENT_ROWS,
-        tensors.AGENT_MIX, tensors.PRIORITIES, tensors.MARGIN_WEIGHT, tensors.FALLBACK_ROW,
-    )  # fmt: skip
-    inputs = {name: np.zeros((1, 1)) for name in names} | {tensors.THRESHOLD: np.zeros(1, np.float32)}
-    fill_inputs(inputs, chain([1], threshold=threshold))
-    return float(inputs[tensors.THRESHOLD][0])
+    sizes = {"S": 1, "B": 1, "M": 1, "N": 1, "A": 1, "H0": 1, "Q": 1}
+    inputs = {
+        tensor.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in tensor.shape], tensor.dtype)
+        for tensor in tensors.pass_inputs()
+    }
+    Seating([chain([1], threshold=threshold)], [0], 1, 1).fill(inputs)
+    return float(inputs[tensors.THRESHOLD].item())
 
 
 @given(st.floats(-1e30, 1e30) | st.floats(allow_nan=False, allow_infinity=False))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from mara_deploy.evaluate.answers import BundleAnswers, PromptFormat, answer_seed, total_stats
+from mara_runtime.answer import Generation
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
-from mara_runtime.decoder import Generation
+from mara_runtime.errors import NumericsError
 from mara_runtime.stats import Stats
 from tests.unit import helpers
 
@@ -31,10 +34,11 @@ def test_counters_add_up():
 
 
 class Recorder:
-    """A decoder that records how it is called, with an engine whose memory grows."""
+    """A decoder that records how it is called, and finishes the last first; with an engine whose memory grows."""
 
-    def __init__(self, folder=None) -> None:
-        self.calls: list[str | tuple[str, int, bool, object]] = []
+    def __init__(self, folder=None, failing="") -> None:
+        self.calls: list[object] = []
+        self.failing = failing
         self.bundle, self.engine = folder and Bundle.open(folder), self
         self.slots, self.text_side = 512, SimpleNamespace(has_template=True)
 
@@ -44,26 +48,42 @@ class Recorder:
     def forget(self) -> None:
         self.calls.append("forget")
 
-    def generate(self, prompt, config, *, raw, template):
-        self.calls.append((prompt, config.seed, raw, template))
-        return Generation([1], "text", "stop", Stats(tokens=1), {}, config)
+    def generate_many(self, prompts, configs, **options):
+        self.calls.append(([(p, c.seed) for p, c in zip(prompts, configs, strict=True)], options))
+        for index, prompt in reversed([*enumerate(prompts)]):
+            yield index, SimpleNamespace(result=None)
+            if prompt == self.failing:
+                yield index, NumericsError("a margin is not finite")
+                continue
+            made = Generation([1], f"{prompt} {configs[index].seed}", "stop", Stats(tokens=1), {}, configs[index])
+            yield index, SimpleNamespace(result=made)
 
 
-def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache():
+@pytest.mark.parametrize("conversations", [1, 3])
+def test_every_answer_of_a_bundle_has_its_own_seed_and_an_empty_cache(conversations):
     decoder = Recorder()
     config = DecodeConfig(align=False, sample=True, seed=5)
-    source = BundleAnswers("best-of-2", decoder, config, PromptFormat(True, {"a": 1}), samples=2)
-    assert len(source("one") + source("two")) == 4
-    assert decoder.calls == [
-        call
-        for prompt in ("one", "two")
-        for sample in (0, 1)
-        for call in ("forget", (prompt, answer_seed(5, prompt, sample), True, {"a": 1}))
-    ]
+    source = BundleAnswers("best-of-2", decoder, config, PromptFormat(True, {"a": 1}), 2, conversations)
+    asked = [(prompt, answer_seed(5, prompt, sample)) for prompt in ("one", "two") for sample in (0, 1)]
+    texts = [f"{prompt} {seed}" for prompt, seed in asked]
+    found = [(index, [answer.text for answer in samples]) for index, samples in source(["one", "two"])]
+    in_order = [(0, texts[:2]), (1, texts[2:])]
+    assert found == (in_order if conversations == 1 else in_order[::-1])
+    options = {"places": conversations, "share": False, "raw": True, "template": {"a": 1}}
+    together = [asked] if conversations > 1 else [[one] for one in asked]
+    assert decoder.calls == [call for lot in together for call in ("forget", (lot, options))]
     seeds = {answer_seed(seed, prompt, sample) for seed in (0, 1) for prompt in ("a", "b") for sample in (0, 1)}
     assert len(seeds) == 8
     assert answer_seed(0, "a") == answer_seed(0, "a", 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_answer_that_fails_ends_the_evaluation_and_those_finished_before_it_are_there():
+    source = BundleAnswers("aligned", Recorder(failing="one"), DecodeConfig(), PromptFormat(), conversations=2)
+    answers = source(["zero", "one", "two"])
+    assert next(answers)[0] == 2
+    with pytest.raises(NumericsError, match="a margin is not finite"):
+        next(answers)
 
 
 def test_settings_of_a_bundles_answers(tmp_path):

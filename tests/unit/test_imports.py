@@ -74,7 +74,7 @@ found["refused"] = main(["bundle", "--top-k", "0"])
 """
     assert without((*HEAVY, "mara_export"), code) == {
         "package alone": ["mara_runtime"],
-        "public": ["AlignedDecoder", "Bundle", "DecodeConfig", "Generation", "MaraError"],
+        "public": ["AlignedDecoder", "Bundle", "DecodeConfig", "Generation", "MaraError", "Piece"],
         "engines": [],  # imported when one is opened
         "refused": 2,
     }

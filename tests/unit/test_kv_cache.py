@@ -6,7 +6,7 @@ import pytest
 
 from mara_runtime.engines.base import Pass
 from mara_runtime.engines.kv_cache import KVCache
-from mara_runtime.engines.recompute import Recompute
+from mara_runtime.engines.recompute import Merged, Recompute
 from tests.conformance import chain, siblings
 
 
@@ -95,19 +95,19 @@ def recompute() -> Recompute:
 
 
 def test_the_row_runs_in_front_of_the_pass_after_it_until_that_succeeded(recompute: Recompute) -> None:
-    work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1)
-    merged = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2)
+    work = Pass([4, 5], [4, 4], 4, [0], [1, 0], [0.0, -1.0], 0.5, 0.25, 1, hidden_rows=[1])
+    both = Pass([9, 4, 5], [3, 4, 4], 3, [1], [2, 1], [0.0, -1.0], 0.5, 0.25, 2, hidden_rows=[2])
     for _ in range(2):  # the first was interrupted
-        assert recompute.passes(work) == (None, merged, 1)
-    assert recompute.passes(replace(work, fallback_row=None))[1].fallback_row is None
+        assert recompute.merged(work) == Merged(None, both, 1)
+    assert recompute.merged(replace(work, fallback_row=None)).work.fallback_row is None
     recompute.cancel()
-    assert recompute.passes(work) == (None, work, 0)
+    assert recompute.merged(work) == Merged(None, work, 0)
 
 
 def test_the_row_runs_alone_before_a_pass_that_it_cannot_join_and_never_if_overwritten(recompute: Recompute) -> None:
     row = Pass([9], [3], 3)
     adjacent, later = chain([4, 5], 4), siblings([4, 5], 4, 6)
-    assert recompute.passes(adjacent, merge=False) == (row, adjacent, 0)
-    assert recompute.passes(later) == (row, later, 0)
+    assert recompute.merged(adjacent, merge=False) == Merged(row, adjacent, 0)
+    assert recompute.merged(later) == Merged(row, later, 0)
     for work in (chain([4], 3), chain([4, 5, 6], 1)):
-        assert recompute.passes(work) == (None, work, 0)
+        assert recompute.merged(work) == Merged(None, work, 0)

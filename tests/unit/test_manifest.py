@@ -188,7 +188,7 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("engines", "0", "file"), "engines/tensorrt/other.engine"),
         (("engines", "0", "file"), "../../secret"),
         (("engines", "0", "file"), "step.onnx"),  # whoever replaces an engine deletes its file
-        *((("engines", "0", name), 0) for name in ("slots", "decode_rows", "head_rows", "agents")),
+        *((("engines", "0", name), 0) for name in ("slots", "decode_rows", "head_rows", "places", "shared_rows")),
         *((("engines", "0", "agent_widths"), widths) for widths in ([8], [8, 0])),
         (("engines", "0", "in_place"), 1),
     ],

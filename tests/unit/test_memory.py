@@ -12,7 +12,7 @@ from mara_deploy import memory
 from mara_deploy.commands.memory import main
 from mara_deploy.memory import Setting, estimate
 from mara_export.hf.families import KNOWN_MODELS, Decoder, decoder_sizes
-from mara_export.targets import TARGETS
+from mara_export.targets import PLACES, TARGETS
 from tests.unit import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +65,7 @@ def test_the_cache_holds_keys_and_values_of_every_slot():
     a_slot = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 2
     assert estimate(SMALL, at_2k).kv_bytes == 2144 * a_slot
     assert estimate(SMALL, replace(at_2k, lowering="decomposed")).kv_bytes == 2 * 2144 * a_slot
+    assert estimate(SMALL, replace(at_2k, conversations=3)).kv_bytes == 3 * 2144 * a_slot
     on_cpu = Setting("cpu", "fp32", 2048)
     assert on_cpu.slots == 2129
     assert estimate(SMALL, on_cpu).kv_bytes == 2129 * 2 * a_slot
@@ -72,6 +73,15 @@ def test_the_cache_holds_keys_and_values_of_every_slot():
     grown = estimate(SMALL, on_cpu).host_bytes - estimate(SMALL, Setting("cpu", "fp32", 256)).host_bytes
     assert grown == (2016 - 320) * 2 * a_slot
     assert memory.outgrown_bytes(SMALL, Setting("cuda", "fp16", 2048)) == 2048 * a_slot
+
+
+def test_an_engine_has_room_for_the_outputs_of_as_many_conversations_as_it_is_built_for():
+    def workspace(target: str, conversations: int) -> int:
+        setting = Setting(target, "fp16", 64, conversations=conversations)
+        return memory.workspace_bytes(replace(SMALL, vocab_size=200_000), setting)
+
+    assert workspace("tensorrt", 1) == workspace("tensorrt", PLACES) < workspace("tensorrt", PLACES + 1)
+    assert workspace("cuda", 1) < workspace("cuda", 2)
 
 
 def test_weights_by_precision():

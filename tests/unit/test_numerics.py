@@ -84,14 +84,12 @@ class Infectious(helpers.CountingEngine):
         TableMemory.zero(self.memory)
         self._ill.clear()
 
-    def _rows(
-        self, tokens: Sequence[int], positions: Sequence[int], slot: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        hidden, logits = super()._rows(tokens, positions, slot)
+    def _rows(self, work: Pass, place: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        hidden, logits = super()._rows(work, place)
         fine: list[bool] = np.isfinite(hidden).all(axis=1).tolist()
         for row, healthy in enumerate(fine):
-            (self._ill.discard if healthy else self._ill.add)(slot + row)
-        rows = list(zip(positions, tokens, strict=True))
+            (self._ill.discard if healthy else self._ill.add)(work.slot + row)
+        rows = list(zip(work.positions, work.tokens, strict=True))
         self.culprits = self.culprits or [row for row, healthy in zip(rows, fine, strict=True) if not healthy]
         if self._ill:
             hidden, logits = np.full_like(hidden, np.nan), np.full_like(logits, np.nan)
@@ -247,8 +245,8 @@ def test_an_agent_that_is_left_out_is_not_at_fault():
 
 def test_a_fault_that_does_not_repeat_is_an_error_all_the_same():
     class Flaky(helpers.CountingEngine):
-        def run(self, work: Pass) -> StepOutput:
-            out = super().run(work)
+        def _run(self, work: Pass, place: int) -> StepOutput:
+            out = super()._run(work, place)
             return replace(out, margins=out.margins * np.float32(np.nan)) if len(self.calls) == bad_pass else out
 
     bad_pass = 2

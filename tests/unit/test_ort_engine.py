@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import open_engine, ort, ort_memory
+from mara_runtime.engines import open_engine, ort, ort_banks, ort_memory
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.cores import most_threads
 from mara_runtime.engines.ort import CpuEngine
@@ -56,6 +56,7 @@ class Maker:
     def ort(self, name: str, slots: int, *, graphs: bool = False) -> Engine:
         """ONNX Runtime with so many slots at first. "cuda": the CUDA engine, on the provider that is here."""
         self._patch.setattr(ort_memory, "FIRST_SLOTS", slots)
+        self._patch.setattr(ort_banks, "FIRST_LIMIT", 4 * slots)
         self._patch.setitem(ort.PROVIDERS, "cuda", "CPUExecutionProvider")
         self._patch.setattr(CudaMemory, "device", "cpu")
         return CpuEngine(self._bundle, 1) if name == "cpu" else CudaEngine(self._bundle, 1, graphs=graphs)
@@ -122,16 +123,16 @@ def test_top_k_never_runs_on_zero_rows(bundle: Bundle) -> None:
 
 def test_memory_that_cuda_graphs_refer_to_stays_where_it_is(make: Maker) -> None:
     engine: Any = make.ort("cuda", 4, graphs=True)
-    addresses = [value.data_ptr() for value in engine.memory.values]
+    addresses = [value.data_ptr() for value in engine.memory.bank.slab.values]
     engine.run(chain([INFINITE, 1, 2]))
-    bindings = dict(engine.memory.bindings)
-    assert set(engine.memory.entries.strides) == {0}  # the host holds no second copy
+    bindings = dict(engine.memory.bank.slab.bindings)
+    assert set(engine.memory.bank.slab.entries.strides) == {0}  # the host holds no second copy
     engine.cache.clear()
     for position in range(CONTEXT):
         is_right(engine, position)
     assert engine.memory.slots == engine.cache.capacity
-    assert [value.data_ptr() for value in engine.memory.values] == addresses
-    assert bindings.items() <= engine.memory.bindings.items()
+    assert [value.data_ptr() for value in engine.memory.bank.slab.values] == addresses
+    assert bindings.items() <= engine.memory.bank.slab.bindings.items()
 
 
 # ── the cache on a CPU ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,27 +165,12 @@ def test_the_cache_has_the_size_that_a_text_needs(make: Maker) -> None:
     engine: Any = make.ort("cpu", 4)
     sizes = []
     for kept, slots in ((0, 30), (8, 20), (8, 13), (0, CONTEXT), (3, 2 * SLOTS)):
-        engine.memory.resize(slots, kept)
+        engine.memory.places[0].resize(slots, kept)
         sizes.append(engine.memory.slots)
     assert sizes == [32, 32, 16, 60, SLOTS]  # it shrinks where that halves it
     engine.run(chain([INFINITE] * 9))
     engine.cache.clear()
     assert engine.memory.slots == 4
-
-
-def test_an_interrupted_growth_leaves_the_cache_as_it_was(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine: Any = make.ort("cpu", 4)
-    is_right(engine, *range(4))
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", stop)
-        with pytest.raises(KeyboardInterrupt):
-            engine.run(step(4))
-    assert engine.memory.slots == 4
-    is_right(engine, *range(4, 9))
 
 
 def test_a_masked_slot_with_nan_reaches_every_row_until_the_cache_is_cleared(bundle: Bundle) -> None:
@@ -243,7 +229,7 @@ def test_a_provider_that_onnx_runtime_silently_replaces_is_refused(bundle: Bundl
         CudaEngine(bundle)
 
 
-def test_a_wide_pass_on_cuda_has_as_many_rows_as_fused_attention_takes(make: Maker) -> None:
+def test_attention_of_a_wide_pass_on_cuda_has_as_many_rows_as_its_fused_kernel_takes(make: Maker) -> None:
     engine, plain = make.ort("cuda", 32), make.ort("cpu", 32)  # two heads share keys: a multiple of four
     for rows in (1, 7, 8, 9, 11, 12, 13):
         for slot in (0, 3, plain.cache.capacity - rows):
@@ -251,7 +237,7 @@ def test_a_wide_pass_on_cuda_has_as_many_rows_as_fused_attention_takes(make: Mak
             out, expected = engine.run(work), plain.run(work)
             assert np.array_equal([*out.margins, *out.top_logits[0]], [*expected.margins, *expected.top_logits[0]])
     engine.run(Pass(range(10), range(10), engine.cache.capacity - 10))
-    assert {rows for rows, *_ in engine.memory.bindings} == {1, 7, 8, 10, 12, 16}
+    assert {key[2] for key in engine.memory.bank.slab.bindings} == {1, 7, 8, 12, 16}
 
 
 class Failing:
@@ -320,7 +306,7 @@ def test_opening_leaves_an_empty_cache(make: Maker) -> None:
     """Whatever an engine runs to see whether it can."""
     engine: Any = make.ort("cuda", 4)
     assert engine.cache.tokens == []
-    assert not engine.memory.entries.any()
+    assert not any(value.numpy().any() for value in engine.memory.bank.slab.values)
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_one_engine_file_is_open_and_clearing_goes_back_to_the_smallest(
             assert machine.in_use()["engines"] == 1
         assert sorted(set(sizes)) == list(SIZES)
         assert sizes.index(SIZES[1]) == SIZES[0]  # no earlier than needed
-        engine.memory.move(0, 1, 0)
+        engine.memory.places[0].move(0, 1, 0)
         engine.cache.clear()
         assert engine.memory.slots == SIZES[0]
 

@@ -128,7 +128,7 @@ def test_a_runtime_that_does_not_start_is_one_line(
         (b"", "Serialization assertion failed (magicTag)"),
         (b"not an engine", "Serialization assertion failed (magicTag)"),
         ({"in_place": False}, "present.0.key"),
-        ({"slots": SLOTS + 1}, f"(1, 1, {SLOTS}, 4)"),
+        ({"slots": SLOTS + 1}, f"('B', 1, {SLOTS}, 4)"),
         ({"profiles": 1}, "profile 1"),
         ({"activation_bytes": 1 << 40}, "MiB"),
     ],

@@ -95,8 +95,8 @@ class Nodes:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def traced_llm() -> onnx.ModelProto:
-    """The model as a graph. Keys hold the weights of positions, values the vectors of tokens."""
+def lowered_llm() -> onnx.ModelProto:
+    """The model as a lowered graph. Keys hold the weights of positions, values the vectors of tokens."""
     add = Nodes()
     zero, one, first, last = add.constant(0), add.constant(1), add.constant([0]), add.constant([2])
     period = add.constant(PERIOD)
@@ -104,17 +104,22 @@ def traced_llm() -> onnx.ModelProto:
     place = add("Add", add("Sub", tensors.POSITION_IDS, whole), one)
     weights = add("Unsqueeze", add("Cast", place, to=TensorProto.FLOAT), last)  # (1, S, 1)
     vectors = add("Gather", add.constant(VECTORS, "float32"), tensors.INPUT_IDS)  # (1, S, D)
-    count = add("Squeeze", add("Shape", tensors.INPUT_IDS, start=1, end=2))
-    slots = add("Unsqueeze", add("Add", add("Range", zero, count, one), tensors.WRITE_INDICES), add.constant([1]))
-    indices = add("Concat", add("Mul", slots, zero), add("Mul", slots, zero), slots, axis=1)  # (S, 3)
+    seats, width = add("Squeeze", tensors.SEATS, first), add("Shape", tensors.GRID, start=1, end=2)
+    conversation = add("Div", seats, width)
+    number = add("Sub", seats, add("Mul", conversation, width))
+    slot = add("Add", add("Gather", tensors.WRITE_INDICES, conversation), number)
+    parts = [add("Unsqueeze", part, add.constant([1])) for part in (conversation, add("Mul", slot, zero), slot)]
+    indices = add("Concat", *parts, axis=1)  # (S, 3)
     for part, value in (("key", add("Expand", weights, add("Shape", vectors))), ("value", vectors)):
         add("ScatterND", tensors.past(0, part), indices, add("Squeeze", value, first), result=tensors.present(0, part))
     entries = add("Mul", tensors.present(0, "key"), tensors.present(0, "value"))
-    seen = add("MatMul", add("Exp", tensors.ATTENTION_MASK), entries)  # (1, 1, S, D)
-    hidden = add("Squeeze", seen, first, result=tensors.LAST_HIDDEN_STATE)
+    seen = add("MatMul", add("Exp", tensors.ATTENTION_MASK), entries)  # (B, 1, M, D)
+    by_seat = add("Reshape", seen, add.constant([-1, SHAPE.hidden_size]))
+    hidden = add("Gather", by_seat, tensors.SEATS, result=tensors.LAST_HIDDEN_STATE)  # (1, S, D)
     states = add("Gather", add("Squeeze", hidden, first), tensors.ROWS)
     add("MatMul", states, add.constant(HEAD, "float32"), result=tensors.LOGITS)
-    return add.model(tensors.llm_inputs(SHAPE), tensors.llm_outputs(SHAPE))
+    shared = [t for t in tensors.pass_inputs() if t.name in (tensors.GRID, tensors.SEATS)]
+    return add.model([*tensors.llm_inputs(SHAPE), *shared], tensors.llm_outputs(SHAPE))
 
 
 def traced_agents() -> onnx.ModelProto:
@@ -138,13 +143,15 @@ def traced_agents() -> onnx.ModelProto:
 MOST_AGENTS, MOST_WIDTHS = 2, (5, 4)
 """Of the engines of a bundle; wider than its agents."""
 DECODE_ROWS, HEAD_ROWS = spare_slots(CANDIDATES) + 1, DRAFT_ROWS + 1
-SIZES = (16, 40, SLOTS)
+PLACES, SHARED_ROWS = 4, 8
+"""Conversations in one pass, and rows of each."""
+SIZES = (16, 48, SLOTS)
 """Slots of the engines of a bundle that has several."""
 
 
 def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
     """A bundle of the model, with a graph whose head runs always or when it is needed."""
-    model, agents = (ir.from_proto(proto) for proto in (traced_llm(), traced_agents()))
+    model, agents = (ir.from_proto(proto) for proto in (lowered_llm(), traced_agents()))
     step.join(model.graph, agents.graph, SHAPE, CANDIDATES, always_head=always_head)
     model.graph.sort()
     sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size}
@@ -172,6 +179,7 @@ def add_engines(
     for size in slots:
         name = f"engines/{target}/step-{size}.engine"
         rows = {"decode_rows": DECODE_ROWS, "prefill_rows": min(32, size), "head_rows": HEAD_ROWS}
+        rows |= {"places": PLACES, "shared_rows": SHARED_ROWS}
         known = {"slots": size, **rows, "agents": MOST_AGENTS, "agent_widths": list(MOST_WIDTHS), "in_place": in_place}
         write_engine(folder / name, folder / "step.onnx", **{**known, **(file or {})})
         content = (folder / name).read_bytes()

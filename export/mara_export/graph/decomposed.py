@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from mara_export.graph.nodes import (
     ATTENTION,
+    HEADS_LAST,
     NORM,
     ROTARY,
     Builder,
@@ -20,6 +21,7 @@ from mara_export.graph.nodes import (
     GraphPass,
     attribute,
     custom_nodes,
+    put_together,
     replace_node,
 )
 from mara_export.graph.portable import rotary_weights
@@ -38,32 +40,33 @@ def attention(graph: ir.Graph, context: GraphContext) -> None:
     slots = _slots(add, kv_heads)
     for node in custom_nodes(graph, ATTENTION):
         q, k, v, past_k, past_v, mask, _ = node.inputs
-        name = node.name
+        name = str(node.name)
         # without a `reduction` attribute: the parser of 10.3 rejects even "none"
         keys = add("ScatterND", past_k, slots, k, out=f"{name}/key")
         values = add("ScatterND", past_v, slots, v, out=f"{name}/value")
         # before the product, whose sums could otherwise leave float16 at 65504
         scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
-        grouped = add("Reshape", scaled, add.ints(1, kv_heads, -1, size), out=f"{name}/grouped")
+        seated = add.seated(scaled, f"{name}/q")
+        grouped = add("Reshape", seated, add.ints(0, kv_heads, -1, size), out=f"{name}/grouped")
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
-        products = add("MatMul", grouped, columns, out=f"{name}/products")  # (1, kv_heads, groups · S, C)
-        scores = add("Reshape", products, add.ints(1, heads, -1, 0), out=f"{name}/scores")  # 0: C, as it is
+        products = add("MatMul", grouped, columns, out=f"{name}/products")  # (B, kv_heads, groups · M, C)
+        scores = add("Reshape", products, add.ints(0, heads, -1, 0), out=f"{name}/scores")  # 0: C, as it is
         masked = island(add("Add", scores, mask, out=f"{name}/masked"))
         weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
-        merged = add("Reshape", weights, add.ints(1, kv_heads, -1, 0), out=f"{name}/merged")
-        sums = add("MatMul", merged, values, out=f"{name}/sums")  # (1, kv_heads, groups · S, H)
-        out = add("Reshape", sums, add.ints(1, heads, -1, size), out=f"{name}/out")
-        replace_node(node, out, keys, values)
+        merged = add("Reshape", weights, add.ints(0, kv_heads, -1, 0), out=f"{name}/merged")
+        sums = add("MatMul", merged, values, out=f"{name}/sums")  # (B, kv_heads, groups · M, H)
+        out = add("Reshape", sums, add.ints(0, heads, -1, size), out=f"{name}/out")
+        by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
+        replace_node(node, put_together(add, node, by_seat, shape), keys, values)
 
 
 def _slots(add: Builder, kv_heads: int) -> ir.Value:
-    """(1, kv_heads, S, 3): where ScatterND writes each entry, as (0, head, slot). The same in every layer."""
-    rows = add.rows()
-    column = add("Reshape", add.written_slots(rows), add.ints(1, 1, -1, 1))
-    last = add("Expand", column, add("Concat", add.ints(1, kv_heads), rows, add.ints(1), axis=0))
-    size = add("Concat", add.ints(1, kv_heads), rows, add.ints(2), axis=0)
-    first = add("Expand", add.constant([[[[0, head]] for head in range(kv_heads)]]), size)
-    return add("Concat", first, last, out="decomposed/slots", axis=-1)
+    """(1, kv_heads, S, 3): conversation, head and slot that ScatterND writes each entry to, in every layer."""
+    rows = add("Shape", add.input(tensors.INPUT_IDS), start=1, end=2)
+    size = add("Concat", add.ints(1, kv_heads), rows, add.ints(1), axis=0)
+    conversation, slot = (add("Expand", add("Reshape", part, add.ints(1, 1, -1, 1)), size) for part in add.written())
+    head = add("Expand", add.constant([[[[head]] for head in range(kv_heads)]]), size)
+    return add("Concat", conversation, head, slot, out="decomposed/slots", axis=-1)
 
 
 def rotary(graph: ir.Graph, context: GraphContext) -> None:

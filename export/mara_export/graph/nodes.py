@@ -18,6 +18,8 @@ from mara_runtime.tensors import ModelShape
 
 DOMAIN, ATTENTION, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
 """Custom nodes; trace.py says what each computes."""
+HEADS_LAST = [0, 2, 1, 3]
+"""(1, heads, S, head_dim) ↔ (1, S, heads, head_dim)"""
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
@@ -107,13 +109,49 @@ class Builder:
         """0, 1, … below `size` (1,)."""
         return self("Range", self.constant(0), self("Squeeze", size, self.ints(0)), self.constant(1))
 
-    def rows(self) -> ir.Value:
-        """(1,) S, the number of rows of the pass."""
-        return self("Shape", self.input(tensors.INPUT_IDS), start=1, end=2)
+    def written(self) -> tuple[ir.Value, ir.Value]:
+        """(S,) each: the conversation of each row, and the slot there that it is written to."""
+        grid, seats = self.input(tensors.GRID), self("Squeeze", self.input(tensors.SEATS), self.ints(0))
+        # by seat first: arithmetic of sizes and rows would have ONNX Runtime copy the sizes to the GPU in each pass
+        numbers = self.count_to(self("Shape", grid, start=1, end=2))
+        slots = self("Add", self("Unsqueeze", self.input(tensors.WRITE_INDICES), self.ints(1)), numbers)  # (B, M)
+        conversations = self("Unsqueeze", self.count_to(self("Shape", grid, start=0, end=1)), self.ints(1))
+        by_seat = self("Expand", conversations, self("Shape", grid)), slots
+        conversation, slot = (self("Gather", self("Reshape", each, self.ints(-1)), seats) for each in by_seat)
+        return conversation, slot
 
-    def written_slots(self, rows: ir.Value) -> ir.Value:
-        """(S,) the slot that each of the `rows` (1,) is written to."""
-        return self("Add", self.count_to(rows), self.input(tensors.WRITE_INDICES))
+    def seated(self, heads: ir.Value | None, name: str) -> ir.Value:
+        """(1, heads, S, head_dim) rows as (B, heads, M, head_dim), where attention wants them."""
+        by_head = self("Gather", heads, self.input(tensors.GRID), out=f"{name}_grid", axis=2)  # (1, heads, B, M, H)
+        apart = self("Squeeze", by_head, self.ints(0), out=f"{name}_apart")
+        return self("Transpose", apart, out=f"{name}_seated", perm=[1, 0, 2, 3])
+
+
+def put_together(add: Builder, attention: ir.Node, attended: ir.Value, shape: ModelShape) -> ir.Value:
+    """Make rows of the pass of what an attention returns by seats, (B, M, …), its heads side by side.
+
+    They take the place of what the model puts together by itself. Returns the rows, in the shape that the traced
+    attention returns, (1, heads, S, head_dim), unless nothing else reads that.
+    """
+    name, width = attention.name, shape.num_heads * shape.head_dim
+    flat = add("Reshape", attended, add.ints(-1, width), out=f"{name}/by_seat")
+    rows = add("Gather", flat, add.input(tensors.SEATS), out=f"{name}/by_row", axis=0)  # (1, S, width)
+    merged = merged_heads(attention.outputs[0])
+    if merged is not None:
+        replace(merged, rows)
+        return rows  # what the model made of it is dead
+    apart = add("Reshape", rows, add.ints(0, 0, shape.num_heads, shape.head_dim), out=f"{name}/apart")
+    return add("Transpose", apart, out=f"{name}/transposed", perm=HEADS_LAST)
+
+
+def merged_heads(out: ir.Value) -> ir.Value | None:
+    """What Transpose and Reshape make of an attention's result, if nothing else reads it."""
+    for op in ("Transpose", "Reshape"):
+        readers = out.consumers()
+        if len(readers) != 1 or readers[0].op_type != op:
+            return None
+        out = readers[0].outputs[0]
+    return out
 
 
 def custom_nodes(graph: ir.Graph, op: str) -> list[ir.Node]:

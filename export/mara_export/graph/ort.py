@@ -21,6 +21,7 @@ import onnx_ir as ir
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
     ATTENTION,
+    HEADS_LAST,
     MICROSOFT,
     NORM,
     ROTARY,
@@ -32,8 +33,9 @@ from mara_export.graph.nodes import (
     custom_nodes,
     dims,
     is_weight,
+    merged_heads,
     produced_by,
-    replace,
+    put_together,
     replace_node,
 )
 from mara_export.graph.portable import rms_norms
@@ -43,9 +45,7 @@ from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
 OPSETS = {"": 23, MICROSOFT: 1}
-_HEADS_LAST = [0, 2, 1, 3]  # (1, heads, S, head_dim) ↔ (1, S, heads, head_dim)
-_SWAPPED = [0, 1, 3, 2, 4]  # (1, S, kv_heads, groups, head_dim) ↔ (1, S, groups, kv_heads, head_dim)
-_ROWS_FIRST = [2, 1, 0, 3]  # (1, 1, S, C) → (S, 1, 1, C)
+_SWAPPED = [0, 1, 3, 2, 4]  # (B, M, kv_heads, groups, head_dim) ↔ (B, M, groups, kv_heads, head_dim)
 
 
 def grouped_attention(graph: ir.Graph, context: GraphContext) -> None:
@@ -91,10 +91,9 @@ class _GroupedAttention:
     def rewrite(self, node: ir.Node) -> None:
         """Replace a traced attention and what the model does right after it: putting the heads together."""
         *qkv, past_k, past_v, _, _ = node.inputs
-        out = node.outputs[0]
         add, name, groups, shape = self._add, str(node.name), self._groups, self._shape
         plain, rotates = zip(*(_before_rotary(value) for value in qkv), strict=True)
-        merged = _merged_heads(out)
+        merged = merged_heads(node.outputs[0])
         swapped = groups > 1 and merged is not None and self._swap_weights(plain[0], merged)
 
         packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=True)]
@@ -104,9 +103,10 @@ class _GroupedAttention:
             positions = self._positions_of(rotates)
             heads = add("RotaryEmbedding", heads, positions, *self._tables, out=f"{name}/rotated", domain=MICROSOFT)
         queries, keys, values = self._split(heads, name)
+        seated = add("Gather", queries, add.input(tensors.GRID), out=f"{name}/seated", axis=0)  # (B, M, heads, H)
         if groups > 1 and not swapped:
-            queries = self._swap(queries, f"{name}/q", shape.num_kv_heads, groups)
-        rows = add("Reshape", queries, add.ints(1, -1, shape.num_kv_heads * shape.head_dim), out=f"{name}/rows")
+            seated = self._swap(seated, f"{name}/q", shape.num_kv_heads, groups)
+        rows = add("Reshape", seated, add.ints(0, -1, shape.num_kv_heads * shape.head_dim), out=f"{name}/rows")
         all_keys = add("ScatterND", past_k, self._slots, keys, out=f"{name}/all_keys")
         all_values = add("ScatterND", past_v, self._slots, values, out=f"{name}/all_values")
         attended = add(
@@ -117,34 +117,28 @@ class _GroupedAttention:
             num_heads=shape.num_kv_heads,
             scale=attribute(node, "scale"),
         )
-        if groups > 1:
-            if not swapped:
-                attended = self._swap(attended, f"{name}/out", groups, shape.num_kv_heads)
-            attended = add("Reshape", attended, add.ints(1, -1, shape.num_heads * shape.head_dim), out=f"{name}/out")
-        if merged is not None:
-            replace(merged, attended)
-            apart = attended  # what the model made of it is dead
-        else:
-            heads_apart = add("Reshape", attended, add.ints(0, 0, shape.num_heads, shape.head_dim), out=f"{name}/apart")
-            apart = add("Transpose", heads_apart, out=f"{name}/transposed", perm=_HEADS_LAST)
-        replace_node(node, apart, all_keys, all_values)
+        if groups > 1 and not swapped:
+            attended = self._swap(attended, f"{name}/out", groups, shape.num_kv_heads)
+        replace_node(node, put_together(add, node, attended, shape), all_keys, all_values)
 
     # ── once per graph ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _written_slots(self) -> ir.Value:
-        """(S, kv_heads, 3): where ScatterND writes each entry, as (0, head, slot)."""
+        """(S, kv_heads, 3): where ScatterND writes each entry, as (conversation, head, slot)."""
         add = self._add
-        slot = add("Unsqueeze", add.written_slots(add.rows()), add.ints(1, 2))
+        conversation, slot = (add("Unsqueeze", part, add.ints(1, 2)) for part in add.written())
+        first = add("Mul", conversation, add.constant([[[1, 0, 0]]]))
         last = add("Mul", slot, add.constant([[[0, 0, 1]]]))
-        return add("Add", last, add.constant([[[0, head, 0] for head in range(self._shape.num_kv_heads)]]))
+        heads = add.constant([[[0, head, 0] for head in range(self._shape.num_kv_heads)]])
+        return add("Add", add("Add", first, last), heads)
 
     def _grouped_mask(self) -> ir.Value:
-        """(1, 1, S · groups, C): every row of the mask for each query of a group."""
+        """(B, 1, M · groups, C): every row of the mask for each query of a group."""
         add, mask = self._add, self._add.input(tensors.ATTENTION_MASK)
         if self._groups == 1:
             return mask
-        apart = add("Transpose", mask, perm=_ROWS_FIRST)
-        return add("Reshape", add("Expand", apart, add.ints(1, 1, self._groups, 1)), add.ints(1, 1, -1, 0))
+        apart = add("Transpose", mask, perm=HEADS_LAST)
+        return add("Reshape", add("Expand", apart, add.ints(1, 1, self._groups, 1)), add.ints(0, 1, -1, 0))
 
     def _positions_of(self, rotates: Sequence[bool]) -> ir.Value:
         """(S, all heads): the row's position for heads that rotate. rotates: do queries, keys, values?"""
@@ -162,13 +156,13 @@ class _GroupedAttention:
     def _packed(self, value: ir.Value, name: str) -> ir.Value:
         """(1, heads, S, head_dim) as (1, S, heads · head_dim): what it was before the model split it, if it did."""
         transpose = produced_by("Transpose", value)
-        if transpose is not None and list(attribute(transpose, "perm")) == _HEADS_LAST:
+        if transpose is not None and list(attribute(transpose, "perm")) == HEADS_LAST:
             rows = transpose.inputs[0]
             split = produced_by("Reshape", rows)
             if split is not None and split.inputs[0] is not None:
                 return split.inputs[0]
         else:
-            rows = self._add("Transpose", value, out=f"{name}_rows", perm=_HEADS_LAST)
+            rows = self._add("Transpose", value, out=f"{name}_rows", perm=HEADS_LAST)
         return self._add("Reshape", rows, self._add.ints(0, 0, -1), out=name)
 
     def _split(self, heads: ir.Value, name: str) -> Sequence[ir.Value]:
@@ -188,8 +182,8 @@ class _GroupedAttention:
         return [add("Reshape", part, add.ints(0, count, size), out=out) for part, count, out in apart]
 
     def _swap(self, value: ir.Value, name: str, outer: int, inner: int) -> ir.Value:
-        """(1, …) of heads in the order (outer, inner) as (1, S, inner, outer, head_dim)."""
-        sizes = self._add.ints(1, -1, outer, inner, self._shape.head_dim)
+        """(B, …) of heads in the order (outer, inner) as (B, M, inner, outer, head_dim)."""
+        sizes = self._add.ints(0, -1, outer, inner, self._shape.head_dim)
         apart = self._add("Reshape", value, sizes, out=f"{name}_apart")
         return self._add("Transpose", apart, out=f"{name}_swapped", perm=_SWAPPED)
 
@@ -247,16 +241,6 @@ def _before_rotary(value: ir.Value | None) -> tuple[ir.Value, bool]:
     source = value if node is None or value is None else node.inputs[value.index() or 0]
     assert source is not None
     return source, node is not None
-
-
-def _merged_heads(out: ir.Value) -> ir.Value | None:
-    """What Transpose and Reshape make of an attention's result, if nothing else reads it."""
-    for op in ("Transpose", "Reshape"):
-        readers = out.consumers()
-        if len(readers) != 1 or readers[0].op_type != op:
-            return None
-        out = readers[0].outputs[0]
-    return out
 
 
 QUANTISE: GraphPass = quantise

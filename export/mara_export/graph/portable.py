@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from mara_export.graph.nodes import (
     ATTENTION,
+    HEADS_LAST,
     NORM,
     ROTARY,
     Builder,
@@ -16,6 +17,7 @@ from mara_export.graph.nodes import (
     GraphPass,
     attribute,
     custom_nodes,
+    put_together,
     replace_node,
 )
 from mara_export.graph.qdq import quantise_qdq
@@ -28,13 +30,15 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → TensorScatter of keys and values, Attention over all of them."""
     add = Builder(graph, "portable")
     for node in custom_nodes(graph, ATTENTION):
-        q, k, v, past_k, past_v, mask, write = node.inputs
+        *qkv, past_k, past_v, mask, write = node.inputs
+        q, k, v = (add.seated(value, f"{node.name}/{part}") for part, value in zip("qkv", qkv, strict=True))
         keys, values = (
             add("TensorScatter", past, new, write, out=f"{node.name}/{part}", axis=-2, mode="linear")
             for part, past, new in (("key", past_k, k), ("value", past_v, v))
         )
         out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", scale=attribute(node, "scale"))
-        replace_node(node, out, keys, values)
+        by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
+        replace_node(node, put_together(add, node, by_seat, context.shape), keys, values)
 
 
 def rotary_embedding(graph: ir.Graph, context: GraphContext) -> None:

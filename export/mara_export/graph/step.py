@@ -57,11 +57,13 @@ def join(
     results = {str(value.name): value for value in graph.outputs}
     mask = _mask(Builder(graph, "step/mask"))
     choice = Builder(graph, "step/choice")
-    results[tensors.MARGINS] = _margins(choice, agents, results[tensors.LAST_HIDDEN_STATE], shape)
-    results[tensors.ROWS], chosen, exists = _choose(choice, results[tensors.MARGINS], always_head)
-    results |= _best_tokens(
-        Builder(graph, "step/top"), results[tensors.LOGITS], chosen, exists, top, pad=not always_head
-    )
+    hidden = results[tensors.LAST_HIDDEN_STATE]
+    hidden.name = "step/hidden"
+    states = choice("Reshape", hidden, choice.ints(-1, shape.hidden_size), out="step/states")  # (S, D)
+    results[tensors.LAST_HIDDEN_STATE] = choice("Gather", states, choice.input(tensors.HIDDEN_ROWS), axis=0)
+    results[tensors.MARGINS] = _margins(choice, agents, states)
+    results[tensors.ROWS], chosen, missing = _choose(choice, results[tensors.MARGINS], always_head)
+    results |= _best_tokens(Builder(graph, "step/top"), results[tensors.LOGITS], chosen, missing, top)
 
     inputs = {str(value.name): value for value in graph.inputs}
     inputs[tensors.ATTENTION_MASK].replace_all_uses_with(mask)
@@ -82,19 +84,19 @@ def declare(graph: ir.Graph, inputs: Sequence[tensors.Tensor], outputs: Sequence
 
 
 def _mask(add: Builder) -> ir.Value:
-    """(1, 1, S, C) additive: row i sees the slots below its position and its own."""
+    """(B, 1, M, C) additive: row i sees the slots below its position and its own."""
     slots = add("Shape", add.input(tensors.past(0, "key")), start=2, end=3)
-    own = add.written_slots(add.rows())
+    _, own = add.written()
     positions = add("Transpose", add.input(tensors.POSITION_IDS), perm=[1, 0])
     below = add("Less", add.count_to(slots), positions)
     itself = add("Equal", add.count_to(slots), add("Unsqueeze", own, add.ints(1)))
     additive = add("Where", add("Or", below, itself), add.constant(0.0), add.constant(tensors.MASKED))
-    return add("Unsqueeze", additive, add.ints(0, 1), out=tensors.ATTENTION_MASK)
+    seated = add("Gather", additive, add.input(tensors.GRID), axis=0)
+    return add("Unsqueeze", seated, add.ints(1), out=tensors.ATTENTION_MASK)
 
 
-def _margins(add: Builder, agents: ir.Graph, hidden: ir.Value, shape: ModelShape) -> ir.Value:
+def _margins(add: Builder, agents: ir.Graph, states: ir.Value) -> ir.Value:
     """(N,) the agents on the rows they are shown. A state that is not finite must not become a margin that is."""
-    states = add("Reshape", hidden, add.ints(-1, shape.hidden_size), out="step/states")
     shown = add("Gather", states, add.input(tensors.AGENT_ROWS), axis=0)
     margins = _inline(add, agents, {tensors.AGENT_STATES: shown})
     # a ReLU may turn NaN into 0, and TensorRT may take NaN times 0 for 0: so a comparison, which NaN fails
@@ -127,46 +129,57 @@ def _inline(add: Builder, agents: ir.Graph, known: dict[str, ir.Value]) -> ir.Va
     return margins
 
 
-def _choose(add: Builder, margins: ir.Value, always_head: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Rows of the outputs; rows for the LM head: those asked for, then the elected or fallback one; is there one?"""
-    accepted = add("Greater", margins, add.input(tensors.THRESHOLD))
-    weighted = add("Mul", margins, add.input(tensors.MARGIN_WEIGHT))
-    score = add("Add", add.input(tensors.PRIORITIES), weighted)
+def _choose(add: Builder, margins: ir.Value, always_head: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Rows of the outputs; rows for the LM head: those asked for, then those elected; how many fewer the second are.
+
+    The last is None with always_head: then row 0 stands for nobody.
+    """
+    by_agent, priorities = add("Unsqueeze", margins, add.ints(0)), add.input(tensors.PRIORITIES)
+    threshold = add.input(tensors.THRESHOLD)
+    accepted = add("Greater", by_agent, threshold)  # (B, N)
+    # in these words, or an infinite margin of one conversation makes NaN of another's score
+    eligible = add("And", accepted, add("Greater", priorities, add.constant(_NOBODY)))
+    score = add("Add", priorities, add("Mul", by_agent, add.input(tensors.MARGIN_WEIGHT)))
+    score = add("Where", eligible, score, add.constant([[-np.inf]]))
     # after the rows comes nobody, better than a rejected one: so there always is a greatest, and a finite one
-    score = add("Where", accepted, score, add.constant([-np.inf]))
-    score = add("Concat", score, add.constant([_NOBODY]), axis=0)
-    as_row = add("Unsqueeze", score, add.ints(0))  # TensorRT takes no arg-max of a vector
-    rows = add("Concat", add.input(tensors.AGENT_ROWS), add.input(tensors.FALLBACK_ROW), axis=0)
-    elected = add("Gather", rows, add("ArgMax", as_row, axis=1, keepdims=0), axis=0)
-    head_rows = add.input(tensors.HEAD_ROWS)
-    reported = add("Concat", head_rows, elected, axis=0, out=tensors.ROWS)
+    nobody = add("Expand", add.constant([[_NOBODY]]), add("Shape", threshold))
+    score = add("Concat", score, nobody, axis=1)
+    rows = add("Concat", add.input(tensors.AGENT_ROWS), add.ints(-1), axis=0)
+    best = add("Gather", rows, add("ArgMax", score, axis=1, keepdims=0), axis=0)
+    elected = add("Where", add("Greater", best, add.ints(-1)), best, add.input(tensors.FALLBACK_ROW))
     exists = add("Greater", elected, add.ints(-1), out="step/exists")
-    some_row = add("Where", exists, elected, add.ints(0)) if always_head else add("Compress", elected, exists, axis=0)
-    return reported, add("Concat", head_rows, some_row, axis=0, out="step/rows"), exists
+    head_rows = add.input(tensors.HEAD_ROWS)
+    if always_head:
+        some = add("Where", exists, elected, add.ints(0))
+        reported = add("Concat", head_rows, elected, axis=0, out=tensors.ROWS)
+        return reported, add("Concat", head_rows, some, axis=0, out="step/rows"), None
+    some = add("Compress", elected, exists, axis=0)
+    chosen = add("Concat", head_rows, some, axis=0, out="step/rows")
+    missing = add("Concat", add.ints(0), add("Sub", add("Shape", elected), add("Shape", some)), axis=0)
+    return add("Pad", chosen, missing, add.constant(-1), out=tensors.ROWS), chosen, missing
 
 
 def _best_tokens(
-    add: Builder, logits: ir.Value, rows: ir.Value, exists: ir.Value, top: int, pad: bool
+    add: Builder, logits: ir.Value, rows: ir.Value, missing: ir.Value | None, top: int
 ) -> dict[str, ir.Value]:
     """Of each row of logits the best tokens, and the normaliser (ReduceLogSumExp is ten times slower on a CPU).
 
-    pad: there may be one row fewer than are reported.
+    missing: how far to pad them, where there may be fewer rows than are reported.
     """
-    values, ids = _top_k(add, logits, rows, top, maybe_none=pad)
+    values, ids = _top_k(add, logits, rows, top, maybe_none=missing is not None)
     greatest = add("Slice", values, add.ints(0), add.ints(1), add.ints(1))
     total = add("ReduceSum", add("Exp", add("Sub", logits, greatest)), add.ints(1), keepdims=1)
     normaliser = add("Squeeze", add("Add", add("Log", total), greatest), add.ints(1))
     results: dict[str, ir.Value] = {}
-    missing = add("Where", exists, add.ints(0, 0), add.ints(0, 1)) if pad else None
     for value, filler, name in (
         (ids, 0, tensors.TOP_IDS),
         (values, 0.0, tensors.TOP_LOGITS),
         (normaliser, 0.0, tensors.LOG_NORMALISER),
     ):
-        if pad:
-            results[name] = add("Pad", value, missing, add.constant(filler), add.ints(0), out=name)
-        else:
+        if missing is None:
             results[name] = add("Identity", value, out=name)
+        else:
+            results[name] = add("Pad", value, missing, add.constant(filler), add.ints(0), out=name)
     return results
 
 

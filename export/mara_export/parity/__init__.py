@@ -8,7 +8,8 @@ outcomes    ranks of the next tokens, and each agent's decisions, wherever the r
 
 The noise is measured on each side alone, never between the two sides, else the second check could not fail: it is how
 far the same rows move when they are *recomputed* with other pass widths. Reference: the siblings as a batch instead of
-one at a time. Engine: every row in a pass of its own, so that the KV entries are recomputed, too.
+one at a time. Engine: the rows of all prompts side by side, one of each in a pass, as several conversations are
+decoded; so the KV entries are recomputed, too.
 
 The noise that a bundle records for decoding is larger with int8 and int4, whose kernels round activations to 255
 levels. Occasionally a last-bit difference moves a value to the next level, which changes a row about 1000 times as

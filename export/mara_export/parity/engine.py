@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mara_export.parity.rows import Case, Rows, Side
-from mara_runtime.engines.base import Engine, Pass
+from mara_runtime.engines.base import Engine, Pass, StepOutput
 
 if TYPE_CHECKING:
     from mara_runtime.engines.ort import CpuEngine
@@ -31,9 +31,11 @@ def perturber(engine: CpuEngine) -> Callable[[int], None]:
     return perturb
 
 
-def run_engine(engine: Engine, case: Case, agents: int, perturb: Callable[[int], None] | None = None) -> Side:
-    """Run an engine over a case; see `run_rows`."""
-    return run_rows(engine, case.tokens, case.siblings, agents, perturb)
+def run_engine(
+    engine: Engine, cases: Sequence[Case], agents: int, perturb: Callable[[int], None] | None = None
+) -> Iterator[Side]:
+    """Run an engine over cases, the recomputed rows as conversations side by side; see `run_rows`."""
+    return _sides(engine, [(case.tokens, case.siblings) for case in cases], agents, perturb)
 
 
 def run_rows(
@@ -45,30 +47,60 @@ def run_rows(
 ) -> Side:
     """Run an engine over a prompt and candidates after it.
 
-    agents: number of those in use. perturb: changes a slot of its KV cache; None: nothing rounds activations.
+    agents: number of those in use. perturb: changes a slot of its first KV cache; None: nothing rounds activations.
     """
+    return next(_sides(engine, [(prompt, candidates)], agents, perturb))
 
-    def rows(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Rows:
-        out = engine.run(Pass.full_outputs(tokens, positions, slot, agents))
+
+def _sides(
+    engine: Engine,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    agents: int,
+    perturb: Callable[[int], None] | None,
+) -> Iterator[Side]:
+    """texts: prompts, and candidates after each."""
+
+    def work(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Pass:
+        return Pass.full_outputs(tokens, positions, slot, agents)
+
+    def rows(out: StepOutput) -> Rows:
         assert out.hidden is not None
         assert out.logits is not None
-        margins = out.margins.reshape(agents, len(tokens)).T
-        return Rows(out.hidden.copy(), out.logits.copy(), margins.copy())
+        return Rows(out.hidden.copy(), out.logits.copy(), out.margins.reshape(agents, len(out.hidden)).T.copy())
 
-    def siblings() -> Rows:
-        return rows(candidates, [length] * len(candidates), length)
+    def siblings(prompt: Sequence[int], candidates: Sequence[int]) -> Pass:
+        return work(candidates, [len(prompt)] * len(candidates), len(prompt))
 
-    length = len(prompt)
-    straight = Rows.concatenate([rows(prompt, range(length), 0), siblings()])
-    recomputed = [rows([token], [i], i) for i, token in enumerate(prompt)]
-    recomputed += [rows([token], [length], length + i) for i, token in enumerate(candidates)]
-    if perturb is None:
-        return Side(straight, Rows.concatenate(recomputed))
+    def straight(prompt: Sequence[int], candidates: Sequence[int]) -> Rows:
+        passes = work(prompt, range(len(prompt)), 0), siblings(prompt, candidates)
+        return Rows.concatenate([rows(engine.run(one)) for one in passes])
 
-    perturbed = []
-    for start in range(0, length, PERTURBED_ROWS):
-        slots = range(start, min(start + PERTURBED_ROWS, length))
-        perturbed.append(rows(prompt[slots.start : slots.stop], slots, start))
-        for slot in slots:
-            perturb(slot)
-    return Side(straight, Rows.concatenate(recomputed), Rows.concatenate([*perturbed, siblings()]))
+    def recomputed(group: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Rows]:
+        """Row by row, those of several texts in one pass, each text a row behind the one before."""
+        parts: list[list[Rows]] = [[] for _ in group]
+        for step in range(max(len(prompt) + len(candidates) for prompt, candidates in group) + len(group) - 1):
+            works = []
+            for place, (prompt, candidates) in enumerate(group):
+                slot, text = step - place, [*prompt, *candidates]
+                if 0 <= slot < len(text):
+                    works.append((place, work([text[slot]], [min(slot, len(prompt))], slot)))
+            for (place, _), out in zip(works, engine.run_together(works), strict=True):
+                parts[place].append(rows(out))
+        return [Rows.concatenate(part) for part in parts]
+
+    def perturbed(prompt: Sequence[int], candidates: Sequence[int]) -> Rows | None:
+        if perturb is None:
+            return None
+        parts = []
+        for start in range(0, len(prompt), PERTURBED_ROWS):
+            slots = range(start, min(start + PERTURBED_ROWS, len(prompt)))
+            parts.append(rows(engine.run(work(prompt[slots.start : slots.stop], slots, start))))
+            for slot in slots:
+                perturb(slot)
+        return Rows.concatenate([*parts, rows(engine.run(siblings(prompt, candidates)))])
+
+    count = min(len(texts), engine.places.most)
+    engine.places.open(count)
+    again = [rows for start in range(0, len(texts), count) for rows in recomputed(texts[start : start + count])]
+    for text, other in zip(texts, again, strict=True):
+        yield Side(straight(*text), other, perturbed(*text))

@@ -15,7 +15,7 @@ from typing import Any
 from mara_export.folder import add_engines, staging_folder
 from mara_export.options import BuildOptions
 from mara_export.progress import Progress
-from mara_export.targets import HEAD_ROWS, LOWERINGS, MOST_AGENTS, TARGETS
+from mara_export.targets import HEAD_ROWS, LOWERINGS, MOST_AGENTS, SHARED_ROWS, TARGETS
 from mara_export.tensorrt import network as parts
 from mara_export.tensorrt import timings
 from mara_runtime.bundle import Bundle
@@ -147,11 +147,8 @@ def _build_one(
         if in_place:
             network.check_in_place(manifest.model.shape.num_layers)
         kinds = network.kinds()
-        usual = min(USUAL_ROWS, decode_rows)
-        least, agents = (1, 1, 1, 1), MOST_AGENTS
-        decode = (least, (usual, 1, usual, 1), (decode_rows, HEAD_ROWS, decode_rows, agents))
-        prefill = (least, (prefill_rows, 1, 1, 1), (prefill_rows, HEAD_ROWS, prefill_rows, agents))
-        config = network.config([decode, prefill])
+        profiles = _profiles(decode_rows, prefill_rows, options.places)
+        config = network.config(profiles)
         capability = _configure(config, target, options, trt)
         with contextlib.ExitStack() as stack:
             if not just_in_time:
@@ -173,6 +170,8 @@ def _build_one(
         decode_rows=decode_rows,
         prefill_rows=prefill_rows,
         head_rows=HEAD_ROWS,
+        places=options.places,
+        shared_rows=min(SHARED_ROWS, prefill_rows),
         agents=MOST_AGENTS,
         agent_widths=widths,
         in_place=in_place,
@@ -190,6 +189,33 @@ def _build_one(
             "seconds": round(time.perf_counter() - started, 1),
         },
     )
+
+
+def _profiles(decode_rows: int, prefill_rows: int, places: int) -> list[parts.Profile]:
+    """Narrow and wide passes of one conversation, and passes of several."""
+    usual, one, agents = min(USUAL_ROWS, decode_rows), (1, 1, 1), (1, 1, MOST_AGENTS)
+    decode, prefill = (1, usual, decode_rows), (1, prefill_rows, prefill_rows)
+    judged, asked, heads = (1, 1, prefill_rows), (1, usual, decode_rows), (1, 1, HEAD_ROWS)
+    profiles: list[parts.Profile] = [
+        {"B": one, "M": decode, "S": decode, "H0": heads, "N": asked, "Q": (1, 1, decode_rows), "A": agents},
+        {"B": one, "M": prefill, "S": prefill, "H0": heads, "N": judged, "Q": judged, "A": agents},
+    ]
+    if places > 1:
+        width = min(SHARED_ROWS, prefill_rows)
+        rows, most = width + decode_rows, places * HEAD_ROWS
+        best = min(places * usual, rows)
+        profiles.append(
+            {
+                "B": (2, places, places),
+                "M": (1, min(usual, width), width),
+                "S": (2, best, rows),
+                "H0": (1, places, most),
+                "N": (1, best, rows),
+                "Q": one,
+                "A": agents,
+            }
+        )
+    return profiles
 
 
 def _configure(config: Any, target: str, options: BuildOptions, trt: Any) -> str:

@@ -21,8 +21,8 @@ from mara_runtime.errors import EngineError
 if TYPE_CHECKING:  # why_cannot_build says how to install it
     import onnx
 
-Shapes = tuple[int, int, int, int]
-"""(S, H0, N, A): rows of a pass, rows for the LM head, rows for the agents, agents."""
+Profile = Mapping[str, tuple[int, int, int]]
+"""(least, best, most) of each size that the graph leaves open, by its symbol in `mara_runtime.tensors`."""
 _NO_FUSED_KERNEL = re.compile("attention|decompos", re.IGNORECASE)
 """Matches the error of a builder that has no fused kernel for an attention."""
 
@@ -103,17 +103,18 @@ class Network:
                 attentions[layer.attention.name] = layer.attention
         return attentions
 
-    def config(self, profiles: Sequence[tuple[Shapes, Shapes, Shapes]]) -> Any:
-        """A builder configuration with an optimisation profile for each (least, best, most) of S, H0, N and A."""
+    def config(self, profiles: Sequence[Profile]) -> Any:
+        """A builder configuration with these optimisation profiles."""
         config = self._builder.create_builder_config()
         config.clear_flag(self.trt.BuilderFlag.TF32)  # on by default; it rounds float32 to 11 bits
-        for triple in profiles:
+        for sizes in profiles:
             profile = self._builder.create_optimization_profile()
-            sizes = [dict(zip(("S", "H0", "N", "A"), shapes, strict=True)) for shapes in triple]
             for value in self._inputs:
                 dims = value.type.tensor_type.shape.dim
-                if any(dim.dim_param for dim in dims):  # the cache has none
-                    shapes = ([of.get(dim.dim_param, dim.dim_value) for dim in dims] for of in sizes)
+                if any(dim.dim_param for dim in dims):
+                    shapes = (
+                        [sizes[dim.dim_param][i] if dim.dim_param else dim.dim_value for dim in dims] for i in range(3)
+                    )
                     profile.set_shape(value.name, *shapes)
             config.add_optimization_profile(profile)
         return config

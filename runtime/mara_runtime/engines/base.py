@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime import tensors
-from mara_runtime.engines.kv_cache import KVCache
+from mara_runtime.engines.kv_cache import KVCache, Places
 
 NEVER = -math.inf
 """Priority of a row that is never elected."""
@@ -24,7 +24,7 @@ NEVER = -math.inf
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass: its rows, and which outputs the caller needs."""
+    """What one conversation asks of a forward pass: its rows, and which outputs it needs."""
 
     tokens: Sequence[int]
     """(S,) one token per row"""
@@ -46,8 +46,10 @@ class Pass:
     """elected when no row is accepted; None: no row is"""
     mix: Sequence[float] | NDArray[np.float32] = (1.0,)
     """(A,) how much the margin of each agent in use counts, or (N, A) by row; one number is for all, 0 leaves out"""
-    full: bool = False
-    """also return hidden states and logits, for parity checks and diagnosis"""
+    hidden_rows: Sequence[int] = ()
+    """(Q,) rows whose hidden states are returned"""
+    logits: bool = False
+    """also return logits, for parity checks and diagnosis"""
 
     @classmethod
     def prefill(cls, tokens: Sequence[int], start: int, *, last: bool) -> Pass:
@@ -105,7 +107,8 @@ class Pass:
         rows = range(len(tokens))
         judged = [*rows] * agents
         mix = np.repeat(np.eye(agents, dtype=np.float32), len(rows), axis=0) if agents else (1.0,)
-        return cls(tokens, positions, slot, rows, judged, [NEVER] * len(judged), mix=mix, full=True)
+        never = [NEVER] * len(judged)
+        return cls(tokens, positions, slot, rows, judged, never, mix=mix, hidden_rows=rows, logits=True)
 
 
 def sibling_row(index: int, drafted: int) -> int:
@@ -115,7 +118,7 @@ def sibling_row(index: int, drafted: int) -> int:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a pass returns; the arrays may be overwritten by the next pass."""
+    """What a pass returns to one conversation; the arrays may be overwritten by the next pass."""
 
     margins: NDArray[np.float32]
     """(N,) of `agent_rows`; NaN where the hidden state is not finite"""
@@ -128,17 +131,25 @@ class StepOutput:
     log_normaliser: NDArray[np.float32]
     """(R,) log-probability = logit - log_normaliser; NaN where the logits are not finite"""
     hidden: NDArray[np.float32] | None = None
-    """(S, D) after the final norm; only of a full pass"""
+    """(Q, D) of `hidden_rows`, after the final norm; None where there are none"""
     logits: NDArray[np.float32] | None = None
-    """(R, V) only of a full pass"""
+    """(R, V) where the pass asks for them"""
+
+
+Works = Sequence[tuple[int, Pass]]
+"""(place, pass) of each conversation that takes part, at most one of a place, the places ascending."""
 
 
 class Engine(Protocol):
-    """One open model and its KV cache."""
+    """One open model and its KV caches."""
+
+    @property
+    def places(self) -> Places:
+        """A KV cache for each conversation that it holds at once. Whoever runs passes holds their lock."""
 
     @property
     def cache(self) -> KVCache:
-        """What the slots hold. Whoever runs passes holds its lock."""
+        """Of the first place, the only one at first."""
 
     def use(self, agents: Sequence[str]) -> None:
         """Take these agents of the bundle into memory, in the order of the mix of the passes that follow.
@@ -146,8 +157,11 @@ class Engine(Protocol):
         At first none is: their margins are 0. Raises BundleError for a damaged file, EngineError where it has no room.
         """
 
-    def run(self, work: Pass) -> StepOutput:
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
         """Run the rows, write their KV entries, return the outputs. Cached tokens from `work.slot` on are dropped."""
+
+    def run_together(self, works: Works) -> list[StepOutput]:
+        """`run` for several places, in as few passes as the engine can."""
 
     def describe(self) -> dict[str, Any]:
         """What runs: name, versions, graph, threads; recorded with every result.
@@ -161,44 +175,93 @@ def is_finite(out: StepOutput) -> bool:
     return all(map(math.isfinite, out.margins.tolist())) and all(map(math.isfinite, out.log_normaliser.tolist()))
 
 
-def fill_inputs(inputs: Mapping[str, NDArray[Any]], work: Pass) -> None:
-    """Write a pass into the arrays of the graph's inputs. An array may have a row where the pass has none."""
-    inputs[tensors.INPUT_IDS][0] = work.tokens
-    inputs[tensors.POSITION_IDS][0] = work.positions
-    inputs[tensors.WRITE_INDICES][0] = work.slot
-    inputs[tensors.HEAD_ROWS][:] = work.head_rows if len(work.head_rows) else 0  # padding is row 0 …
-    inputs[tensors.AGENT_ROWS][:] = work.agent_rows if len(work.agent_rows) else 0
-    inputs[tensors.AGENT_MIX].T[:] = work.mix if len(work.agent_rows) else 0  # … whose margin is 0, not infinite …
-    inputs[tensors.PRIORITIES][:] = work.priorities if len(work.priorities) else NEVER  # … and is never elected
-    inputs[tensors.MARGIN_WEIGHT][0] = work.margin_weight
-    inputs[tensors.THRESHOLD][0] = _float32_below(work.threshold)
-    inputs[tensors.FALLBACK_ROW][0] = -1 if work.fallback_row is None else work.fallback_row
+class Seating:
+    """How the passes of some conversations lie in one pass of the graph: rows behind each other, in the order given.
 
-
-def read_outputs(
-    outputs: Mapping[str, NDArray[Any]],
-    work: Pass,
-    row_offset: int = 0,
-    hidden: NDArray[np.float32] | None = None,
-    logits: NDArray[np.float32] | None = None,
-) -> StepOutput:
-    """Read the arrays of the graph's outputs, without padding.
-
-    row_offset: rows that ran in front of the pass's own. hidden (1, S, D) and logits (≥ R, V) of a full pass, S without
-    the rows in front.
+    seats: which of the B conversations of the graph each pass is of, ascending. conversations: B. width: M.
     """
-    rows = outputs[tensors.ROWS]
-    end = len(rows) if rows[-1] >= 0 else len(rows) - 1  # without an elected row the last is padding
-    asked = slice(len(rows) - 1 - len(work.head_rows), end)
-    return StepOutput(
-        outputs[tensors.MARGINS][: len(work.agent_rows)],
-        rows[asked] - row_offset if row_offset else rows[asked],
-        outputs[tensors.TOP_IDS][asked],
-        outputs[tensors.TOP_LOGITS][asked],
-        outputs[tensors.LOG_NORMALISER][asked],
-        None if hidden is None else hidden[0],
-        None if logits is None else logits[asked],
-    )
+
+    def __init__(self, works: Sequence[Pass], seats: Sequence[int], conversations: int, width: int) -> None:
+        self.works, self.seats, self.conversations, self.width = works, seats, conversations, width
+
+    def fill(self, inputs: Mapping[str, NDArray[Any]], *, seated: bool = False) -> None:
+        """Write the passes into the arrays of the graph's inputs.
+
+        Arrays may have more elements than the passes: row 0 is then asked for once more, judged with a mix of 0, so
+        that its margin is finite, and never elected. A conversation without a pass writes where its `write_indices`
+        say, which are left alone, and elects nobody. seated: grid and seats are as an earlier call has left them, and
+        right.
+        """
+        if self.conversations > 1:
+            for name, unused in ((tensors.GRID, 0), (tensors.PRIORITIES, NEVER), (tensors.FALLBACK_ROW, -1)):
+                inputs[name][...] = unused
+        row = head = judged = hidden = 0
+        for work, seat in zip(self.works, self.seats, strict=True):
+            end = row + len(work.tokens)
+            inputs[tensors.INPUT_IDS][0, row:end] = work.tokens
+            inputs[tensors.POSITION_IDS][0, row:end] = work.positions
+            inputs[tensors.WRITE_INDICES][seat] = work.slot
+            if not seated:
+                grid, start, count = inputs[tensors.GRID][seat], seat * self.width, end - row
+                grid[:count] = range(row, end)
+                grid[count:] = row  # a row of its own where there is none
+                inputs[tensors.SEATS][0, row:end] = range(start, start + count)
+            asked = slice(head, head := head + len(work.head_rows))
+            inputs[tensors.HEAD_ROWS][asked] = np.add(work.head_rows, row) if row else work.head_rows
+            if len(work.agent_rows):
+                asked = slice(judged, judged := judged + len(work.agent_rows))
+                inputs[tensors.AGENT_ROWS][asked] = np.add(work.agent_rows, row) if row else work.agent_rows
+                inputs[tensors.AGENT_MIX].T[asked] = work.mix
+                inputs[tensors.PRIORITIES][seat, asked] = work.priorities
+            if len(work.hidden_rows):
+                asked = slice(hidden, hidden := hidden + len(work.hidden_rows))
+                inputs[tensors.HIDDEN_ROWS][asked] = np.add(work.hidden_rows, row)
+            inputs[tensors.MARGIN_WEIGHT][seat] = work.margin_weight
+            inputs[tensors.THRESHOLD][seat] = _float32_below(work.threshold)
+            inputs[tensors.FALLBACK_ROW][seat] = -1 if work.fallback_row is None else work.fallback_row + row
+            row = end
+        if head < len(inputs[tensors.HEAD_ROWS]):
+            inputs[tensors.HEAD_ROWS][head:] = 0
+        if hidden < len(inputs[tensors.HIDDEN_ROWS]):
+            inputs[tensors.HIDDEN_ROWS][hidden:] = 0
+        if judged < len(inputs[tensors.AGENT_ROWS]):
+            inputs[tensors.AGENT_ROWS][judged:] = 0
+            inputs[tensors.AGENT_MIX][:, judged:] = 0
+            inputs[tensors.PRIORITIES][:, judged:] = NEVER
+
+    def read(
+        self,
+        outputs: Mapping[str, NDArray[Any]],
+        hidden: NDArray[np.float32] | None = None,
+        logits: NDArray[np.float32] | None = None,
+    ) -> list[StepOutput]:
+        """The outputs of each pass, without padding. hidden: (≥ Q, D); logits: (≥ R, V) of a single pass."""
+        rows = outputs[tensors.ROWS]
+        elected = len(rows) - self.conversations  # where to look for the next one
+        found = []
+        row = head = judged = shown = 0
+        for work in self.works:
+            end = row + len(work.tokens)
+            ends = head + len(work.head_rows), judged + len(work.agent_rows), shown + len(work.hidden_rows)
+            while elected < len(rows) and rows[elected] < row:  # -1, or of padding
+                elected += 1
+            asked: Any = slice(head, ends[0])
+            if elected < len(rows) and rows[elected] < end:
+                asked = slice(head, elected + 1) if elected == ends[0] else [*range(head, ends[0]), elected]
+            found.append(
+                StepOutput(
+                    outputs[tensors.MARGINS][judged : ends[1]],
+                    rows[asked] - row if row else rows[asked],
+                    outputs[tensors.TOP_IDS][asked],
+                    outputs[tensors.TOP_LOGITS][asked],
+                    outputs[tensors.LOG_NORMALISER][asked],
+                    hidden[shown : ends[2]] if hidden is not None and len(work.hidden_rows) else None,
+                    logits[asked] if logits is not None and work.logits else None,
+                )
+            )
+            head, judged, shown = ends
+            row = end
+        return found
 
 
 @lru_cache(maxsize=8)

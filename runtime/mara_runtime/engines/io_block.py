@@ -16,21 +16,28 @@ from mara_runtime.tensors import Tensor
 class Sizes(NamedTuple):
     """Sizes that determine the shapes of a pass; all at least 1."""
 
+    conversations: int
+    """B"""
+    width: int
+    """M"""
     rows: int
     """S"""
     heads: int
     """H0"""
     asked: int
     """N"""
+    shown: int
+    """Q"""
     agents: int
     """A"""
     widths: tuple[int, int]
     """W1, W2: the same in all passes of an engine"""
 
     def of(self, shape: Sequence[int | str]) -> tuple[int, ...]:
-        """A shape with these sizes filled in; it has no C. One row more than `heads` goes through the LM head."""
-        values = {"S": self.rows, "H0": self.heads, "N": self.asked, "A": self.agents}
-        values |= {"P": self.heads + 1, "R": self.heads + 1, "W1": self.widths[0], "W2": self.widths[1]}
+        """A shape with these sizes filled in; it has no C. One row for each conversation is added to `heads`."""
+        values = {"B": self.conversations, "M": self.width, "S": self.rows, "H0": self.heads, "N": self.asked}
+        values |= {"Q": self.shown, "A": self.agents, "W1": self.widths[0], "W2": self.widths[1]}
+        values |= dict.fromkeys("PR", self.heads + self.conversations)
         return tuple(values[size] if isinstance(size, str) else size for size in shape)
 
 
@@ -51,14 +58,18 @@ class Block:
     copying them takes as long as copying one byte.
     """
 
-    def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: Sizes) -> None:
-        """most: sizes of the largest pass."""
+    def __init__(self, cuda: Cuda, wanted: Sequence[Tensor], most: Sizes, read: Sizes | None = None) -> None:
+        """most: sizes of the largest pass. read: of the largest whose last tensor the host reads, if not that one."""
         self._cuda = cuda
         self._types = {t.name: np.dtype(t.dtype) for t in wanted}
         self._offsets, self.size_bytes = layout(wanted, most)
+        last = wanted[-1]
+        host_bytes = (
+            self._offsets[last.name] + math.prod((read or most).of(last.shape)) * self._types[last.name].itemsize
+        )
         self.device = cuda.allocate(self.size_bytes, "inputs and outputs")
         try:
-            self.host = cuda.allocate_host(self.size_bytes)
+            self.host = cuda.allocate_host(host_bytes)
         except BaseException:
             cuda.free(self.device)
             raise

@@ -1,8 +1,9 @@
 """ONNX Runtime: a bundle's step graph in one session, the KV cache in place.
 
-Past and present of a layer are bound to the same memory, so a pass writes its entries where they stay. Inputs and
-outputs are NumPy arrays in one block each, which ONNX Runtime reads and writes in place or, on a device, with one copy;
-they are bound once for each shape of pass: a new binding costs more than the rest of the host's work in a step.
+Past and present of a layer are bound to the same memory, so a pass writes its entries where they stay. Passes of
+several places are one, over the range of that memory where they lie. Inputs and outputs are NumPy arrays in one block
+each, which ONNX Runtime reads and writes in place or, on a device, with one copy; they are bound once for each shape of
+pass: a new binding costs more than the rest of the host's work in a step.
 
 `CpuEngine` is here; ort_cuda.py has the engine for CUDA.
 """
@@ -21,17 +22,21 @@ from numpy.typing import NDArray
 from mara_runtime import tensors
 from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
+from mara_runtime.engines.base import Pass, Seating, StepOutput, Works
 from mara_runtime.engines.cores import default_threads, most_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
-from mara_runtime.engines.kv_cache import KVCache
-from mara_runtime.engines.ort_memory import Binding, BindingKey, CpuMemory
+from mara_runtime.engines.kv_cache import KVCache, Places
+from mara_runtime.engines.ort_banks import CpuMemory
+from mara_runtime.engines.ort_memory import Bank, Binding, BindingKey, OrtMemory
 from mara_runtime.errors import EngineError, OptionError, first_line
 from mara_runtime.files import mapped
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Execution provider of each engine."""
+_FILLS_SEATS = "portable"
+"""Lowering whose passes write an entry at every seat, whether or not a row sits there: on a CPU, where places have no
+spare slots for it, such a pass takes places side by side, with as many rows each."""
 _WIDEST_CACHED = 64
 """Bindings of passes with more rows, which are parts of prompts and the widest decisions, are not kept."""
 
@@ -78,7 +83,7 @@ class OrtEngine(ABC):
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
         self._check_io(path)
         self._memory = self._make_memory(manifest.slots)
-        self._cache = KVCache(self._memory)
+        self._places = Places(self._memory)
         self._agents = AgentStack(bundle)
         self._stacked: list[Any] = []
         self.use(())
@@ -88,12 +93,12 @@ class OrtEngine(ABC):
         """The session, by `_open_session`."""
 
     @abstractmethod
-    def _make_memory(self, capacity: int) -> CpuMemory:
-        """Memory of the KV cache."""
+    def _make_memory(self, capacity: int) -> OrtMemory:
+        """Memory of the KV caches."""
 
-    @abstractmethod
-    def run(self, work: Pass) -> StepOutput:
-        """See `Engine.run`."""
+    def _width(self, rows: int) -> int:
+        """M of a pass, of whose conversations none has more rows; a row for each of them or more."""
+        return rows
 
     def _run_options(self, cached: bool) -> Any:
         """Options of the passes of one binding. cached: it will be used again."""
@@ -136,12 +141,17 @@ class OrtEngine(ABC):
                     )
 
     @property
-    def cache(self) -> KVCache:
+    def places(self) -> Places:
         """See `Engine`."""
-        return self._cache
+        return self._places
 
     @property
-    def memory(self) -> CpuMemory:
+    def cache(self) -> KVCache:
+        """See `Engine`."""
+        return self._places[0]
+
+    @property
+    def memory(self) -> OrtMemory:
         """Where the KV entries lie."""
         return self._memory
 
@@ -159,16 +169,57 @@ class OrtEngine(ABC):
         else:
             device = self._memory.device
             self._stacked[:] = [ort.OrtValue.ortvalue_from_numpy(weights, device, 0) for weights in stacked]
-            self._memory.bindings.clear()
+            for bank in self._memory.banks:
+                bank.slab.bindings.clear()
 
-    def _run(self, work: Pass, row_offset: int = 0) -> StepOutput:
-        """row_offset: rows in front that the caller did not ask for."""
-        key = len(work.tokens), len(work.head_rows), len(work.agent_rows)
-        bound = self._make_binding(key, cached=False) if work.full else self._bind(key)
-        fill_inputs(bound.inputs, work)
-        if work.full:
-            for name in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
-                bound.binding.bind_output(name, "cpu")
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
+        """See `Engine.run`."""
+        self._places[place].reserve(work.slot, len(work.tokens))
+        bank, index = self._memory.places[place].seat
+        return self._run(bank, (index,), (work,))[0]
+
+    def run_together(self, works: Works) -> list[StepOutput]:
+        """See `Engine.run_together`."""
+        for place, work in works:
+            self._places[place].reserve(work.slot, len(work.tokens))
+        return self._share(works)
+
+    def _share(self, works: Works) -> list[StepOutput]:
+        """Run passes whose slots are reserved, in as few as their banks allow."""
+        fills = self._bundle.manifest.step.lowering == _FILLS_SEATS
+        shared: dict[tuple[Bank, bool, int], dict[Any, tuple[int, Pass]]] = {}
+        for place, work in works:  # whether logits are bound distinguishes passes, too
+            lies = self._memory.places[place]
+            kind = lies.seat[0], work.logits, len(work.tokens) if fills else 0
+            shared.setdefault(kind, {})[lies] = place, work
+        found: dict[int, StepOutput] = {}
+        for (bank, *_), taking in shared.items():
+            order = self._memory.put_together(bank, [*taking])
+            for group in _side_by_side(order) if fills else [order]:
+                outs = self._run(bank, [lies.seat[1] for lies in group], [taking[lies][1] for lies in group])
+                found.update((taking[lies][0], out) for lies, out in zip(group, outs, strict=True))
+        return [found[place] for place, _ in works]
+
+    def _run(self, bank: Bank, at: Sequence[int], works: Sequence[Pass]) -> list[StepOutput]:
+        """Run passes of some of a bank's places, whose indices ascend, as one; all or none of them with logits."""
+        first, full = works[0], works[0].logits
+        low, high = at[0], at[-1] + 1
+        if len(works) == 1:
+            rows = longest = len(first.tokens)
+            heads, judged, hidden = len(first.head_rows), len(first.agent_rows), len(first.hidden_rows)
+        else:
+            counts = [len(work.tokens) for work in works]
+            rows, longest = sum(counts), max(counts)
+            heads = sum(len(work.head_rows) for work in works)
+            judged = sum(len(work.agent_rows) for work in works)
+            hidden = sum(len(work.hidden_rows) for work in works)
+        width = self._width(longest)
+        key = low, high, width, rows, heads, judged, hidden
+        bound = self._make_binding(bank, key, cached=False) if full else self._bind(bank, key)
+        seating = Seating(works, [index - low for index in at], high - low, width)
+        seating.fill(bound.inputs, seated=high - low == 1)
+        if full:
+            bound.binding.bind_output(tensors.LOGITS, "cpu")
         try:
             for memory, block in bound.uploads:
                 memory.update_inplace(block)
@@ -177,32 +228,36 @@ class OrtEngine(ABC):
                 block[...] = memory.numpy()
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise EngineError(f"ONNX Runtime cannot run {self._path}: {first_line(error)}") from error
-        if not work.full:
-            return read_outputs(bound.outputs, work, row_offset)
-        *_, logits, hidden = bound.binding.get_outputs()  # in the order of binding
-        return read_outputs(bound.outputs, work, row_offset, hidden.numpy()[:, row_offset:], logits.numpy())
+        logits = bound.binding.get_outputs()[-1].numpy() if full else None  # in the order of binding
+        return seating.read(bound.outputs, bound.outputs[tensors.LAST_HIDDEN_STATE], logits)
 
-    def _bind(self, key: BindingKey) -> Binding:
-        bound = self._memory.bindings.get(key)
+    def _bind(self, bank: Bank, key: BindingKey) -> Binding:
+        bound = bank.slab.bindings.get(key)
         if bound is None:
-            cached = key[0] <= _WIDEST_CACHED
-            bound = self._make_binding(key, cached)
+            cached = key[3] <= _WIDEST_CACHED
+            bound = self._make_binding(bank, key, cached)
             if cached:
-                self._memory.bindings[key] = bound
+                bank.slab.keep(key, bound)
         return bound
 
-    def _make_binding(self, key: BindingKey, cached: bool) -> Binding:
-        rows, heads, judged = key
-        agents = self._stacked[0].shape()[0]
-        sizes: dict[int | str, int] = {"S": rows, "H0": heads, "N": judged, "P": heads + 1, "A": agents}
-        binding = self._session.io_binding()
+    def _make_binding(self, bank: Bank, key: BindingKey, cached: bool) -> Binding:
+        low, high, width, rows, heads, judged, hidden = key
+        sizes: dict[int | str, int] = {
+            "B": high - low, "M": width, "S": rows, "H0": heads, "N": judged, "Q": hidden,
+            "P": heads + high - low, "A": self._stacked[0].shape()[0],
+        }  # fmt: skip
+        binding, slab, device = self._session.io_binding(), bank.slab, self._memory.device
         inputs, uploads = self._bind_block(binding.bind_input, tensors.pass_inputs(), sizes)
+        if high - low == 1:  # the seats are those of every pass of one place
+            inputs[tensors.GRID][0, :rows] = inputs[tensors.SEATS][0] = range(rows)
         outputs, downloads = self._bind_block(binding.bind_output, tensors.step_outputs(self._shape, self._top), sizes)
         for tensor, value in zip(tensors.agent_weights(self._shape.hidden_size), self._stacked, strict=True):
             binding.bind_ortvalue_input(tensor.name, value)
-        for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), self._memory.values, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
+        dtype, shape = slab.entries.dtype, [high - low, *slab.entries.shape[2:]]
+        start = low * math.prod(shape[1:]) * dtype.itemsize
+        for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), slab.values, strict=True):
+            binding.bind_input(past, device, 0, dtype.type, shape, value.data_ptr() + start)
+            binding.bind_output(present, device, 0, dtype.type, shape, value.data_ptr() + start)
         return Binding(binding, self._run_options(cached), inputs, outputs, uploads, downloads)
 
     def _bind_block(
@@ -217,7 +272,7 @@ class OrtEngine(ABC):
         shapes: dict[str, tuple[list[int], np.dtype[Any], int]] = {}
         size = 0
         for tensor in wanted:
-            if "C" not in tensor.shape and tensor.name not in (tensors.LOGITS, tensors.LAST_HIDDEN_STATE):
+            if "C" not in tensor.shape and tensor.name != tensors.LOGITS:
                 shape, dtype = [sizes[d] if isinstance(d, str) else d for d in tensor.shape], np.dtype(tensor.dtype)
                 shapes[tensor.name] = shape, dtype, size
                 size += aligned(math.prod(shape) * dtype.itemsize)
@@ -247,6 +302,12 @@ class CpuEngine(OrtEngine):
     """On the CPU provider."""
 
     name = "cpu"
+    _memory: CpuMemory
+
+    @property
+    def memory(self) -> CpuMemory:
+        """Where the KV entries lie."""
+        return self._memory
 
     def _open(self, path: Path, options: Any) -> Any:
         with huge_pages():
@@ -255,7 +316,13 @@ class CpuEngine(OrtEngine):
     def _make_memory(self, capacity: int) -> CpuMemory:
         return CpuMemory(self._shape, self._dtype, capacity)
 
-    def run(self, work: Pass) -> StepOutput:
-        """See `Engine.run`."""
-        self._cache.reserve(work.slot, len(work.tokens))
-        return self._run(work)
+
+def _side_by_side(places: Sequence[Any]) -> list[list[Any]]:
+    """Places of a bank in their order there, in groups without a gap."""
+    groups: list[list[Any]] = []
+    for place in places:
+        if groups and groups[-1][-1].seat[1] + 1 == place.seat[1]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CUDA: the KV cache stays on the device.
+"""ONNX Runtime on CUDA: the KV caches stay on the device.
 
 NumPy cannot reach the entries there, so an entry that moves is recomputed as a row of the next pass (recompute.py).
 Not yet run on hardware; tests/cuda count what a pass asks of CUDA.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.base import Pass, StepOutput
+from mara_runtime.engines import ort_memory
+from mara_runtime.engines.base import Pass, StepOutput, Works
 from mara_runtime.engines.ort import OrtEngine
-from mara_runtime.engines.ort_memory import Binding, BindingKey, CpuMemory, rounded
+from mara_runtime.engines.ort_memory import MOST_PLACES, Bank, Slab, grown, rounded
 from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
@@ -36,49 +37,121 @@ NARROW = 8
 """Rows up to which a pass is run as it is: matrices of few rows have kernels of their own."""
 
 
-class CudaMemory(CpuMemory):
-    """KV entries on the device; see `CacheMemory`."""
+class CudaPlace:
+    """One place; see `CacheMemory`."""
 
-    name, device = "cuda", "cuda"
-
-    def __init__(self, shape: ModelShape, dtype: str, capacity: int, *, fixed: bool) -> None:
-        """fixed: the memory has its full size and stays where it is, for CUDA graphs refer to it; ONNX Runtime frees no
-        graph before its session."""
-        super().__init__(shape, dtype, capacity)
-        self._fixed = fixed
+    def __init__(self, memory: CudaMemory, index: int) -> None:
+        self._memory, self._index = memory, index
         self.recompute = Recompute()
-        if fixed:
-            self._allocate(capacity)
 
-    def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
-        try:
-            super()._allocate(slots, entries)
-        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            raise EngineError(
-                f"the GPU has no memory for a KV cache of {slots} slots: {first_line(error)}; ask for fewer tokens, or "
-                "decode with --engine cpu"
-            ) from error
-        self._slab = np.broadcast_to(self._slab.dtype.type(0), self._slab.shape)  # a shape; the host holds no entries
+    @property
+    def seat(self) -> tuple[Bank, int]:
+        """Its bank, and where it lies there."""
+        return self._memory.bank, self._index
+
+    @property
+    def capacity(self) -> int:
+        """See `CacheMemory`."""
+        return self._memory.capacity
 
     def resize(self, slots: int, kept: int) -> None:
         """See `CacheMemory`; growing copies the entries to the host and back, so it never shrinks."""
-        self.grow(slots)
+        self._memory.grow(slots)
 
-    def _kept(self) -> Iterable[NDArray[Any]]:
-        return [value.numpy() for value in self.values]
+    def grow(self, slots: int) -> None:
+        """See `CacheMemory`."""
+        self._memory.grow(slots)
 
     def move(self, token: int, source: int, target: int) -> None:
         """See `CacheMemory`."""
         self.recompute.schedule(token, target)
 
+    def copy(self, place: int, count: int) -> bool:
+        """See `CacheMemory`; NumPy reaches no entries."""
+        return False
+
     def zero(self) -> None:
         """See `CacheMemory`."""
-        if self._fixed:
-            for value, entries in zip(self.values, self._slab, strict=True):
-                value.update_inplace(np.zeros_like(entries))
-        else:
-            super().zero()
+        self._memory.zero(self._index)
         self.recompute.cancel()
+
+
+class CudaMemory:
+    """KV entries of all places on the device, of one size; see `EngineMemory`."""
+
+    device = "cuda"
+
+    def __init__(self, shape: ModelShape, dtype: str, capacity: int, *, fixed: bool) -> None:
+        """fixed: one place, whose memory has its full size and stays where it is, for CUDA graphs refer to it; ONNX
+        Runtime frees no graph before its session."""
+        self._shape, self._dtype, self._fixed = shape, dtype, fixed
+        self.capacity = capacity
+        """slots of a place at most"""
+        self.most_places = 1 if fixed else MOST_PLACES
+        self.places: list[CudaPlace] = []
+        self.bank = Bank(capacity, self._allocate(1, capacity if fixed else min(ort_memory.FIRST_SLOTS, capacity)))
+
+    @property
+    def banks(self) -> list[Bank]:
+        """The one that there is."""
+        return [self.bank]
+
+    @property
+    def slots(self) -> int:
+        """Of a place, allocated now."""
+        return self.bank.slab.slots
+
+    def put_together(self, bank: Bank, taking: Sequence[CudaPlace]) -> list[CudaPlace]:
+        """The places that take part in passes, in their order; they stay where they are."""
+        return sorted(taking, key=lambda place: place.seat[1])
+
+    def place(self, index: int) -> CudaPlace:
+        """See `EngineMemory`."""
+        if index >= self.bank.slab.entries.shape[1]:
+            self.bank.slab = self._allocate(index + 1, self.slots, self._kept())
+        self.places.append(CudaPlace(self, index))
+        return self.places[index]
+
+    def grow(self, slots: int) -> None:
+        """Make room for so many slots in each place. Raises EngineError beyond the capacity."""
+        if slots > self.capacity:
+            raise EngineError(f"{slots} slots are needed; the KV cache has {self.capacity}")
+        if slots > self.slots:
+            size = min(grown("cuda", self.slots, slots), self.capacity)
+            self.bank.slab = self._allocate(self.bank.slab.entries.shape[1], size, self._kept())
+
+    def zero(self, place: int) -> None:
+        """Zero a place; a single one has its initial size again."""
+        if not self._fixed and len(self.places) == 1:
+            self.bank.slab = self._allocate(1, min(ort_memory.FIRST_SLOTS, self.capacity))
+            return
+        for value in self.bank.slab.values:
+            entries = value.numpy()
+            entries[place] = 0
+            value.update_inplace(entries)
+
+    def _kept(self) -> Iterable[NDArray[Any]]:
+        return [value.numpy() for value in self.bank.slab.values]
+
+    def _allocate(self, places: int, slots: int, kept: Iterable[NDArray[Any]] = ()) -> Slab:
+        """New memory; kept: what it begins with, by layer and part."""
+        import onnxruntime as ort
+
+        shape = self._shape
+        # zeroed: masked slots take part in attention with weight 0, and 0 × NaN is NaN
+        entries = np.zeros((2 * shape.num_layers, places, shape.num_kv_heads, slots, shape.head_dim), self._dtype)
+        for layer, before in zip(entries, kept, strict=False):
+            layer[: before.shape[0], :, : before.shape[2]] = before
+        try:
+            values = [ort.OrtValue.ortvalue_from_numpy(layer, self.device, 0) for layer in entries]
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base
+            raise EngineError(
+                f"the GPU has no memory for a KV cache of {slots} slots"
+                f"{f' for {places} conversations' if places > 1 else ''}: {first_line(error)}; ask for fewer tokens, "
+                "or decode with --engine cpu"
+            ) from error
+        # a shape; the host holds no entries
+        return Slab(np.broadcast_to(entries.dtype.type(0), entries.shape), values)
 
 
 class CudaEngine(OrtEngine):
@@ -95,21 +168,21 @@ class CudaEngine(OrtEngine):
         self._graphs: bool | str = graphs
         """whether passes run as CUDA graphs; a text: why not"""
         self._graph_ids = count(1)  # 0 is ONNX Runtime's own
-        self._stacks: dict[tuple[tuple[int, ...], ...], tuple[list[Any], dict[BindingKey, Binding]]] = {}
-        """of agents, by size: their memory, and the bindings whose graphs refer to it"""
+        self._stacks: dict[tuple[tuple[int, ...], ...], tuple[list[Any], Slab]] = {}
+        """of agents, by size: their memory, and the entries with the bindings whose graphs refer to it"""
         super().__init__(bundle, threads)
         self._try_a_row()
 
     def _try_a_row(self) -> None:
         """Run one row: without cuDNN, or without kernels for this GPU, a provider opens and fails in its first pass."""
         try:
-            self._run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
+            self.run(Pass([0], [0], 0, head_rows=[0], agent_rows=[0], priorities=[0.0]))
         except EngineError as error:
             raise EngineError(
                 f"{error}; CUDA needs cuDNN (pip install 'onnxruntime-gpu[cuda,cudnn]') and an onnxruntime-gpu with "
                 "kernels for this GPU; else take --engine cpu"
             ) from error
-        self._memory.zero()
+        self.cache.clear()
 
     def _open(self, path: Path, options: Any) -> Any:
         import onnxruntime
@@ -131,37 +204,39 @@ class CudaEngine(OrtEngine):
 
     def _load_agents(self, stacked: list[NDArray[np.float32]]) -> None:
         """With CUDA graphs, stacks of each size keep their memory, too: see `CudaMemory`."""
-        before = self._stacked, self._memory.bindings
+        bank = self._memory.bank
+        before = self._stacked, bank.slab
         if self._graphs is True:
             sizes = tuple(weights.shape for weights in stacked)
-            self._stacked, self._memory.bindings = self._stacks.setdefault(sizes, ([], {}))
+            self._stacked, bank.slab = self._stacks.setdefault(sizes, ([], replace(bank.slab, bindings={})))
         try:
             super()._load_agents(stacked)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
-            self._stacked, self._memory.bindings = before
+            self._stacked, bank.slab = before
             raise EngineError(f"the GPU has no memory for the agents ({first_line(error)}): use fewer") from error
 
-    def run(self, work: Pass) -> StepOutput:
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
         """See `Engine.run`."""
-        self._cache.reserve(work.slot, len(work.tokens))
-        first, merged, row_offset = self._memory.recompute.passes(work)
-        if first is not None:
-            self._run(first)
-        out = self._run(self._padded(merged), row_offset)
-        self._memory.recompute.cancel()
-        return out
+        return self.run_together([(place, work)])[0]
 
-    def _padded(self, work: Pass) -> Pass:
-        """A wide pass with as many rows as fused attention takes; where it takes none, kernels are more by a tenth.
+    def run_together(self, works: Works) -> list[StepOutput]:
+        """See `Engine.run_together`."""
+        merged = []
+        for place, work in works:
+            self._places[place].reserve(work.slot, len(work.tokens))
+            merged.append(self._memory.places[place].recompute.merged(work))
+        self._share([(place, each.first) for (place, _), each in zip(works, merged, strict=True) if each.first])
+        outs = self._share([(place, each.work) for (place, _), each in zip(works, merged, strict=True)])
+        for place, _ in works:
+            self._memory.places[place].recompute.cancel()
+        return [each.read(out) for each, out in zip(merged, outs, strict=True)]
 
-        Nothing attends to the rows at the end, which are written behind all others.
-        """
-        rows = len(work.tokens)
-        more = -rows % (MASK_ALIGNMENT // math.gcd(MASK_ALIGNMENT, self._shape.num_heads // self._shape.num_kv_heads))
-        if rows <= NARROW or work.full or work.slot + rows + more > self._memory.slots:
-            return work
-        last = work.positions[-1]
-        return replace(work, tokens=[*work.tokens, *[0] * more], positions=[*work.positions, *[last] * more])
+    def _width(self, rows: int) -> int:
+        """As many as fused attention takes; where it takes none, kernels are more by a tenth."""
+        if rows <= NARROW:
+            return rows
+        step = MASK_ALIGNMENT // math.gcd(MASK_ALIGNMENT, self._shape.num_heads // self._shape.num_kv_heads)
+        return -(-rows // step) * step
 
     def _run_options(self, cached: bool) -> Any:
         options = super()._run_options(cached)

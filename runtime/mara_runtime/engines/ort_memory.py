@@ -1,19 +1,20 @@
-"""ONNX Runtime: the memory of KV entries, and the bindings that refer to it."""
+"""ONNX Runtime: sizes of the memory of KV entries, and the bindings that refer to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
-from mara_runtime import tensors
-from mara_runtime.errors import EngineError
+from mara_runtime.engines.kv_cache import EngineMemory
 
 FIRST_SLOTS = 32
-"""Initial size of the KV cache; until it has its full size, it is a multiple of this."""
+"""Initial size of a KV cache; until it has its full size, it is a multiple of this."""
+MOST_PLACES = 64
+_MOST_BINDINGS = 256
+"""Kept for each bank."""
 
 
 def grown(name: str, size: int, slots: int) -> int:
@@ -46,68 +47,60 @@ class Binding:
     """memory on a device, and the block of all outputs that it is copied to after a pass"""
 
 
-BindingKey = tuple[int, int, int]
-"""S, H0, N"""
+BindingKey = tuple[int, int, int, int, int, int, int]
+"""First place in the bank and the one behind the last, M, S, H0, N, Q"""
 
 
-class CpuMemory:
-    """KV entries in host memory; see `CacheMemory`."""
+@dataclass(frozen=True)
+class Slab:
+    """Memory of a bank's places."""
 
-    name, device = "cpu", "cpu"
-
-    def __init__(self, shape: tensors.ModelShape, dtype: str, capacity: int) -> None:
-        self._shape, self._dtype, self._capacity = shape, dtype, capacity
-        self.bindings: dict[BindingKey, Binding]
-        """they refer to the entries, and go with them"""
-        self._allocate(min(FIRST_SLOTS, capacity))
-
-    def _allocate(self, slots: int, entries: Iterable[NDArray[Any]] = ()) -> None:
-        """Allocate memory of that size; entries: what it begins with, by layer and part."""
-        import onnxruntime as ort
-
-        shape = self._shape
-        # zeroed: masked slots take part in attention with weight 0, and 0 × NaN is NaN
-        slab = np.zeros((2 * shape.num_layers, 1, shape.num_kv_heads, slots, shape.head_dim), self._dtype)
-        for layer, kept in zip(slab, entries, strict=False):
-            layer[:, :, : kept.shape[2]] = kept
-        values = [ort.OrtValue.ortvalue_from_numpy(layer, self.device, 0) for layer in slab]
-        self._slab, self.values, self.bindings = slab, values, {}  # all or nothing: it may be interrupted
-
-    @property
-    def entries(self) -> NDArray[Any]:
-        """(2L, 1, KV heads, slots, head dim) keys and values of each layer in turn: the memory itself."""
-        return self._slab
-
-    @property
-    def capacity(self) -> int:
-        """See `CacheMemory`."""
-        return self._capacity
+    entries: NDArray[Any]
+    """(2L, B, KV heads, slots, head dim) keys and values of each layer in turn: the memory itself"""
+    values: Sequence[Any]
+    """(B, KV heads, slots, head dim) of each layer and part, as ONNX Runtime sees them"""
+    bindings: dict[BindingKey, Binding] = field(default_factory=dict)
+    """they refer to the entries, and go with them; the oldest first"""
 
     @property
     def slots(self) -> int:
-        """Allocated now."""
-        return int(self._slab.shape[3])
+        """Of each place."""
+        return int(self.entries.shape[3])
 
-    def resize(self, slots: int, kept: int) -> None:
-        """See `CacheMemory`."""
-        size = min(rounded(slots), self._capacity)
-        if not size <= self.slots < 2 * size:
-            self._allocate(size, self._slab[:, :, :, :kept])
+    def keep(self, key: BindingKey, binding: Binding) -> None:
+        """Keep a binding for further passes, instead of the oldest where there are many."""
+        if len(self.bindings) >= _MOST_BINDINGS:
+            del self.bindings[next(iter(self.bindings))]
+        self.bindings[key] = binding
 
-    def grow(self, slots: int) -> None:
-        """See `CacheMemory`."""
-        if slots > self._capacity:
-            raise EngineError(f"{slots} slots are needed; the KV cache has {self._capacity}")
-        if slots > self.slots:
-            self._allocate(min(grown(self.name, self.slots, slots), self._capacity), self._kept())
 
-    def _kept(self) -> Iterable[NDArray[Any]]:
-        return self._slab
+@dataclass(eq=False)
+class Bank:
+    """Places whose texts have up to `limit` slots."""
 
-    def move(self, token: int, source: int, target: int) -> None:
-        """See `CacheMemory`."""
-        self._slab[:, :, :, target] = self._slab[:, :, :, source]
+    limit: int
+    slab: Slab
+    gaps: int = 0
+    """places without a pass that passes have covered since they were last put aside"""
 
-    def zero(self) -> None:
-        """See `CacheMemory`; the cache has its initial size again."""
-        self._allocate(min(FIRST_SLOTS, self._capacity))
+
+class OrtMemory(EngineMemory, Protocol):
+    """KV entries where a session's passes read and write them."""
+
+    device: str
+    """in ONNX Runtime's words"""
+
+    @property
+    def places(self) -> Sequence[Any]:
+        """See `CacheMemory`; `seat` is a place's bank, and where it lies there."""
+
+    @property
+    def banks(self) -> list[Bank]:
+        """Those that hold a place."""
+
+    @property
+    def slots(self) -> int:
+        """Allocated now for the first place."""
+
+    def put_together(self, bank: Bank, taking: Sequence[Any]) -> list[Any]:
+        """The places that take part in passes, in their order in the bank, where that pays side by side."""

@@ -7,13 +7,28 @@ the slots below its position have not changed.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from mara_runtime.engines.base import Pass
+from mara_runtime.engines.base import Pass, StepOutput
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What runs for a pass."""
+
+    first: Pass | None
+    """to be run before"""
+    work: Pass
+    in_front: int
+    """rows of it that recompute an entry"""
+
+    def read(self, out: StepOutput) -> StepOutput:
+        """The outputs of `work` as those of the pass that it was made of."""
+        return replace(out, rows=out.rows - self.in_front) if self.in_front else out
 
 
 class Recompute:
-    """The entry that has to be recomputed, if any. At most one: a pass runs between two commits."""
+    """The entry of one place that has to be recomputed, if any. At most one: a pass runs between two commits."""
 
     def __init__(self) -> None:
         self._pending: Pass | None = None
@@ -26,24 +41,29 @@ class Recompute:
         """The entry is recomputed, or no longer needed."""
         self._pending = None
 
-    def passes(self, work: Pass, *, merge: bool = True) -> tuple[Pass | None, Pass, int]:
-        """(pass to run first, pass that contains `work`, rows in front of those of `work`); `cancel` follows them.
+    def take_over(self, other: Recompute, count: int) -> None:
+        """The first `count` entries are copies of another place's, with what those still lack."""
+        row = other._pending
+        self._pending = row if row is not None and row.slot < count else None
 
-        merge: where the pending row's slot is the one before `work`, a single pass runs both. A pass that fails leaves
-        the row pending.
+    def merged(self, work: Pass, *, merge: bool = True) -> Merged:
+        """The pass with the entry that it needs; `cancel` when it has run. A pass that fails leaves the entry pending.
+
+        merge: where the pending row's slot is the one before `work`, a single pass runs both.
         """
         row = self._pending
         if row is None or work.slot <= row.slot:  # overwritten: the sequence ends before it
-            return None, work, 0
+            return Merged(None, work, 0)
         if not merge or row.slot + 1 != work.slot:
-            return row, work, 0
-        merged = replace(
+            return Merged(row, work, 0)
+        both = replace(
             work,
             tokens=[*row.tokens, *work.tokens],
             positions=[*row.positions, *work.positions],
             slot=row.slot,
             head_rows=[i + 1 for i in work.head_rows],
             agent_rows=[i + 1 for i in work.agent_rows],
+            hidden_rows=[i + 1 for i in work.hidden_rows],
             fallback_row=None if work.fallback_row is None else work.fallback_row + 1,
         )
-        return None, merged, 1
+        return Merged(None, both, 1)

@@ -1,7 +1,8 @@
 """The TensorRT engine: a bundle's engine files on TensorRT's Python API, without PyTorch.
 
-KV cache (trt_memory.py) and agents (trt_agents.py) lie on the device. An entry that moves is recomputed as a row of the
-next pass (recompute.py). Tested against a double of TensorRT and CUDA (tests/double); not yet run on hardware.
+KV caches (trt_memory.py) and agents (trt_agents.py) lie on the device. An entry that moves is recomputed as a row of
+the next pass (recompute.py). Conversations share passes where the engine was built for it (trt_shared.py). Tested
+against a double of TensorRT and CUDA (tests/double); not yet run on hardware.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import cuda, trt_file
-from mara_runtime.engines.base import Pass, StepOutput, fill_inputs, read_outputs
+from mara_runtime.engines.base import Pass, Seating, StepOutput, Works
 from mara_runtime.engines.io_block import Sizes
-from mara_runtime.engines.kv_cache import KVCache
+from mara_runtime.engines.kv_cache import KVCache, Places
+from mara_runtime.engines.recompute import Merged
 from mara_runtime.engines.trt_memory import TrtMemory
 from mara_runtime.engines.trt_plan import KEPT_SHAPES
+from mara_runtime.engines.trt_shared import Bounds, Layout, Table
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
 
@@ -100,27 +104,39 @@ class TrtEngine:
         self._shape, dtype = manifest.model.shape, manifest.step.cache
         top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
         self._io = tensors.step_inputs(self._shape, dtype), tensors.step_outputs(self._shape, top, dtype)
-        rows = max(max(e.decode_rows, e.prefill_rows) for e in engines)
+        rows = max(max(e.decode_rows + e.shared_rows, e.prefill_rows) for e in engines)
         self._heads = min(e.head_rows for e in engines)
+        self._bounds = Bounds(
+            places=min(e.places for e in engines),
+            width=min(e.shared_rows for e in engines),
+            rows=min(e.shared_rows + e.decode_rows for e in engines),
+            heads=min(e.places * e.head_rows for e in engines),
+            slots=engines[-1].slots,
+        )
         self._views: dict[Sizes, tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]] = {}
         self._left_running = False
         """a pass was interrupted, and may still read its inputs"""
         agents, widths = min(e.agents for e in engines), min(e.agent_widths for e in engines)
-        self._largest = Sizes(rows, self._heads, rows, agents, widths)
+        self._largest = Sizes(self._bounds.places, rows, rows, self._bounds.heads, rows, rows, agents, widths)
         self._memory = TrtMemory(self._trt, bundle, engines, self._io, self._largest, graphs=graphs)
         self._finalizer = weakref.finalize(self, self._memory.close)
         try:
             self._device = self._memory.cuda.facts()
             self.use(())
+            self._places = Places(self._memory)
         except BaseException:
             self.close()
             raise
-        self._cache = KVCache(self._memory)
+
+    @property
+    def places(self) -> Places:
+        """See `Engine`."""
+        return self._places
 
     @property
     def cache(self) -> KVCache:
         """See `Engine`."""
-        return self._cache
+        return self._places[0]
 
     @property
     def memory(self) -> TrtMemory:
@@ -131,50 +147,71 @@ class TrtEngine:
         """See `Engine.use`."""
         self._memory.agents.use(agents)
 
-    def run(self, work: Pass) -> StepOutput:
+    def run(self, work: Pass, place: int = 0) -> StepOutput:
         """See `Engine.run`."""
-        count, recompute = len(work.tokens), self._memory.recompute
-        most = self._memory.rows(work.slot + count)
+        return self.run_together([(place, work)])[0]
+
+    def run_together(self, works: Works) -> list[StepOutput]:
+        """See `Engine.run_together`."""
+        memory = self._memory
+        for place, work in works:
+            self._check(work)
+            self._places[place].reserve(work.slot, len(work.tokens))
+            memory.places[place].end = work.slot + len(work.tokens)  # before any idle row is put behind it
+        table = Table(self._bounds, [place.end for place in memory.places], self._like())
+        asked: dict[int, Merged] = {}
+        for place, work in works:
+            most = memory.rows(work.slot + len(work.tokens))
+            asked[place] = memory.places[place].recompute.merged(work, merge=len(work.tokens) < most)
+            if (first := asked[place].first) is not None:
+                self._run(table.alone(place, first))
+        found: dict[int, StepOutput] = {}
+        layouts = table.layouts({place: merged.work for place, merged in asked.items()})
+        for layout in layouts:
+            for place, out in self._run(layout).items():
+                memory.places[place].recompute.cancel()
+                read = asked[place].read(out)
+                found[place] = read if len(layouts) == 1 else _kept(read)  # the next pass overwrites it
+        return [found[place] for place, _ in works]
+
+    def _check(self, work: Pass) -> None:
+        """Raise EngineError where a pass is too wide for the engine."""
+        count, most = len(work.tokens), self._memory.rows(work.slot + len(work.tokens))
         if max(count, len(work.agent_rows)) > most or len(work.head_rows) > self._heads:
             raise EngineError(
                 f"a pass of {count} rows, {len(work.head_rows)} of them for the LM head and {len(work.agent_rows)} "
                 f"judged, is wider than the {most} and {self._heads} that the engine was built for: run fewer at once"
             )
-        self._cache.reserve(work.slot, count)
-        first, merged, row_offset = recompute.passes(work, merge=count < most)
-        if first is not None:
-            self._run(first)
-        outputs = self._run(merged)
-        recompute.cancel()
-        if not work.full:
-            return read_outputs(outputs, work, row_offset)
-        block, shape = self._memory.diagnostic, self._shape
-        self._memory.cuda.download(block.host, block.device)
-        self._memory.cuda.wait()
-        hidden = block.view(tensors.LAST_HIDDEN_STATE, (1, len(merged.tokens), shape.hidden_size))[:, row_offset:]
-        logits = block.view(tensors.LOGITS, (max(len(work.head_rows), 1) + 1, shape.vocab_size))
-        return read_outputs(outputs, work, row_offset, hidden, logits)
 
-    def _run(self, work: Pass) -> dict[str, NDArray[Any]]:
-        """Run one pass; returns its outputs, padding included."""
-        memory = self._memory
+    def _like(self) -> Sizes:
+        """Sizes with the agents that are in use."""
+        return self._largest._replace(agents=self._memory.agents.count)
+
+    def _run(self, layout: Layout) -> dict[int, StepOutput]:
+        """Run one pass; returns the outputs of the places that ask."""
+        memory, sizes = self._memory, layout.sizes
         if self._left_running:
             memory.cuda.wait()
-        memory.grow(work.slot + len(work.tokens))
-        sizes = self._largest._replace(
-            rows=len(work.tokens),
-            heads=max(len(work.head_rows), 1),
-            asked=max(len(work.agent_rows), 1),
-            agents=memory.agents.count,
-        )
+        memory.grow(layout.slots)
         inputs, outputs = self._view(sizes)
-        fill_inputs(inputs, work)
+        seating = Seating(layout.passes, range(len(layout.passes)), sizes.conversations, sizes.width)
+        seating.fill(inputs)
         self._left_running = True
-        memory.plan.run(sizes, memory.cache.side)
+        memory.plan.run(sizes, memory.cache.settle(layout.low, layout.high), layout.low)
         self._left_running = False
-        if not memory.facts.in_place:
-            memory.cache.side = 1 - memory.cache.side
-        return outputs
+        memory.cache.turn(layout.low, layout.high)
+        found = seating.read(outputs, *self._diagnostics(layout))
+        return {place: out for place, out in enumerate(found, layout.low) if place in layout.asking}
+
+    def _diagnostics(self, layout: Layout) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Hidden states and logits, where the pass asks for them."""
+        work, sizes, block = layout.passes[0], layout.sizes, self._memory.diagnostic
+        if not work.logits and not len(work.hidden_rows):
+            return None, None
+        self._memory.cuda.download(block.host, block.device)
+        self._memory.cuda.wait()
+        named = {t.name: block.view(t.name, sizes.of(t.shape)) for t in self._io[1] if t.name in block}
+        return named[tensors.LAST_HIDDEN_STATE], named[tensors.LOGITS]
 
     def _view(self, sizes: Sizes) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         views = self._views.get(sizes)
@@ -205,6 +242,7 @@ class TrtEngine:
             "cuda_graphs": plan.no_graphs is None or plan.no_graphs,
             "memory": {
                 "slots": facts.slots,
+                "places": memory.cache.places,
                 "engine_bytes": self._bundle.manifest.files[facts.file].size_bytes,
                 "streamed_weight_bytes": plan.streamed_bytes,
                 "agent_bytes": memory.agents.size_bytes,
@@ -217,3 +255,9 @@ class TrtEngine:
         """Free everything; the engine and the arrays that it returned cannot be used any more."""
         self._views.clear()
         self._finalizer()
+
+
+def _kept(out: StepOutput) -> StepOutput:
+    """With arrays of its own."""
+    copies: dict[str, Any] = {name: value if value is None else value.copy() for name, value in vars(out).items()}
+    return StepOutput(**copies)

@@ -1,8 +1,7 @@
-"""The KV cache of the TensorRT engine, and the engine file that fits its size.
+"""The KV caches of the TensorRT engine, and the engine file that fits their size.
 
 The number of slots is fixed in an engine file, so a bundle may have several: decoding starts with the smallest, and
-when a conversation outgrows it, the next one is opened and takes over the entries. Present is written over past, or, in
-engines of TensorRT before 10.15, into a second copy that swaps roles with the first after each pass.
+when a conversation outgrows it, the next one is opened and takes over the entries of all of them.
 """
 
 from __future__ import annotations
@@ -13,75 +12,65 @@ from typing import Any
 
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.cuda import Cuda, aligned
+from mara_runtime.engines.cuda import Cuda
 from mara_runtime.engines.io_block import Block, Sizes
 from mara_runtime.engines.recompute import Recompute
 from mara_runtime.engines.trt_agents import DeviceAgents
+from mara_runtime.engines.trt_cache import DeviceCache
 from mara_runtime.engines.trt_file import IO
 from mara_runtime.engines.trt_plan import Plan
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
 
-_DIAGNOSTIC = (tensors.LOGITS, tensors.LAST_HIDDEN_STATE)
-"""Outputs that stay on the device unless a pass is full."""
+_DIAGNOSTIC = (tensors.LAST_HIDDEN_STATE, tensors.LOGITS)
+"""Outputs that stay on the device unless a pass asks for them, which then runs alone."""
 
 
-class DeviceCache:
-    """The entries for one engine file, in two copies where passes cannot write in place; zero at first."""
+class TrtPlace:
+    """One place; see `CacheMemory`."""
 
-    def __init__(self, cuda: Cuda, shape: tensors.ModelShape, dtype: str, index: int, facts: EngineFacts) -> None:
-        self.index, self.side = index, 0
-        """of its engine file; which copy the next pass reads"""
-        copies = 1 if facts.in_place else 2
-        self._cuda, self._names = cuda, tensors.kv_names(shape.num_layers)
-        self._heads = shape.num_kv_heads
-        self._row_bytes = facts.slots * shape.head_dim * tensors.CACHE_BYTES[dtype]  # of one head
-        self._layer_bytes = aligned(self._heads * self._row_bytes)
-        self.size_bytes = copies * len(self._names) * self._layer_bytes
-        self._base = cuda.allocate(self.size_bytes, f"the KV cache of {facts.slots} slots")
-        self._sides = [self._base + side * self.size_bytes // copies for side in range(copies)]
-        try:
-            self.zero()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, memory: TrtMemory, index: int) -> None:
+        self._memory, self._index = memory, index
+        self.recompute = Recompute()
+        self.end = 0
+        """slots from this one on hold nothing that is needed"""
 
-    def addresses(self) -> list[dict[str, int]]:
-        """By side: where pasts are read and presents written."""
-        addresses: list[dict[str, int]] = []
-        for side, source in enumerate(self._sides):
-            target = self._sides[(side + 1) % len(self._sides)]
-            addresses.append({})
-            for i, (past, present) in enumerate(self._names):
-                offset = i * self._layer_bytes
-                addresses[-1] |= {past: source + offset, present: target + offset}
-        return addresses
+    @property
+    def capacity(self) -> int:
+        """See `CacheMemory`."""
+        return self._memory.capacity
 
-    def take_over(self, other: DeviceCache) -> None:
-        """Copy what another cache has, as far as there are slots for it."""
-        width = min(self._row_bytes, other._row_bytes)
-        for i in range(len(self._names)):
-            target, source = self._base + i * self._layer_bytes, other._sides[other.side] + i * other._layer_bytes
-            self._cuda.copy_rows(target, self._row_bytes, source, other._row_bytes, width, self._heads)
-        self._cuda.wait()
+    def resize(self, slots: int, kept: int) -> None:
+        """See `CacheMemory`; it shrinks in `zero` alone, as opening an engine file takes seconds."""
+        self.end = kept
+        self._memory.grow(slots)
+
+    def grow(self, slots: int) -> None:
+        """See `CacheMemory`."""
+        self._memory.grow(slots)
+
+    def move(self, token: int, source: int, target: int) -> None:
+        """See `CacheMemory`."""
+        self.recompute.schedule(token, target)
+
+    def copy(self, place: int, count: int) -> bool:
+        """See `CacheMemory`."""
+        self._memory.cache.copy(self._index, place, count)
+        self.recompute.take_over(self._memory.places[place].recompute, count)
+        self.end = count
+        return True
 
     def zero(self) -> None:
-        """Zero all slots."""
-        self._cuda.zero(self._base, self.size_bytes)
-        self._cuda.wait()
-
-    def close(self) -> None:
-        """Free the memory."""
-        try:
-            self._cuda.wait()  # an interrupt may have left work in the stream
-        finally:
-            self._cuda.free(self._base)
+        """See `CacheMemory`; the engine file is the smallest again where no other place needs a larger one."""
+        self.recompute.cancel()
+        self.end = 0
+        self._memory.zero(self._index)
 
 
 class TrtMemory:
     """All that is open on the device: blocks for inputs and outputs, agents, entries, the engine file.
 
-    See `CacheMemory`.
+    See `EngineMemory`.
     """
 
     def __init__(
@@ -89,16 +78,18 @@ class TrtMemory:
     ) -> None:
         """engines: of one target, by ascending slots. largest: sizes of the largest pass. Raises EngineError."""
         self._trt, self._bundle, self._engines, self._io, self._graphs = trt, bundle, engines, io, graphs
-        self.recompute = Recompute()
+        self.places: list[TrtPlace] = []
         self._cache: DeviceCache | None = None
         self._plan: Plan | None = None
         self._stack = contextlib.ExitStack()  # whatever fails while closing, the rest is closed, too
         try:
             self.cuda = self._opened(Cuda())
-            outputs = [t for t in io[1] if "C" not in t.shape]
+            outputs = {t.name: t for t in io[1] if "C" not in t.shape}
+            diagnostic = [outputs.pop(name) for name in _DIAGNOSTIC]
+            alone = largest._replace(conversations=1, heads=min(facts.head_rows for facts in engines))
             self.inputs = self._opened(Block(self.cuda, tensors.pass_inputs(), largest))
-            self.outputs = self._opened(Block(self.cuda, [t for t in outputs if t.name not in _DIAGNOSTIC], largest))
-            self.diagnostic = self._opened(Block(self.cuda, [t for t in outputs if t.name in _DIAGNOSTIC], largest))
+            self.outputs = self._opened(Block(self.cuda, [*outputs.values()], largest))
+            self.diagnostic = self._opened(Block(self.cuda, diagnostic, largest, read=alone))
             self.agents = self._opened(DeviceAgents(self.cuda, bundle, engines[0].target, largest))
             self._stack.callback(self._close_cache)
             self._stack.callback(self._close_plan)
@@ -132,24 +123,32 @@ class TrtMemory:
     def _index(self) -> int:
         return 0 if self._cache is None else self._cache.index
 
-    # ── CacheMemory ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── places ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def most_places(self) -> int:
+        """See `EngineMemory`."""
+        return min(facts.places for facts in self._engines)
+
+    def place(self, index: int) -> TrtPlace:
+        """See `EngineMemory`."""
+        if index >= self.cache.places:
+            self._lay_out(self._index, index + 1)
+        self.places.append(TrtPlace(self, index))
+        return self.places[index]
 
     @property
     def capacity(self) -> int:
-        """See `CacheMemory`."""
+        """Slots of a place at most."""
         return self._engines[-1].slots
 
     @property
     def slots(self) -> int:
-        """Allocated now."""
+        """Of a place, allocated now."""
         return self.facts.slots
 
-    def resize(self, slots: int, kept: int) -> None:
-        """See `CacheMemory`; it shrinks in `zero` alone, as opening an engine file takes seconds."""
-        self.grow(slots)
-
     def grow(self, slots: int) -> None:
-        """See `CacheMemory`."""
+        """Make room for so many slots in each place. Raises EngineError."""
         before, index = self._index, self._index_for(slots)
         if index == before and self._plan is not None:
             return
@@ -157,21 +156,16 @@ class TrtMemory:
             self._open_engine(index)
         except EngineError:
             if self._index > before:  # there may not be memory for it: the entries fit the smaller one, which goes on
-                self._lay_out(before)
+                self._lay_out(before, self.cache.places)
             raise
 
-    def move(self, token: int, source: int, target: int) -> None:
-        """See `CacheMemory`."""
-        self.recompute.schedule(token, target)
-
-    def zero(self) -> None:
-        """See `CacheMemory`; the engine file is the smallest again."""
-        self.recompute.cancel()
-        if self._index:
+    def zero(self, place: int) -> None:
+        """Zero a place."""
+        if self._index and not any(each.end for each in self.places):
             self._close_plan()
             self._close_cache()
         self.grow(0)
-        self.cache.zero()
+        self.cache.zero(place)
 
     def rows(self, slots: int) -> int:
         """Rows of a pass at most, in the engine file for so many slots. Raises EngineError."""
@@ -191,25 +185,30 @@ class TrtMemory:
         facts = self._engines[index]
         self._close_plan()  # first, so that two engines are never in memory at once
         if self._cache is None or index != self._cache.index:  # else an earlier opening was interrupted or failed
-            self._lay_out(index)
-        parts = self.inputs, self.agents, self.outputs, self.diagnostic
-        fixed = {name: address for part in parts for name, address in part.addresses().items()}
-        sides = [{**fixed, **entries} for entries in self.cache.addresses()]
+            self._lay_out(index, max(len(self.places), 1))
         kernels = f"kernels-{self._bundle.manifest.files[facts.file].sha256[:24]}"
         copied = self.inputs, self.outputs
         path = self._bundle.path(facts.file)
-        self._plan = Plan(self._trt, self.cuda, path, facts, self._io, copied, sides, self._graphs, kernels)
+        self._plan = Plan(self._trt, self.cuda, path, facts, self._io, copied, self._addresses, self._graphs, kernels)
 
-    def _lay_out(self, index: int) -> None:
-        """Lay out the entries for an engine file."""
+    def _addresses(self, side: int, low: int) -> dict[str, int]:
+        """Of all tensors, for passes over the places from `low` on; see `DeviceCache.addresses`."""
+        parts = self.inputs, self.agents, self.outputs, self.diagnostic
+        fixed = {name: address for part in parts for name, address in part.addresses().items()}
+        return fixed | self.cache.addresses(side, low)
+
+    def _lay_out(self, index: int, places: int) -> None:
+        """Lay out the entries for an engine file and so many places."""
         manifest, before = self._bundle.manifest, self._cache
-        cache = DeviceCache(self.cuda, manifest.model.shape, manifest.step.cache, index, self._engines[index])
-        if before is not None:
-            try:
+        cache = DeviceCache(self.cuda, manifest.model.shape, manifest.step.cache, index, self._engines[index], places)
+        try:
+            if before is not None:
                 cache.take_over(before)
-            except BaseException:
-                cache.close()
-                raise
+            if self._plan is not None:  # before the addresses change
+                self._plan.forget()
+        except BaseException:
+            cache.close()
+            raise
         self._cache = cache  # at once: an interrupt must find the entries and the engine file that they are for
         if before is not None:
             before.close()

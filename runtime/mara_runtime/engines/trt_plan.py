@@ -15,7 +15,7 @@ API: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/inf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,17 @@ KEPT_SHAPES = 32
 """Most shapes of passes with a context and a graph of their own."""
 FADING = 4096
 """Counts are halved after so many passes."""
+DECODE, PREFILL, SHARED = range(3)
+"""Optimisation profiles: narrow and wide passes of one conversation, passes of several."""
+
+
+Form = tuple[Sizes, int, int]
+"""What contexts and graphs are bound to: the sizes of a pass, the side of the cache that it reads, its first place."""
 
 
 @dataclass
 class _Kept:
-    """A shape that repeats, on one side of the cache."""
+    """A form that repeats."""
 
     context: Any
     ran: bool = False
@@ -54,24 +60,24 @@ class Plan:
         facts: EngineFacts,
         io: IO,
         blocks: tuple[Block, Block],
-        sides: Sequence[Mapping[str, int]],
+        addresses: Callable[[int, int], Mapping[str, int]],
         graphs: bool,
         kernels: str,
     ) -> None:
         """io: the graph's inputs and outputs. blocks: copied before and after a pass.
 
-        sides: for each side of the cache, the addresses of all tensors by name. kernels: name in the user's cache of
+        addresses: of all tensors by name, by side of the cache and first place. kernels: name in the user's cache of
         the kernels that TensorRT for RTX compiles. Raises EngineError.
         """
         self._trt, self._cuda, self._path, self._facts = trt, cuda, path, facts
-        self._inputs, self._blocks, self._sides = io[0], blocks, sides
+        self._inputs, self._blocks, self._addresses = io[0], blocks, addresses
         self.no_graphs: str | None = None if graphs else "switched off"
         """why passes do not run as CUDA graphs; None: they do"""
         self.activation_bytes = 0
-        self._kept: dict[tuple[Sizes, int], _Kept] = {}
-        self._seen: dict[tuple[Sizes, int], int] = {}  # counts, decaying
+        self._kept: dict[Form, _Kept] = {}
+        self._seen: dict[Form, int] = {}  # counts, decaying
         self._passes = 0
-        self._shared: dict[int, tuple[Any, Sizes, int]] = {}  # by profile: a context and its current shape and side
+        self._shared: dict[int, tuple[Any, Form]] = {}  # by profile: a context and its current form
         self._activations = 0
         self._kernels_name = kernels
         self._kernels: Any = None
@@ -99,19 +105,25 @@ class Plan:
         """Of weights in host memory."""
         return 0 if self._file is None else self._file.streamed_bytes
 
-    def run(self, sizes: Sizes, side: int) -> None:
-        """Copy the inputs in, run the pass, copy the outputs out, and wait."""
-        if max(sizes.rows, sizes.asked) > self._facts.decode_rows:
-            self._put(self._context(1, sizes, side))
+    def run(self, sizes: Sizes, side: int, low: int) -> None:
+        """Copy the inputs in, run the pass over the places from `low` on, copy the outputs out, and wait."""
+        form, profile = (sizes, side, low), self._profile(sizes)
+        if profile == PREFILL:
+            self._put(self._context(profile, form))
         else:
-            kept = self._keep(sizes, side) if self.no_graphs is None else None
+            kept = self._keep(profile, form) if self.no_graphs is None else None
             if kept is None or not self._repeat(kept):
-                self._put(self._context(0, sizes, side))
+                self._put(self._context(profile, form))
         self._cuda.wait()
 
-    def _keep(self, sizes: Sizes, side: int) -> _Kept | None:
-        """The context of a shape of its own, if it has repeated often enough."""
-        key = sizes, side
+    def _profile(self, sizes: Sizes) -> int:
+        """The optimisation profile of a pass."""
+        if sizes.conversations > 1:
+            return SHARED
+        return PREFILL if max(sizes.rows, sizes.asked, sizes.shown) > self._facts.decode_rows else DECODE
+
+    def _keep(self, profile: int, key: Form) -> _Kept | None:
+        """The context of a form of its own, if it has repeated often enough."""
         self._passes += 1
         if self._passes % FADING == 0:
             self._seen = {shape: count // 2 for shape, count in self._seen.items() if count > 1}
@@ -125,7 +137,7 @@ class Plan:
                     return None
                 self._drop(rarest)
             try:
-                context = self._new_context(0, sizes, side, repeated=True)
+                context = self._new_context(profile, key, repeated=True)
             except EngineError as error:
                 self._give_up_graphs(error)
                 return None
@@ -150,8 +162,8 @@ class Plan:
     def _give_up_graphs(self, error: EngineError) -> None:
         """From now on, run all passes in the shared contexts."""
         self.no_graphs = str(error)
-        for shape in list(self._kept):
-            self._drop(shape)
+        for form in list(self._kept):
+            self._drop(form)
 
     def _capture(self, context: Any) -> Any:
         capturable = getattr(context, "is_stream_capturable", None)  # TensorRT for RTX
@@ -174,21 +186,21 @@ class Plan:
 
     # ── contexts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _context(self, profile: int, sizes: Sizes, side: int) -> Any:
-        """The shared context of a profile, set to a shape."""
+    def _context(self, profile: int, form: Form) -> Any:
+        """The shared context of a profile, set to a form."""
         if profile in self._shared:
-            context, sizes_now, side_now = self._shared.pop(profile)  # removed, in case setting it fails half-way
-            if sizes != sizes_now:
-                self._set_shapes(context, sizes)
-            if side != side_now:
-                self._set_addresses(context, side)
+            context, now = self._shared.pop(profile)  # removed, in case setting it fails half-way
+            if form[0] != now[0]:
+                self._set_shapes(context, form)
+            if form[1:] != now[1:]:
+                self._set_addresses(context, form)
         else:
-            context = self._new_context(profile, sizes, side)
-        self._shared[profile] = (context, sizes, side)
+            context = self._new_context(profile, form)
+        self._shared[profile] = context, form
         return context
 
-    def _new_context(self, profile: int, sizes: Sizes, side: int, repeated: bool = False) -> Any:
-        """repeated: the shape will not change."""
+    def _new_context(self, profile: int, form: Form, repeated: bool = False) -> Any:
+        """repeated: the form will not change."""
         # Contexts share their activation memory, as one stream never runs two of them at once.
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._kernels is None:
@@ -206,8 +218,8 @@ class Plan:
         except RuntimeError as error:  # how the bindings report a refusal
             why = logger(self._trt).last or error
             raise EngineError(f"TensorRT refuses the optimisation profile {profile}: {why}") from None
-        self._set_shapes(context, sizes)
-        self._set_addresses(context, side)
+        self._set_shapes(context, form)
+        self._set_addresses(context, form)
         context.set_device_memory(self._activations, self.activation_bytes)
         return context
 
@@ -227,21 +239,26 @@ class Plan:
             if content != files.read_cached(self._kernels_name):
                 files.write_cached(self._kernels_name, content)
 
-    def _set_shapes(self, context: Any, sizes: Sizes) -> None:
+    def _set_shapes(self, context: Any, form: Form) -> None:
         for tensor in self._inputs:
-            if "C" not in tensor.shape and not context.set_input_shape(tensor.name, sizes.of(tensor.shape)):
-                raise EngineError(
-                    f"TensorRT refuses the shape {sizes.of(tensor.shape)} of {tensor.name}: {logger(self._trt).last}"
-                )
+            shape = form[0].of([self._facts.slots if size == "C" else size for size in tensor.shape])
+            if not context.set_input_shape(tensor.name, shape):
+                raise EngineError(f"TensorRT refuses the shape {shape} of {tensor.name}: {logger(self._trt).last}")
 
-    def _set_addresses(self, context: Any, side: int) -> None:
-        for name, address in self._sides[side].items():
+    def _set_addresses(self, context: Any, form: Form) -> None:
+        for name, address in self._addresses(*form[1:]).items():
             if not context.set_tensor_address(name, address):
                 raise EngineError(f"TensorRT refuses the address of {name}: {logger(self._trt).last}")
 
     # ── closing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _drop(self, shape: tuple[Sizes, int]) -> None:
+    def forget(self) -> None:
+        """Drop contexts and graphs, as before the addresses change."""
+        for form in list(self._kept):
+            self._drop(form)
+        self._shared.clear()
+
+    def _drop(self, shape: Form) -> None:
         try:
             self._cuda.wait()  # an interrupted pass may still be running
         finally:

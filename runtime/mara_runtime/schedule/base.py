@@ -17,6 +17,22 @@ from numpy.typing import NDArray
 from mara_runtime.schedule.drafts import NO_DRAFT, Draft
 
 
+@dataclass(eq=False)
+class Company:
+    """Other conversations that share the next pass, as far as is known: as they shared the last one.
+
+    Whoever runs the passes keeps it up to date.
+    """
+
+    rows: int = 0
+    """of all of them"""
+    conversations: int = 0
+
+
+ALONE = Company()
+"""Nobody's, so it stays as it is."""
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What is known when a pass is planned."""
@@ -35,6 +51,8 @@ class PassContext:
     """the last of several passes runs the fallback once more"""
     draft: Draft = NO_DRAFT
     """a guess of what follows the known token, or the first candidate"""
+    company: Company = ALONE
+    """who shares the pass"""
 
 
 @dataclass(frozen=True)
