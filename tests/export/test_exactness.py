@@ -23,7 +23,6 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from mara_runtime.engines import ort as ort_engine
 from mara_runtime.engines.ort import CpuEngine
-from mara_runtime.engines.ort_banks import CpuPlace
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.schedule.base import PassContext, PassPlan
 from mara_runtime.stats import Step
@@ -219,7 +218,6 @@ def test_the_cuda_engine_recomputes_entries_and_moves_none(answers, bundle, monk
     """On the CPU provider."""
     monkeypatch.setitem(ort_engine.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(CudaMemory, "device", "cpu")
-    monkeypatch.setattr(CpuPlace, "move", None)
     opened = Bundle.open(bundle("llama", "ort"))
     decoder = AlignedDecoder(opened, engine=CudaEngine(opened, 1))
     config = DecodeConfig(**OPTIONS, schedule="together")
