@@ -205,7 +205,7 @@ class AlignedDecoder:
         Yields (index of the prompt, piece) as tokens come; in place of a piece, the error that ended that answer or
         refused its prompt. config: one for all, or one per prompt. places: answers at once at most, each with its own
         KV cache. share: prompts begin with what any cache holds of them; otherwise nothing from before takes part.
-        Raises OptionError, and EngineError where there is no room for the caches.
+        Raises OptionError, and EngineError if there is not enough memory for the caches.
         """
         _check_places(places)
         if config is None or isinstance(config, DecodeConfig):

@@ -68,7 +68,7 @@ def test_in_company_each_answers_as_it_does_alone(fallback: str, share: bool) ->
 
 
 class Unreliable(helpers.CountingEngine):
-    """Raises what it is told to, after the entries were written."""
+    """Raises the errors in `fails`, one a pass, after it has written the entries."""
 
     def __init__(self, lookup: helpers.Lookup) -> None:
         super().__init__(lookup, slots=SLOTS)

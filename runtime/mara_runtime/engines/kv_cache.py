@@ -56,7 +56,7 @@ class EngineMemory(Protocol):
         """Places at most."""
 
     def place(self, index: int) -> CacheMemory:
-        """The memory of one more place, the next in order. Raises EngineError where there is no room."""
+        """The memory of one more place, the next in order. Raises EngineError if memory runs out."""
 
 
 class KVCache:
@@ -137,7 +137,7 @@ class Places(Sequence[KVCache]):
         return self._memory.most_places
 
     def open(self, count: int) -> None:
-        """Have at least so many places. Raises EngineError where there is no room."""
+        """Have at least `count` places. Raises EngineError if the engine takes fewer, or if memory runs out."""
         if count > self.most:
             raise EngineError(f"{count} conversations at once are more than the {self.most} that the engine takes")
         while len(self._caches) < count:
