@@ -216,8 +216,8 @@ class Seating:
             if len(work.hidden_rows):
                 asked = slice(hidden, hidden := hidden + len(work.hidden_rows))
                 inputs[tensors.HIDDEN_ROWS][asked] = np.add(work.hidden_rows, row)
-            inputs[tensors.MARGIN_WEIGHT][seat] = work.margin_weight
-            inputs[tensors.THRESHOLD][seat] = _float32_below(work.threshold)
+            inputs[tensors.MARGIN_WEIGHT][seat, 0] = work.margin_weight
+            inputs[tensors.THRESHOLD][seat, 0] = _float32_below(work.threshold)
             inputs[tensors.FALLBACK_ROW][seat] = -1 if work.fallback_row is None else work.fallback_row + row
             row = end
         if head < len(inputs[tensors.HEAD_ROWS]):
