@@ -77,6 +77,21 @@ def test_what_is_copied_leaves_the_prompt_s_last_token_to_run() -> None:
     assert places[0].tokens == LONG[:-1]
 
 
+def test_a_prompt_that_only_begins_like_another_text_leaves_that_text_alone() -> None:
+    """A system prompt, say; the next turn of that conversation keeps all but a few tokens, and goes on in its place."""
+    begins = [*LONG[:20], 7]
+    places, _ = places_with([9], LONG, [8])
+    assert places.seat(begins, range(3)) == 0
+    assert (places[0].tokens, places[1].tokens) == (LONG[:20], LONG)
+    for kept in (len(LONG), len(LONG) - WORTH_COPYING):
+        places, _ = places_with([9], LONG, [8])
+        assert places.seat([*LONG[:kept], 7], range(3)) == 1
+    places, memories = places_with([9], LONG, [8])
+    memories[0].copy = lambda place, count: False  # type: ignore[method-assign]
+    assert places.seat(begins, range(3)) == 1  # where it keeps half
+    assert [places[0].tokens, places[1].tokens, places[2].tokens] == [[9], LONG, [8]]
+
+
 def test_a_copy_that_fails_leaves_the_place_empty() -> None:
     places, memories = places_with([1, 2], LONG)
 

@@ -42,7 +42,7 @@ class CacheMemory(Protocol):
         """Make the entry of `token` in slot `source` that of slot `target`, its position, in every layer."""
 
     def copy(self, place: int, count: int) -> bool:
-        """Make the first `count` entries those of another place, if the engine can; has it? Raises EngineError."""
+        """Make the first `count` entries those of another place; False: the engine cannot. Raises EngineError."""
 
     def zero(self) -> None:
         """Zero all slots: masked slots take part in attention with weight 0, and 0 × NaN is NaN."""
@@ -107,11 +107,11 @@ class KVCache:
 
     def copy(self, place: int, tokens: Sequence[int]) -> bool:
         """Begin with `tokens`, whose entries another place holds, if the engine can copy them; has it?"""
-        self.tokens.clear()  # first: whatever becomes of the copy
-        if not self._memory.copy(place, len(tokens)):
-            return False
-        self.tokens.extend(tokens)
-        return True
+        before = self.tokens[:]
+        self.tokens.clear()  # whatever becomes of the copy
+        copied = self._memory.copy(place, len(tokens))
+        self.tokens.extend(tokens if copied else before)
+        return copied
 
     def clear(self) -> None:
         """Drop all tokens and zero the memory, as after a NaN."""
@@ -146,19 +146,27 @@ class Places(Sequence[KVCache]):
     def seat(self, prompt: Sequence[int], free: Collection[int]) -> int:
         """The place among `free` for a text with this prompt, with what any place holds of the prompt.
 
-        That is the place whose text goes on, which means that the prompt keeps at least half of it; else the one that
-        was left alone for longest, so that other conversations can still go on; the first of those that no text began
-        in yet.
+        That is the place whose text goes on: all of it, but for its last few tokens. Else it is the one that was left
+        alone for longest, so that other conversations can still go on, also those that only begin alike; the first of
+        those that no text began in yet. Where entries cannot be copied, a place that keeps half of its text is better.
         """
         held = [cache.common(prompt) for cache in self._caches]
         unused = [place for place in range(len(self._caches)) if place in free and place not in self._recent]
-        by_age = [*unused, *(place for place in self._recent if place in free)]
-        place = max(by_age, key=lambda p: held[p])
-        if 2 * held[place] < len(self._caches[place].tokens):
-            place = by_age[0]
+        oldest, *others = [*unused, *(place for place in self._recent if place in free)]
+        place = max((oldest, *others), key=lambda p: held[p])
         best = max(range(len(held)), key=lambda p: held[p])
-        if held[best] >= held[place] + WORTH_COPYING:
-            self._caches[place].copy(best, prompt[: held[best]])
+
+        def begin(place: int) -> bool:
+            """Copy what the prompt begins with, if that is worthwhile and the engine can; has it?"""
+            worthwhile = held[best] >= held[place] + WORTH_COPYING
+            return worthwhile and self._caches[place].copy(best, prompt[: held[best]])
+
+        lost = len(self._caches[place].tokens) - held[place]
+        if lost > WORTH_COPYING and begin(oldest):
+            place = oldest
+        else:
+            place = oldest if lost > held[place] else place
+            begin(place)
         self._recent = [*(p for p in self._recent if p != place), place]
         return place
 
