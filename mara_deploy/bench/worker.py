@@ -86,7 +86,7 @@ class Subject:
         answers = {}
         for way, options in ways.items():
             config = DecodeConfig(**options)
-            acceptance, drafts = self._learnt(profile, way)
+            acceptance, drafts = self._learned_in(profile, way)
             engine = SyntheticEngine(self._engine, [script])
             schedule = _schedule(config, self._cost, acceptance)
             session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, self._noise)
@@ -115,7 +115,7 @@ class Subject:
         if config.align:
             config = replace(config, agents=self._agents)
         engine = SyntheticEngine(self._engine, scripts)
-        schedule = _schedule(config, self._cost, self._learnt(profile, f"{conversations} {way}")[0])
+        schedule = _schedule(config, self._cost, self._learned_in(profile, f"{conversations} {way}")[0])
         with engine.places.lock:
             engine.places.open(conversations)
             batcher = Batcher(engine, partial(self._session, engine, schedule), share=False)
@@ -150,7 +150,7 @@ class Subject:
         vocab_size = manifest.model.shape.vocab_size
         return Script(Profile(**profile), positions, vocab_size, top_tokens(manifest.max_candidates, vocab_size))
 
-    def _learnt(self, profile: dict[str, Any], way: str) -> tuple[Acceptance, NGrams]:
+    def _learned_in(self, profile: dict[str, Any], way: str) -> tuple[Acceptance, NGrams]:
         """What outlives an answer on a profile, for each way to decode."""
         return self._learned.setdefault(f"{profile | {'seed': 0}} {way}", (Acceptance(), NGrams()))
 

@@ -25,7 +25,7 @@ from mara_deploy.commands.decoding import (
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.scoring import add_score_options, judges, score_options
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
-from mara_runtime.config import DecodeConfig
+from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
@@ -87,7 +87,9 @@ class EvalArguments(Options):
     examples: int = option(5, "examples of each kind in the report", least=0)
     raw: bool = option(False, "use prompts as plain text, without the chat template")
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
-    conversations: int = option(8, "answers of the bundle decoded at once; with 1 they repeat to the last bit", least=1)
+    conversations: int = option(
+        CONVERSATIONS, "answers of the bundle decoded at once; with 1 they repeat to the last bit", least=1
+    )
     quiet: bool = option(False, "suppress progress and summary")
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from mara_deploy.commands.decoding import (
 )
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
-from mara_runtime.config import DecodeConfig
+from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
 
@@ -61,7 +61,7 @@ class RunArguments(Options):
         "them; each answer is printed when it is finished",
         metavar="FILE",
     )
-    conversations: int | None = option(None, "--prompts: answers decoded at once", least=1, unset="8")
+    conversations: int | None = option(None, "--prompts: answers decoded at once", least=1, unset=str(CONVERSATIONS))
     jsonl: bool = option(
         False, "--prompts: print one JSON object per line: index and prompt, then what --json prints, or error"
     )
@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _answer_file(options: RunArguments, config: DecodeConfig, engine: EngineOptions, variables: dict[str, Any]) -> int:
     """Answer the prompts of a file. Returns the exit code."""
-    from mara_deploy.commands.run_prompts import CONVERSATIONS, answer_all, with_messages
+    from mara_deploy.commands.run_prompts import answer_all, with_messages
     from mara_deploy.prompts import read_prompts
 
     prompts = read_prompts(options.prompts or "")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from mara_runtime.answer import Generation
     from mara_runtime.decoder import AlignedDecoder
 
-CONVERSATIONS = 8
-"""Answers decoded at once."""
 REFRESH_S = 0.1
 
 

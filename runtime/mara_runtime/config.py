@@ -17,6 +17,8 @@ TOP_K, TOP_P = 40, 0.95
 """Of an agent whose file does not record them: those of the paper's evaluation."""
 ENGINES = ("tensorrt", "tensorrt-rtx", "cuda", "cpu")
 """Engines by preference: `auto` takes the first that both the bundle and the machine support."""
+CONVERSATIONS = 8
+"""Answers to many prompts that are decoded at once, by default."""
 
 
 @dataclass(frozen=True)

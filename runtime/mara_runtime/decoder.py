@@ -21,7 +21,7 @@ from mara_runtime import in_force
 from mara_runtime.answer import Assembler, Generation, Piece
 from mara_runtime.batch import Batcher
 from mara_runtime.bundle import Bundle
-from mara_runtime.config import DecodeConfig
+from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.decode import Request, Session, decode
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Engine
@@ -194,7 +194,7 @@ class AlignedDecoder:
         prompts: Sequence[Prompt],
         config: DecodeConfig | Sequence[DecodeConfig] | None = None,
         *,
-        places: int = 8,
+        places: int = CONVERSATIONS,
         share: bool = True,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
