@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_runtime.engines.cores import default_threads
+from mara_runtime.engines.machine import default_threads
 
 SIBLINGS = {f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 4},{i % 4 + 4}" for i in range(8)}
 GROUP = "sys/fs/cgroup/docker/a"
