@@ -128,7 +128,7 @@ def limit_memory(engine: str, threads: int | None = None) -> None:
 @contextlib.contextmanager
 def _limit_restored() -> Iterator[None]:
     """At the end, the memory is limited as it was."""
-    if sys.platform == "win32":
+    if sys.platform != "linux":
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
