@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
 import torch
 
+from mara_runtime.engines.machine import free_memory
 from mara_runtime.errors import OptionError
 
 
@@ -33,7 +31,4 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device; None if it cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(OSError, ValueError, IndexError):  # other systems than Linux
-        line = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]
-        return int(line.split()[0]) * 1024
-    return None
+    return free_memory()

@@ -16,6 +16,7 @@ from typing import Any
 
 from mara_deploy.bench.protocol import command_line, random_tokens, serve
 from mara_deploy.bench.synthetic import Profile, Script, SyntheticEngine
+from mara_deploy.commands.process import limit_memory
 from mara_runtime.batch import Batcher
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
@@ -189,6 +190,7 @@ def main() -> None:
     parser = command_line()
     parser.add_argument("--engine", default="auto")
     args = parser.parse_args()
+    limit_memory(args.engine, args.threads)
     serve(lambda: Subject(args.model, args.engine, args.threads), plain_errors=(MaraError,))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mara_deploy.commands.decoding import BUNDLE_HELP, prompt_options
 from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.process import limit_memory
 from mara_deploy.commands.shared import Parser, guarded, needs_extra, note_signature, print_json
 from mara_runtime.bundle import Bundle
 from mara_runtime.manifest import AgentFacts, Manifest
@@ -89,6 +90,7 @@ def _add(args: argparse.Namespace) -> None:
         from mara_export.progress import Progress
 
     named = named_agent(arguments.file, bundle.manifest.model.source, arguments.name)
+    limit_memory("cpu")
     bundle = add_agent(
         bundle,
         named,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.options import from_args, reject
+from mara_deploy.commands.process import limit_memory
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import Manifest
@@ -43,6 +44,7 @@ class EngineOptions(Options):
         """Open a bundle. report: takes messages about what takes time. Raises MaraError."""
         from mara_runtime.decoder import AlignedDecoder
 
+        limit_memory(self.engine, self.threads)
         return AlignedDecoder(
             bundle,
             engine=self.engine,

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mara_runtime.engines.machine import allocated_memory, cores, free_memory
 from mara_runtime.errors import MaraError, first_line
 
 if sys.platform != "win32":
@@ -40,7 +41,7 @@ def prepared() -> Iterator[None]:
     with contextlib.suppress(OSError):  # the working directory is gone
         here = "", str(Path.cwd())
         sys.path.sort(key=lambda path: path in here)
-    with _termination_unwinds():
+    with _termination_unwinds(), _limit_restored():
         yield
 
 
@@ -95,6 +96,46 @@ except ImportError as error:  # otherwise the command itself reports it
         raise MaraError(
             f"the address space is limited to {limit >> 20} MiB (ulimit -v), too little to load PyTorch; raise it"
         )
+
+
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/etc/nv_tegra_release")
+"""One of them exists where NVIDIA's driver does: on a PC, a Jetson (in a container or not), Windows' Linux."""
+_KEPT = 1 / 16
+"""Of the free memory: for page tables and programs, without which a machine stands still."""
+
+
+def limit_memory(engine: str, threads: int | None = None) -> None:
+    """Before a bundle's graph runs: what this process allocates beyond the memory that is free fails, as `one_line`.
+
+    Otherwise the system would end it, or another process. A driver of GPUs may reserve more than it takes: where there
+    is one, only the engine "cpu" is limited.
+
+    engine, threads: as the user asks for them.
+    """
+    if sys.platform != "linux" or (engine != "cpu" and any(Path(name).exists() for name in _GPU_FILES)):
+        return
+    free = free_memory()
+    if free is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    stacks = (threads or cores()) * (0 if stack == resource.RLIM_INFINITY else stack)  # which stay empty, but count
+    limit = allocated_memory() + free - int(free * _KEPT) + stacks
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+@contextlib.contextmanager
+def _limit_restored() -> Iterator[None]:
+    """At the end, the memory is limited as it was."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def one_line(error: BaseException) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mara_deploy import demo
 from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.process import limit_memory
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
 from mara_deploy.demo.prompts import demo_prompts
 from mara_deploy.demo.score import score
@@ -68,6 +69,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     from mara_runtime import AlignedDecoder, DecodeConfig
 
+    limit_memory("auto")
     decoder = AlignedDecoder(bundle)
     plain, aligned = DecodeConfig(align=False), DecodeConfig()
     print(f"\n{INTRODUCTION}\n")

@@ -27,9 +27,10 @@ def read_file(path: Path, most: int) -> bytes:
     """Content of a regular file of at most so many bytes. Raises OSError; a pipe or device is not waited for."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        content = file.read(most + 1)
+        content = file.read(min(found.st_size, most) + 1)  # which takes that much memory, whatever there is to read
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return content

@@ -23,10 +23,10 @@ from mara_runtime import tensors
 from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, Seating, StepOutput, Works
-from mara_runtime.engines.cores import default_threads, most_threads
 from mara_runtime.engines.cuda import aligned
 from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache, Places
+from mara_runtime.engines.machine import default_threads, most_threads
 from mara_runtime.engines.ort_banks import CpuMemory
 from mara_runtime.engines.ort_memory import Bank, Binding, BindingKey, OrtMemory
 from mara_runtime.errors import EngineError, OptionError, first_line
@@ -77,7 +77,7 @@ class OrtEngine(ABC):
         self._path = path = bundle.path(manifest.step.file)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads() or 0  # 0: one per physical core
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # fatal: its other errors are raised
         self._session = self._open(path, options)
         self._shape, self._dtype = manifest.model.shape, manifest.step.cache
         self._top = tensors.top_tokens(manifest.max_candidates, self._shape.vocab_size)
