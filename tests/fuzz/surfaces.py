@@ -14,6 +14,7 @@ from random import Random
 from mara_deploy.commands import inspect, memory, run
 from mara_deploy.commands.decoding import EngineOptions, decode_config, template_variables
 from mara_deploy.commands.options import from_args
+from mara_deploy.commands.process import unusable
 from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
 from mara_runtime.chat import ChatTemplate
@@ -186,6 +187,8 @@ def options(folder: Path) -> Case:
         with contextlib.suppress(OptionError):
             DecodeConfig(**values).to_json()
         given = [f"{rng.choice(flags)}={rng.choice(VALUES)}" for _ in range(rng.randrange(4))]
+        if reason := unusable(given):
+            raise OptionError(reason)
         try:
             with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                 args: argparse.Namespace = parser.parse_args([str(folder), *given])
