@@ -6,9 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mara_runtime.schedule.adaptive import Adaptive, _beside
+from mara_runtime.schedule.adaptive import Adaptive
 from mara_runtime.schedule.base import ALONE, Company, PassContext
-from mara_runtime.schedule.cost import WIDEST, Cost
+from mara_runtime.schedule.cost import WIDEST, Cost, beside
 from mara_runtime.schedule.drafts import Draft
 from tests.unit.helpers import COST
 from tests.unit.sessions import some_cost
@@ -21,7 +21,7 @@ DEAR = some_cost(1.0, 0.9, 0.1)
 
 
 def test_nobody_beside_is_as_alone() -> None:
-    assert _beside(CURVE, Company()) == pytest.approx(CURVE)
+    assert beside(CURVE, 0, 0) == pytest.approx(CURVE)
     for count in range(2, 20):
         context = PassContext(40, np.full(count, 1 / count), draft=Draft((1, 2, 3), (0.9, 0.5, 0.2)))
         assert context.company is ALONE
@@ -35,7 +35,7 @@ def test_a_price_grows_with_the_rows_and_falls_with_the_number_who_share(cost: C
     alone = cost.rows_ms(40).tolist()
     before = None
     for conversations in (1, 2, 7):
-        prices = _beside(alone, Company(rows, conversations))
+        prices = beside(alone, rows, conversations)
         assert len(prices) == WIDEST + 1
         assert prices[0] == 0.0
         assert all(0 <= low <= high + 1e-9 for low, high in pairwise(prices))
@@ -48,8 +48,8 @@ def test_shares_add_up_to_what_the_pass_costs() -> None:
     straight = some_cost(2.0, 0.5, 0.0)
     alone = straight.rows_ms(1).tolist()
     for conversations, each in ((2, 3), (4, 2), (8, 5)):
-        company = Company(rows=(conversations - 1) * each, conversations=conversations - 1)
-        assert conversations * _beside(alone, company)[each] == pytest.approx(alone[conversations * each])
+        others = conversations - 1
+        assert conversations * beside(alone, others * each, others)[each] == pytest.approx(alone[conversations * each])
 
 
 def test_company_makes_passes_narrower_as_there_is_less_to_share() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.schedule.acceptance import Acceptance
-from mara_runtime.schedule.base import Company, PassContext, PassPlan
+from mara_runtime.schedule.base import PassContext, PassPlan
 from mara_runtime.schedule.cost import WIDEST, Cost
 
 
@@ -24,13 +24,11 @@ class Adaptive:
         self._cost = cost
         self._acceptance = acceptance or Acceptance()
         self._head = cost.heads_ms().tolist()
-        self._curves: dict[int, list[float]] = {}
 
     def plan(self, context: PassContext) -> PassPlan:
         """See `Schedule`."""
-        body = self._rows_ms(context.length)
-        if context.company.conversations:
-            body = _beside(body, context.company)
+        step = context.length // self._CONTEXT_STEP * self._CONTEXT_STEP
+        body = self._cost.curve(step, context.company.rows, context.company.conversations)
         plain = body[1] + self._head[1]  # saved by a confirmed token
         gains = [0.0]  # expected savings, by number of drafted tokens
         reached = plain
@@ -88,21 +86,3 @@ class Adaptive:
 
     def _sizes(self, most: int) -> list[int]:
         return [*(size for size in self._CHUNKS if size < most), most]
-
-    def _rows_ms(self, length: int) -> list[float]:
-        step = length // self._CONTEXT_STEP
-        if step not in self._curves:
-            self._curves[step] = self._cost.rows_ms(step * self._CONTEXT_STEP).tolist()
-        return self._curves[step]
-
-
-def _beside(alone: list[float], company: Company) -> list[float]:
-    """What a pass costs by rows, beside those of others: what its rows add, and its share of what no row adds.
-
-    The second is where the curve's tangent at the others' rows meets the axis. alone: of 0 … WIDEST rows.
-    """
-    rows = min(company.rows, WIDEST // 2)
-    before, slope = alone[rows], alone[-1] - alone[-2]
-    share = max(0.0, before - rows * (alone[rows + 1] - before)) / (company.conversations + 1)
-    longer = [*alone, *(alone[-1] + slope * (i + 1) for i in range(rows))]
-    return [0.0, *(longer[rows + width] - before + share for width in range(1, len(alone)))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -43,6 +44,17 @@ class Cost:
         curves = np.array([_interpolate(self.widths, row) for row in self.body_ms])
         return np.array([np.interp(context, self.contexts, column) for column in curves.T])
 
+    @cached_property
+    def curve(self) -> Callable[[int, int, int], list[float]]:
+        """(context, rows, conversations) → cost by number of rows, beside those of others; see `beside`."""
+
+        @lru_cache(maxsize=1024)
+        def curve(context: int, rows: int, conversations: int) -> list[float]:
+            alone: list[float] = self.rows_ms(context).tolist()
+            return beside(alone, rows, conversations) if conversations else alone
+
+        return curve
+
     def heads_ms(self) -> NDArray[np.float64]:
         """(WIDEST + 1,) cost by number of rows through the LM head."""
         return _interpolate(self.heads, self.head_ms)
@@ -50,6 +62,18 @@ class Cost:
 
 WIDEST = 128
 """Widest pass that is priced; beyond the widest that was measured, the last slope continues."""
+
+
+def beside(alone: Sequence[float], rows: int, conversations: int) -> list[float]:
+    """What a pass costs by rows, beside so many of others: what its rows add, and its share of what no row adds.
+
+    The second is where the curve's tangent at the others' rows meets the axis. alone: of 0 … WIDEST rows.
+    """
+    rows = min(rows, WIDEST // 2)
+    before, slope = alone[rows], alone[-1] - alone[-2]
+    share = max(0.0, before - rows * (alone[rows + 1] - before)) / (conversations + 1)
+    longer = [*alone, *(alone[-1] + slope * (i + 1) for i in range(rows))]
+    return [0.0, *(longer[rows + width] - before + share for width in range(1, len(alone)))]
 
 
 def _interpolate(at: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
