@@ -239,9 +239,12 @@ class CudaEngine(OrtEngine):
         return -(-rows // step) * step
 
     def _run_options(self, cached: bool) -> Any:
-        options = super()._run_options(cached)
-        if self._graphs is True:  # a graph is bound to shapes and addresses: one per cached binding, -1 for none
-            options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids) if cached else -1))
+        import onnxruntime as ort
+
+        if self._graphs is not True:
+            return None
+        options = ort.RunOptions()  # a graph is bound to shapes and addresses: one per cached binding, -1 for none
+        options.add_run_config_entry("gpu_graph_id", str(next(self._graph_ids) if cached else -1))
         return options
 
     def describe(self) -> dict[str, Any]:
