@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -123,6 +124,22 @@ class PlacesConformance(AgentConformance):
         engine.places[bad].clear()
         first = Pass([3], [0], 0, [0])
         self.check(engine.run(first, bad), both[1].run(first, bad))
+
+    def test_an_infinite_margin_decides_nobody_else_s_election(self, engine: Engine) -> None:
+        both = self.opened(engine)
+        for each in both:
+            each.use(["agent", "endless"])
+        elected = set()
+        for token in range(FINE):
+            for mixes in permutations([(1.0, 0.0), (0.0, 1.0)]):
+                works = [
+                    (place, Pass([token, 5], [0, 0], 0, (), [0, 1], [0.0, -1.0], 1.0, mix=mix, fallback_row=1))
+                    for place, mix in enumerate(mixes)
+                ]
+                for actual, expected in zip(*(each.run_together(works) for each in both), strict=True):
+                    self.check(actual, expected)
+                    elected.update(expected.rows.tolist())
+        assert elected == {0, 1}
 
     def test_answers_in_company_are_those_of_the_sequential_procedure(self, engine: Engine) -> None:
         rng = random.Random(0)

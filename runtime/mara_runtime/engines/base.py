@@ -187,8 +187,8 @@ class Seating:
     def fill(self, inputs: Mapping[str, NDArray[Any]], *, seated: bool = False) -> None:
         """Write the passes into the arrays of the graph's inputs.
 
-        Arrays may have more elements than the passes: row 0 is then asked for once more, judged with a mix of 0, so
-        that its margin is finite, and never elected. A conversation without a pass writes where its `write_indices`
+        Arrays may have more elements than the passes: row 0 is then asked for once more, judged with whatever mix is
+        there, and never elected. A conversation without a pass writes where its `write_indices`
         say, which are left alone, and elects nobody. seated: grid and seats are as an earlier call has left them, and
         right.
         """
@@ -226,7 +226,6 @@ class Seating:
             inputs[tensors.HIDDEN_ROWS][hidden:] = 0
         if judged < len(inputs[tensors.AGENT_ROWS]):
             inputs[tensors.AGENT_ROWS][judged:] = 0
-            inputs[tensors.AGENT_MIX][:, judged:] = 0
             inputs[tensors.PRIORITIES][:, judged:] = NEVER
 
     def read(
