@@ -1,4 +1,4 @@
-"""Two checkouts against each other in one sitting: what a change does to the speed of decoding.
+"""Two checkouts against each other, turn by turn: what a change does to the speed of decoding.
 
     python benchmarks/checkouts.py OLD_PYTHON OLD_BUNDLE NEW_PYTHON NEW_BUNDLE [--rounds 9] [--sittings 3]
                                    [--ways plain,aligned,drafting]

@@ -188,9 +188,8 @@ class Seating:
         """Write the passes into the arrays of the graph's inputs.
 
         Arrays may have more elements than the passes: row 0 is then asked for once more, judged with whatever mix is
-        there, and never elected. A conversation without a pass writes where its `write_indices`
-        say, which are left alone, and elects nobody. seated: grid and seats are as an earlier call has left them, and
-        right.
+        there, and never elected. A conversation without a pass writes where its `write_indices` say, which are left
+        alone, and elects nobody. seated: grid and seats are as an earlier call has left them, and right.
         """
         if self.conversations > 1:
             for name, unused in ((tensors.GRID, 0), (tensors.PRIORITIES, NEVER), (tensors.FALLBACK_ROW, -1)):

@@ -152,8 +152,8 @@ class Places(Sequence[KVCache]):
         """
         held = [cache.common(prompt) for cache in self._caches]
         unused = [place for place in range(len(self._caches)) if place in free and place not in self._recent]
-        oldest, *others = [*unused, *(place for place in self._recent if place in free)]
-        place = max((oldest, *others), key=lambda p: held[p])
+        by_age = [*unused, *(place for place in self._recent if place in free)]
+        place, oldest = max(by_age, key=lambda p: held[p]), by_age[0]
         best = max(range(len(held)), key=lambda p: held[p])
 
         def begin(place: int) -> bool:
