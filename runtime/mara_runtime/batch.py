@@ -206,8 +206,9 @@ class Batcher:
 
     def _meet(self, seat: _Seat) -> None:
         """Let it know who shares its next pass, or waits for it."""
-        others = [rows for place, rows in self._rows.items() if place != seat.place]
-        seat.session.company.rows, seat.session.company.conversations = sum(others), len(others)
+        company, rows = seat.session.company, self._rows
+        company.rows = sum(rows.values()) - rows.get(seat.place, 0)
+        company.conversations = len(rows) - (seat.place in rows)
 
     def _leave(self, seat: _Seat) -> None:
         seat.events.close()
