@@ -126,8 +126,13 @@ def test_hugging_face_is_a_peer():
     for context in (12, 12, 5):  # cached, cut back, filled again
         assert len(peer.decode(context, 3)["ms"]) == 3
     assert peer.prefill(20)["ms"] > 0
+    step, passes = peer._step, []
+    peer._step = lambda token: passes.append(token) or step(token)
     everything = {"decisions": 1.0, "accept": 1.0}
-    assert 0 < peer.serial(everything, 8, 4)["ms"] < peer.serial({**everything, "accept": 0.0}, 8, 4)["ms"]
+    assert peer.serial(everything, 8, 4)["ms"] > 0
+    assert len(passes) == 4, "a pass for each accepted candidate"
+    peer.serial({**everything, "accept": 0.0}, 8, 4)
+    assert len(passes) > 4 + 2 * 4, "and one for each that is rejected"
 
 
 @pytest.mark.parametrize(
