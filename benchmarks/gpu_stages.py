@@ -45,7 +45,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.decoder import AlignedDecoder
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.base import Pass
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.engines.ort_cuda import CudaEngine
 from mara_runtime.errors import EngineError, MaraError
 from mara_runtime.schedule.calibrate import measure

@@ -19,7 +19,8 @@ import numpy as np
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import huge_pages
 from mara_runtime.engines.base import Pass
-from mara_runtime.engines.ort import CpuEngine, why_not
+from mara_runtime.engines.ort import why_not
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.errors import MaraError
 
 ROWS = (1, 2, 4, 8)

@@ -22,7 +22,7 @@ from mara_export.progress import Progress
 from mara_export.targets import CPU_DTYPES
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.json_reader import shortened
 from mara_runtime.manifest import AgentFacts, Manifest, is_agent_name

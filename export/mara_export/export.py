@@ -34,7 +34,7 @@ from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import GraphFacts, Manifest, ModelFacts
 from mara_runtime.versions import installed

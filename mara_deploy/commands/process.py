@@ -23,7 +23,15 @@ from mara_runtime.errors import MaraError, first_line
 if sys.platform != "win32":
     import resource
 
-_NO_MEMORY = ("bad_alloc", "bad allocation", "out of memory", "allocate memory", "not enough memory", "failed to map")
+_NO_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "failed to map",
+    "is smaller than requested bytes",  # ONNX Runtime's arena
+)
 """How libraries say in their exceptions that memory has run out."""
 
 

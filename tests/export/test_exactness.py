@@ -25,7 +25,7 @@ from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from mara_runtime.engines import ort as ort_engine
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.schedule.base import PassContext, PassPlan
 from mara_runtime.stats import Step

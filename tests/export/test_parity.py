@@ -27,7 +27,7 @@ from mara_export.parity import reference
 from mara_export.parity.compare import RANKS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from tests.checkpoints import ARCHITECTURES, named
 from tests.export.conftest import copy_model
 from tests.export.damages import AGENTS, DAMAGES, Damage, before_the_norm, perturb

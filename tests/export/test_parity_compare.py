@@ -23,7 +23,7 @@ from mara_export.parity.compare import (
     perplexity,
 )
 from mara_runtime.engines.base import Pass
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from tests import checkpoints
 from tests.unit.manifests import parity_json
 

@@ -30,7 +30,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Pass, StepOutput
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from tests import checkpoints
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, PAIRS
 

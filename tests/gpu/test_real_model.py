@@ -18,7 +18,7 @@ from mara_export.targets import HEAD_ROWS
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Engine, Pass, StepOutput, Works
 from mara_runtime.engines.kv_cache import Places
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from tests.gpu.conftest import GRAPHS
 
 PROMPT_TOKENS = (1, 48, 200)

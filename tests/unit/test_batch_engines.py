@@ -10,7 +10,7 @@ import pytest
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import FALLBACKS, DecodeConfig
 from mara_runtime.engines.base import Engine
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import NumericsError
 from mara_runtime.schedule.base import Schedule

@@ -17,7 +17,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import ENGINES, DecodeConfig
 from mara_runtime.decoder import AlignedDecoder
-from mara_runtime.engines import open_engine, ort, ort_cuda, tensorrt
+from mara_runtime.engines import open_engine, ort, ort_cpu, ort_cuda, tensorrt
 from mara_runtime.engines.base import NEVER, Seating, StepOutput, is_finite
 from mara_runtime.errors import EngineError, OptionError
 from mara_runtime.tensors import TOP_SPARE, spare_slots, top_tokens
@@ -52,7 +52,7 @@ def providers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setitem(
         sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: present, __version__="1")
     )
-    monkeypatch.setattr(ort, "CpuEngine", FakeEngine)
+    monkeypatch.setattr(ort_cpu, "CpuEngine", FakeEngine)
     monkeypatch.setattr(ort_cuda, "CudaEngine", FakeCudaEngine)
     return present
 
@@ -124,7 +124,7 @@ def test_a_library_that_is_broken_is_not_said_to_be_absent(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("engine", "options"), [(ort.CpuEngine, {}), (ort_cuda.CudaEngine, {"use_tf32": "0"})], ids=["cpu", "cuda"]
+    ("engine", "options"), [(ort_cpu.CpuEngine, {}), (ort_cuda.CudaEngine, {"use_tf32": "0"})], ids=["cpu", "cuda"]
 )
 def test_tf32_is_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Any, options: dict[str, str]

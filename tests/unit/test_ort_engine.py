@@ -15,7 +15,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines import open_engine, ort, ort_banks, ort_memory
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.machine import most_threads
-from mara_runtime.engines.ort import CpuEngine
+from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.engines.tensorrt import TrtEngine
 from mara_runtime.errors import EngineError, OptionError

@@ -11,7 +11,7 @@ from mara_export.parity.rows import Case, Rows, Side
 from mara_runtime.engines.base import Engine, Pass, StepOutput
 
 if TYPE_CHECKING:
-    from mara_runtime.engines.ort import CpuEngine
+    from mara_runtime.engines.ort_cpu import CpuEngine
 
 PERTURBATION = 1e-4
 """Relative standard deviation of what `perturber` adds to KV entries. A level of int8 is 8e-3 of the largest activation

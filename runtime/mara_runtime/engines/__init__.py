@@ -49,7 +49,9 @@ def _kind(name: str) -> tuple[Callable[[Bundle, str], str | None], Callable[[Bun
     from mara_runtime.engines import ort
 
     if name == "cpu":
-        return ort.why_not, lambda bundle, name, threads: ort.CpuEngine(bundle, threads)
+        from mara_runtime.engines import ort_cpu
+
+        return ort.why_not, lambda bundle, name, threads: ort_cpu.CpuEngine(bundle, threads)
     from mara_runtime.engines import ort_cuda
 
     return ort.why_not, lambda bundle, name, threads: ort_cuda.CudaEngine(bundle, threads)

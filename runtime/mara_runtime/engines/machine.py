@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+if sys.platform == "linux":
+    import resource
 
 ROOT = Path("/")
 
@@ -53,6 +57,14 @@ def free_memory(root: Path = ROOT) -> int | None:
 def allocated_memory(root: Path = ROOT) -> int:
     """Bytes of this process's private memory, touched or not, which RLIMIT_DATA limits. Raises OSError, ValueError."""
     return _figure(root / "proc/self/status", "VmData") * 1024
+
+
+def allocatable_memory() -> int | None:
+    """Bytes that this process may allocate until its limit (RLIMIT_DATA); None: it has none."""
+    if sys.platform != "linux":
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - allocated_memory())
 
 
 def _processors() -> set[int]:

@@ -5,7 +5,7 @@ several places are one, over the range of that memory where they lie. Inputs and
 each, which ONNX Runtime reads and writes in place or, on a device, with one copy; they are bound once for each shape of
 pass: a new binding costs more than the rest of the host's work in a step.
 
-`CpuEngine` is here; ort_cuda.py has the engine for CUDA.
+ort_cpu.py and ort_cuda.py have the engines.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from mara_runtime.agents import AgentStack
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, Seating, StepOutput, Works
 from mara_runtime.engines.cuda import aligned
-from mara_runtime.engines.huge_pages import huge_pages
 from mara_runtime.engines.kv_cache import KVCache, Places
 from mara_runtime.engines.machine import default_threads, most_threads
-from mara_runtime.engines.ort_banks import CpuMemory
 from mara_runtime.engines.ort_memory import Bank, Binding, BindingKey, OrtMemory
 from mara_runtime.errors import EngineError, OptionError, first_line
 from mara_runtime.files import mapped
@@ -294,25 +292,6 @@ class OrtEngine(ABC):
             "precision": graph.precision,
             "threads": self._threads,
         }
-
-
-class CpuEngine(OrtEngine):
-    """On the CPU provider."""
-
-    name = "cpu"
-    _memory: CpuMemory
-
-    @property
-    def memory(self) -> CpuMemory:
-        """Where the KV entries lie."""
-        return self._memory
-
-    def _open(self, path: Path, options: Any) -> Any:
-        with huge_pages():
-            return self._open_session(path, options, {})
-
-    def _make_memory(self, capacity: int) -> CpuMemory:
-        return CpuMemory(self._shape, self._dtype, capacity)
 
 
 def _side_by_side(places: Sequence[Any]) -> list[list[Any]]:
