@@ -124,10 +124,11 @@ def test_ctrl_c_stops_an_answer_and_a_termination_the_chat(terminal, bundle) -> 
     screen.read_until("> ")
     screen.write("Hello\n")
     screen.read_until(r"Hello\n(?s:.)+")
+    time.sleep(0.5)  # Python's own line reader misses a signal that comes while it hands over a line
     screen.write("\x03")
     text = screen.read_until(r"\(stopped; your message was discarded\)\n> ")
     assert "ended by" not in text
-    time.sleep(0.5)  # Python's own line reader misses a signal that comes before its wait for a key
+    time.sleep(0.5)  # nor does it see one that comes before its wait for a key
     screen.write("half a line")
     text += screen.read_until("half a line")
     time.sleep(0.5)

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines import open_engine, ort, ort_banks, ort_memory
+from mara_runtime.engines import open_engine, ort, ort_banks, ort_cpu, ort_memory
 from mara_runtime.engines.base import Engine, Pass
 from mara_runtime.engines.machine import most_threads
 from mara_runtime.engines.ort_cpu import CpuEngine
@@ -208,7 +208,7 @@ def test_the_session_has_its_threads_and_is_opened_within_huge_pages(
 
     monkeypatch.setattr(ort, "default_threads", lambda: fewer)
     monkeypatch.setattr(ort, "most_threads", lambda: 4)
-    monkeypatch.setattr(ort, "huge_pages", watched)
+    monkeypatch.setattr(ort_cpu, "huge_pages", watched)
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     facts = CpuEngine(bundle, threads).describe()
     assert (opened, inside) == ([expected], [1])  # 0 threads: ONNX Runtime's own choice
