@@ -90,6 +90,7 @@ def test_a_hostile_graph_ends_a_benchmark(hostile: Path) -> None:
     command = [sys.executable, "-c", WITH_LITTLE.format(free=FREE) + code, str(hostile), "--engine", "cpu"]
     request = json.dumps({"do": "decode", "context": 8, "tokens": 2}) + "\n"
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, input=request)
+    assert done.returncode == 0, done.stderr
     error = json.loads(done.stdout.splitlines()[-1])["error"]
     assert process.one_line(RuntimeError(error)).startswith("there is not enough memory (ONNX Runtime cannot run ")  # type: ignore[union-attr]
 
