@@ -17,7 +17,7 @@ from mara_export.agents import NamedAgent, check_size
 from mara_export.errors import ParityError
 from mara_export.folder import claimed, destination, file_entries, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
-from mara_export.graph.trace import rotary_tables, trace_agents, trace_llm
+from mara_export.graph.trace import choose_tracer, rotary_tables, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
 from mara_export.hf.families import check_supported, decoder_sizes
@@ -32,6 +32,7 @@ from mara_export.hf.tokenizer import (
 )
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
+from mara_export.targets import TRACERS
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort_cpu import CpuEngine
@@ -50,11 +51,15 @@ class Traced:
     agents: Sequence[NamedAgent]
     tokenizer: Any | None
     graph: pipeline.TracedGraph
-    max_context: int
-    """longest context a bundle may have: rotary tables end there"""
+    tracer: str
     max_candidates: int
     reference: parity.Reference | None
     """Hugging Face's results for the parity gate; None: traced without"""
+
+    @property
+    def max_context(self) -> int:
+        """Longest context a bundle may have."""
+        return self.graph.max_context
 
 
 def trace(
@@ -67,14 +72,16 @@ def trace(
     gate: bool = True,
     eos: Sequence[str] = (),
     ignore_weights: Sequence[str] = (),
+    tracer: str = TRACERS[0],
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos, ignore_weights: as in ExportOptions. Raises ModelError, and OptionError for
-    tokens that the tokenizer does not have and patterns without weights.
+    max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. Raises ModelError, and
+    OptionError for tokens that the tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
+    tracer = choose_tracer(tracer)
     return_large_blocks()
     config, context = vet(source, agents, max_context)
     sizes = decoder_sizes(config.to_dict(), source.name)
@@ -108,8 +115,9 @@ def trace(
         with progress.stage("load again, to trace it"):
             model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
-        rotary = rotary_tables(model, context + tensors.spare_slots(max_candidates), source.name)
-        llm = trace_llm(model, folder)
+        positions = context + tensors.spare_slots(max_candidates)
+        rotary = rotary_tables(model, positions, sizes.head_dim, source.name)
+        llm = trace_llm(model, folder, tracer, source.name)
         trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
         del model
         gc.collect()
@@ -127,8 +135,8 @@ def trace(
         ),
         agents,
         tokenizer,
-        pipeline.TracedGraph(llm, folder / "agents.onnx", sizes.shape, rotary),
-        context,
+        pipeline.TracedGraph(llm, folder / "agents.onnx", sizes.shape, rotary, context),
+        tracer,
         max_candidates,
         reference,
     )
@@ -178,12 +186,12 @@ def export_all(
 ) -> list[Bundle]:
     """Export several bundles of one model, one for each (options, out), from a single trace.
 
-    All must have the same max_context, max_candidates and gate. Where a bundle fails, those before it stay. Raises as
-    `export` does.
+    All must have the same tracer, max_context, max_candidates, gate, eos and ignore_weights. Where a bundle fails,
+    those before it stay. Raises as `export` does.
     """
     first, first_out = bundles[0]
     for options, _ in bundles:
-        for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights"):
+        for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights", "tracer"):
             if getattr(options, name) != getattr(first, name):
                 raise ValueError(f"bundles of one trace must have the same {name}")
     outs = [destination(out) for _, out in bundles]
@@ -202,6 +210,7 @@ def export_all(
             gate=first.gate,
             eos=first.eos,
             ignore_weights=first.ignore_weights,
+            tracer=first.tracer,
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]
@@ -271,7 +280,7 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
-    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx")
+    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx")
     return Manifest(
         model=traced.model,
         agents=(),
@@ -282,6 +291,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
         engines=(),
         tokenizer=None,
         made_with={
+            "tracer": traced.tracer,
             "python": platform.python_version(),
             **installed(*packages),
             "onnxruntime": onnxruntime.__version__,

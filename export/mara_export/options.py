@@ -24,6 +24,7 @@ from mara_export.targets import (
     PRECISIONS,
     QUANTISERS,
     TARGETS,
+    TRACERS,
     engine_slots,
 )
 from mara_runtime.errors import OptionError
@@ -112,6 +113,13 @@ class ExportOptions(Options):
         (),
         "leave out weights of the checkpoint that the model has no place for, as in 'v_head.*'; recorded",
         metavar="PATTERN",
+    )
+    tracer: str = option(
+        TRACERS[0],
+        "what traces the model: optimum, with transformers 4.57; or torch, PyTorch's own exporter, with any version. "
+        "Both give the same graph",
+        choices=TRACERS,
+        unset="optimum where it is installed",
     )
     gate: bool = option(
         True, "skip the parity gate, which compares the bundle with Hugging Face; recorded in the manifest"

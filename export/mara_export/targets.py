@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from mara_runtime.tensors import DRAFT_ROWS, spare_slots
 
+TRACERS = ("auto", "optimum", "torch")
+"""auto: Optimum where it is installed; torch: torch.export"""
 QUANTISERS = ("rtn", "hqq", "k-quant")
 """rtn: round to nearest; hqq: half-quadratic, int4 only; k-quant: as llama.cpp chooses scales, blocks of 32 only"""
 COLUMN = -1

@@ -120,27 +120,6 @@ def spare_slots(max_candidates: int) -> int:
     return max_candidates + DRAFT_ROWS + 1
 
 
-def llm_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
-    """Inputs of the traced LLM, in order: of one conversation."""
-    return [
-        Tensor(INPUT_IDS, "int64", (1, "S")),
-        Tensor(POSITION_IDS, "int64", (1, "S")),
-        Tensor(ATTENTION_MASK, "float32", (1, 1, "S", "C")),
-        Tensor(WRITE_INDICES, "int64", (1,)),
-        Tensor(ROWS, "int64", ("R",)),
-        *_cache(shape, 0, cache),
-    ]
-
-
-def llm_outputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
-    """Outputs of the traced LLM, in order; the hidden state is taken after the final norm."""
-    return [
-        Tensor(LOGITS, "float32", ("R", shape.vocab_size)),
-        Tensor(LAST_HIDDEN_STATE, "float32", (1, "S", shape.hidden_size)),
-        *_cache(shape, 1, cache),
-    ]
-
-
 def agent_weights(hidden_size: int) -> list[Tensor]:
     """The weights of A agents, in the order of their layers; mara_runtime.agents makes them of agent files."""
     return [
@@ -189,7 +168,7 @@ def pass_inputs() -> list[Tensor]:
 
 def step_inputs(shape: ModelShape, cache: str = "float32") -> list[Tensor]:
     """Inputs of `step.onnx`, in order. cache: type of the KV cache, one of CACHE_BYTES."""
-    return [*pass_inputs(), *agent_weights(shape.hidden_size), *_cache(shape, 0, cache, "B")]
+    return [*pass_inputs(), *agent_weights(shape.hidden_size), *_cache(shape, 0, cache)]
 
 
 def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Tensor]:
@@ -202,7 +181,7 @@ def step_outputs(shape: ModelShape, top: int, cache: str = "float32") -> list[Te
         Tensor(LOG_NORMALISER, "float32", ("P",)),
         Tensor(LOGITS, "float32", ("R", shape.vocab_size)),
         Tensor(LAST_HIDDEN_STATE, "float32", ("Q", shape.hidden_size)),
-        *_cache(shape, 1, cache, "B"),
+        *_cache(shape, 1, cache),
     ]
 
 
@@ -211,8 +190,8 @@ def top_tokens(max_candidates: int, vocab_size: int) -> int:
     return min(max_candidates + TOP_SPARE, vocab_size)
 
 
-def _cache(shape: ModelShape, side: int, dtype: str, conversations: int | str = 1) -> list[Tensor]:
-    size = (conversations, shape.num_kv_heads, "C", shape.head_dim)
+def _cache(shape: ModelShape, side: int, dtype: str) -> list[Tensor]:
+    size = ("B", shape.num_kv_heads, "C", shape.head_dim)
     return [Tensor(names[side], dtype, size) for names in kv_names(shape.num_layers)]
 
 

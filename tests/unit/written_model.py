@@ -118,8 +118,20 @@ def lowered_llm() -> onnx.ModelProto:
     hidden = add("Gather", by_seat, tensors.SEATS, result=tensors.LAST_HIDDEN_STATE)  # (1, S, D)
     states = add("Gather", add("Squeeze", hidden, first), tensors.ROWS)
     add("MatMul", states, add.constant(HEAD, "float32"), result=tensors.LOGITS)
-    shared = [t for t in tensors.pass_inputs() if t.name in (tensors.GRID, tensors.SEATS)]
-    return add.model([*tensors.llm_inputs(SHAPE), *shared], tensors.llm_outputs(SHAPE))
+    read = {tensors.INPUT_IDS, tensors.POSITION_IDS, tensors.WRITE_INDICES, tensors.GRID, tensors.SEATS}
+    read |= {past for past, _ in tensors.kv_names(SHAPE.num_layers)}
+    inputs = [t for t in tensors.step_inputs(SHAPE) if t.name in read]
+    inputs += [
+        tensors.Tensor(tensors.ATTENTION_MASK, "float32", ("B", 1, "M", "C")),
+        tensors.Tensor(tensors.ROWS, "int64", ("R",)),
+    ]
+    outputs = [
+        tensors.Tensor(tensors.LOGITS, "float32", ("R", SHAPE.vocab_size)),
+        tensors.Tensor(tensors.LAST_HIDDEN_STATE, "float32", (1, "S", SHAPE.hidden_size)),
+    ]
+    caches = {present for _, present in tensors.kv_names(SHAPE.num_layers)}
+    outputs += [t for t in tensors.step_outputs(SHAPE, 1) if t.name in caches]
+    return add.model(inputs, outputs)
 
 
 def traced_agents() -> onnx.ModelProto:

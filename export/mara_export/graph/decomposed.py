@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mara_export.graph.nodes import (
-    ATTENTION,
+    CACHED_ATTENTION,
     HEADS_LAST,
     NORM,
     ROTARY,
@@ -38,7 +38,7 @@ def attention(graph: ir.Graph, context: GraphContext) -> None:
     add, shape = Builder(graph, "decomposed"), context.shape
     heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_dim
     slots = _slots(add, kv_heads)
-    for node in custom_nodes(graph, ATTENTION):
+    for node in custom_nodes(graph, CACHED_ATTENTION):
         q, k, v, past_k, past_v, mask, _ = node.inputs
         name = str(node.name)
         # without a `reduction` attribute: the parser of 10.3 rejects even "none"
@@ -77,27 +77,24 @@ def rotary(graph: ir.Graph, context: GraphContext) -> None:
         add("Unsqueeze", add("Gather", table, positions, axis=0), add.ints(1)) for table in rotary_weights(add, context)
     )
     for node in custom_nodes(graph, ROTARY):
-        rotated = []
-        for part, value in zip("qk", node.inputs, strict=True):
-            name = f"{node.name}/{part}"
-            low, high = (
-                add("Slice", value, add.ints(start), add.ints(start + half), add.ints(-1), out=f"{name}/{side}")
-                for start, side in ((0, "low"), (half, "high"))
-            )
-            first = add(
-                "Sub",
-                add("Mul", low, cos, out=f"{name}/low_cos"),
-                add("Mul", high, sin, out=f"{name}/high_sin"),
-                out=f"{name}/first",
-            )
-            second = add(
-                "Add",
-                add("Mul", high, cos, out=f"{name}/high_cos"),
-                add("Mul", low, sin, out=f"{name}/low_sin"),
-                out=f"{name}/second",
-            )
-            rotated.append(add("Concat", first, second, out=f"{name}/rotated", axis=-1))
-        replace_node(node, *rotated)
+        value, name = node.inputs[0], node.name
+        low, high = (
+            add("Slice", value, add.ints(start), add.ints(start + half), add.ints(-1), out=f"{name}/{side}")
+            for start, side in ((0, "low"), (half, "high"))
+        )
+        first = add(
+            "Sub",
+            add("Mul", low, cos, out=f"{name}/low_cos"),
+            add("Mul", high, sin, out=f"{name}/high_sin"),
+            out=f"{name}/first",
+        )
+        second = add(
+            "Add",
+            add("Mul", high, cos, out=f"{name}/high_cos"),
+            add("Mul", low, sin, out=f"{name}/low_sin"),
+            out=f"{name}/second",
+        )
+        replace_node(node, add("Concat", first, second, out=f"{name}/rotated", axis=-1))
 
 
 def rms_norms(graph: ir.Graph, context: GraphContext) -> None:

@@ -16,8 +16,11 @@ from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
 
-DOMAIN, ATTENTION, ROTARY, NORM = "mara", "CachedAttention", "Rotary", "RMSNorm"
-"""Custom nodes; trace.py says what each computes."""
+DOMAIN = "mara"
+ATTENTION, TABLE, ROTARY, NORM, LINEAR = "Attention", "RotaryTable", "Rotary", "RMSNorm", "Linear"
+"""Nodes of a trace; seam.py says what each computes."""
+CACHED_ATTENTION = "CachedAttention"
+"""Attention with a KV cache, as lowerings take it; traced.py says what it computes."""
 HEADS_LAST = [0, 2, 1, 3]
 """(1, heads, S, head_dim) ↔ (1, S, heads, head_dim)"""
 MICROSOFT = "com.microsoft"
@@ -34,6 +37,7 @@ class GraphContext:
     shape: ModelShape
     rotary: Tables
     """for as many positions as a row may have"""
+    max_context: int
     options: ExportOptions
     agents: Path
     """the agents' traced graph"""

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
-    ATTENTION,
+    CACHED_ATTENTION,
     HEADS_LAST,
     MICROSOFT,
     NORM,
@@ -38,7 +38,7 @@ from mara_export.graph.nodes import (
     put_together,
     replace_node,
 )
-from mara_export.graph.portable import rms_norms
+from mara_export.graph.portable import rms_norms, rotary_embedding
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
@@ -49,12 +49,10 @@ _SWAPPED = [0, 1, 3, 2, 4]  # (B, M, kv_heads, groups, head_dim) ↔ (B, M, grou
 
 
 def grouped_attention(graph: ir.Graph, context: GraphContext) -> None:
-    """Rotary and CachedAttention → RotaryEmbedding, ScatterND, MultiHeadAttention."""
+    """CachedAttention, and Rotary right before it, → RotaryEmbedding, ScatterND, MultiHeadAttention."""
     grouped = _GroupedAttention(graph, context)
-    for node in custom_nodes(graph, ATTENTION):
+    for node in custom_nodes(graph, CACHED_ATTENTION):
         grouped.rewrite(node)
-    for node in custom_nodes(graph, ROTARY):  # the attentions rotate by themselves
-        graph.remove(node, safe=True)
 
 
 def still_tables(tables: Tables, shape: ModelShape) -> Tables:
@@ -238,10 +236,10 @@ class _GroupedAttention:
 def _before_rotary(value: ir.Value | None) -> tuple[ir.Value, bool]:
     """A value before the rotary embedding, and whether there is one."""
     node = produced_by(ROTARY, value)
-    source = value if node is None or value is None else node.inputs[value.index() or 0]
+    source = value if node is None else node.inputs[0]
     assert source is not None
     return source, node is not None
 
 
 QUANTISE: GraphPass = quantise
-PASSES: tuple[GraphPass, ...] = (grouped_attention, rms_norms, join_projections, fuse_residuals)
+PASSES: tuple[GraphPass, ...] = (grouped_attention, rotary_embedding, rms_norms, join_projections, fuse_residuals)

@@ -1,7 +1,8 @@
 """The passes from a traced graph to a step graph, in order. This is the one place that knows the order.
 
-trace (trace.py)      PyTorch → a graph with one custom node per attention, rotary embedding and norm
+trace (trace.py)      PyTorch → a graph with a custom node for each attention, norm, linear map, …
 load (weights.py)     constants become weights, duplicates go
+KV cache (traced.py)  the nodes that lowerings take: attention has its cache
 lowering              custom nodes → operators of an engine: PASSES of ort.py, portable.py or decomposed.py
 weights               int8, int4: QUANTISE of the lowering (quantise.py, qdq.py); else tie_head (weights.py)
 float precision       precision.py: compute in the KV cache's type, or store in float16
@@ -20,7 +21,7 @@ from types import ModuleType
 from onnx import helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from mara_export.graph import decomposed, ort, portable
+from mara_export.graph import decomposed, ort, portable, traced
 from mara_export.graph.nodes import GraphContext, GraphPass, Tables
 from mara_export.graph.precision import narrow, store_float16
 from mara_export.graph.step import join_agents
@@ -42,12 +43,13 @@ class TracedGraph:
     shape: ModelShape
     rotary: Tables
     """for the longest context and most candidates that a bundle of this trace may have"""
+    max_context: int
 
 
 def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]]:
     """(stage, passes) in order."""
     lowering = LOWERINGS[options.lowering]
-    yield f"lower to {options.lowering!r}", lowering.PASSES
+    yield f"lower to {options.lowering!r}", (*traced.PASSES, *lowering.PASSES)
     if options.quantisation is not None:
         yield f"quantise to {options.precision}", (lowering.QUANTISE,)
     else:
@@ -59,11 +61,12 @@ def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]
     yield "join with the agents", (join_agents,)
 
 
-def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
+def write(trace: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
     """Make the step graph for one set of options and write it to `path`. Raises MaraError."""
-    context = GraphContext(traced.shape, _tables(traced, options), options, traced.agents, progress)
+    tables, max_context = _tables(trace, options), options.max_context or trace.max_context
+    context = GraphContext(trace.shape, tables, max_context, options, trace.agents, progress)
     with no_logs(logging.INFO):  # onnx-ir and ONNX Runtime's quantisers report every step
-        model = load(traced.llm)
+        model = load(trace.llm)
         graph = model.graph
         graph.opset_imports.clear()
         graph.opset_imports.update(LOWERINGS[options.lowering].OPSETS)
@@ -80,9 +83,9 @@ def write(traced: TracedGraph, options: ExportOptions, path: Path, progress: Pro
             save(model, path)
 
 
-def _tables(traced: TracedGraph, options: ExportOptions) -> Tables:
+def _tables(trace: TracedGraph, options: ExportOptions) -> Tables:
     """Rotary tables for as many positions as a row may have."""
     if options.max_context is None:
-        return traced.rotary
+        return trace.rotary
     count = options.max_context + spare_slots(options.max_candidates)
-    return traced.rotary[0][:count], traced.rotary[1][:count]
+    return trace.rotary[0][:count], trace.rotary[1][:count]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mara_export.graph.nodes import (
-    ATTENTION,
+    CACHED_ATTENTION,
     HEADS_LAST,
     NORM,
     ROTARY,
@@ -29,7 +29,7 @@ OPSETS = {"": 24}
 def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → TensorScatter of keys and values, Attention over all of them."""
     add = Builder(graph, "portable")
-    for node in custom_nodes(graph, ATTENTION):
+    for node in custom_nodes(graph, CACHED_ATTENTION):
         *qkv, past_k, past_v, mask, write = node.inputs
         q, k, v = (add.seated(value, f"{node.name}/{part}") for part, value in zip("qkv", qkv, strict=True))
         keys, values = (
@@ -42,16 +42,12 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
 
 
 def rotary_embedding(graph: ir.Graph, context: GraphContext) -> None:
-    """Rotary → RotaryEmbedding of queries and of keys."""
+    """Rotary → RotaryEmbedding."""
     add = Builder(graph, "portable")
     cos, sin = rotary_weights(add, context)
     positions = add.input(tensors.POSITION_IDS)
     for node in custom_nodes(graph, ROTARY):
-        rotated = [
-            add("RotaryEmbedding", value, cos, sin, positions, out=f"{node.name}/{part}")
-            for part, value in zip("qk", node.inputs, strict=True)
-        ]
-        replace_node(node, *rotated)
+        replace_node(node, add("RotaryEmbedding", node.inputs[0], cos, sin, positions, out=f"{node.name}/rotated"))
 
 
 def rms_norms(graph: ir.Graph, context: GraphContext) -> None:

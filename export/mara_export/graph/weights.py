@@ -15,8 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from mara_export.graph.nodes import Builder, GraphContext, dims, is_weight, produced_by, replace_node
-from mara_runtime import tensors
+from mara_export.graph.nodes import Builder, GraphContext, dims, is_weight, matrix_products, replace_node
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph's own file."""
@@ -60,19 +59,17 @@ def lazy(
 def tie_head(graph: ir.Graph, context: GraphContext) -> None:
     """Let the LM head read the embedding's table where the two are one matrix, as in most small models.
 
-    The tracer writes the table (V, D) for the Gather and its transpose for the MatMul.
+    The Gather reads the table (V, D), and the MatMul its transpose.
     """
-    logits = next(value for value in graph.outputs if value.name == tensors.LOGITS)
-    head = produced_by("MatMul", logits)
-    if head is None or not is_weight(head.inputs[1]):
-        return
-    transposed = dims(head.inputs[1])[::-1]
     lookups = [node.inputs[0] for node in graph if node.op_type == "Gather" and is_weight(node.inputs[0])]
-    table = next((weight for weight in lookups if dims(weight) == transposed), None)  # others: the rotary embedding
-    if table is not None and np.array_equal(read(table), read(head.inputs[1]).T):
-        name = str(head.name)
-        tied = Builder(graph, "head")("Gemm", head.inputs[0], table, out=f"{name}/tied", name=name, transB=1)
-        replace_node(head, tied)
+    by_shape = {dims(weight)[::-1]: weight for weight in lookups if len(dims(weight)) == 2}
+    add = Builder(graph, "head")
+    for head in matrix_products(graph):
+        table = by_shape.get(dims(head.inputs[1]))
+        if table is not None and np.array_equal(read(table), read(head.inputs[1]).T):
+            name = str(head.name)
+            rows = add("Reshape", head.inputs[0], add.ints(-1, dims(table)[1]), out=f"{name}/rows")
+            replace_node(head, add("Gemm", rows, table, out=f"{name}/tied", name=name, transB=1))
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Optimum's door: its exporter traces a decoder with the seam in place, through TorchScript.
+
+It comes in by public interfaces: an export configuration with its own inputs, outputs and model patcher. Python that
+depends on data, as the loops of a mixture of experts, would become what it was for the example.
+
+This is the only module that uses Optimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optimum.exporters.onnx.convert as optimum_convert
+import torch
+from optimum.exporters.onnx.base import OnnxConfig
+from optimum.exporters.onnx.model_patcher import ModelPatcher
+from optimum.utils import NormalizedTextConfig
+from torch import Tensor
+from transformers import masking_utils
+
+from mara_export.graph.nodes import DOMAIN
+from mara_export.graph.seam import INPUTS, OUTPUTS, Attributes, Decoder, Seam, examples, replaced
+from mara_runtime import tensors
+
+OPSET = 18
+_SUFFIXES = {int: "i", float: "f", str: "s"}
+"""Of attributes, as TorchScript wants their types."""
+
+
+class _Node(torch.autograd.Function):
+    """A custom node; in PyTorch, zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, attributes: Attributes, shapes: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros([int(size) for size in shape]) for shape in shapes)
+
+    @staticmethod
+    def symbolic(g: Any, op: str, attributes: Attributes, shapes: Any, *inputs: Any) -> Any:
+        given = [value for value in inputs if value is not None]
+        marked = {f"{key}_{_SUFFIXES[type(value)]}": value for key, value in attributes.items()}
+        made = g.op(f"{DOMAIN}::{op}", *given, outputs=len(shapes), **marked)
+        outputs = made if len(shapes) > 1 else (made,)
+        for output, shape in zip(outputs, shapes, strict=True):
+            output.setType(torch._C.TensorType.get().with_dtype(torch.float32).with_sizes([None] * len(shape)))
+        return outputs
+
+
+def _make(
+    op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
+) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = _Node.apply(op, attributes, shapes, *inputs)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Patcher(ModelPatcher):  # type: ignore[misc]
+    """Replaces the model's forward by the decoder's."""
+
+    def __init__(self, config: Any, model: Any, model_kwargs: Any = None) -> None:
+        super().__init__(config, model, model_kwargs)
+        decoder = Decoder(model)
+
+        def forward(input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            with replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None):  # the patcher's own
+                logits, hidden = decoder(input_ids, position_ids, rows)
+            return {tensors.LOGITS: logits, tensors.LAST_HIDDEN_STATE: hidden}
+
+        self.patched_forward = forward
+
+
+class _Config(OnnxConfig):  # type: ignore[misc]
+    """The inputs and outputs of a trace, as Optimum asks for them."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+    _MODEL_PATCHER = _Patcher
+    inputs = property(lambda self: INPUTS)
+    outputs = property(lambda self: OUTPUTS)
+
+    def ordered_inputs(self, _: Any) -> dict[str, dict[int, str]]:
+        return INPUTS
+
+    def generate_dummy_inputs(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return dict(zip(INPUTS, examples(), strict=True))
+
+
+def trace(model: Any, seam: Seam, path: Path) -> None:
+    """Trace `model` with the seam in place and write the graph to `path`."""
+    with (
+        seam.tracing(_make),
+        # it looks up the names in the signature of the model's own forward
+        replaced(optimum_convert, "check_dummy_inputs_are_allowed", lambda *_: None),
+        # it would read external data back and write them to one file: a second copy of the model in memory
+        replaced(optimum_convert, "check_model_uses_external_data", lambda *_: False),
+    ):
+        optimum_convert.export_pytorch(model, _Config(model.config, "text-generation"), OPSET, path)

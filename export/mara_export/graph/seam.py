@@ -1,0 +1,357 @@
+"""The seam: while a Hugging Face decoder is traced, what engines have operators for becomes single `mara` nodes.
+
+| node | inputs → outputs | attributes | takes the place of |
+|---|---|---|---|
+| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap | the attention |
+| RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
+| Rotary | x, cos, sin → x | interleaved, layout | functions apply_*rotary* that a probe recognises |
+| RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
+| Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
+
+Attention, RMSNorm and Linear have the attribute `name`, of the module in the model. Attention and RotaryTable are
+needed; the others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
+
+The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
+observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mara_export.errors import ModelError
+from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE
+from mara_runtime import tensors
+
+IMPLEMENTATION = "mara"
+"""Name of the attention implementation in transformers."""
+REHEARSED_ROWS = 3
+_FAR = 1 << 17
+"""A row at which every window has ended: windows are read off the mask there."""
+_ROTARY_FUNCTION = re.compile(r"apply_\w*rotary|apply_rotary")
+_UNREAD = {
+    "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
+    "position_ids", "use_cache",
+}  # fmt: skip
+"""Arguments of an attention that change nothing here."""
+LAYOUTS = ("halves", "pairs", "once")
+"""Of a table of angles: a b a b, a a b b, or a b alone."""
+
+INPUTS = {tensors.INPUT_IDS: {1: "S"}, tensors.POSITION_IDS: {1: "S"}, tensors.ROWS: {0: "R"}}
+OUTPUTS = {tensors.LOGITS: {0: "R"}, tensors.LAST_HIDDEN_STATE: {1: "S"}}
+"""Of a trace, with their symbolic axes."""
+
+Attributes = dict[str, Any]
+
+
+class Make(Protocol):
+    """Makes a node in the trace."""
+
+    def __call__(
+        self, op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
+    ) -> tuple[Tensor, ...]:
+        """Its outputs, float32, of these shapes."""
+
+
+class _Window:
+    """What a mask lets a row see, in place of the mask: its last `size` rows, or all (0)."""
+
+    ndim, shape = 4, (1, 1, 1, 1)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Decoder(torch.nn.Module):
+    """A causal LM as it is traced: its own forward, whatever that does to the logits, and the base model's result."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_of_model = model.forward
+        """as it is now: a tracer may put this module's in its place"""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, S), (1, S), (R,) → logits (R, V), last hidden state (1, S, D)."""
+        kept: list[Tensor] = []
+        hook = self.model.base_model.register_forward_hook(lambda *call: kept.append(call[-1][0]))
+        try:
+            out = self.forward_of_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows, return_dict=True
+            )
+        finally:
+            hook.remove()
+        return out.logits.reshape(-1, self.model.config.vocab_size), kept[0]
+
+
+def examples(rows: int = REHEARSED_ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of a Decoder."""
+    return torch.zeros(1, rows, dtype=torch.long), torch.arange(rows)[None], torch.tensor([0, rows - 1])
+
+
+class Seam:
+    """What a model asks its parts for, observed once, and their stand-ins while it is traced."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        """model: a causal LM in eval mode, float32. name: of it, for messages. Raises ModelError."""
+        self._model, self._name = model, name
+        self._windows: dict[int, int] = {}
+        self._turns: dict[tuple[str, int, int], Attributes | None] = {}
+        self._make: Make | None = None
+        with torch.no_grad(), self._in_place():
+            Decoder(model)(*examples())
+        if not self._windows:
+            raise ModelError(f"{name}: its attention does not go through transformers' interface, and cannot be traced")
+
+    @contextlib.contextmanager
+    def tracing(self, make: Make) -> Iterator[None]:
+        """Within, the model computes with nodes that `make` makes."""
+        self._make = make
+        try:
+            with self._in_place():
+                yield
+        finally:
+            self._make = None
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        model, undo = self._model, contextlib.ExitStack()
+        with undo:
+            for name, module in model.named_modules():
+                if (stand_in := self._stand_in(name, module)) is not None:
+                    undo.enter_context(replaced(module, "forward", stand_in))
+            for code in {sys.modules[type(module).__module__] for module in model.modules()}:
+                for name, value in list(vars(code).items()):
+                    if code.__name__.startswith("transformers.") and _turns(name, value):
+                        undo.enter_context(replaced(code, name, self._rotating(value)))
+            # a text without others beside it
+            undo.enter_context(replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None))
+            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, self._attend)
+            ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, self._mask)
+            before = model.config._attn_implementation
+            model.set_attn_implementation(IMPLEMENTATION)
+            undo.callback(model.set_attn_implementation, before)
+            yield
+
+    def _stand_in(self, name: str, module: Any) -> Callable[..., Any] | None:
+        """What computes in a module's place, in a trace."""
+        if self._make is None:
+            return None
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            return self._table(name, module)
+        if type(module) is torch.nn.Linear:
+            return self._linear(name, module)
+        found = probe_norm(module)
+        return None if found is None else self._norm(name, module, found)
+
+    # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _mask(self, *_: Any, mask_function: Callable[..., Tensor], **__: Any) -> _Window:
+        """transformers wants a mask for a function (batch, head, row, column) → visible."""
+        if self._make is not None:
+            return _Window(0)  # observed already
+        sizes = set()
+        for row in (_FAR, _FAR + 1, _FAR + 777):
+            zero, columns = torch.tensor(0), torch.arange(row + 2)
+            seen = mask_function(zero, zero, torch.tensor(row), columns).nonzero()[:, 0]
+            first, last = int(seen[0]), int(seen[-1])
+            if last != row or len(seen) != last - first + 1:
+                raise ModelError(f"{self._name}: a mask that is neither causal nor a window is not supported")
+            sizes.add(0 if first == 0 else row - first + 1)
+        if len(sizes) != 1:
+            raise ModelError(f"{self._name}: a window that changes from row to row, as in chunks, is not supported")
+        return _Window(sizes.pop())
+
+    def _attend(
+        self,
+        module: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Any,
+        *_: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,  # the mask has it
+        **more: Any,
+    ) -> tuple[Tensor, None]:
+        layer = int(module.layer_idx)
+        shape = (*q.shape[:3], v.shape[-1])
+        if self._make is None:
+            if not isinstance(attention_mask, _Window):
+                raise ModelError(f"{self._name}: layer {layer} has a mask of its own, which is not supported")
+            if odd := [n for n, value in more.items() if value is not None and value is not False and n not in _UNREAD]:
+                raise ModelError(f"{self._name}: the attention of layer {layer} takes {odd[0]}, which is not supported")
+            self._windows[layer] = attention_mask.size
+            out = q.new_zeros(shape)
+        else:
+            attributes = {
+                "name": f"layers.{layer}.attention",
+                "layer": layer,
+                "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
+                "window": self._windows[layer],
+                "softcap": float(softcap or 0),
+            }
+            (out,) = self._make(ATTENTION, (q, k, v), attributes, [shape])
+        return out.transpose(1, 2).contiguous(), None
+
+    # ── rotary embedding ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _table(self, name: str, module: Any) -> Callable[..., tuple[Tensor, ...]]:
+        plain, widths = module.forward, {}
+        kinds = [""]
+        if "layer_type" in inspect.signature(plain).parameters:
+            kinds = sorted(set(module.config.layer_types))
+        for kind in kinds:
+            widths[kind] = rotary_angles(module, 1, kind)[0].shape[-1]
+
+        def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, ...]:
+            kind = layer_type or ""
+            shape = (*position_ids.shape, widths[kind])
+            assert self._make is not None
+            return self._make(TABLE, (position_ids,), {"module": name, "layer_type": kind}, [shape, shape])
+
+        return forward
+
+    def _rotating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function like `function`, whose turns are observed, then nodes."""
+        parameters = inspect.signature(function).parameters
+        count = 2 if "q" in parameters else 1
+
+        def forward(*args: Any, unsqueeze_dim: int = 1, **kwargs: Any) -> Any:
+            given = inspect.signature(function).bind(*args, **kwargs)
+            values = [*given.arguments.values()]
+            turning, (cos, sin) = values[:count], values[count : count + 2]
+            keys = [
+                (f"{function.__module__}.{function.__name__}", int(cos.shape[-1]), int(x.shape[-1])) for x in turning
+            ]
+            if self._make is None:
+                for key in keys:
+                    if key not in self._turns:
+                        self._turns[key] = probe_rotary(function, *key[1:])
+            found = [self._turns.get(key) for key in keys]
+            if self._make is None or None in found or unsqueeze_dim != 1:
+                return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+            made = [
+                self._make(ROTARY, (x, cos, sin), dict(turn or {}), [x.shape])[0]
+                for x, turn in zip(turning, found, strict=True)
+            ]
+            return tuple(made) if count == 2 else made[0]
+
+        return forward
+
+    # ── norms and linear maps ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            assert self._make is not None
+            return self._make(NORM, (x, module.weight), {"name": name, **found}, [x.shape])[0]
+
+        return forward
+
+    def _linear(self, name: str, module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            assert self._make is not None
+            shape = (*x.shape[:-1], module.weight.shape[0])
+            return self._make(LINEAR, (x, module.weight, module.bias), {"name": name}, [shape])[0]
+
+        return forward
+
+
+@contextlib.contextmanager
+def replaced(holder: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """Within, an attribute of a module or an object is another."""
+    own = name in vars(holder)
+    original = getattr(holder, name)
+    setattr(holder, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(holder, name, original) if own else delattr(holder, name)
+
+
+@torch.no_grad()
+def rotary_angles(module: Any, positions: int, layer_type: str = "") -> tuple[Tensor, Tensor]:
+    """Cosines and sines (positions, W) of a rotary module, by its own code."""
+    kind = (layer_type,) if layer_type else ()
+    cos, sin = module.forward(torch.zeros(1, 1), torch.arange(positions)[None], *kind)
+    return cos[0].float(), sin[0].float()
+
+
+def _turns(name: str, value: Any) -> bool:
+    """Is this a function that turns heads by tables of angles?"""
+    return (
+        _ROTARY_FUNCTION.match(name) is not None
+        and callable(value)
+        and {"cos", "sin"} <= set(inspect.signature(value).parameters)
+    )
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, layout: str) -> Tensor:
+    """x (…, H) turned in its first W by cos, sin (…, W), or (…, W / 2) where each is there once."""
+    half = cos.shape[-1] // (1 if layout == "once" else 2)
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    c, s = (t[..., ::2] if layout == "pairs" else t[..., :half] for t in (cos, sin))
+    low, high = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, -1)
+    first, second = low * c - high * s, high * c + low * s
+    both = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((both, rest), -1)
+
+
+def probe_rotary(function: Callable[..., Any], width: int, head: int) -> Attributes | None:
+    """How a function turns x (1, heads, S, head) by cos, sin (1, S, width); None: in no way that is known here."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 1, 2, 3, head, generator=generator)
+    pair = "q" in inspect.signature(function).parameters
+    for layout, interleaved in itertools.product(LAYOUTS, (False, True)):
+        angles = torch.randn(1, 3, width if layout == "once" else width // 2, generator=generator)
+        if layout != "once":
+            angles = angles.repeat_interleave(2, -1) if layout == "pairs" else torch.cat((angles, angles), -1)
+        cos, sin = angles.cos(), angles.sin()
+        try:
+            wanted = [_turned(t, cos[:, None], sin[:, None], interleaved, layout) for t in (x, y)]
+            found = function(x, y, cos, sin) if pair else [function(t, cos, sin) for t in (x, y)]
+            same = all(
+                a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True)
+            )
+        except (RuntimeError, IndexError, ValueError, TypeError):  # sizes that it does not take
+            continue
+        if same:
+            return {"interleaved": int(interleaved), "layout": layout}
+    return None
+
+
+@torch.no_grad()
+def probe_norm(module: Any) -> Attributes | None:
+    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else."""
+    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    sizes = {name: weight.dim() for name, weight in module.named_parameters()}
+    if [*module.children()] or sizes != {"weight": 1} or not isinstance(epsilon, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(module)
+    values = torch.randn(16, generator=generator)
+    twin._parameters = {"weight": torch.nn.Parameter(values)}
+    fits = {0, 1}
+    for scale in (1.0, 0.1 * epsilon**0.5):  # the second shows the epsilon
+        x = scale * torch.randn(3, 16, generator=generator)
+        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        try:
+            y = type(module).forward(twin, x)
+        except (RuntimeError, TypeError, AttributeError):
+            return None
+        fits = {offset for offset in fits if torch.allclose(y, unit * (offset + values), rtol=1e-4, atol=1e-6)}
+    return {"epsilon": epsilon, "offset": fits.pop()} if len(fits) == 1 else None
