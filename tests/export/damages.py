@@ -90,7 +90,7 @@ def before_the_norm(model: onnx.ModelProto) -> None:
 
 def swap_two_tokens(model: onnx.ModelProto) -> None:
     """Of the head alone: all numbers but two of a row are right."""
-    (head,) = [n for n in model.graph.node if tensors.LOGITS in n.output]
+    (head,) = [n for n in model.graph.node if n.name == "/lm_head/MatMul"]
     value = numpy_helper.to_array(weight(model, head.input[1])).copy()
     tokens = (slice(None),) * (value.shape[0] < value.shape[1]) + ([100, 101],)  # (D, V), or (V, D) where it is tied
     value[tokens] = value[tokens][..., ::-1] if len(tokens) > 1 else value[[101, 100]]

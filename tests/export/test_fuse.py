@@ -22,7 +22,7 @@ from mara_runtime.tensors import ModelShape
 WIDTH = 6
 COLUMNS = {"q": 8, "k": 4, "v": 4, "gate": 300, "up": 300}  # of 300 the data lie outside the graph's file
 SHAPE = ModelShape(16, 32, 1, 4, 2, 4)  # 8 heads of queries, keys and values
-CONTEXT = GraphContext(SHAPE, (np.zeros((1, 2), np.float32),) * 2, ExportOptions(), Path(), Progress(quiet=True))
+CONTEXT = GraphContext(SHAPE, (np.zeros((1, 2), np.float32),) * 2, 256, ExportOptions(), Path(), Progress(quiet=True))
 
 
 def model(*, biases: str = "", reused: str = "", order: str = "qkv") -> ir.Model:

@@ -109,7 +109,7 @@ def test_weights_lie_beside_the_graph_once_and_aligned(exported: Exported, agent
 
 def test_a_tied_head_reads_the_table_of_the_embedding(exported: Exported) -> None:
     graph, config = exported.graph, exported.model.config
-    (head,) = [node for node in graph.node if tensors.LOGITS in node.output]
+    (head,) = [node for node in graph.node if node.name == "/lm_head/MatMul"]
     (lookup,) = [node for node in graph.node if node.op_type == "Gather" and tensors.INPUT_IDS in node.input]
     sizes = {t.name: list(t.dims) for t in graph.initializer}
     assert sizes[lookup.input[0]] == [config.vocab_size, config.hidden_size]

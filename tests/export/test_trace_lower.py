@@ -26,7 +26,6 @@ from mara_export.options import ExportOptions
 from mara_export.parity import NAMES, Rows, run_reference
 from mara_export.progress import Progress
 from mara_export.targets import LOWERINGS
-from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Pass, StepOutput

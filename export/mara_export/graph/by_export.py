@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.onnx.ops import symbolic_multi_out
 
 from mara_export.graph.nodes import DOMAIN
-from mara_export.graph.seam import INPUTS, OUTPUTS, Attributes, Decoder, Seam, examples
+from mara_export.graph.probes import Attributes
+from mara_export.graph.seam import INPUTS, OUTPUTS, Seam, Traceable, examples
 
 OPSET = 18
 _MOST_ROWS = 1 << 20
 _PREFIX = "model."
-"""Of names in a `Decoder`, which holds the model as `model`."""
+"""Of names in a `Traceable`, which holds the model as `model`."""
 
 
 def _make(
@@ -39,7 +40,7 @@ def trace(model: Any, seam: Seam, path: Path) -> None:
     """Trace `model` with the seam in place and write the graph to `path`."""
     rows, chosen = (torch.export.Dim(name, min=1, max=_MOST_ROWS) for name in ("S", "R"))
     with torch.no_grad(), seam.tracing(_make):
-        decoder = Decoder(model).eval()
+        decoder = Traceable(model).eval()
         program = torch.export.export(
             decoder, examples(), dynamic_shapes=({1: rows}, {1: rows}, {0: chosen}), strict=False
         )

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import masking_utils
 
 from mara_export.graph.nodes import DOMAIN
-from mara_export.graph.seam import INPUTS, OUTPUTS, Attributes, Decoder, Seam, examples, replaced
+from mara_export.graph.probes import Attributes
+from mara_export.graph.seam import INPUTS, OUTPUTS, Seam, Traceable, examples, replaced
 from mara_runtime import tensors
 
 OPSET = 18
@@ -59,7 +60,7 @@ class _Patcher(ModelPatcher):  # type: ignore[misc]
 
     def __init__(self, config: Any, model: Any, model_kwargs: Any = None) -> None:
         super().__init__(config, model, model_kwargs)
-        decoder = Decoder(model)
+        decoder = Traceable(model)
 
         def forward(input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
             with replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None):  # the patcher's own

@@ -1,0 +1,74 @@
+"""Recognising, on random numbers, what a model's own functions and modules compute."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Attributes = dict[str, Any]
+"""Of a node of the trace."""
+LAYOUTS = ("halves", "pairs", "once")
+"""Of a table of angles: a b a b, a a b b, or a b alone."""
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, layout: str) -> Tensor:
+    """x (…, H) turned in its first W by cos, sin (…, W), or (…, W / 2) where each is there once."""
+    half = cos.shape[-1] // (1 if layout == "once" else 2)
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    c, s = (t[..., ::2] if layout == "pairs" else t[..., :half] for t in (cos, sin))
+    low, high = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, -1)
+    first, second = low * c - high * s, high * c + low * s
+    both = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+    return torch.cat((both, rest), -1)
+
+
+def probe_rotary(function: Callable[..., Any], width: int, head: int) -> Attributes | None:
+    """How a function turns x (1, heads, S, head) by cos, sin (1, S, width); None: in no way that is known here."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 1, 2, 3, head, generator=generator)
+    pair = "q" in inspect.signature(function).parameters
+    for layout, interleaved in itertools.product(LAYOUTS, (False, True)):
+        angles = torch.randn(1, 3, width if layout == "once" else width // 2, generator=generator)
+        if layout != "once":
+            angles = angles.repeat_interleave(2, -1) if layout == "pairs" else torch.cat((angles, angles), -1)
+        cos, sin = angles.cos(), angles.sin()
+        try:
+            wanted = [_turned(t, cos[:, None], sin[:, None], interleaved, layout) for t in (x, y)]
+            found = function(x, y, cos, sin) if pair else [function(t, cos, sin) for t in (x, y)]
+            same = all(
+                a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True)
+            )
+        except (RuntimeError, IndexError, ValueError, TypeError):  # sizes that it does not take
+            continue
+        if same:
+            return {"interleaved": int(interleaved), "layout": layout}
+    return None
+
+
+@torch.no_grad()
+def probe_norm(module: Any) -> Attributes | None:
+    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else."""
+    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    sizes = {name: weight.dim() for name, weight in module.named_parameters()}
+    if [*module.children()] or sizes != {"weight": 1} or not isinstance(epsilon, float):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(module)
+    values = torch.randn(16, generator=generator)
+    twin._parameters = {"weight": torch.nn.Parameter(values)}
+    fits = {0, 1}
+    for scale in (1.0, 0.1 * epsilon**0.5):  # the second shows the epsilon
+        x = scale * torch.randn(3, 16, generator=generator)
+        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        try:
+            y = type(module).forward(twin, x)
+        except (RuntimeError, TypeError, AttributeError):
+            return None
+        fits = {offset for offset in fits if torch.allclose(y, unit * (offset + values), rtol=1e-4, atol=1e-6)}
+    return {"epsilon": epsilon, "offset": fits.pop()} if len(fits) == 1 else None

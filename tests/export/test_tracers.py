@@ -1,0 +1,196 @@
+"""The seam and its two doors: the same nodes from both, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GraniteConfig,
+    Llama4TextConfig,
+    MistralConfig,
+    Olmo2Config,
+    PretrainedConfig,
+    SmolLM3Config,
+)
+
+from mara_export.errors import ModelError
+from mara_export.export import Traced, finish, trace
+from mara_export.graph import probes
+from mara_export.graph import trace as tracing
+from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE, GraphContext
+from mara_export.graph.traced import PASSES
+from mara_export.graph.weights import load
+from mara_export.hf.sources import resolve_model
+from mara_export.options import ExportOptions
+from mara_export.progress import Progress
+from mara_runtime.errors import OptionError
+from mara_runtime.tensors import ModelShape
+from tests import checkpoints
+from tests.export.conftest import MAX_CONTEXT
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+def model_of(config: type[PretrainedConfig], **values: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config(**{**SIZES, **values}), attn_implementation="eager").eval()
+
+
+def nodes(path: Path) -> Counter[tuple[Any, ...]]:
+    """The seam's nodes of a trace, by kind and attributes. Rotary has no name of its own."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return Counter(
+        (node.op_type, *sorted((a.name, onnx.helper.get_attribute_value(a)) for a in node.attribute))
+        for node in graph.node
+        if node.domain == DOMAIN
+    )
+
+
+@pytest.fixture(scope="module")
+def by_torch(checkpoint: Callable[[str], Path], agent: Any, tmp_path_factory: Any) -> Callable[[str], Traced]:
+    def make(architecture: str) -> Traced:
+        agents = checkpoints.named(agent(architecture))
+        source, folder = resolve_model(str(checkpoint(architecture))), tmp_path_factory.mktemp("torch")
+        return trace(source, agents, folder, max_context=MAX_CONTEXT, tracer="torch")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lowering"),
+    [
+        ("qwen2", "ort"),  # biases, a tied head
+        pytest.param("qwen3", "portable", marks=pytest.mark.long),  # norms of heads
+        pytest.param("llama", "decomposed", marks=pytest.mark.long),
+        pytest.param("mistral", "ort", marks=pytest.mark.long),
+    ],
+)
+def test_both_doors_give_the_same_nodes_and_weights(
+    by_torch, traced, tmp_path: Path, architecture: str, lowering: str
+) -> None:
+    ours, optimum = by_torch(architecture), traced(architecture)
+    assert (ours.tracer, optimum.tracer) == ("torch", "optimum")
+    assert nodes(ours.graph.llm) == nodes(optimum.graph.llm)
+    made = [
+        finish(each, ExportOptions(lowering=lowering), tmp_path / each.tracer) for each in (ours, optimum)
+    ]  # which pass the gate
+    assert [bundle.manifest.made_with["tracer"] for bundle in made] == ["torch", "optimum"]
+    graphs = [onnx.load(bundle.path("step.onnx"), load_external_data=False).graph for bundle in made]
+    names = [{node.name for node in graph.node if "_proj" in node.name} for graph in graphs]
+    assert names[0] == names[1]
+    sizes = [bundle.path("step.onnx.data").stat().st_size for bundle in made]
+    assert abs(sizes[0] - sizes[1]) <= 4096, "one copy of each weight"
+
+
+FAMILIES = [
+    (GemmaConfig, {"head_dim": 12}, {NORM: 5, ROTARY: 4, LINEAR: 15, ATTENTION: 2, TABLE: 1}),
+    (SmolLM3Config, {"no_rope_layers": [1, 0]}, {NORM: 5, ROTARY: 2, LINEAR: 15, ATTENTION: 2, TABLE: 1}),
+    (Olmo2Config, {}, {NORM: 9, ROTARY: 4, LINEAR: 15, ATTENTION: 2, TABLE: 1}),
+    (GraniteConfig, {"attention_multiplier": 0.1}, {NORM: 5, ROTARY: 4, LINEAR: 15, ATTENTION: 2, TABLE: 1}),
+]
+QUICK = {("torch", GemmaConfig), ("optimum", SmolLM3Config)}
+
+
+@pytest.mark.parametrize(
+    ("tracer", "config", "values", "expected"),
+    [
+        pytest.param(
+            *(tracer, *family),
+            id=f"{family[0].model_type}-{tracer}",
+            marks=() if (tracer, family[0]) in QUICK else pytest.mark.long,
+        )
+        for tracer in ("optimum", "torch")
+        for family in FAMILIES
+    ],
+)
+def test_families_that_nobody_named_come_through(tracer: str, config, values, expected, tmp_path: Path) -> None:
+    path = tracing.trace_llm(model_of(config, **values), tmp_path, tracer, "it")
+    found = nodes(path)
+    assert {kind: sum(n for (k, *_), n in found.items() if k == kind) for kind in expected} == expected
+    offsets = {dict(rest)["offset"] for kind, *rest in found if kind == NORM}
+    assert offsets == {int(config is GemmaConfig)}
+    scales = {dict(rest)["scale"] for kind, *rest in found if kind == ATTENTION}
+    assert [*scales] == [pytest.approx(values.get("attention_multiplier", values.get("head_dim", 8) ** -0.5))]
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "named"),
+    [
+        (Gemma2Config, {"head_dim": 8, "attn_logit_softcapping": 5.0}, "caps its scores at 5"),
+        (MistralConfig, {"sliding_window": 16}, "a sliding window of 16 tokens, less than the context of 64"),
+        (CohereConfig, {}, "turns neighbouring numbers"),
+        (Llama4TextConfig, {"head_dim": 8, "attention_chunk_size": 16}, "a window that changes from row to row"),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, type) else "",
+)
+def test_what_lowerings_have_no_word_for_is_refused_by_name(config, values, named, tmp_path: Path) -> None:
+    model = model_of(config, **values)
+    sizes = ModelShape(32, 96, 2, 4, 2, 8)
+    context = GraphContext(sizes, ((), ()), 64, ExportOptions(), tmp_path, Progress(quiet=True))  # type: ignore[arg-type]
+
+    def prepare() -> None:
+        graph = load(tracing.trace_llm(model, tmp_path, "optimum", "it")).graph
+        for step in PASSES:
+            step(graph, context)
+
+    with pytest.raises(ModelError, match=named):
+        prepare()
+
+
+def test_the_model_is_as_it_was_after_a_trace(tmp_path: Path) -> None:
+    model = model_of(MistralConfig, sliding_window=16)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        tracing.trace_llm(model, tmp_path, "torch", "it")
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(("pairs", "half"), [(False, False), (True, False), (False, True)])
+def test_a_probe_tells_how_heads_are_turned(pairs: bool, half: bool) -> None:
+    def apply_rotary(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+        def turn(x: Any) -> Any:
+            width = cos.shape[-1]
+            x, rest = x[..., :width], x[..., width:]
+            low, high = (x[..., ::2], x[..., 1::2]) if pairs else x.chunk(2, -1)
+            turned = torch.stack((-high, low), -1).flatten(-2) if pairs else torch.cat((-high, low), -1)
+            return torch.cat((x * cos[:, None] + turned * sin[:, None], rest), -1)
+
+        return turn(q), turn(k)
+
+    found = probes.probe_rotary(apply_rotary, 8 if half else 16, 16)
+    assert found == {"interleaved": int(pairs), "layout": "pairs" if pairs else "halves"}
+    assert probes.probe_rotary(lambda q, k, cos, sin: (q * cos[:, None], k), 16, 16) is None
+
+
+def test_a_probe_tells_a_root_mean_square_from_other_norms() -> None:
+    assert probes.probe_norm(torch.nn.RMSNorm(16, eps=1e-3)) == {"epsilon": 1e-3, "offset": 0}
+    assert probes.probe_norm(torch.nn.LayerNorm(16)) is None
+    assert probes.probe_norm(torch.nn.Linear(16, 16)) is None
+
+
+def test_a_tracer_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_DOORS", {"optimum": "no_such_module", "torch": "by_export"})
+    assert tracing.choose_tracer("auto") == "torch"
+    with pytest.raises(
+        OptionError, match=r"--tracer is 'optimum', which cannot be used here \(.*mara-deploy\[export\]"
+    ):
+        tracing.choose_tracer("optimum")
