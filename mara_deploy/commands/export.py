@@ -83,7 +83,7 @@ def _export(args: argparse.Namespace) -> None:
     if not arguments.build and not any(options.target in ENGINE_TARGETS for options in exports):
         raise OptionError(f"--no-build is for --target {' and '.join(ENGINE_TARGETS)}; leave it out")
     if not arguments.quiet:
-        print("mara-export: loading PyTorch and Optimum …", file=sys.stderr)
+        print("mara-export: loading PyTorch and transformers …", file=sys.stderr)
     with needs_extra("cpu,export", "the export"):
         from mara_export.export import export_all, vet
         from mara_export.folder import require_free

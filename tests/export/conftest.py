@@ -129,7 +129,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Tra
 
 
 PROGRESS = re.compile(
-    r"mara-export: loading PyTorch and Optimum …|  \S.* +\d+\.\d s"
+    r"mara-export: loading PyTorch and transformers …|  \S.* +\d+\.\d s"
     r"|engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)"
 )
 
