@@ -65,8 +65,8 @@ def load_weights(kind: Any, source: ModelSource, **options: Any) -> tuple[Any, M
     if mismatched:
         expected = [*model.get_parameter(mismatched[0]).shape]
         raise ModelError(
-            f"{source.name} cannot be loaded: size mismatch for {_some(mismatched)}: {expected} by config.json, which is "
-            "not as it is stored"
+            f"{source.name} cannot be loaded: size mismatch for {_some(mismatched)}: {expected} by config.json, which "
+            "is not as it is stored"
         )
     return model, loading
 
