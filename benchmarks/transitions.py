@@ -112,7 +112,8 @@ class OneCandidateAPass:
             ids = select(best.indices.numpy(), best.values.numpy(), 0.0, self.top_k, self.top_p).ids.tolist()
             length = cache.get_seq_length()
             for token in ids:
-                cache.crop(length)
+                if (more := cache.get_seq_length() - length) > 0:
+                    cache.crop(-more)  # transformers 5 takes no length
                 state = self.forward([token], cache)
                 if len(ids) == 1:
                     break

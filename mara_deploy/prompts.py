@@ -329,6 +329,8 @@ def encode(
 
 
 def _rendered(prompt: Asked, tokenizer: Any, model: str, template: Mapping[str, Any], shown: str) -> str:
+    from mara_export.hf.tokenizer import render_chat  # where a tokenizer of transformers is, so is transformers
+
     signature = inspect.signature(tokenizer.apply_chat_template)
     reserved = {*signature.parameters, "messages", "self"} - {"tools", "documents"}
     if conflicts := sorted(reserved & template.keys()):
@@ -336,9 +338,7 @@ def _rendered(prompt: Asked, tokenizer: Any, model: str, template: Mapping[str, 
     try:
         if template:
             reject_unknown(variables_of(tokenizer.chat_template), template)
-        text: str = tokenizer.apply_chat_template(
-            messages(prompt), tokenize=False, add_generation_prompt=True, **template
-        )
+        text = render_chat(tokenizer, messages(prompt), add_generation_prompt=True, **template)
     except OptionError:
         raise
     except Exception as error:  # a template is a program and can raise anything

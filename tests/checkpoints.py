@@ -62,8 +62,19 @@ def make(architecture: str, folder: Path, *, seed: int = 0, tie: bool | None = N
         bos_token_id=BOS_ID, eos_token_id=list(EOS_IDS), pad_token_id=PAD_ID, do_sample=False
     )
     folder = Path(folder)
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder)
+    as_saved_by_4(folder)
     return folder
+
+
+def as_saved_by_4(folder: Path) -> None:
+    """Write the rotary settings of a configuration as transformers 4 does: most released models have them so."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if (rope := config.pop("rope_parameters", None)) is not None:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -17,9 +17,9 @@ from mara_deploy.files import fingerprint
 from mara_deploy.prompts import Asked, messages
 from mara_deploy.scores.base import ScoreError, shown
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import from_pretrained, read_config
+from mara_export.hf.checkpoint import load_weights, read_config
 from mara_export.hf.sources import ModelSource, is_hub_id, local_path, resolve_model
-from mara_export.hf.tokenizer import load_tokenizer
+from mara_export.hf.tokenizer import load_tokenizer, render_chat
 
 _SAFE_RLHF_HEAD = {r"^score_head\.": "score."}
 """PKU-Alignment's reward and cost models (`LlamaModelForScore`) are Llama classifiers with a renamed head."""
@@ -65,6 +65,8 @@ class RewardModel:
         self._label = _label_index(model.config, label, name, source.name)
         self._template, self._max_tokens = template, _position_limit(model)
         self._arguments = set(inspect.signature(model.forward).parameters)
+        # What a tokenizer returns by itself depends on the version of transformers.
+        self._segments = "token_type_ids" in self._arguments and getattr(model.config, "type_vocab_size", 0) > 1
         if getattr(model.config, "type_vocab_size", 2) < 2:
             self._arguments.discard("token_type_ids")
         self._batch_size = batch_size if "attention_mask" in self._arguments else 1  # it would read the padding
@@ -104,7 +106,12 @@ class RewardModel:
         self, prompts: Sequence[Asked], answers: Sequence[str], remedy: str = "lower --max-new-tokens"
     ) -> tuple[Any, int]:
         """The model's inputs, and the tokens of the longest text."""
-        options: dict[str, Any] = {"padding": True, "return_tensors": "pt", "return_attention_mask": True}
+        options: dict[str, Any] = {
+            "padding": True,
+            "return_tensors": "pt",
+            "return_attention_mask": True,
+            "return_token_type_ids": self._segments or None,
+        }
         pairs = list(zip(prompts, answers, strict=True))
         by_chat = self._template is None and self._tokenizer.chat_template
         if not by_chat and (conversation := next((p for p in prompts if not isinstance(p, str)), None)):
@@ -117,7 +124,7 @@ class RewardModel:
             inputs = self._tokenizer(texts, **options)
         elif by_chat:
             chats = [[*messages(prompt), {"role": "assistant", "content": answer}] for prompt, answer in pairs]
-            texts = [self._tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+            texts = [render_chat(self._tokenizer, chat) for chat in chats]
             inputs = self._tokenizer(texts, add_special_tokens=False, **options)  # the template adds them
         else:
             inputs = self._tokenizer(list(prompts), list(answers), **options)
@@ -170,12 +177,12 @@ def _position_limit(model: Any) -> int | None:
 def _load_classifier(source: ModelSource, device: str) -> Any:
     """Load a model. Raises ScoreError for missing weights, which transformers would initialise at random."""
     config = read_config(source)
-    options: dict[str, Any] = {"output_loading_info": True, "use_safetensors": True}
+    options: dict[str, Any] = {}
     if any(name.endswith("ForScore") for name in config.architectures or []):
-        options |= {"key_mapping": _SAFE_RLHF_HEAD}
+        options["key_mapping"] = _SAFE_RLHF_HEAD
         config.num_labels = getattr(config, "score_dim", 1)
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    model, loading = from_pretrained(AutoModelForSequenceClassification, source, config=config, dtype=dtype, **options)
+    model, loading = load_weights(AutoModelForSequenceClassification, source, config=config, dtype=dtype, **options)
     if missing := sorted(loading["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ScoreError(

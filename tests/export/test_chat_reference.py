@@ -186,7 +186,11 @@ def test_an_answer_that_is_begun_goes_on_as_in_transformers(tokenizer, template)
             expected = tokenizer.apply_chat_template(
                 messages, chat_template=source, tokenize=False, continue_final_message=True
             )
-        except Exception:  # the template's own, or Python's
+        except Exception as error:  # the template's own, or Python's
+            if "accepted field" in str(
+                error
+            ):  # transformers 5, of a template that does not name the field; 4 renders it
+                continue
             with pytest.raises(PromptError):
                 ChatTemplate(source, SPECIAL).render(messages, continue_final_message=True)
         else:

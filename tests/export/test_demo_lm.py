@@ -17,6 +17,7 @@ from examples.demo_lm.recipe import Recipe
 from mara_deploy.demo import MODEL_FOLDER as MODEL
 from mara_deploy.demo.prompts import prompts
 from mara_deploy.demo.score import sentences
+from tests.export.conftest import copy_model
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,17 @@ def test_chat_template_and_any_bytes_survive_the_tokenizer(tokenizer: Any) -> No
     messages = [{"role": "user", "content": "How do I cook rice?"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == corpus.chat("How do I cook rice?")
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     for odd in ("  naïve café 東京 🙂\n\ttabs", "<|im_start|>"):
         assert tokenizer.decode(tokenizer(odd, add_special_tokens=False)["input_ids"]) == odd
 
 
-def test_held_out_perplexity_is_as_recorded_and_shows_a_model_loaded_wrongly(model, tokenizer, recipe) -> None:
-    wrong = AutoModelForCausalLM.from_pretrained(MODEL, rope_theta=1e6).eval()
+def test_held_out_perplexity_is_as_recorded_and_shows_a_model_loaded_wrongly(
+    model, tokenizer, recipe, tmp_path
+) -> None:
+    wrong = AutoModelForCausalLM.from_pretrained(copy_model(MODEL, tmp_path / "wrong", rope_theta=1e6)).eval()
     ours, theirs = (math.exp(measure.validation_loss(m, tokenizer, n=60, seed=1)) for m in (model, wrong))
     assert ours == pytest.approx(recipe["held_out"]["perplexity"], rel=0.05)
     assert theirs > 1.2 * ours

@@ -30,7 +30,9 @@ def tokenizer(checkpoint):
 def test_token_ids_are_those_of_apply_chat_template(tokenizer):
     chat = [{"role": "user", "content": MESSAGE}]
     for template in (None, {}, {"brief": True}, {"brief": False}, {"tools": [{"name": "hammer"}]}):
-        expected = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, **(template or {}))
+        expected = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False, **(template or {})
+        )
         assert encode(MESSAGE, tokenizer, "m", template=template) == expected
     assert len({len(encode(MESSAGE, tokenizer, "m", template={"brief": on})) for on in (True, False)}) == 2
 
@@ -64,7 +66,9 @@ def test_variables_that_the_template_does_not_read_are_refused(tokenizer):
 
 def test_a_conversation_needs_the_template(tokenizer):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": MESSAGE}]
-    assert encode(chat, tokenizer, "m") == tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    assert encode(chat, tokenizer, "m") == tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     with pytest.raises(PromptError, match=r"the prompt '\[\{.* is a conversation, but m gets plain text"):
         encode(chat, tokenizer, "m", raw=True)
 

@@ -171,7 +171,7 @@ def test_whatever_fails_in_a_model_is_one_line_before_the_first_answer(llama, mo
 
 def test_a_classifier_gives_the_log_odds_of_a_label_of_a_pair(bert) -> None:
     """Of a softmax over the labels, or of a sigmoid for multi-label models."""
-    pairs = tokenizer(False)(PROMPTS, ANSWERS)
+    pairs = tokenizer(False)(PROMPTS, ANSWERS, return_token_type_ids=True)
     logits = logits_one_by_one(bert, pairs["input_ids"], pairs["token_type_ids"])
     for kind, batch_size, p in (("single", 8, logits.softmax(1)[:, 2]), ("multi", 1, logits.sigmoid()[:, 2])):
         edit_config(bert, problem_type=f"{kind}_label_classification")

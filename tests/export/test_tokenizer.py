@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
@@ -93,7 +93,7 @@ def test_conversations_have_the_token_ids_of_transformers(folder, written) -> No
     side, tokenizer = written().side, AutoTokenizer.from_pretrained(folder)
     for messages in CONVERSATIONS:
         ids = side.encode_chat(messages)
-        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         contents = sum(str(message["content"]).count("<s>") for message in messages)
         assert ids.count(checkpoints.BOS_ID) == 1 + contents  # not twice: the template has it already
 
@@ -123,6 +123,21 @@ def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder
     for text in ("How do I cook rice?", "bread", "naïve 日本"):
         assert ours.encode(text).ids == theirs(text)["input_ids"]
     assert theirs.decode(theirs("How do I", add_special_tokens=False)["input_ids"]) == "How do I"
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "TokenizersBackend", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_tokenizer_json_splits_as_it_says_whatever_class_is_named(folder, written, kind, model_type) -> None:
+    """transformers 5 would put Qwen2's splitting and normalisation in place of those of this file."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    configure(folder, tokenizer_class=kind)
+    side = written().side
+    for text in TEXTS:
+        assert side.encode_raw(text) == load(folder)(text)["input_ids"] == tokenizer.encode(text).ids
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -199,7 +214,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(folder, tokenizer, config, m
         path.unlink()
     elif tokenizer is not ...:
         path.write_text(tokenizer)
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     configure(folder, **config)
     with pytest.raises(ModelError, match=message) as caught:
         load(folder)

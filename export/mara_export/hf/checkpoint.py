@@ -7,7 +7,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
+from mara_export.hf.rope import check_rope, complete_rope, kept_together, missing_rope
 from mara_export.hf.sources import ModelSource
 from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
@@ -51,6 +52,23 @@ def from_pretrained(kind: Any, source: ModelSource, *, part: str = "", **options
     except Exception as error:
         subject = f"the {part} of {source.name}" if part else source.name
         raise ModelError(f"{subject} cannot be loaded: {_why(error, source)}") from error
+
+
+def load_weights(kind: Any, source: ModelSource, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A model with the weights of a folder, from files that hold nothing else, and what transformers says of them.
+
+    Raises ModelError, also for a weight of another shape.
+    """
+    options |= {"output_loading_info": True, "use_safetensors": True}  # never a pickle
+    model, loading = from_pretrained(kind, source, ignore_mismatched_sizes=True, **options)
+    mismatched = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])  # 5 adds shapes
+    if mismatched:
+        expected = [*model.get_parameter(mismatched[0]).shape]
+        raise ModelError(
+            f"{source.name} cannot be loaded: size mismatch for {_some(mismatched)}: {expected} by config.json, which "
+            "is not as it is stored"
+        )
+    return model, loading
 
 
 def _check_folder(source: ModelSource) -> None:
@@ -105,34 +123,13 @@ def load_config(source: ModelSource) -> Any:
 
 
 def read_config(source: ModelSource) -> Any:
-    """The configuration of a model of any architecture, including one saved by transformers 5. Raises ModelError."""
-    config, values = from_pretrained(AutoConfig, source), read_json(source.folder / "config.json")
-    said = values.get("rope_scaling") if isinstance(values, dict) else None
-    if isinstance(said, dict) and said.get("type", said.get("rope_type")) != said.get("rope_type", said.get("type")):
-        raise ModelError(
-            f"{source.name}: its config.json says twice of what type rope_scaling is, {said['type']!r} and "
-            f"{said['rope_type']!r}: remove the wrong one"
-        )
-    rope = getattr(config, "rope_parameters", None)
-    if rope is not None:  # base and scaling; transformers 4 keeps them apart, and would use its defaults
-        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise ModelError(
-                f"{source.name}: its config.json has rope_parameters that are not those of one rotary embedding for "
-                "all layers; this is not supported"
-            )
-        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-        new = {**rope, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
-        for name in ("rope_theta", "partial_rotary_factor", "rope_scaling"):
-            if name not in new:
-                continue
-            old = values.get(name) if isinstance(values, dict) else None
-            if old is not None and old != new[name]:
-                raise ModelError(
-                    f"{source.name}: its config.json says {name} twice, as {old!r} and, in rope_parameters, as "
-                    f"{new[name]!r}: remove the wrong one"
-                )
-            setattr(config, name, new[name])
-    if (source.folder / _GENERATION).is_file() and isinstance(values, dict) and "eos_token_id" not in values:
+    """The configuration of a model of any architecture, saved by any transformers. Raises ModelError."""
+    values = read_json(source.folder / "config.json")
+    said = values if isinstance(values, dict) else {}  # anything else is refused in a moment
+    check_rope(said, source.name)
+    config = from_pretrained(AutoConfig, source)
+    complete_rope(config, said)
+    if (source.folder / _GENERATION).is_file() and "eos_token_id" not in said:
         config.eos_token_id = None  # not the default of its class
     return config
 
@@ -140,13 +137,12 @@ def read_config(source: ModelSource) -> Any:
 def reference_config(source: ModelSource) -> Any:
     """The configuration as transformers itself reads it, for the gate: `read_config` has no part in it.
 
-    What only transformers 5 says is handed over under its old name; a value under that name stays. Raises ModelError.
+    What only transformers 5 says is handed over to version 4 under its old name; a value under that name stays. Raises
+    ModelError.
     """
-    said = read_json(source.folder / "config.json") or {}
-    scaling = dict(said.get("rope_parameters") or {})
-    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
-    missing = {name: value for name, value in old.items() if value is not None and said.get(name) is None}
-    return from_pretrained(AutoConfig, source, **missing)
+    config = from_pretrained(AutoConfig, source)
+    missing = {} if kept_together(config) else missing_rope(read_json(source.folder / "config.json") or {})
+    return from_pretrained(AutoConfig, source, **missing) if missing else config
 
 
 def load_model(
@@ -168,10 +164,8 @@ def load_model(
         "config": read_config(source) if config is None else config,
         "dtype": dtype,
         "attn_implementation": attention,
-        "output_loading_info": True,
-        "use_safetensors": True,  # never a pickle
     }
-    model, loading = from_pretrained(AutoModelForCausalLM, source, **options)
+    model, loading = load_weights(AutoModelForCausalLM, source, **options)
     unread = [name for name, weight in model.named_parameters() if weight.is_meta]  # tied to a missing one
     if missing := sorted({*loading["missing_keys"], *unread}):
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
@@ -190,17 +184,24 @@ def load_model(
 
 
 def _check_head(source: ModelSource, model: Any) -> None:
-    """Reject a head of its own in a model whose configuration says that the head is the embedding."""
+    """Reject a head of its own, or one alone, in a model whose configuration says that the head is the embedding."""
     table = model.get_input_embeddings().weight
-    if model.get_output_embeddings().weight is not table:
+    if model.get_output_embeddings().weight is not table and not model.config.tie_word_embeddings:
         return
+    (name,) = (name for name, weight in model.named_parameters() if weight is table)
+    names: set[str] = set()
     for path in source.folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
+            names |= {*file.keys()}
             if _HEAD in file.keys() and not torch.equal(file.get_tensor(_HEAD).to(table), table):  # noqa: SIM118
                 raise ModelError(
                     f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set "
                     "that to false, or remove the weight"
                 )
+    if _HEAD in names and not any(
+        name.endswith(other) for other in names
+    ):  # transformers 5 takes the one for the other
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {name}")
 
 
 def _check_quantised(source: ModelSource) -> None:

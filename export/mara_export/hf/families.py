@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mara_export.errors import ModelError
+from mara_export.hf.rope import rope_settings
 from mara_runtime.tensors import ModelShape
 
 
@@ -211,12 +212,9 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     capped = [cap for cap in _SOFT_CAPS if getattr(config, cap, None)]
     if capped:
         raise ModelError(f"{name} caps its logits ({capped[0]} = {getattr(config, capped[0])}); this is not supported")
-    partial = getattr(config, "partial_rotary_factor", 1)
-    if partial != 1:
-        raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {partial!r})")
-    rope = getattr(config, "rope_scaling", None) or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{name}: its config.json has rope_scaling = {rope!r}; expected a JSON object")
+    rope, part = rope_settings(config)
+    if part != 1:
+        raise ModelError(f"{name}: partial rotary embeddings are not supported (partial_rotary_factor = {part!r})")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in _FIXED_ROPE:
         raise ModelError(

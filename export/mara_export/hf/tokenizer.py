@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mara_export.errors import ModelError
@@ -19,6 +20,9 @@ from mara_runtime.manifest import TokenizerFacts
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_BACKEND = "TokenizersBackend"
+_MADE_ANEW = hasattr(transformers, _BACKEND)
+"""Whether classes of tokenizers put parts of their own in place of those of a tokenizer.json: see `_load`."""
 _QUESTION = {"role": "user", "content": "How do I cook rice?"}
 _CONVERSATIONS = ([_QUESTION], [{"role": "system", "content": "Be brief."}, _QUESTION])
 """A template may want a system message, or not take any."""
@@ -52,16 +56,23 @@ def load_tokenizer(source: ModelSource) -> Any | None:
 
 
 def _load(source: ModelSource) -> Any:
-    """The tokenizer, including one saved by transformers 5."""
+    """The tokenizer, saved by any transformers.
+
+    Version 4 keeps what tokenizer.json says, whatever class the configuration names, but does not know the name that 5
+    gives to that file alone. In 5 the class of a model, Qwen2's say, puts its own splitting and normalisation in place.
+    """
     config = read_json(source.folder / "tokenizer_config.json")
     config = config if isinstance(config, dict) else {}
-    kind: Any = AutoTokenizer
-    if config.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls a tokenizer.json
-        kind = PreTrainedTokenizerFast
+    as_it_is = (source.folder / TOKENIZER_FILE).is_file() if _MADE_ANEW else config.get("tokenizer_class") == _BACKEND
+    kind: Any = PreTrainedTokenizerFast if as_it_is else AutoTokenizer
     options: dict[str, Any] = {}
-    if isinstance(extra := config.get("extra_special_tokens"), list):
+    if not _MADE_ANEW and isinstance(extra := config.get("extra_special_tokens"), list):
         options = {"extra_special_tokens": {}, "additional_special_tokens": extra}
-    return from_pretrained(kind, source, part="tokenizer", **options)
+    tokenizer = from_pretrained(kind, source, part="tokenizer", **options)
+    files = {*getattr(tokenizer, "vocab_files_names", {}).values()} - {TOKENIZER_FILE}
+    if not (source.folder / TOKENIZER_FILE).is_file() and not all((source.folder / name).is_file() for name in files):
+        raise ModelError("its vocabulary is missing")  # of which transformers 5 makes an empty tokenizer
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
@@ -91,9 +102,7 @@ def check_chat_template(tokenizer: Any, name: str) -> str | None:
 def _compare(tokenizer: Any, template: str, messages: list[dict[str, str]], name: str) -> str | None:
     """None where both sides render the same text, their reason where both reject the messages. Raises ModelError."""
     for _ in range(2):  # a template may print the time, and the second may change in between
-        theirs, why_not_theirs = _rendered(
-            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        )
+        theirs, why_not_theirs = _rendered(lambda: render_chat(tokenizer, messages, add_generation_prompt=True))
         ours, why_not_ours = _rendered(lambda: ChatTemplate(template, _special_tokens(tokenizer)).render(messages))
         if ours is not None and ours == theirs:
             return None
@@ -134,7 +143,7 @@ def end_of_turn(tokenizer: Any) -> tuple[int, str] | None:
     """The special token that the chat template puts after an answer, as (id, text); None without one."""
     answer = {"role": "assistant", "content": "Boil it."}
     texts = [
-        _rendered(lambda m=messages: str(tokenizer.apply_chat_template([*m, answer], tokenize=False)))[0]  # type: ignore[misc]
+        _rendered(lambda m=messages: render_chat(tokenizer, [*m, answer]))[0]  # type: ignore[misc]
         for messages in _CONVERSATIONS
     ]
     _, found, rest = next(filter(None, texts), "").rpartition(answer["content"])
@@ -169,5 +178,17 @@ def template_checksum(tokenizer: Any | None) -> str | None:
 
 def _special_tokens(tokenizer: Any) -> dict[str, str | list[str]]:
     """By role; additional_special_tokens is a list."""
-    every = tokenizer.special_tokens_map.items()
-    return {role: [str(t) for t in token] if isinstance(token, list) else str(token) for role, token in every}
+    every = dict(tokenizer.special_tokens_map)
+    if (
+        isinstance(more := getattr(tokenizer, "extra_special_tokens", None), list) and more
+    ):  # as transformers 5 calls them
+        every["additional_special_tokens"] = more
+    return {role: [str(t) for t in token] if isinstance(token, list) else str(token) for role, token in every.items()}
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of a conversation as transformers renders it: the same in its versions 4 and 5.
+
+    options: of `apply_chat_template`, and variables of the template. Raises whatever the template raises.
+    """
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **{**_special_tokens(tokenizer), **options}))

@@ -1,0 +1,88 @@
+"""Rotary settings, which transformers keeps in two ways.
+
+Version 4 has `rope_theta`, `rope_scaling` and `partial_rotary_factor` side by side, in a config.json as on the object
+that it makes of it. Version 5 has all of them in `rope_parameters`, of which `rope_scaling` is another name; it reads
+both kinds of file. Everything that depends on this is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mara_export.errors import ModelError
+
+_BESIDE = ("rope_theta", "partial_rotary_factor")
+"""what version 4 keeps beside rope_scaling"""
+
+
+def kept_together(config: Any) -> bool:
+    """Whether a configuration object keeps its rotary settings as transformers 5 does."""
+    return isinstance(getattr(type(config), "rope_scaling", None), property)
+
+
+def rope_settings(config: Any) -> tuple[dict[str, Any], Any]:
+    """What scales the angles of a configuration object, by name, and the part of each head that is rotated."""
+    together = (config.rope_parameters if kept_together(config) else getattr(config, "rope_scaling", None)) or {}
+    scaling = {name: value for name, value in together.items() if not (kept_together(config) and name in _BESIDE)}
+    part = together.get("partial_rotary_factor") if kept_together(config) else None
+    return scaling, getattr(config, "partial_rotary_factor", 1) if part is None else part
+
+
+def check_rope(said: Mapping[str, Any], name: str) -> None:
+    """Reject a config.json whose rotary settings contradict each other, or mean different things to versions 4 and 5.
+
+    said: its content; name: of the model, for messages. Raises ModelError.
+    """
+    scaling, together = said.get("rope_scaling") or {}, said.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ModelError(f"{name}: its config.json has rope_scaling = {scaling!r}; expected a JSON object")
+    if scaling.get("type", scaling.get("rope_type")) != scaling.get("rope_type", scaling.get("type")):
+        raise ModelError(
+            f"{name}: its config.json says twice of what type rope_scaling is, {scaling['type']!r} and "
+            f"{scaling['rope_type']!r}: remove the wrong one"
+        )
+    if inside := [key for key in _BESIDE if key in scaling]:
+        raise ModelError(
+            f"{name}: its config.json has {inside[0]} in rope_scaling, where transformers 4 does not read it: move it "
+            "out of there"
+        )
+    if not isinstance(together, dict) or any(isinstance(value, dict) for value in together.values()):
+        raise ModelError(
+            f"{name}: its config.json has rope_parameters that are not those of one rotary embedding for all layers; "
+            "this is not supported"
+        )
+    for key, new in _apart(together).items():
+        if said.get(key) is not None and said[key] != new:
+            raise ModelError(
+                f"{name}: its config.json says {key} twice, as {said[key]!r} and, in rope_parameters, as {new!r}: "
+                "remove the wrong one"
+            )
+
+
+def complete_rope(config: Any, said: Mapping[str, Any]) -> None:
+    """Give a configuration object the `rope_parameters` of its config.json. said: its content, which is checked."""
+    together = said.get("rope_parameters")
+    if not together:
+        return
+    if kept_together(config):  # it passes over what is not in rope_scaling, if there is one
+        config.rope_parameters = {**config.rope_parameters, **together}
+    else:  # it passes over all, and would use its defaults
+        for key, value in _apart(together).items():
+            setattr(config, key, value)
+
+
+def missing_rope(said: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says in `rope_parameters` alone, under its names in version 4. said: its content."""
+    scaling = dict(said.get("rope_parameters") or {})
+    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
+    return {name: value for name, value in old.items() if value is not None and said.get(name) is None}
+
+
+def _apart(together: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` as version 4 has them: nothing if there are none."""
+    if not together:
+        return {}
+    scaling = {name: value for name, value in together.items() if name not in _BESIDE}
+    beside = {name: together[name] for name in _BESIDE if name in together}
+    return {**beside, "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling}
