@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20
 
-.PHONY: setup demo test test-long test-lowest check lint docs clean
+.PHONY: setup demo test test-long test-lowest test-transformers5 check lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,10 @@ test-long: setup $(VENV)/.names $(VENV)/.cuda
 # another interpreter for it.
 test-lowest: setup
 	$(BIN)/python tests/lowest.py $(LOWEST)
+
+# Export and training with transformers 5, in an environment of its own.
+test-transformers5: setup
+	$(BIN)/python tests/transformers5.py -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -118,7 +118,7 @@ def test_a_wrong_order_of_cache_slots_is_stopped(bundle, traced) -> None:
 @pytest.mark.parametrize(
     ("architecture", "setting", "value"),
     [
-        ("llama", "rope_scaling", None),
+        ("llama", "rope_scaling", {"rope_type": "default", "rope_theta": 10000.0}),  # 5 has both there
         pytest.param("qwen2", "rope_theta", 500.0, marks=pytest.mark.long),
         pytest.param("qwen3", "rms_norm_eps", 0.1, marks=pytest.mark.long),
         pytest.param("mistral", "hidden_act", "gelu", marks=pytest.mark.long),

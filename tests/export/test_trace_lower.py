@@ -277,7 +277,7 @@ def scaled(checkpoint, agent, traced, tmp_path_factory) -> Traced:
     plain = traced("mistral")
     prompts = [(plain.reference.cases[0].tokens, True)]
     wanted = run_reference(model, "scaled", [agent("mistral")], prompts, MAX_CANDIDATES, Progress(quiet=True))
-    llm = trace_llm(model, tmp_path_factory.mktemp("scaled"), "optimum", "scaled")
+    llm = trace_llm(model, tmp_path_factory.mktemp("scaled"), plain.tracer, "scaled")
     return replace(plain, reference=wanted, graph=replace(plain.graph, llm=llm))
 
 

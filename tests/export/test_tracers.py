@@ -50,6 +50,16 @@ SIZES: dict[str, Any] = {
 }
 
 
+def optimum_is_here() -> bool:
+    try:
+        return tracing.choose_tracer("optimum") == "optimum"
+    except OptionError:
+        return False
+
+
+with_optimum = pytest.mark.skipif(not optimum_is_here(), reason="Optimum is not installed beside this transformers")
+
+
 def model_of(config: type[PretrainedConfig], **values: Any) -> Any:
     return AutoModelForCausalLM.from_config(config(**{**SIZES, **values}), attn_implementation="eager").eval()
 
@@ -74,6 +84,7 @@ def by_torch(checkpoint: Callable[[str], Path], agent: Any, tmp_path_factory: An
     return make
 
 
+@with_optimum
 @pytest.mark.parametrize(
     ("architecture", "lowering"),
     [
@@ -115,7 +126,7 @@ QUICK = {("torch", GemmaConfig), ("optimum", SmolLM3Config)}
         pytest.param(
             *(tracer, *family),
             id=f"{family[0].model_type}-{tracer}",
-            marks=() if (tracer, family[0]) in QUICK else pytest.mark.long,
+            marks=[with_optimum] * (tracer == "optimum") + [pytest.mark.long] * ((tracer, family[0]) not in QUICK),
         )
         for tracer in ("optimum", "torch")
         for family in FAMILIES
@@ -147,7 +158,7 @@ def test_what_lowerings_have_no_word_for_is_refused_by_name(config, values, name
     context = GraphContext(sizes, ((), ()), 64, ExportOptions(), tmp_path, Progress(quiet=True))  # type: ignore[arg-type]
 
     def prepare() -> None:
-        graph = load(tracing.trace_llm(model, tmp_path, "optimum", "it")).graph
+        graph = load(tracing.trace_llm(model, tmp_path, tracing.choose_tracer("auto"), "it")).graph
         for step in PASSES:
             step(graph, context)
 

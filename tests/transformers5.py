@@ -1,0 +1,41 @@
+"""Export, tokenizers, scores and training with transformers 5: `make test-transformers5`.
+
+In an environment of its own, which sees the packages of this one and has transformers 5 in front of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = [
+    *("test_architectures.py", "test_chat_reference.py", "test_encode.py", "test_parity.py", "test_reward_model.py"),
+    *("test_tokenizer.py", "test_trace_lower.py", "test_tracers.py", "test_train_packed.py", "test_train_learner.py"),
+]
+
+
+def main() -> None:
+    """Run the tests there. Exits as pytest does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (wanted,) = [each for each in project["optional-dependencies"]["export-torch"] if each.startswith("transformers")]
+    with tempfile.TemporaryDirectory() as name:
+        venv.create(name, with_pip=True)
+        (packages,) = Path(name).glob("lib/python*/site-packages")
+        paths = [ROOT, ROOT / "export", ROOT / "runtime", *(path for path in sys.path if "site-packages" in path)]
+        (packages / "beside.pth").write_text("\n".join(map(str, paths)), encoding="utf-8")
+        python = Path(name, "bin", "python")
+        subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", wanted], check=True)
+        tests = [ROOT / "tests" / "export" / test for test in TESTS]
+        command = [python, "-m", "pytest", "-q", "-m", "not long", *sys.argv[1:], *tests]
+        sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(packages)}).returncode)
+
+
+if __name__ == "__main__":
+    main()
