@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -166,13 +168,17 @@ def test_what_lowerings_have_no_word_for_is_refused_by_name(config, values, name
         prepare()
 
 
-def test_the_model_is_as_it_was_after_a_trace(tmp_path: Path) -> None:
+def test_the_model_is_as_it_was_after_a_trace_and_does_not_stay_in_memory(tmp_path: Path) -> None:
     model = model_of(MistralConfig, sliding_window=16)
     ids = torch.arange(40)[None]
     with torch.no_grad():
         before = model(ids).logits
-        tracing.trace_llm(model, tmp_path, "torch", "it")
+        tracing.trace_llm(model, tmp_path, tracing.choose_tracer("auto"), "it")
         assert torch.equal(model(ids).logits, before)
+    weights = weakref.ref(model.model.embed_tokens)
+    del model
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.parametrize(("pairs", "half"), [(False, False), (True, False), (False, True)])

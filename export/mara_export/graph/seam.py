@@ -133,8 +133,8 @@ class Seam:
                         undo.enter_context(replaced(code, name, self._rotating(value)))
             # a text without others beside it
             undo.enter_context(replaced(masking_utils, "find_packed_sequence_indices", lambda *_: None))
-            ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, self._attend)
-            ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, self._mask)
+            _in_use.append(self)
+            undo.callback(_in_use.remove, self)
             before = model.config._attn_implementation
             model.set_attn_implementation(IMPLEMENTATION)
             undo.callback(model.set_attn_implementation, before)
@@ -153,7 +153,7 @@ class Seam:
 
     # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _mask(self, *_: Any, mask_function: Callable[..., Tensor], **__: Any) -> _Window:
+    def mask(self, *_: Any, mask_function: Callable[..., Tensor], **__: Any) -> _Window:
         """transformers wants a mask for a function (batch, head, row, column) → visible."""
         if self._make is not None:
             return _Window(0)  # observed already
@@ -169,7 +169,7 @@ class Seam:
             raise ModelError(f"{self._name}: a window that changes from row to row, as in chunks, is not supported")
         return _Window(sizes.pop())
 
-    def _attend(
+    def attend(
         self,
         module: Any,
         q: Tensor,
@@ -182,6 +182,7 @@ class Seam:
         sliding_window: int | None = None,  # the mask has it
         **more: Any,
     ) -> tuple[Tensor, None]:
+        """transformers' attention function: q, k, v (1, heads, S, H) → (1, S, heads, H)."""
         layer = int(module.layer_idx)
         shape = (*q.shape[:3], v.shape[-1])
         if self._make is None:
@@ -263,6 +264,12 @@ class Seam:
             return self._make(LINEAR, (x, module.weight, module.bias), {"name": name}, [shape])[0]
 
         return forward
+
+
+_in_use: list[Seam] = []
+"""What is registered with transformers stays registered, and must not keep a model in memory."""
+ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].attend(*args, **kwargs))
+ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].mask(*args, **kwargs))
 
 
 @contextlib.contextmanager

@@ -198,9 +198,7 @@ def _check_head(source: ModelSource, model: Any) -> None:
                     f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set "
                     "that to false, or remove the weight"
                 )
-    if _HEAD in names and not any(
-        name.endswith(other) for other in names
-    ):  # transformers 5 takes the one for the other
+    if _HEAD in names and not any(map(name.endswith, names)):  # transformers 5 takes the one for the other
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {name}")
 
 

@@ -179,9 +179,8 @@ def template_checksum(tokenizer: Any | None) -> str | None:
 def _special_tokens(tokenizer: Any) -> dict[str, str | list[str]]:
     """By role; additional_special_tokens is a list."""
     every = dict(tokenizer.special_tokens_map)
-    if (
-        isinstance(more := getattr(tokenizer, "extra_special_tokens", None), list) and more
-    ):  # as transformers 5 calls them
+    more = getattr(tokenizer, "extra_special_tokens", None)  # as transformers 5 calls them
+    if isinstance(more, list) and more:
         every["additional_special_tokens"] = more
     return {role: [str(t) for t in token] if isinstance(token, list) else str(token) for role, token in every.items()}
 
