@@ -71,6 +71,8 @@ def trace(model: Any, seam: Seam, path: Path) -> None:
             weight.const_value = value
             written.graph.register_initializer(weight)
     ir.save(written, path, external_data=f"{path.name}.data")
+    for weight in weights:  # something in PyTorch keeps the last graph
+        weight.const_value = None
 
 
 def _select_rows(graph: torch.fx.Graph) -> None:
