@@ -63,7 +63,9 @@ def _load(source: ModelSource) -> Any:
     """
     config = read_json(source.folder / "tokenizer_config.json")
     config = config if isinstance(config, dict) else {}
-    as_it_is = (source.folder / TOKENIZER_FILE).is_file() if _MADE_ANEW else config.get("tokenizer_class") == _BACKEND
+    named = str(config.get("tokenizer_class"))
+    own_code = "auto_map" in config and not hasattr(transformers, named)  # which AutoTokenizer refuses
+    as_it_is = (source.folder / TOKENIZER_FILE).is_file() and not own_code if _MADE_ANEW else named == _BACKEND
     kind: Any = PreTrainedTokenizerFast if as_it_is else AutoTokenizer
     options: dict[str, Any] = {}
     if not _MADE_ANEW and isinstance(extra := config.get("extra_special_tokens"), list):
