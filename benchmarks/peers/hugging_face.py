@@ -45,7 +45,10 @@ class HuggingFace:
             ids = random_tokens(context, self._model.config.vocab_size)
             self._cache = self._model(torch.tensor(ids)[None], use_cache=True).past_key_values
             self._context = context
-        if (more := self._cache.get_seq_length() - context) > 0:
+        self._shorten(context)
+
+    def _shorten(self, length: int) -> None:
+        if (more := self._cache.get_seq_length() - length) > 0:
             self._cache.crop(-more)  # transformers 5 takes no length
 
     @torch.no_grad()
@@ -83,8 +86,7 @@ class HuggingFace:
             ids, logits = script.candidates(position)
             candidates = select(ids, logits, 0.0, 40, 0.95).ids
             for token in candidates:
-                if (more := self._cache.get_seq_length() - position) > 0:
-                    self._cache.crop(-more)  # transformers 5 takes no length
+                self._shorten(position)
                 self._step(int(token))
                 if len(candidates) == 1 or script.accepts(position, int(token)):
                     break

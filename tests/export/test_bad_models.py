@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
         "qwen2 cannot be loaded",
     ),
     "a small context": ("qwen2", configured(max_position_embeddings=1), "context of 1 token"),
-    "a window that is no number": ("mistral", configured(sliding_window="all"), "sliding_window.* 'all'"),
+    "a window that is not a number": ("mistral", configured(sliding_window="all"), "sliding_window.* 'all'"),
     "a window of nothing": ("mistral", configured(sliding_window=0), "sliding_window = 0"),
     "odd heads": ("qwen2", configured(num_key_value_heads=3), "num_key_value_heads = 3, which does not divide 4"),
     "negative heads": ("mistral", configured(num_key_value_heads=-1), "num_key_value_heads = -1"),

@@ -8,8 +8,8 @@
 | RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
 
-Attention, RMSNorm and Linear have the attribute `name`, of the module in the model. Attention and RotaryTable are
-needed; the others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
+RMSNorm and Linear have the attribute `name`, of the module in the model. Attention and RotaryTable are needed; the
+others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
 
 The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
 observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
@@ -194,7 +194,6 @@ class Seam:
             out = q.new_zeros(shape)
         else:
             attributes = {
-                "name": f"layers.{layer}.attention",
                 "layer": layer,
                 "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
                 "window": self._windows[layer],

@@ -42,7 +42,7 @@ def named(graph: ir.Graph, context: GraphContext) -> None:
 
 
 def _path(name: str) -> str:
-    """ "model.layers.0.mlp" → "/model/layers.0/mlp"."""
+    """The path of a module: /model/layers.0/mlp of model.layers.0.mlp."""
     parts: list[str] = []
     for part in name.split("."):
         if part.isdigit() and parts:
