@@ -15,7 +15,7 @@ TEXT = Path(__file__).with_name("memory.in.md")
 def page() -> str:
     """The text of memory.md."""
     from mara_deploy.memory import CONTEXTS, JETSONS_GB, Setting, estimate
-    from mara_export.hf.families import ALIASES
+    from mara_export.hf.catalogue import ALIASES
     from mara_export.targets import TARGETS
 
     aliases: dict[str, list[str]] = {}

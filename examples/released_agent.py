@@ -77,7 +77,7 @@ def run(args: ReleasedAgentArguments, for_eval: list[str]) -> None:
 
 def require_same(bundle: Path, args: ReleasedAgentArguments) -> None:
     """Reject a bundle that an earlier run made with other options."""
-    from mara_export.hf.families import hub_id_of
+    from mara_export.hf.catalogue import hub_id_of
     from mara_export.hf.sources import local_path
     from mara_runtime import Bundle
 

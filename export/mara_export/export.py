@@ -17,11 +17,12 @@ from mara_export.agents import NamedAgent, check_size
 from mara_export.errors import ParityError
 from mara_export.folder import claimed, destination, file_entries, whole_or_absent, working_folder, write_manifest
 from mara_export.graph import pipeline
-from mara_export.graph.trace import choose_tracer, rotary_tables, trace_agents, trace_llm
+from mara_export.graph.trace import choose_tracer, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
-from mara_export.hf.families import check_supported, decoder_sizes
+from mara_export.hf.families import FAMILIES, decoder_sizes
 from mara_export.hf.sources import ModelSource
+from mara_export.hf.supported import check_supported, check_traceable
 from mara_export.hf.tokenizer import (
     check_chat_template,
     end_of_turn,
@@ -84,7 +85,12 @@ def trace(
     tracer = choose_tracer(tracer)
     return_large_blocks()
     config, context = vet(source, agents, max_context)
+    check_traceable(config, source.name, tracer)
     sizes = decoder_sizes(config.to_dict(), source.name)
+    if config.model_type not in FAMILIES:
+        progress.note(
+            f"note: {config.model_type} is not on the list of tested families; the parity gate judges the export"
+        )
     tokenizer = load_tokenizer(source)
     if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
         progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
@@ -116,8 +122,7 @@ def trace(
             model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         positions = context + tensors.spare_slots(max_candidates)
-        rotary = rotary_tables(model, positions, sizes.head_dim, source.name)
-        llm = trace_llm(model, folder, tracer, source.name)
+        llm, rotary = trace_llm(model, folder, tracer, source.name, context, positions)
         trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
         del model
         gc.collect()
@@ -126,6 +131,7 @@ def trace(
             source=source.name,
             revision=source.revision,
             architecture=config.model_type,
+            tested=config.model_type in FAMILIES,
             shape=sizes.shape,
             intermediate_size=sizes.intermediate_size,
             tied=sizes.tied,

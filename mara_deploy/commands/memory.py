@@ -15,16 +15,10 @@ from mara_deploy.commands.options import add_options, from_args, given, reject, 
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setting
 from mara_export.errors import ModelError
-from mara_export.hf.families import (
-    ALIASES,
-    KNOWN_MODELS,
-    Decoder,
-    decoder_of,
-    decoder_sizes,
-    hub_id_of,
-    longest_context,
-)
+from mara_export.hf.catalogue import ALIASES, KNOWN_MODELS, hub_id_of
+from mara_export.hf.families import Decoder, decoder_of, decoder_sizes
 from mara_export.hf.sources import local_path, resolve_file
+from mara_export.hf.supported import longest_context
 from mara_export.targets import TARGETS
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
@@ -163,12 +157,12 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a Hugging Face configuration")
     decoder = decoder_sizes(config, hub_id)
-    try:  # in families with the switch, a missing one means that it is off
-        limit = longest_context(SimpleNamespace(**{"use_sliding_window": False, **config}))
-    except (TypeError, ValueError):
+    try:
+        limit = longest_context(SimpleNamespace(**config))
+    except (TypeError, ValueError, AttributeError):
         limit = 0
     if limit is not None and limit < 2:
-        raise ModelError(f"{hub_id}: max_position_embeddings or sliding_window in its config.json is not a valid size")
+        raise ModelError(f"{hub_id}: max_position_embeddings in its config.json is not a valid size")
     return hub_id, decoder, limit
 
 

@@ -36,6 +36,8 @@ class ModelFacts:
     source: str
     revision: str | None
     architecture: str
+    tested: bool
+    """its family is on the exporter's list; False: it was tried, and judged by the gates alone"""
     shape: ModelShape
     intermediate_size: int
     """width of the MLP"""

@@ -73,6 +73,7 @@ class _Reader(JsonReader):
                 source=self.text("model.source"),
                 revision=self.get("model.revision", str, type(None)),
                 architecture=self.text("model.architecture"),
+                tested=self.get("model.tested", bool),
                 shape=ModelShape(
                     **{name: self.count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
                 ),

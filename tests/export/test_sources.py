@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import ALIASES
+from mara_export.hf.catalogue import ALIASES
 from mara_export.hf.sources import ModelSource, resolve_file, resolve_model
 from mara_export.hf.tokenizer import load_tokenizer
 from mara_runtime.bundle import Bundle

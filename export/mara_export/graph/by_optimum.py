@@ -8,7 +8,10 @@ This is the only module that uses Optimum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +88,25 @@ class _Config(OnnxConfig):  # type: ignore[misc]
         return dict(zip(INPUTS, examples(), strict=True))
 
 
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Within, nothing is printed: for an operator that it does not know, PyTorch prints the whole graph, from C++."""
+    sys.stdout.flush()
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):  # a process without
+            kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, 1)
+        yield
+
+
 def trace(model: Any, seam: Seam, path: Path) -> None:
     """Trace `model` with the seam in place and write the graph to `path`."""
     with (
         seam.tracing(_make),
+        _without_stdout(),
         # it looks up the names in the signature of the model's own forward
         replaced(optimum_convert, "check_dummy_inputs_are_allowed", lambda *_: None),
         # it would read external data back and write them to one file: a second copy of the model in memory

@@ -19,12 +19,13 @@ from mara_export.graph.nodes import (
     Builder,
     GraphContext,
     GraphPass,
+    Heads,
     attribute,
     custom_nodes,
+    dims,
     put_together,
     replace_node,
 )
-from mara_export.graph.portable import rotary_weights
 from mara_export.graph.precision import island
 from mara_export.graph.qdq import quantise_qdq
 from mara_runtime import tensors
@@ -35,29 +36,42 @@ OPSETS = {"": 20}
 
 def attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → ScatterND of keys and values, two MatMuls and a Softmax."""
-    add, shape = Builder(graph, "decomposed"), context.shape
-    heads, kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    slots = _slots(add, kv_heads)
+    add = Builder(graph, "decomposed")
+    written: dict[int, ir.Value] = {}
     for node in custom_nodes(graph, CACHED_ATTENTION):
         q, k, v, past_k, past_v, mask, _ = node.inputs
-        name = str(node.name)
+        name, heads = str(node.name), Heads.of(node)
+        if heads.kv not in written:
+            written[heads.kv] = _slots(add, heads.kv)
+        slots = written[heads.kv]
         # without a `reduction` attribute: the parser of 10.3 rejects even "none"
         keys = add("ScatterND", past_k, slots, k, out=f"{name}/key")
         values = add("ScatterND", past_v, slots, v, out=f"{name}/value")
         # before the product, whose sums could otherwise leave float16 at 65504
         scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
         seated = add.seated(scaled, f"{name}/q")
-        grouped = add("Reshape", seated, add.ints(0, kv_heads, -1, size), out=f"{name}/grouped")
+        grouped = add("Reshape", seated, add.ints(0, heads.kv, -1, heads.size), out=f"{name}/grouped")
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
         products = add("MatMul", grouped, columns, out=f"{name}/products")  # (B, kv_heads, groups · M, C)
-        scores = add("Reshape", products, add.ints(0, heads, -1, 0), out=f"{name}/scores")  # 0: C, as it is
+        products = capped(add, products, node)
+        scores = add("Reshape", products, add.ints(0, heads.count, -1, 0), out=f"{name}/scores")  # 0: C, as it is
         masked = island(add("Add", scores, mask, out=f"{name}/masked"))
         weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
-        merged = add("Reshape", weights, add.ints(0, kv_heads, -1, 0), out=f"{name}/merged")
+        merged = add("Reshape", weights, add.ints(0, heads.kv, -1, 0), out=f"{name}/merged")
         sums = add("MatMul", merged, values, out=f"{name}/sums")  # (B, kv_heads, groups · M, H)
-        out = add("Reshape", sums, add.ints(0, heads, -1, size), out=f"{name}/out")
+        out = add("Reshape", sums, add.ints(0, heads.count, -1, heads.size), out=f"{name}/out")
         by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
-        replace_node(node, put_together(add, node, by_seat, shape), keys, values)
+        replace_node(node, put_together(add, node, by_seat), keys, values)
+
+
+def capped(add: Builder, scores: ir.Value, attention: ir.Node) -> ir.Value:
+    """Scores, softly kept below an attention's cap if it has one."""
+    cap, name = attribute(attention, "softcap"), attention.name
+    if not cap:
+        return scores
+    part = island(add("Div", scores, add.constant(cap), out=f"{name}/part"))
+    bent = island(add("Tanh", part, out=f"{name}/bent"))
+    return island(add("Mul", bent, add.constant(cap), out=f"{name}/capped"))
 
 
 def _slots(add: Builder, kv_heads: int) -> ir.Value:
@@ -66,21 +80,26 @@ def _slots(add: Builder, kv_heads: int) -> ir.Value:
     size = add("Concat", add.ints(1, kv_heads), rows, add.ints(1), axis=0)
     conversation, slot = (add("Expand", add("Reshape", part, add.ints(1, 1, -1, 1)), size) for part in add.written())
     head = add("Expand", add.constant([[[[head]] for head in range(kv_heads)]]), size)
-    return add("Concat", conversation, head, slot, out="decomposed/slots", axis=-1)
+    return add("Concat", conversation, head, slot, out=f"decomposed/slots_{kv_heads}", axis=-1)
 
 
 def rotary(graph: ir.Graph, context: GraphContext) -> None:
-    """Rotary → the products and sums of both halves of each head."""
-    add, half = Builder(graph, "decomposed/rotary"), context.shape.head_dim // 2
+    """Rotary → products and sums of the two numbers that turn together."""
+    add = Builder(graph, "decomposed/rotary")
     positions = add.input(tensors.POSITION_IDS)
-    cos, sin = (  # (positions, H/2) → (1, 1, S, H/2)
-        add("Unsqueeze", add("Gather", table, positions, axis=0), add.ints(1)) for table in rotary_weights(add, context)
-    )
+    angles: dict[ir.Value | None, ir.Value] = {}
     for node in custom_nodes(graph, ROTARY):
-        value, name = node.inputs[0], node.name
+        value, *tables = node.inputs
+        name, half, pairs = node.name, dims(tables[0])[1], attribute(node, "interleaved")
+        for table in tables:  # (positions, W/2) → (1, 1, S, W/2)
+            if table not in angles:
+                angles[table] = add("Unsqueeze", add("Gather", table, positions, axis=0), add.ints(1))
+        cos, sin = (angles[table] for table in tables)
+        # starts, ends, axes, and steps
+        sides = ((0, 2 * half, -1, 2), (1, 2 * half, -1, 2)) if pairs else ((0, half, -1), (half, 2 * half, -1))
         low, high = (
-            add("Slice", value, add.ints(start), add.ints(start + half), add.ints(-1), out=f"{name}/{side}")
-            for start, side in ((0, "low"), (half, "high"))
+            add("Slice", value, *map(add.ints, side), out=f"{name}/{part}")
+            for part, side in zip(("low", "high"), sides, strict=True)
         )
         first = add(
             "Sub",
@@ -94,7 +113,15 @@ def rotary(graph: ir.Graph, context: GraphContext) -> None:
             add("Mul", low, sin, out=f"{name}/low_sin"),
             out=f"{name}/second",
         )
-        replace_node(node, add("Concat", first, second, out=f"{name}/rotated", axis=-1))
+        if pairs:
+            apart = [add("Unsqueeze", turned, add.ints(-1)) for turned in (first, second)]
+            parts = [add("Reshape", add("Concat", *apart, axis=-1), add.ints(0, 0, 0, 2 * half))]
+        else:
+            parts = [first, second]
+        if 2 * half < attribute(node, "head_dim"):
+            rest = map(add.ints, (2 * half, attribute(node, "head_dim"), -1))
+            parts.append(add("Slice", value, *rest, out=f"{name}/rest"))
+        replace_node(node, add("Concat", *parts, out=f"{name}/rotated", axis=-1))
 
 
 def rms_norms(graph: ir.Graph, context: GraphContext) -> None:

@@ -64,8 +64,8 @@ def _join(
     """One product, with one bias if there are any; and a Split into what the products computed."""
     paths = [str(product.name).split("/") for product in products]
     at = next(i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1)
-    own = tuple(path[at] for path in paths)
-    name = "/".join([*paths[0][:at], _JOINED.get(own, "+".join(own))])
+    last = tuple(path[-2] for path in paths)  # before the operator's name
+    name = "/".join([*paths[0][:at], _JOINED.get(last, "+".join(last))])
 
     matrices = [product.inputs[1] for product in products]
     columns = [dims(matrix)[1] for matrix in matrices]
@@ -76,7 +76,7 @@ def _join(
         bias = _concatenated(f"{name}/bias", (sum(columns),), vectors)
         result = add("Add", result, add.initializer(bias), out=f"{name}/sum", name=f"{name}/Add")
     sizes = add.weight(f"{name}/sizes", np.array(columns, np.int64))
-    outs = [f"{name}/{part}" for part in own]
+    outs = [f"{name}/{'/'.join(path[at:-1])}" for path in paths]
     return result, list(add.several("Split", [result, sizes], outs, name=f"{name}/Split", axis=-1))
 
 

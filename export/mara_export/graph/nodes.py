@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ HEADS_LAST = [0, 2, 1, 3]
 MICROSOFT = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-Tables = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Cosines and sines of the rotary embedding, (positions, head_dim / 2) each."""
+Tables = Mapping[tuple[str, str], tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Cosines and sines (positions, W) of each RotaryTable, by its attributes module and layer_type."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class GraphContext:
 
     shape: ModelShape
     rotary: Tables
-    """for as many positions as a row may have"""
+    """for as many positions as a row may have, as the model's own code makes them"""
     max_context: int
     options: ExportOptions
     agents: Path
@@ -131,20 +131,55 @@ class Builder:
         return self("Transpose", apart, out=f"{name}_seated", perm=[1, 0, 2, 3])
 
 
-def put_together(add: Builder, attention: ir.Node, attended: ir.Value, shape: ModelShape) -> ir.Value:
+@dataclass(frozen=True)
+class Heads:
+    """Of one attention."""
+
+    count: int
+    """of queries"""
+    kv: int
+    size: int
+
+    @staticmethod
+    def of(attention: ir.Node) -> Heads:
+        """Those of an Attention or CachedAttention."""
+        return Heads(*(attribute(attention, name) for name in ("heads", "kv_heads", "head_dim")))
+
+    @property
+    def groups(self) -> int:
+        """Queries that share keys and values."""
+        return self.count // self.kv
+
+
+def mask_name(window: int) -> str:
+    """Of the mask that lets a row see its last `window` tokens, or all before it (0)."""
+    return f"{tensors.ATTENTION_MASK}.{window}" if window else tensors.ATTENTION_MASK
+
+
+def is_mask(name: str | None) -> bool:
+    """Is this a name that `mask_name` gives?"""
+    return name is not None and name.partition(".")[0] == tensors.ATTENTION_MASK
+
+
+def mask_window(name: str | None) -> int:
+    """What `mask_name` was given."""
+    return int((name or "").partition(".")[2] or 0)
+
+
+def put_together(add: Builder, attention: ir.Node, attended: ir.Value) -> ir.Value:
     """Make rows of the pass of what an attention returns by seats, (B, M, …), its heads side by side.
 
     They take the place of what the model puts together by itself. Returns the rows, in the shape that the traced
     attention returns, (1, heads, S, head_dim), unless nothing else reads that.
     """
-    name, width = attention.name, shape.num_heads * shape.head_dim
-    flat = add("Reshape", attended, add.ints(-1, width), out=f"{name}/by_seat")
+    name, heads = attention.name, Heads.of(attention)
+    flat = add("Reshape", attended, add.ints(-1, heads.count * heads.size), out=f"{name}/by_seat")
     rows = add("Gather", flat, add.input(tensors.SEATS), out=f"{name}/by_row", axis=0)  # (1, S, width)
     merged = merged_heads(attention.outputs[0])
     if merged is not None:
         replace(merged, rows)
         return rows  # what the model made of it is dead
-    apart = add("Reshape", rows, add.ints(0, 0, shape.num_heads, shape.head_dim), out=f"{name}/apart")
+    apart = add("Reshape", rows, add.ints(0, 0, heads.count, heads.size), out=f"{name}/apart")
     return add("Transpose", apart, out=f"{name}/transposed", perm=HEADS_LAST)
 
 

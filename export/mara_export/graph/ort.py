@@ -14,10 +14,13 @@ Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from mara_export.graph.decomposed import capped
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
@@ -28,7 +31,7 @@ from mara_export.graph.nodes import (
     Builder,
     GraphContext,
     GraphPass,
-    Tables,
+    Heads,
     attribute,
     custom_nodes,
     dims,
@@ -38,11 +41,10 @@ from mara_export.graph.nodes import (
     put_together,
     replace_node,
 )
-from mara_export.graph.portable import rms_norms, rotary_embedding
+from mara_export.graph.portable import rms_norms, rotary_attributes, rotary_embedding
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
-from mara_runtime.tensors import ModelShape
 
 OPSETS = {"": 23, MICROSOFT: 1}
 _SWAPPED = [0, 1, 3, 2, 4]  # (B, M, kv_heads, groups, head_dim) ↔ (B, M, groups, kv_heads, head_dim)
@@ -55,98 +57,138 @@ def grouped_attention(graph: ir.Graph, context: GraphContext) -> None:
         grouped.rewrite(node)
 
 
-def still_tables(tables: Tables, shape: ModelShape) -> Tables:
-    """The rotary tables, (positions, head_dim / 2) each, followed by rows at which nothing rotates.
+Turn = tuple[ir.Value | None, ...]
+"""The weights that a Rotary reads: its cosines and sines, (positions, W / 2) each."""
+
+
+def still_tables(tables: Sequence[NDArray[np.float32]], heads: int) -> list[NDArray[np.float32]]:
+    """Cosines and sines (positions, W / 2), followed by rows at which nothing rotates.
 
     More than one if need be: the operator requires at least as many rows as there are heads.
     """
-    count = max(1, _all_heads(shape) - len(tables[0]))
-    cos, sin = (
-        np.full((count, table.shape[1]), still, table.dtype) for table, still in zip(tables, (1, 0), strict=True)
-    )
-    return np.concatenate([tables[0], cos]), np.concatenate([tables[1], sin])
+    count = max(1, heads - len(tables[0]))
+    return [
+        np.concatenate([table, np.full((count, table.shape[1]), still, table.dtype)])
+        for table, still in zip(tables, (1, 0), strict=True)
+    ]
 
 
-def _all_heads(shape: ModelShape) -> int:
+def _all_heads(heads: Heads) -> int:
     """Of queries, keys and values."""
-    return shape.num_heads + 2 * shape.num_kv_heads
+    return heads.count + 2 * heads.kv
 
 
 class _GroupedAttention:
     """What the attentions of one graph share, and the rewriting of each."""
 
     def __init__(self, graph: ir.Graph, context: GraphContext) -> None:
-        self._add, self._shape = Builder(graph, "grouped"), context.shape
-        self._groups = context.shape.num_heads // context.shape.num_kv_heads
+        self._add = Builder(graph, "grouped")
         self._on_cuda = context.options.target == "cuda"
-        self._still = len(context.rotary[0])
-        cos, sin = still_tables(context.rotary, context.shape)
-        self._tables = self._add.weight("rotary/cos", cos), self._add.weight("rotary/sin", sin)
-        self._positions: dict[tuple[bool, ...], ir.Value] = {}
-        self._slots = self._written_slots()
-        self._mask = self._grouped_mask()
+        self._tables: dict[tuple[Turn, int], list[ir.Value]] = {}
+        self._positions: dict[tuple[Any, ...], ir.Value] = {}
+        self._slots: dict[int, ir.Value] = {}
+        self._masks: dict[tuple[ir.Value | None, int], ir.Value] = {}
 
     def rewrite(self, node: ir.Node) -> None:
         """Replace a traced attention and what the model does right after it: putting the heads together."""
-        *qkv, past_k, past_v, _, _ = node.inputs
-        add, name, groups, shape = self._add, str(node.name), self._groups, self._shape
-        plain, rotates = zip(*(_before_rotary(value) for value in qkv), strict=True)
+        *qkv, past_k, past_v, mask, _ = node.inputs
+        add, name, heads = self._add, str(node.name), Heads.of(node)
+        plain, turning = _before_rotary(qkv)
         merged = merged_heads(node.outputs[0])
-        swapped = groups > 1 and merged is not None and self._swap_weights(plain[0], merged)
+        swapped = heads.groups > 1 and merged is not None and self._swap_weights(plain[0], merged, heads)
 
         packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=True)]
         together = add("Concat", *packed, out=f"{name}/qkv", axis=-1)
-        heads = add("Reshape", together, add.ints(-1, _all_heads(shape), shape.head_dim), out=f"{name}/heads")
-        if any(rotates):
-            positions = self._positions_of(rotates)
-            heads = add("RotaryEmbedding", heads, positions, *self._tables, out=f"{name}/rotated", domain=MICROSOFT)
-        queries, keys, values = self._split(heads, name)
+        rows = add("Reshape", together, add.ints(-1, _all_heads(heads), heads.size), out=f"{name}/heads")
+        if any(turning):
+            rows = self._rotated(rows, turning, heads, f"{name}/rotated")
+        queries, keys, values = self._split(rows, heads, name)
         seated = add("Gather", queries, add.input(tensors.GRID), out=f"{name}/seated", axis=0)  # (B, M, heads, H)
-        if groups > 1 and not swapped:
-            seated = self._swap(seated, f"{name}/q", shape.num_kv_heads, groups)
-        rows = add("Reshape", seated, add.ints(0, -1, shape.num_kv_heads * shape.head_dim), out=f"{name}/rows")
-        all_keys = add("ScatterND", past_k, self._slots, keys, out=f"{name}/all_keys")
-        all_values = add("ScatterND", past_v, self._slots, values, out=f"{name}/all_values")
-        attended = add(
+        if heads.groups > 1 and not swapped:
+            seated = self._swap(seated, f"{name}/q", heads.kv, heads.groups, heads.size)
+        rows = add("Reshape", seated, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/rows")
+        slots = self._written_slots(heads.kv)
+        all_keys = add("ScatterND", past_k, slots, keys, out=f"{name}/all_keys")
+        all_values = add("ScatterND", past_v, slots, values, out=f"{name}/all_values")
+        attend = self._attend_capped if attribute(node, "softcap") else self._attend
+        attended = attend(node, rows, all_keys, all_values, self._grouped_mask(mask, heads.groups))
+        if heads.groups > 1 and not swapped:
+            attended = self._swap(attended, f"{name}/out", heads.groups, heads.kv, heads.size)
+        replace_node(node, put_together(add, node, attended), all_keys, all_values)
+
+    def _attend(self, node: ir.Node, rows: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> ir.Value:
+        """Queries in groups, (B, M · groups, kv_heads · head_dim), over the cache; as many results."""
+        return self._add(
             "MultiHeadAttention",
-            *(rows, all_keys, all_values, None, None, self._mask),
-            out=f"{name}/attention",
+            *(rows, keys, values, None, None, mask),
+            out=f"{node.name}/attention",
             domain=MICROSOFT,
-            num_heads=shape.num_kv_heads,
+            num_heads=Heads.of(node).kv,
             scale=attribute(node, "scale"),
         )
-        if groups > 1 and not swapped:
-            attended = self._swap(attended, f"{name}/out", groups, shape.num_kv_heads)
-        replace_node(node, put_together(add, node, attended, shape), all_keys, all_values)
+
+    def _attend_capped(
+        self, node: ir.Node, rows: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value
+    ) -> ir.Value:
+        """As `_attend`, in basic operators: MultiHeadAttention does not cap scores."""
+        add, name, heads = self._add, node.name, Heads.of(node)
+        apart = add("Reshape", rows, add.ints(0, -1, heads.kv, heads.size), out=f"{name}/apart")
+        queries = add("Transpose", apart, out=f"{name}/queries", perm=HEADS_LAST)  # (B, kv_heads, M · groups, H)
+        scaled = add("Mul", queries, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
+        columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
+        scores = capped(add, add("MatMul", scaled, columns, out=f"{name}/products"), node)
+        weights = add("Softmax", add("Add", scores, mask, out=f"{name}/masked"), out=f"{name}/weights", axis=-1)
+        sums = add("MatMul", weights, values, out=f"{name}/sums")
+        by_seat = add("Transpose", sums, out=f"{name}/heads_last", perm=HEADS_LAST)
+        return add("Reshape", by_seat, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/attention")
 
     # ── once per graph ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _written_slots(self) -> ir.Value:
+    def _written_slots(self, kv_heads: int) -> ir.Value:
         """(S, kv_heads, 3): where ScatterND writes each entry, as (conversation, head, slot)."""
-        add = self._add
-        conversation, slot = (add("Unsqueeze", part, add.ints(1, 2)) for part in add.written())
-        first = add("Mul", conversation, add.constant([[[1, 0, 0]]]))
-        last = add("Mul", slot, add.constant([[[0, 0, 1]]]))
-        heads = add.constant([[[0, head, 0] for head in range(self._shape.num_kv_heads)]])
-        return add("Add", add("Add", first, last), heads)
+        if kv_heads not in self._slots:
+            add = self._add
+            conversation, slot = (add("Unsqueeze", part, add.ints(1, 2)) for part in add.written())
+            first = add("Mul", conversation, add.constant([[[1, 0, 0]]]))
+            last = add("Mul", slot, add.constant([[[0, 0, 1]]]))
+            heads = add.constant([[[0, head, 0] for head in range(kv_heads)]])
+            self._slots[kv_heads] = add("Add", add("Add", first, last), heads)
+        return self._slots[kv_heads]
 
-    def _grouped_mask(self) -> ir.Value:
+    def _grouped_mask(self, mask: ir.Value | None, groups: int) -> ir.Value:
         """(B, 1, M · groups, C): every row of the mask for each query of a group."""
-        add, mask = self._add, self._add.input(tensors.ATTENTION_MASK)
-        if self._groups == 1:
-            return mask
-        apart = add("Transpose", mask, perm=HEADS_LAST)
-        return add("Reshape", add("Expand", apart, add.ints(1, 1, self._groups, 1)), add.ints(0, 1, -1, 0))
+        key = mask, groups
+        if key not in self._masks:
+            assert mask is not None
+            add, self._masks[key] = self._add, mask
+            if groups > 1:
+                apart = add("Transpose", mask, perm=HEADS_LAST)
+                self._masks[key] = add("Reshape", add("Expand", apart, add.ints(1, 1, groups, 1)), add.ints(0, 1, -1, 0))
+        return self._masks[key]
 
-    def _positions_of(self, rotates: Sequence[bool]) -> ir.Value:
+    def _rotated(self, rows: ir.Value, turning: Sequence[ir.Node | None], heads: Heads, out: str) -> ir.Value:
+        """(S, all heads, head_dim), those turned that have a Rotary, which are alike."""
+        add, one = self._add, next(filter(None, turning))
+        key = tuple(one.inputs[1:]), _all_heads(heads)
+        if key not in self._tables:
+            arrays = still_tables([read(value) for value in key[0]], key[1])
+            names = [f"{value.name}/{key[1]}" for value in key[0] if value is not None]
+            self._tables[key] = [add.weight(*each) for each in zip(names, arrays, strict=True)]
+        tables = self._tables[key]
+        still, more = len(read(key[0][0])), rotary_attributes(one)
+        if "rotary_embedding_dim" in more:
+            more["num_heads"] = 1  # else it takes twice the tables' width for the size of a head
+        positions = self._positions_of([each is not None for each in turning], heads, still)
+        return add("RotaryEmbedding", rows, positions, *tables, out=out, domain=MICROSOFT, **more)
+
+    def _positions_of(self, rotates: Sequence[bool], heads: Heads, still: int) -> ir.Value:
         """(S, all heads): the row's position for heads that rotate. rotates: do queries, keys, values?"""
-        key = tuple(rotates)
+        key = (*rotates, heads, still)
         if key not in self._positions:
             add = self._add
-            counts = (self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads)
             column = add("Transpose", add.input(tensors.POSITION_IDS), perm=[1, 0])
-            rotating = add.constant(np.repeat(key, counts)[None])
-            self._positions[key] = add("Where", rotating, column, add.constant([[self._still]]))
+            rotating = add.constant(np.repeat([*rotates], (heads.count, heads.kv, heads.kv))[None])
+            self._positions[key] = add("Where", rotating, column, add.constant([[still]]))
         return self._positions[key]
 
     # ── parts of an attention ────────────────────────────────────────────────────────────────────────────────────────
@@ -163,45 +205,44 @@ class _GroupedAttention:
             rows = self._add("Transpose", value, out=f"{name}_rows", perm=HEADS_LAST)
         return self._add("Reshape", rows, self._add.ints(0, 0, -1), out=name)
 
-    def _split(self, heads: ir.Value, name: str) -> Sequence[ir.Value]:
+    def _split(self, rows: ir.Value, heads: Heads, name: str) -> Sequence[ir.Value]:
         """(S, all heads, head_dim) as queries, keys and values.
 
         ONNX Runtime's CUDA provider copies sizes and addresses of unequal parts to the device, in four copies, unless
         there are three parts of the last axis.
         """
-        add, size, names = self._add, self._shape.head_dim, [f"{name}/{part}" for part in "qkv"]
-        counts = self._shape.num_heads, self._shape.num_kv_heads, self._shape.num_kv_heads
+        add, size, names = self._add, heads.size, [f"{name}/{part}" for part in "qkv"]
+        counts = heads.count, heads.kv, heads.kv
         if not self._on_cuda:
-            return add.several("Split", [heads, add.ints(*counts)], names, axis=1)
-        rows = add("Reshape", heads, add.ints(0, -1), out=f"{name}/qkv_rows")
+            return add.several("Split", [rows, add.ints(*counts)], names, axis=1)
+        rows = add("Reshape", rows, add.ints(0, -1), out=f"{name}/qkv_rows")
         sizes = add.ints(*(count * size for count in counts))
         parts = add.several("Split", [rows, sizes], [f"{part}_row" for part in names], axis=1)
         apart = zip(parts, counts, names, strict=True)
         return [add("Reshape", part, add.ints(0, count, size), out=out) for part, count, out in apart]
 
-    def _swap(self, value: ir.Value, name: str, outer: int, inner: int) -> ir.Value:
+    def _swap(self, value: ir.Value, name: str, outer: int, inner: int, size: int) -> ir.Value:
         """(B, …) of heads in the order (outer, inner) as (B, M, inner, outer, head_dim)."""
-        sizes = self._add.ints(0, -1, outer, inner, self._shape.head_dim)
-        apart = self._add("Reshape", value, sizes, out=f"{name}_apart")
+        apart = self._add("Reshape", value, self._add.ints(0, -1, outer, inner, size), out=f"{name}_apart")
         return self._add("Transpose", apart, out=f"{name}_swapped", perm=_SWAPPED)
 
-    def _swap_weights(self, queries: ir.Value, merged: ir.Value) -> bool:
+    def _swap_weights(self, queries: ir.Value, merged: ir.Value, heads: Heads) -> bool:
         """Change the order of the heads in the weights around an attention, if there are such weights."""
-        product, bias = self._projection_of(queries)
+        product, bias = self._projection_of(queries, heads.size)
         readers = merged.consumers()
         output = readers[0] if len(readers) == 1 and readers[0].op_type == "MatMul" else None
         if product is None or output is None or not is_weight(output.inputs[1]):
             return False
-        self._swap_weight(product, 1, axis=1)
+        self._swap_weight(product, 1, 1, heads)
         if bias is not None:
-            self._swap_weight(bias, next(i for i, value in enumerate(bias.inputs) if is_weight(value)), axis=0)
-        self._swap_weight(output, 1, axis=0)
+            self._swap_weight(bias, next(i for i, value in enumerate(bias.inputs) if is_weight(value)), 0, heads)
+        self._swap_weight(output, 1, 0, heads)
         return True
 
-    def _projection_of(self, value: ir.Value | None) -> tuple[ir.Node | None, ir.Node | None]:
+    def _projection_of(self, value: ir.Value | None, size: int) -> tuple[ir.Node | None, ir.Node | None]:
         """The MatMul by a weight that the heads of a value come from, and the Add of a bias, if nobody else reads them.
 
-        What lies in between treats every head alike: taking heads apart, and a norm over one.
+        What lies in between treats every head alike: taking heads apart, turning them, and a norm over one.
         """
         bias = None
         while value is not None and len(value.consumers()) == 1 and (node := value.producer()) is not None:
@@ -211,20 +252,18 @@ class _GroupedAttention:
                 bias = node
                 value = next(source for source in node.inputs if not is_weight(source))
                 continue
-            head_norm = (
-                node.op_type == NORM and is_weight(node.inputs[1]) and dims(node.inputs[1]) == (self._shape.head_dim,)
-            )
-            if bias is not None or not (head_norm or node.op_type in ("Transpose", "Reshape")):
+            head_norm = node.op_type == NORM and is_weight(node.inputs[1]) and dims(node.inputs[1]) == (size,)
+            if bias is not None or not (head_norm or node.op_type in ("Transpose", "Reshape", ROTARY)):
                 break
             value = node.inputs[0]
         return None, None
 
-    def _swap_weight(self, node: ir.Node, index: int, axis: int) -> None:
+    def _swap_weight(self, node: ir.Node, index: int, axis: int, heads: Heads) -> None:
         """Let a node read a weight with the heads of one axis in the order (groups, kv_heads)."""
         weight = node.inputs[index]
         assert weight is not None
         sizes, tensor = dims(weight), weight.const_value
-        apart = [*sizes[:axis], self._shape.num_kv_heads, self._groups, self._shape.head_dim, *sizes[axis + 1 :]]
+        apart = [*sizes[:axis], heads.kv, heads.groups, heads.size, *sizes[axis + 1 :]]
         swapped = lazy(
             f"{weight.name}/grouped/{axis}",
             sizes,
@@ -233,12 +272,13 @@ class _GroupedAttention:
         node.replace_input_with(index, self._add.initializer(swapped))
 
 
-def _before_rotary(value: ir.Value | None) -> tuple[ir.Value, bool]:
-    """A value before the rotary embedding, and whether there is one."""
-    node = produced_by(ROTARY, value)
-    source = value if node is None else node.inputs[0]
-    assert source is not None
-    return source, node is not None
+def _before_rotary(qkv: Sequence[ir.Value | None]) -> tuple[list[ir.Value], list[ir.Node | None]]:
+    """Queries, keys and values before their rotary embedding, and it; as they are unless those that turn turn alike."""
+    turning = [produced_by(ROTARY, value) for value in qkv]
+    if len({(*node.inputs[1:], attribute(node, "interleaved")) for node in turning if node is not None}) > 1:
+        turning = [None] * len(qkv)
+    plain = [value if node is None else node.inputs[0] for value, node in zip(qkv, turning, strict=True)]
+    return [value for value in plain if value is not None], turning
 
 
 QUANTISE: GraphPass = quantise

@@ -88,4 +88,4 @@ def _tables(trace: TracedGraph, options: ExportOptions) -> Tables:
     if options.max_context is None:
         return trace.rotary
     count = options.max_context + spare_slots(options.max_candidates)
-    return trace.rotary[0][:count], trace.rotary[1][:count]
+    return {key: (cos[:count], sin[:count]) for key, (cos, sin) in trace.rotary.items()}

@@ -17,6 +17,7 @@ from mara_export.graph.nodes import (
     GraphPass,
     attribute,
     custom_nodes,
+    dims,
     put_together,
     replace_node,
 )
@@ -36,18 +37,19 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
             add("TensorScatter", past, new, write, out=f"{node.name}/{part}", axis=-2, mode="linear")
             for part, past, new in (("key", past_k, k), ("value", past_v, v))
         )
-        out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", scale=attribute(node, "scale"))
+        known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
+        out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", **known)
         by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
-        replace_node(node, put_together(add, node, by_seat, context.shape), keys, values)
+        replace_node(node, put_together(add, node, by_seat), keys, values)
 
 
 def rotary_embedding(graph: ir.Graph, context: GraphContext) -> None:
     """Rotary → RotaryEmbedding."""
     add = Builder(graph, "portable")
-    cos, sin = rotary_weights(add, context)
     positions = add.input(tensors.POSITION_IDS)
     for node in custom_nodes(graph, ROTARY):
-        replace_node(node, add("RotaryEmbedding", node.inputs[0], cos, sin, positions, out=f"{node.name}/rotated"))
+        out = f"{node.name}/rotated"
+        replace_node(node, add("RotaryEmbedding", *node.inputs, positions, out=out, **rotary_attributes(node)))
 
 
 def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
@@ -59,10 +61,11 @@ def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
         replace_node(node, add("RMSNormalization", *node.inputs, out=out, axis=-1, epsilon=epsilon))
 
 
-def rotary_weights(add: Builder, context: GraphContext) -> tuple[ir.Value, ir.Value]:
-    """The tables of cosines and sines as weights."""
-    cos, sin = context.rotary
-    return add.weight("rotary/cos", cos), add.weight("rotary/sin", sin)
+def rotary_attributes(node: ir.Node) -> dict[str, int]:
+    """Of a RotaryEmbedding, in place of a Rotary: none where it turns whole heads by halves."""
+    width = 2 * dims(node.inputs[1])[1]
+    partial = {} if width == attribute(node, "head_dim") else {"rotary_embedding_dim": width}
+    return {"interleaved": 1, **partial} if attribute(node, "interleaved") else partial
 
 
 QUANTISE: GraphPass = quantise_qdq

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mara_export.graph.nodes import Builder, GraphContext, dims, is_weight
+from mara_export.graph.nodes import Builder, GraphContext, dims, is_mask, is_weight
 from mara_export.graph.weights import INLINE_BYTES, lazy, read
 from mara_runtime import tensors
 
@@ -69,7 +69,7 @@ def _is_wide(value: ir.Value) -> bool:
     """Is a value float32 in the narrowed graph?"""
     if is_weight(value):
         return value.dtype == _FLOAT
-    return _is_island(value.producer()) or value.name == tensors.ATTENTION_MASK
+    return _is_island(value.producer()) or is_mask(value.name)
 
 
 def _cast_weight(weight: ir.Value, dtype: ir.DataType) -> None:

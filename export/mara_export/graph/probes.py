@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mara_export.errors import ModelError
+
 Attributes = dict[str, Any]
 """Of a node of the trace."""
+UNREAD = {
+    "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
+    "position_ids", "use_cache",
+}  # fmt: skip
+"""Arguments of transformers' attention functions that change nothing where there is neither training nor its cache."""
+_FAR = 1 << 17
+"""A row at which every window has ended: windows are read off the mask there."""
 LAYOUTS = ("halves", "pairs", "once")
 """Of a table of angles: a b a b, a a b b, or a b alone."""
 
@@ -26,6 +35,11 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, layout: str)
     first, second = low * c - high * s, high * c + low * s
     both = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
     return torch.cat((both, rest), -1)
+
+
+def said_once(table: Any, layout: str) -> Any:
+    """The angles (positions, W / 2) of a table (positions, W) of that layout, without repetitions."""
+    return {"halves": table[:, : table.shape[1] // 2], "pairs": table[:, ::2], "once": table}[layout]
 
 
 def probe_rotary(function: Callable[..., Any], width: int, head: int) -> Attributes | None:
@@ -49,6 +63,33 @@ def probe_rotary(function: Callable[..., Any], width: int, head: int) -> Attribu
         if same:
             return {"interleaved": int(interleaved), "layout": layout}
     return None
+
+
+class Window:
+    """What a mask lets a row see, in place of the mask: its last `size` rows, itself among them, or all (0)."""
+
+    ndim, shape = 4, (1, 1, 1, 1)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def probe_window(mask_function: Callable[..., Tensor], name: str) -> Window:
+    """Of transformers' predicate for a mask, (batch, head, row, column) → visible.
+
+    name: of the model, for messages. Raises ModelError for what is neither causal nor a window.
+    """
+    sizes = set()
+    for row in (_FAR, _FAR + 1, _FAR + 777):
+        zero, columns = torch.tensor(0), torch.arange(row + 2)
+        seen = mask_function(zero, zero, torch.tensor(row), columns).nonzero()[:, 0]
+        first, last = int(seen[0]), int(seen[-1])
+        if last != row or len(seen) != last - first + 1:
+            raise ModelError(f"{name}: a mask that is neither causal nor a window is not supported")
+        sizes.add(0 if first == 0 else row - first + 1)
+    if len(sizes) != 1:
+        raise ModelError(f"{name}: a window that changes from row to row, as in chunks, is not supported")
+    return Window(sizes.pop())
 
 
 @torch.no_grad()

@@ -2,14 +2,15 @@
 
 | node | inputs → outputs | attributes | takes the place of |
 |---|---|---|---|
-| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap | the attention |
+| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap; sizes | the attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
-| Rotary | x, cos, sin → x | interleaved, layout | functions apply_*rotary* that a probe recognises |
+| Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
 | RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
 
-RMSNorm and Linear have the attribute `name`, of the module in the model. Attention and RotaryTable are needed; the
-others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
+RMSNorm and Linear have the attribute `name`, of the module in the model. An attention's sizes are heads, kv_heads and
+head_dim. Attention and RotaryTable are needed; the others are recognised, and what a probe does not recognise stays
+basic operators. No family is named here.
 
 The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
 observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
@@ -24,28 +25,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
-from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE
-from mara_export.graph.probes import Attributes, probe_norm, probe_rotary
+from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
+from mara_export.graph.probes import UNREAD, Attributes, Window, probe_norm, probe_rotary, probe_window
 from mara_runtime import tensors
 
 IMPLEMENTATION = "mara"
 """Name of the attention implementation in transformers."""
 REHEARSED_ROWS = 3
-_FAR = 1 << 17
-"""A row at which every window has ended: windows are read off the mask there."""
 _ROTARY_FUNCTION = re.compile(r"apply_\w*rotary|apply_rotary")
-_UNREAD = {
-    "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
-    "position_ids", "use_cache",
-}  # fmt: skip
-"""Arguments of an attention that change nothing here."""
 INPUTS = {tensors.INPUT_IDS: {1: "S"}, tensors.POSITION_IDS: {1: "S"}, tensors.ROWS: {0: "R"}}
 OUTPUTS = {tensors.LOGITS: {0: "R"}, tensors.LAST_HIDDEN_STATE: {1: "S"}}
 """Of a trace, with their symbolic axes."""
@@ -60,17 +56,8 @@ class Make(Protocol):
         """Its outputs, float32, of these shapes."""
 
 
-class _Window:
-    """What a mask lets a row see, in place of the mask: its last `size` rows, or all (0)."""
-
-    ndim, shape = 4, (1, 1, 1, 1)
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-
 class Traceable(torch.nn.Module):
-    """A causal LM as it is traced: its own forward, whatever that does to the logits, and the base model's result."""
+    """A causal LM as it is traced: its own forward, whatever that does to the logits, and the decoder's result."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -81,7 +68,7 @@ class Traceable(torch.nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(1, S), (1, S), (R,) → logits (R, V), last hidden state (1, S, D)."""
         kept: list[Tensor] = []
-        hook = self.model.base_model.register_forward_hook(lambda *call: kept.append(call[-1][0]))
+        hook = self.model.get_decoder().register_forward_hook(lambda *call: kept.append(call[-1][0]))
         try:
             out = self.forward_of_model(
                 input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows, return_dict=True
@@ -104,11 +91,17 @@ class Seam:
         self._model, self._name = model, name
         self._windows: dict[int, int] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
+        self._tables: set[tuple[str, str]] = set()
         self._make: Make | None = None
         with torch.no_grad(), self._in_place():
             Traceable(model)(*examples())
         if not self._windows:
             raise ModelError(f"{name}: its attention does not go through transformers' interface, and cannot be traced")
+
+    def rotary_tables(self, positions: NDArray[np.int64]) -> Tables:
+        """Cosines and sines of the RotaryTables of a trace at some positions (P,)."""
+        modules = dict(self._model.named_modules())
+        return {(name, kind): rotary_angles(modules[name], positions, kind) for name, kind in sorted(self._tables)}
 
     @contextlib.contextmanager
     def tracing(self, make: Make) -> Iterator[None]:
@@ -153,21 +146,11 @@ class Seam:
 
     # ── attention ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def mask(self, *_: Any, mask_function: Callable[..., Tensor], **__: Any) -> _Window:
+    def mask(self, *_: Any, mask_function: Callable[..., Tensor], **__: Any) -> Window:
         """transformers wants a mask for a function (batch, head, row, column) → visible."""
         if self._make is not None:
-            return _Window(0)  # observed already
-        sizes = set()
-        for row in (_FAR, _FAR + 1, _FAR + 777):
-            zero, columns = torch.tensor(0), torch.arange(row + 2)
-            seen = mask_function(zero, zero, torch.tensor(row), columns).nonzero()[:, 0]
-            first, last = int(seen[0]), int(seen[-1])
-            if last != row or len(seen) != last - first + 1:
-                raise ModelError(f"{self._name}: a mask that is neither causal nor a window is not supported")
-            sizes.add(0 if first == 0 else row - first + 1)
-        if len(sizes) != 1:
-            raise ModelError(f"{self._name}: a window that changes from row to row, as in chunks, is not supported")
-        return _Window(sizes.pop())
+            return Window(0)  # observed already
+        return probe_window(mask_function, self._name)
 
     def attend(
         self,
@@ -186,10 +169,13 @@ class Seam:
         layer = int(module.layer_idx)
         shape = (*q.shape[:3], v.shape[-1])
         if self._make is None:
-            if not isinstance(attention_mask, _Window):
+            if not isinstance(attention_mask, Window):
                 raise ModelError(f"{self._name}: layer {layer} has a mask of its own, which is not supported")
-            if odd := [n for n, value in more.items() if value is not None and value is not False and n not in _UNREAD]:
+            if odd := [n for n, value in more.items() if value is not None and value is not False and n not in UNREAD]:
                 raise ModelError(f"{self._name}: the attention of layer {layer} takes {odd[0]}, which is not supported")
+            if v.shape != k.shape:
+                sizes = k.shape[-1], v.shape[-1]
+                raise ModelError(f"{self._name}: keys and values of different sizes, {sizes}, are not supported")
             self._windows[layer] = attention_mask.size
             out = q.new_zeros(shape)
         else:
@@ -198,6 +184,9 @@ class Seam:
                 "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
                 "window": self._windows[layer],
                 "softcap": float(softcap or 0),
+                "heads": int(q.shape[1]),
+                "kv_heads": int(k.shape[1]),
+                "head_dim": int(q.shape[-1]),
             }
             (out,) = self._make(ATTENTION, (q, k, v), attributes, [shape])
         return out.transpose(1, 2).contiguous(), None
@@ -210,12 +199,13 @@ class Seam:
         if "layer_type" in inspect.signature(plain).parameters:
             kinds = sorted(set(module.config.layer_types))
         for kind in kinds:
-            widths[kind] = rotary_angles(module, 1, kind)[0].shape[-1]
+            widths[kind] = rotary_angles(module, np.arange(1), kind)[0].shape[-1]
 
         def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, ...]:
             kind = layer_type or ""
             shape = (*position_ids.shape, widths[kind])
             assert self._make is not None
+            self._tables.add((name, kind))
             return self._make(TABLE, (position_ids,), {"module": name, "layer_type": kind}, [shape, shape])
 
         return forward
@@ -240,7 +230,7 @@ class Seam:
             if self._make is None or None in found or unsqueeze_dim != 1:
                 return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
             made = [
-                self._make(ROTARY, (x, cos, sin), dict(turn or {}), [x.shape])[0]
+                self._make(ROTARY, (x, cos, sin), {**(turn or {}), "head_dim": int(x.shape[-1])}, [x.shape])[0]
                 for x, turn in zip(turning, found, strict=True)
             ]
             return tuple(made) if count == 2 else made[0]
@@ -284,11 +274,13 @@ def replaced(holder: Any, name: str, stand_in: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def rotary_angles(module: Any, positions: int, layer_type: str = "") -> tuple[Tensor, Tensor]:
-    """Cosines and sines (positions, W) of a rotary module, by its own code."""
+def rotary_angles(
+    module: Any, positions: NDArray[np.int64], layer_type: str = ""
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines (P, W) of a rotary module at positions (P,), by its own code."""
     kind = (layer_type,) if layer_type else ()
-    cos, sin = module.forward(torch.zeros(1, 1), torch.arange(positions)[None], *kind)
-    return cos[0].float(), sin[0].float()
+    cos, sin = module.forward(torch.zeros(1, 1), torch.from_numpy(positions)[None], *kind)
+    return cos[0].float().numpy(), sin[0].float().numpy()
 
 
 def _turns(name: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mara_export.graph.nodes import Builder, GraphContext
+from mara_export.graph.nodes import Builder, GraphContext, is_mask, mask_window
 from mara_export.graph.weights import load
 from mara_export.targets import TARGETS
 from mara_runtime import tensors
@@ -55,7 +55,8 @@ def join(
     """
     top = tensors.top_tokens(max_candidates, shape.vocab_size)
     results = {str(value.name): value for value in graph.outputs}
-    mask = _mask(Builder(graph, "step/mask"))
+    masks = [value for value in graph.inputs if is_mask(value.name)]
+    _make_masks(Builder(graph, "step/mask"), masks)
     choice = Builder(graph, "step/choice")
     hidden = results[tensors.LAST_HIDDEN_STATE]
     hidden.name = "step/hidden"
@@ -66,7 +67,6 @@ def join(
     results |= _best_tokens(Builder(graph, "step/top"), results[tensors.LOGITS], chosen, missing, top)
 
     inputs = {str(value.name): value for value in graph.inputs}
-    inputs[tensors.ATTENTION_MASK].replace_all_uses_with(mask)
     if tensors.ROWS in inputs:
         inputs[tensors.ROWS].replace_all_uses_with(chosen)
     step_inputs = tensors.step_inputs(shape, cache)
@@ -83,16 +83,23 @@ def declare(graph: ir.Graph, inputs: Sequence[tensors.Tensor], outputs: Sequence
         value.dtype = ir.DataType[{"float32": "FLOAT"}.get(tensor.dtype, tensor.dtype.upper())]
 
 
-def _mask(add: Builder) -> ir.Value:
-    """(B, 1, M, C) additive: row i sees the slots below its position and its own."""
-    slots = add("Shape", add.input(tensors.past(0, "key")), start=2, end=3)
+def _make_masks(add: Builder, masks: Sequence[ir.Value]) -> None:
+    """Compute the masks that a graph takes, (B, 1, M, C) additive: row i sees the slots below its position and its own.
+
+    Where a window ends it, the mask's name says so: slots from the position less the window on.
+    """
+    slots = add.count_to(add("Shape", add.input(tensors.past(0, "key")), start=2, end=3))
     _, own = add.written()
     positions = add("Transpose", add.input(tensors.POSITION_IDS), perm=[1, 0])
-    below = add("Less", add.count_to(slots), positions)
-    itself = add("Equal", add.count_to(slots), add("Unsqueeze", own, add.ints(1)))
-    additive = add("Where", add("Or", below, itself), add.constant(0.0), add.constant(tensors.MASKED))
-    seated = add("Gather", additive, add.input(tensors.GRID), axis=0)
-    return add("Unsqueeze", seated, add.ints(1), out=tensors.ATTENTION_MASK)
+    below = add("Less", slots, positions)
+    itself = add("Equal", slots, add("Unsqueeze", own, add.ints(1)))
+    for mask in masks:
+        seen, window = below, mask_window(mask.name)
+        if window:
+            seen = add("And", below, add("Greater", slots, add("Sub", positions, add.constant(window))))
+        additive = add("Where", add("Or", seen, itself), add.constant(0.0), add.constant(tensors.MASKED))
+        seated = add("Gather", additive, add.input(tensors.GRID), axis=0)
+        mask.replace_all_uses_with(add("Unsqueeze", seated, add.ints(1), out=str(mask.name)))
 
 
 def _margins(add: Builder, agents: ir.Graph, states: ir.Value) -> ir.Value:

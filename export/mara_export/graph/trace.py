@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mara_export.errors import ModelError
-from mara_export.graph.seam import Seam, rotary_angles
+from mara_export.graph.nodes import Tables
+from mara_export.graph.seam import Seam
 from mara_export.progress import no_logs
 from mara_runtime import tensors
 from mara_runtime.agents import EPSILON
@@ -30,22 +30,6 @@ _OPSET = 18
 """Of the agents' graph."""
 _DOORS = {"optimum": "by_optimum", "torch": "by_export"}
 """Their modules, the preferred one first; each needs packages that the other does not."""
-
-
-def rotary_tables(
-    model: Any, positions: int, head_dim: int, name: str
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines (positions, head_dim / 2) of the model's rotary embedding, its scaling applied.
-
-    name: of the model, for messages. Raises ModelError for an embedding that rotates only part of each head.
-    """
-    tables = []
-    for table in rotary_angles(model.base_model.rotary_emb, positions):
-        low, high = table.chunk(2, dim=-1)
-        if not torch.equal(low, high) or 2 * low.shape[-1] != head_dim:
-            raise ModelError(f"{name}: partial rotary embeddings are not supported")
-        tables.append(low.numpy())
-    return tables[0], tables[1]
 
 
 def choose_tracer(asked: str) -> str:
@@ -66,16 +50,23 @@ def _door(name: str) -> Any:
     return import_module(f"mara_export.graph.{_DOORS[name]}")
 
 
-def trace_llm(model: Any, folder: Path, tracer: str, name: str) -> Path:
-    """Trace `model` into `folder` and return the path of the graph.
+def trace_llm(
+    model: Any, folder: Path, tracer: str, name: str, context: int, positions: int
+) -> tuple[Path, Tables]:
+    """Trace `model` into `folder` and return the path of the graph, and the angles of so many positions.
 
     model: a Hugging Face causal LM in eval mode, float32. tracer: "optimum" or "torch". name: of the model, for
-    messages. Raises ModelError.
+    messages. context: of the model; positions beyond it, of rows that nobody reads, have the last one's angles. Raises
+    ModelError.
     """
     path = folder / "model.onnx"
     with _quiet():
-        _door(tracer).trace(model, Seam(model, name), path)
-    return path
+        seam = Seam(model, name)
+        try:
+            _door(tracer).trace(model, seam, path)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # torch's own are among them
+            raise ModelError(f"{name} cannot be traced (--tracer {tracer}): {first_line(error)}") from error
+    return path, seam.rotary_tables(np.arange(positions).clip(max=context - 1))
 
 
 class _Margins(torch.nn.Module):

@@ -1,8 +1,10 @@
 """From a trace, whichever door it came through, to the nodes that lowerings take.
 
-`CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value; attribute
-`scale`) writes keys and values into the cache, then attends over all of it. `Rotary` turns x by the angles of its rows'
-positions, which the lowered graph looks up. `RMSNorm` multiplies by its weight alone. Linear maps are MatMul and Add.
+`CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value; attributes
+`scale`, `softcap` and the sizes) writes keys and values into the cache, then attends over all of it; layers with the
+same window have the same mask. `Rotary` (x, cos, sin → x; attributes `interleaved`, `head_dim`) turns the first W
+numbers of each head by the angles of its rows' positions, which the lowered graph looks up in weights (positions,
+W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are MatMul and Add.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from mara_export.graph.nodes import (
     Builder,
     GraphContext,
     GraphPass,
+    Heads,
     attribute,
     custom_nodes,
     is_weight,
+    mask_name,
+    produced_by,
     replace_node,
 )
+from mara_export.graph.probes import said_once
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
 
@@ -82,20 +88,27 @@ def norms(graph: ir.Graph, context: GraphContext) -> None:
 
 
 def rotations(graph: ir.Graph, context: GraphContext) -> None:
-    """Let Rotary take x alone. Raises ModelError for what lowerings have no word for."""
-    tables = custom_nodes(graph, TABLE)
-    kinds = {(attribute(node, "module"), attribute(node, "layer_type")) for node in tables}
-    turning = custom_nodes(graph, ROTARY)
-    for node in turning:
-        if attribute(node, "interleaved") or attribute(node, "layout") != "halves":
-            raise ModelError(
-                "the model turns neighbouring numbers of a head by its rotary embedding, which is not supported"
-            )
-        node.resize_inputs(1)
-    if len(kinds) > 1:
-        raise ModelError(f"the model has {len(kinds)} rotary embeddings; models with one are supported")
-    if any(value.uses() for node in tables for value in node.outputs):
-        raise ModelError("the model uses the angles of its rotary embedding in a way that is not supported")
+    """Let Rotary read its angles from weights. What else reads a table looks up its rows' angles."""
+    add = Builder(graph, "rotary")
+
+    def weights(table: ir.Node, layout: str) -> list[ir.Value]:
+        key = attribute(table, "module"), attribute(table, "layer_type")
+        path = "/".join(filter(None, (_path(key[0]), key[1])))[1:]
+        return [
+            add.weight(f"{path}/{part}", np.ascontiguousarray(said_once(angles, layout)))
+            for part, angles in zip(("cos", "sin"), context.rotary[key], strict=True)
+        ]
+
+    for node in custom_nodes(graph, ROTARY):
+        table = produced_by(TABLE, node.inputs[1])
+        if table is None or list(node.inputs[1:]) != list(table.outputs):
+            raise ModelError("the model changes the angles of its rotary embedding, which is not supported")
+        for index, weight in enumerate(weights(table, attribute(node, "layout")), start=1):
+            node.replace_input_with(index, weight)
+    for table in custom_nodes(graph, TABLE):
+        if any(value.uses() for value in table.outputs):
+            found = [add("Gather", weight, table.inputs[0], axis=0) for weight in weights(table, "once")]
+            replace_node(table, *found)
 
 
 def caches(graph: ir.Graph, context: GraphContext) -> None:
@@ -110,17 +123,16 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
             f"the model has {shape.num_layers} layers, and attention in {len(nodes)}; supported is one in each"
         )
     for node in nodes:
-        layer = attribute(node, "layer")
-        if (cap := attribute(node, "softcap")) != 0:
-            raise ModelError(f"layer {layer} caps its scores at {cap:g}, which is not supported")
-        if 0 < (window := attribute(node, "window")) < context.max_context:
+        layer, heads = attribute(node, "layer"), Heads.of(node)
+        if (heads.kv, heads.size) != (shape.num_kv_heads, shape.head_dim):
             raise ModelError(
-                f"layer {layer} has a sliding window of {window} tokens, less than the context of "
-                f"{context.max_context}; export with --max-context {window} or less"
+                f"layer {layer} has {heads.kv} heads of {heads.size} numbers for keys and values; supported is the "
+                f"same in each layer, by config.json {shape.num_kv_heads} of {shape.head_dim}"
             )
+        window = attribute(node, "window")
         parts = ("key", "value")
         past = [add.input(tensors.past(layer, part)) for part in parts]
-        mask, write = add.input(tensors.ATTENTION_MASK), add.input(tensors.WRITE_INDICES)
+        mask, write = add.input(mask_name(window if window < context.max_context else 0)), add.input(tensors.WRITE_INDICES)
         name = f"{_path(f'model.layers.{layer}.self_attn')}/{CACHED_ATTENTION}"
         out, *present = add.several(
             CACHED_ATTENTION,
@@ -128,7 +140,7 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
             [name, *(tensors.present(layer, part) for part in parts)],
             name=name,
             domain=DOMAIN,
-            scale=attribute(node, "scale"),
+            **{each: attribute(node, each) for each in ("scale", "softcap", "heads", "kv_heads", "head_dim")},
         )
         replace_node(node, out)
         graph.outputs.extend(present)

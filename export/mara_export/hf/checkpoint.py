@@ -116,7 +116,7 @@ def load_config(source: ModelSource) -> Any:
     values = read_json(source.folder / "config.json")
     if isinstance(values, dict) and not values.get("model_type"):  # transformers would guess from the folder's name
         raise ModelError(
-            f"{source.name}: its config.json has no model_type, which names the architecture; supported are "
+            f"{source.name}: its config.json has no model_type, which names the architecture; tested are "
             + ", ".join(FAMILIES)
         )
     return read_config(source)
@@ -128,7 +128,7 @@ def read_config(source: ModelSource) -> Any:
     said = values if isinstance(values, dict) else {}  # anything else is refused in a moment
     check_rope(said, source.name)
     config = from_pretrained(AutoConfig, source)
-    complete_rope(config, said)
+    complete_rope(config, said, source.name)
     if (source.folder / _GENERATION).is_file() and "eos_token_id" not in said:
         config.eos_token_id = None  # not the default of its class
     return config

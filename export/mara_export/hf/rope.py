@@ -21,12 +21,18 @@ def kept_together(config: Any) -> bool:
     return isinstance(getattr(type(config), "rope_scaling", None), property)
 
 
-def rope_settings(config: Any) -> tuple[dict[str, Any], Any]:
-    """What scales the angles of a configuration object, by name, and the part of each head that is rotated."""
+def rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """What scales the angles of a configuration object, by name: once, or for each kind of layer that has its own."""
     together = (config.rope_parameters if kept_together(config) else getattr(config, "rope_scaling", None)) or {}
-    scaling = {name: value for name, value in together.items() if not (kept_together(config) and name in _BESIDE)}
-    part = together.get("partial_rotary_factor") if kept_together(config) else None
-    return scaling, getattr(config, "partial_rotary_factor", 1) if part is None else part
+    kinds = [*together.values()] if _by_layer(together) else [together]
+    if not kept_together(config):
+        return [dict(kind) for kind in kinds]
+    return [{name: value for name, value in kind.items() if name not in _BESIDE} for kind in kinds]
+
+
+def _by_layer(together: Mapping[str, Any]) -> bool:
+    """Do kinds of layers have rotary settings of their own? Only version 5 says so."""
+    return bool(together) and all(isinstance(value, dict) for value in together.values())
 
 
 def check_rope(said: Mapping[str, Any], name: str) -> None:
@@ -47,11 +53,12 @@ def check_rope(said: Mapping[str, Any], name: str) -> None:
             f"{name}: its config.json has {inside[0]} in rope_scaling, where transformers 4 does not read it: move it "
             "out of there"
         )
-    if not isinstance(together, dict) or any(isinstance(value, dict) for value in together.values()):
-        raise ModelError(
-            f"{name}: its config.json has rope_parameters that are not those of one rotary embedding for all layers; "
-            "this is not supported"
-        )
+    if not isinstance(together, dict):
+        raise ModelError(f"{name}: its config.json has rope_parameters = {together!r}; expected a JSON object")
+    if _by_layer(together):
+        return
+    if any(isinstance(value, dict) for value in together.values()):
+        raise ModelError(f"{name}: its config.json has rope_parameters of some kinds of layers among those of all")
     for key, new in _apart(together).items():
         if said.get(key) is not None and said[key] != new:
             raise ModelError(
@@ -60,10 +67,21 @@ def check_rope(said: Mapping[str, Any], name: str) -> None:
             )
 
 
-def complete_rope(config: Any, said: Mapping[str, Any]) -> None:
-    """Give a configuration object the `rope_parameters` of its config.json. said: its content, which is checked."""
+def complete_rope(config: Any, said: Mapping[str, Any], name: str) -> None:
+    """Give a configuration object the `rope_parameters` of its config.json.
+
+    said: its content, which is checked; name: of the model, for messages. Raises ModelError for what transformers 4 has
+    no place for.
+    """
     together = said.get("rope_parameters")
     if not together:
+        return
+    if _by_layer(together):
+        if not kept_together(config):
+            raise ModelError(
+                f"{name}: its config.json has rope_parameters for each kind of layer, which transformers 4 does not "
+                "read: pip install 'mara-deploy[export-torch]'"
+            )
         return
     if kept_together(config):  # it passes over what is not in rope_scaling, if there is one
         config.rope_parameters = {**config.rope_parameters, **together}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import ALIASES, hub_id_of
+from mara_export.hf.catalogue import ALIASES, hub_id_of
 from mara_runtime.errors import first_line
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]

@@ -1,0 +1,75 @@
+"""Models with a short name: their Hub ids and sizes. Imports neither torch nor onnx, for help texts read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mara_export.hf.families import FAMILIES, Decoder, decoder_of
+from mara_runtime.tensors import ModelShape
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model on the Hub with a short name, its sizes from its config.json."""
+
+    hub_id: str
+    context: int
+    """tokens: max_position_embeddings, but of LongRoPE the length up to which it does not change angles"""
+    decoder: Decoder
+
+
+def _row(
+    model_type: str,
+    hub_id: str,
+    context: int,
+    layers: int,
+    hidden: int,
+    mlp: int,
+    heads: str,
+    vocab: int,
+    tied: bool | None = None,
+    **config: Any,
+) -> KnownModel:
+    """heads: "queries/keys×size", as 14/2×64. tied: default as in the family. config: of decoder_of."""
+    counts, _, size = heads.partition("×")
+    num_heads, num_kv_heads = map(int, counts.split("/"))
+    shape = ModelShape(hidden, vocab, layers, num_heads, num_kv_heads, int(size))
+    tied = FAMILIES[model_type].tied if tied is None else tied
+    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied, **config))
+
+
+ALIASES = {
+    "qwen2": _row("qwen2", "Qwen/Qwen2-0.5B-Instruct", 32768, 24, 896, 4864, "14/2×64", 151936, True),
+    "qwen2-1.5b": _row("qwen2", "Qwen/Qwen2-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
+    "qwen2.5-0.5b": _row("qwen2", "Qwen/Qwen2.5-0.5B-Instruct", 32768, 24, 896, 4864, "14/2×64", 151936, True),
+    "qwen2.5-1.5b": _row("qwen2", "Qwen/Qwen2.5-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
+    "qwen3": _row("qwen3", "Qwen/Qwen3-0.6B", 40960, 28, 1024, 3072, "16/8×128", 151936, True),
+    "qwen3-1.7b": _row("qwen3", "Qwen/Qwen3-1.7B", 40960, 28, 2048, 6144, "16/8×128", 151936, True),
+    "llama3": _row("llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8192, 32, 4096, 14336, "32/8×128", 128256),
+    "llama3.1": _row("llama", "meta-llama/Llama-3.1-8B-Instruct", 131072, 32, 4096, 14336, "32/8×128", 128256),
+    "llama3.2-1b": _row("llama", "meta-llama/Llama-3.2-1B-Instruct", 131072, 16, 2048, 8192, "32/8×64", 128256, True),
+    "llama3.2-3b": _row("llama", "meta-llama/Llama-3.2-3B-Instruct", 131072, 28, 3072, 8192, "24/8×128", 128256, True),
+    "smollm2-135m": _row("llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 8192, 30, 576, 1536, "9/3×64", 49152, True),
+    "smollm2-360m": _row("llama", "HuggingFaceTB/SmolLM2-360M-Instruct", 8192, 32, 960, 2560, "15/5×64", 49152, True),
+    "smollm2": _row("llama", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 8192, 24, 2048, 8192, "32/32×64", 49152, True),
+    "smollm3": _row("smollm3", "HuggingFaceTB/SmolLM3-3B", 65536, 36, 2048, 11008, "16/4×128", 128256, True),
+    "mistral": _row("mistral", "mistralai/Mistral-7B-Instruct-v0.3", 32768, 32, 4096, 14336, "32/8×128", 32768),
+    "phi3": _row("phi3", "microsoft/Phi-3-mini-4k-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
+    "phi3.5": _row("phi3", "microsoft/Phi-3.5-mini-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
+    "phi4-mini": _row("phi3", "microsoft/Phi-4-mini-instruct", 4096, 32, 3072, 8192, "24/8×128", 200064, True),
+    "gemma": _row("gemma", "google/gemma-2b-it", 8192, 18, 2048, 16384, "8/1×256", 256000),
+    "gemma2": _row("gemma2", "google/gemma-2-2b-it", 8192, 26, 2304, 9216, "8/4×256", 256000),
+    "gemma2-9b": _row("gemma2", "google/gemma-2-9b-it", 8192, 42, 3584, 14336, "16/8×256", 256000),
+    "gemma3-270m": _row("gemma3_text", "google/gemma-3-270m-it", 32768, 18, 640, 2048, "4/1×256", 262144),
+    "gemma3": _row("gemma3_text", "google/gemma-3-1b-it", 32768, 26, 1152, 6912, "4/1×256", 262144),
+    "olmo2": _row("olmo2", "allenai/OLMo-2-0425-1B-Instruct", 4096, 16, 2048, 8192, "16/16×128", 100352),
+}
+"""By short name. tests/unit/test_memory.py has the parameter counts that the Hub gives for these checkpoints."""
+KNOWN_MODELS = {model.hub_id: model for model in ALIASES.values()}
+"""By Hub id."""
+
+
+def hub_id_of(name: str) -> str:
+    """The Hub id of an alias; any other name as it is."""
+    return ALIASES[name].hub_id if name in ALIASES else name
