@@ -22,8 +22,8 @@ from mara_deploy.train.policy import Policy
 from mara_deploy.train.replay import ReplayBuffer
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_model, read_config
-from mara_export.hf.supported import check_supported
 from mara_export.hf.sources import ModelSource
+from mara_export.hf.supported import check_supported
 from mara_export.hf.tokenizer import load_tokenizer, template_checksum
 from mara_runtime.errors import PromptError
 from mara_runtime.training import Training

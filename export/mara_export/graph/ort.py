@@ -163,7 +163,9 @@ class _GroupedAttention:
             add, self._masks[key] = self._add, mask
             if groups > 1:
                 apart = add("Transpose", mask, perm=HEADS_LAST)
-                self._masks[key] = add("Reshape", add("Expand", apart, add.ints(1, 1, groups, 1)), add.ints(0, 1, -1, 0))
+                self._masks[key] = add(
+                    "Reshape", add("Expand", apart, add.ints(1, 1, groups, 1)), add.ints(0, 1, -1, 0)
+                )
         return self._masks[key]
 
     def _rotated(self, rows: ir.Value, turning: Sequence[ir.Node | None], heads: Heads, out: str) -> ir.Value:

@@ -5,6 +5,8 @@ Attention, TensorScatter (the KV cache, in place under TensorRT), RotaryEmbeddin
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from mara_export.graph.nodes import (
@@ -61,7 +63,7 @@ def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
         replace_node(node, add("RMSNormalization", *node.inputs, out=out, axis=-1, epsilon=epsilon))
 
 
-def rotary_attributes(node: ir.Node) -> dict[str, int]:
+def rotary_attributes(node: ir.Node) -> dict[str, Any]:
     """Of a RotaryEmbedding, in place of a Rotary: none where it turns whole heads by halves."""
     width = 2 * dims(node.inputs[1])[1]
     partial = {} if width == attribute(node, "head_dim") else {"rotary_embedding_dim": width}

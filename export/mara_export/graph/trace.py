@@ -50,9 +50,7 @@ def _door(name: str) -> Any:
     return import_module(f"mara_export.graph.{_DOORS[name]}")
 
 
-def trace_llm(
-    model: Any, folder: Path, tracer: str, name: str, context: int, positions: int
-) -> tuple[Path, Tables]:
+def trace_llm(model: Any, folder: Path, tracer: str, name: str, context: int, positions: int) -> tuple[Path, Tables]:
     """Trace `model` into `folder` and return the path of the graph, and the angles of so many positions.
 
     model: a Hugging Face causal LM in eval mode, float32. tracer: "optimum" or "torch". name: of the model, for

@@ -132,7 +132,10 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
         window = attribute(node, "window")
         parts = ("key", "value")
         past = [add.input(tensors.past(layer, part)) for part in parts]
-        mask, write = add.input(mask_name(window if window < context.max_context else 0)), add.input(tensors.WRITE_INDICES)
+        mask, write = (
+            add.input(mask_name(window if window < context.max_context else 0)),
+            add.input(tensors.WRITE_INDICES),
+        )
         name = f"{_path(f'model.layers.{layer}.self_attn')}/{CACHED_ATTENTION}"
         out, *present = add.several(
             CACHED_ATTENTION,

@@ -115,9 +115,7 @@ def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied:
         biases += width + 2 * kv_width + (0 if family.qkv_bias else shape.hidden_size)
     if config.get("mlp_bias") or config.get("use_bias"):
         biases += (2 if family.gated else 1) * intermediate_size + shape.hidden_size
-    return Decoder(
-        **asdict(shape), intermediate_size=intermediate_size, tied=tied, biases=biases, family=family
-    )
+    return Decoder(**asdict(shape), intermediate_size=intermediate_size, tied=tied, biases=biases, family=family)
 
 
 def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
