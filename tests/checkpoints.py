@@ -29,8 +29,10 @@ from transformers import (
 )
 
 from mara_export.export import NamedAgent
+from tests import families
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
+"""What most tests run on; `make` knows those of tests/families.py, too."""
 
 BOS_ID, EOS_ID, SECOND_EOS_ID, PAD_ID = 256, 257, 258, 259
 EOS_IDS = (EOS_ID, SECOND_EOS_ID)
@@ -56,8 +58,10 @@ def make(architecture: str, folder: Path, *, seed: int = 0, tie: bool | None = N
     _move_special_ids(model, rolled)
     # Greedy text does not depend on the scale, so the recorded logits serve for the search.
     scale = _scale_for_single_share(logits, _SINGLE_SHARE)
+    norm = _final_norm(model)
+    offset = _offset(norm)
     with torch.no_grad():
-        model.model.norm.weight.mul_(scale)
+        norm.weight.copy_((norm.weight + offset) * scale - offset)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_ID, eos_token_id=list(EOS_IDS), pad_token_id=PAD_ID, do_sample=False
     )
@@ -71,7 +75,9 @@ def as_saved_by_4(folder: Path) -> None:
     """Write the rotary settings of a configuration as transformers 4 does: most released models have them so."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if (rope := config.pop("rope_parameters", None)) is not None:
+    if (rope := config.pop("rope_parameters", None)) is not None and "rope_theta" not in rope:
+        config["rope_parameters"] = rope  # of each kind of layer: version 4 has no words for it
+    elif rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -247,7 +253,17 @@ def _config(architecture: str, tie: bool | None) -> PretrainedConfig:
         return LlamaConfig(**common(384, 3, False), head_dim=16, rope_scaling=rope)
     if architecture == "mistral":
         return MistralConfig(**common(272, 2, False), head_dim=16, sliding_window=None)
-    raise ValueError(f"architecture: {architecture!r}, must be one of {', '.join(ARCHITECTURES)}")
+    return families.config(architecture, common(320, 4, False))
+
+
+def _final_norm(model: PreTrainedModel) -> torch.nn.Module:
+    decoder = model.get_decoder()
+    return decoder.norm if hasattr(decoder, "norm") else decoder.final_layernorm
+
+
+def _offset(norm: torch.nn.Module) -> float:
+    """Of a norm that multiplies by 1 + weight."""
+    return float("Gemma" in type(norm).__name__)
 
 
 @torch.no_grad()
@@ -255,7 +271,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Fill every parameter so that attention, MLP and embedding are all audible in the last hidden state."""
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if name == "model.norm.weight":
+        if parameter is _final_norm(model).weight:
             parameter.copy_((1.0 + 0.2 * noise.abs()) * noise.sign())
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.copy_(1.3 + 0.2 * noise)

@@ -6,20 +6,27 @@ from typing import Any
 
 import pytest
 from transformers import (
-    Gemma2Config,
+    FalconH1Config,
+    Gemma3Config,
     GPT2Config,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
-    Qwen2MoeConfig,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import FAMILIES, check_supported, model_shape
+from mara_export.hf.families import FAMILIES, model_shape
+from mara_export.hf.supported import check_supported, check_traceable
+from mara_runtime.errors import OptionError
 from mara_runtime.tensors import ModelShape
+from tests import checkpoints, families
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -31,8 +38,8 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 128}
-NO_WINDOW = {"use_sliding_window": False, "sliding_window": 128}
-FULL, MIXED = ["full_attention"] * 2, ["full_attention", "sliding_attention"]
+MIXED = ["full_attention", "sliding_attention"]
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
 
 def config(kind: Any, rope: dict[str, Any] | None = None, **values: Any) -> PretrainedConfig:
@@ -55,51 +62,44 @@ def config(kind: Any, rope: dict[str, Any] | None = None, **values: Any) -> Pret
         (config(LlamaConfig, max_position_embeddings=131_072), None, 4096),
         (config(LlamaConfig, max_position_embeddings=131_072), 100_000, 100_000),
         (config(LlamaConfig, max_position_embeddings=4095), None, 4095),
-        # a window as large as the context, or of no layer
-        (config(MistralConfig, sliding_window=128), 128, 128),
-        (config(MistralConfig, sliding_window=512), None, 512),
-        (config(MistralConfig, sliding_window=None), None, 512),
-        (config(Qwen2Config, **NO_WINDOW), None, 512),
-        (config(Qwen3Config, **NO_WINDOW), None, 512),
-        (config(Qwen2Config, **WINDOW, layer_types=FULL), None, 512),
-        (config(Qwen2Config, **WINDOW, max_window_layers=2), None, 512),
+        # windows, of all layers and of some
+        (config(MistralConfig, sliding_window=128), None, 512),
+        (config(Qwen2Config, **WINDOW, layer_types=MIXED), None, 512),
         # what is switched off
         (config(LlamaConfig, attn_logit_softcapping=None), None, 512),
-        (config(LlamaConfig, partial_rotary_factor=1.0), None, 512),
         (config(LlamaConfig, {"rope_type": "default"}), None, 512),
         (config(LlamaConfig, {"type": "linear", "factor": 2.0}), None, 512),
+        # angles that change beyond a length: up to it
+        (config(LlamaConfig, {"type": "dynamic", "factor": 2.0}), None, 512),
+        (config(Phi3Config, LONGROPE, original_max_position_embeddings=64, pad_token_id=0), None, 64),
+        # a family that nobody has listed
+        (config(StableLmConfig), None, 512),
     ],
 )
 def test_a_supported_configuration_has_its_context(model, asked, context) -> None:
-    assert model.model_type in FAMILIES
     assert check_supported(model, "my/model", asked) == context
 
 
 @pytest.mark.parametrize(
     ("model", "asked", "named"),
     [
+        (PretrainedConfig(), None, ("model_type = ''",)),
+        (GPT2Config(), None, ("hidden_size = None",)),
+        (Gemma3Config(), None, ("'gemma3'", "more than text")),
+        (config(Lfm2Config, layer_types=["conv", "full_attention"]), None, ("layers of kind 'conv'",)),
+        (config(FalconH1Config), None, ("a recurrent state (mamba_",)),
+        (config(Llama4TextConfig), None, ("layers of kind 'chunked_attention'",)),
+        # settings that Llama's implementation passes over
         *(
-            (kind(), None, (f"architecture {kind.model_type!r}", "qwen2, qwen3, llama, mistral"))
-            for kind in (Gemma2Config, Phi3Config, GPT2Config, Qwen2MoeConfig, PretrainedConfig)
+            (config(LlamaConfig, **{key: 30}), None, (f"has {key} = 30", "does not read for 'llama'"))
+            for key in ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping", "sliding_window")
         ),
+        (config(MistralConfig, sliding_window=0), None, ("sliding_window = 0",)),
+        (config(MistralConfig, sliding_window="wide"), None, ("sliding_window = 'wide'",)),
         *(
-            (config(LlamaConfig, **{cap: 30.0}), None, (f"({cap} = 30.0)",))
-            for cap in ("attn_logit_softcapping", "final_logit_softcapping", "logit_softcapping")
-        ),
-        *(
-            (config(MistralConfig, sliding_window=128), asked, ("128 tokens", f"of {size}", "--max-context 128"))
-            for asked, size in ((None, 512), (129, 129))
-        ),
-        # Mistral's attention looks at the number alone (transformers' modeling_mistral.py)
-        (config(MistralConfig, **NO_WINDOW), None, ("sliding window of 128 tokens",)),
-        (config(MistralConfig, sliding_window=128, layer_types=FULL), None, ("sliding window of 128 tokens",)),
-        (config(Qwen2Config, **WINDOW, layer_types=MIXED), None, ("sliding window of 128 tokens",)),
-        (config(Qwen3Config, **WINDOW, max_window_layers=0), None, ("sliding window of 128 tokens",)),
-        (config(LlamaConfig, partial_rotary_factor=0.5), None, ("partial_rotary_factor = 0.5",)),
-        *(
-            (config(LlamaConfig, {key: kind, "factor": 2.0}), None, (repr(kind), "default, linear, llama3, yarn"))
+            (config(LlamaConfig, {key: kind, "factor": 2.0}), None, (repr(kind), "default, linear, dynamic, llama3"))
             for key in ("rope_type", "type")
-            for kind in ("dynamic", "longrope", "su", "mrope")
+            for kind in ("proportional", "mrope")
         ),
         (
             config(LlamaConfig, quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -107,12 +107,29 @@ def test_a_supported_configuration_has_its_context(model, asked, context) -> Non
             ("quantised already (gptq)",),
         ),
         (config(LlamaConfig), 513, ("--max-context is 513", "at most 512")),
+        (
+            config(Phi3Config, LONGROPE, original_max_position_embeddings=64, pad_token_id=0),
+            65,
+            ("--max-context is 65", "LongRoPE", "beyond 64 tokens"),
+        ),
     ],
 )
 def test_a_configuration_that_the_trace_would_not_keep_is_refused(model, asked, named) -> None:
     with pytest.raises(ModelError) as caught:
         check_supported(model, "my/model", asked)
     assert [text for text in ("my/model", *named) if text not in str(caught.value)] == []
+
+
+def test_a_mixture_of_experts_is_refused_where_it_would_be_traced_wrongly() -> None:
+    experts = config(MixtralConfig)
+    with pytest.raises(OptionError, match=r"num_local_experts = 8.*--tracer torch"):
+        check_traceable(experts, "my/model", "optimum")
+    check_traceable(experts, "my/model", "torch")
+    check_traceable(config(LlamaConfig), "my/model", "optimum")
+
+
+def test_every_listed_family_has_a_tiny_configuration() -> None:
+    assert {*families.NAMES, *checkpoints.ARCHITECTURES} == {*FAMILIES}
 
 
 def test_the_sizes_come_from_the_configuration() -> None:

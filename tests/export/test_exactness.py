@@ -29,7 +29,7 @@ from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.engines.ort_cuda import CudaEngine, CudaMemory
 from mara_runtime.schedule.base import PassContext, PassPlan
 from mara_runtime.stats import Step
-from tests import checkpoints, oracle
+from tests import checkpoints, families, oracle
 
 MODELS = (*checkpoints.ARCHITECTURES, "demo")
 LOWERINGS = ("ort", "portable")
@@ -217,6 +217,24 @@ def test_64_tokens_of_each_prompt_are_the_oracle_s(name, lowering, every, answer
     for index, (prompt, truth) in enumerate(cases):
         follow(product, DecodeConfig(**OPTIONS, **WAYS[index % len(WAYS)]), prompt, truth, others)
     others.settle()
+
+
+QUICK_FAMILIES = {("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed")}
+"""Windows, soft caps, two rotary tables, neighbours that turn, layers without."""
+
+
+@pytest.mark.parametrize(
+    ("family", "lowering"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK_FAMILIES else pytest.mark.long)
+        for pair in product(families.NAMES, ("ort", "portable", "decomposed"))
+    ],
+)
+def test_48_tokens_of_every_family_are_the_oracle_s(family, lowering, answers, decoder, tally):
+    """Texts that are longer than the windows, of 16 tokens. The bundle has passed its gate."""
+    options = {**OPTIONS, "max_new_tokens": 48}
+    cases = answers(family, 8, **options)
+    follow_all(decoder(family, lowering), DecodeConfig(**options), cases, tally(family, lowering))
 
 
 @pairs(*DEFAULT_PAIRS)

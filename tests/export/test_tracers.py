@@ -14,9 +14,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
     GemmaConfig,
+    GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
     MistralConfig,
@@ -29,14 +28,11 @@ from mara_export.errors import ModelError
 from mara_export.export import Traced, finish, trace
 from mara_export.graph import probes
 from mara_export.graph import trace as tracing
-from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE, GraphContext
-from mara_export.graph.traced import PASSES
-from mara_export.graph.weights import load
+from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE
+from mara_export.graph.seam import Seam
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
-from mara_export.progress import Progress
 from mara_runtime.errors import OptionError
-from mara_runtime.tensors import ModelShape
 from tests import checkpoints
 from tests.export.conftest import MAX_CONTEXT
 
@@ -64,6 +60,10 @@ with_optimum = pytest.mark.skipif(not optimum_is_here(), reason="Optimum is not 
 
 def model_of(config: type[PretrainedConfig], **values: Any) -> Any:
     return AutoModelForCausalLM.from_config(config(**{**SIZES, **values}), attn_implementation="eager").eval()
+
+
+def trace_llm(model: Any, folder: Path, tracer: str) -> Path:
+    return tracing.trace_llm(model, folder, tracer, "it", 64, 64)[0]
 
 
 def nodes(path: Path) -> Counter[tuple[Any, ...]]:
@@ -135,7 +135,7 @@ QUICK = {("torch", GemmaConfig), ("optimum", SmolLM3Config)}
     ],
 )
 def test_families_that_nobody_named_come_through(tracer: str, config, values, expected, tmp_path: Path) -> None:
-    path = tracing.trace_llm(model_of(config, **values), tmp_path, tracer, "it")
+    path = trace_llm(model_of(config, **values), tmp_path, tracer)
     found = nodes(path)
     assert {kind: sum(n for (k, *_), n in found.items() if k == kind) for kind in expected} == expected
     offsets = {dict(rest)["offset"] for kind, *rest in found if kind == NORM}
@@ -147,25 +147,23 @@ def test_families_that_nobody_named_come_through(tracer: str, config, values, ex
 @pytest.mark.parametrize(
     ("config", "values", "named"),
     [
-        (Gemma2Config, {"head_dim": 8, "attn_logit_softcapping": 5.0}, "caps its scores at 5"),
-        (MistralConfig, {"sliding_window": 16}, "a sliding window of 16 tokens, less than the context of 64"),
-        (CohereConfig, {}, "turns neighbouring numbers"),
-        (Llama4TextConfig, {"head_dim": 8, "attention_chunk_size": 16}, "a window that changes from row to row"),
+        (Llama4TextConfig, {"attention_chunk_size": 16}, "it: a window that changes from row to row"),
+        (GptOssConfig, {"num_local_experts": 2}, "it: the attention of layer 0 takes s_aux"),
     ],
     ids=lambda value: value.model_type if isinstance(value, type) else "",
 )
-def test_what_lowerings_have_no_word_for_is_refused_by_name(config, values, named, tmp_path: Path) -> None:
-    model = model_of(config, **values)
-    sizes = ModelShape(32, 96, 2, 4, 2, 8)
-    context = GraphContext(sizes, ((), ()), 64, ExportOptions(), tmp_path, Progress(quiet=True))  # type: ignore[arg-type]
-
-    def prepare() -> None:
-        graph = load(tracing.trace_llm(model, tmp_path, tracing.choose_tracer("auto"), "it")).graph
-        for step in PASSES:
-            step(graph, context)
-
+def test_what_the_seam_has_no_word_for_is_refused_by_name(config, values, named) -> None:
     with pytest.raises(ModelError, match=named):
-        prepare()
+        Seam(model_of(config, head_dim=8, **values), "it")
+
+
+def test_a_trace_that_fails_is_one_line(capfd, tmp_path: Path) -> None:
+    """Its rows choose what is computed, as those of a mixture of experts do."""
+    model = model_of(MistralConfig)
+    model.model.layers[0].mlp.register_forward_hook(lambda mlp, given, out: out if bool(out.sum() > 0) else -out)
+    with pytest.raises(ModelError, match=r"^it cannot be traced \(--tracer torch\): .*data-dependent.*"):
+        trace_llm(model, tmp_path, "torch")
+    assert capfd.readouterr().out == ""
 
 
 def test_the_model_is_as_it_was_after_a_trace_and_does_not_stay_in_memory(tmp_path: Path) -> None:
@@ -173,7 +171,7 @@ def test_the_model_is_as_it_was_after_a_trace_and_does_not_stay_in_memory(tmp_pa
     ids = torch.arange(40)[None]
     with torch.no_grad():
         before = model(ids).logits
-        tracing.trace_llm(model, tmp_path, "torch", "it")
+        trace_llm(model, tmp_path, "torch")
         assert torch.equal(model(ids).logits, before)
     weights = weakref.ref(model.model.embed_tokens.weight)
     del model

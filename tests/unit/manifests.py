@@ -22,6 +22,7 @@ def manifest_json(
             "source": "example/tiny",
             "revision": "0123abc",
             "architecture": "qwen2",
+            "tested": True,
             "shape": {
                 "hidden_size": 2,
                 "vocab_size": 12,

@@ -11,7 +11,8 @@ import pytest
 from mara_deploy import memory
 from mara_deploy.commands.memory import main
 from mara_deploy.memory import Setting, estimate
-from mara_export.hf.families import KNOWN_MODELS, Decoder, decoder_sizes
+from mara_export.hf.catalogue import KNOWN_MODELS
+from mara_export.hf.families import Decoder, decoder_sizes
 from mara_export.targets import PLACES, TARGETS
 from tests.unit import helpers
 
@@ -28,6 +29,19 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "google/gemma-2b-it": 2_506_172_416,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "google/gemma-3-270m-it": 268_098_176,
+    "google/gemma-3-1b-it": 999_885_952,
+    "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
 }
 """Parameters of the checkpoints, shared ones once, as the Hub and whoever has loaded them report."""
 LLAMA_1B = {
@@ -40,6 +54,7 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
+LONGROPE = {"model_type": "phi3", "rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 256}
 SMALL = Decoder(64, 512, 2, 4, 2, 16, 160, tied=True)
 
 
@@ -50,8 +65,13 @@ def test_every_alias_has_its_sizes_and_their_parameters_are_the_published_ones()
 def test_sizes_come_from_a_configuration():
     assert decoder_sizes(LLAMA_1B, "x") == KNOWN_MODELS["meta-llama/Llama-3.2-1B-Instruct"].decoder
     qwen3 = {**LLAMA_1B, "model_type": "qwen3", "head_dim": 128}
-    assert decoder_sizes(qwen3, "x").qk_norm
+    assert decoder_sizes(qwen3, "x").small == 16 * (2 * 2048 + 2 * 128) + 2048
     assert decoder_sizes(qwen3, "x").head_dim == 128
+    olmo2, starcoder2 = ({**LLAMA_1B, "model_type": kind} for kind in ("olmo2", "starcoder2"))
+    assert decoder_sizes(olmo2, "x").small == 16 * (2 * 2048 + (32 + 8) * 64) + 2048
+    assert [name for name, *_ in decoder_sizes(starcoder2, "x").matrices] == ["q", "k", "v", "o", "up", "down"]
+    assert decoder_sizes({**LLAMA_1B, "model_type": "gemma", "tie_word_embeddings": None}, "x").tied
+    assert decoder_sizes({**LLAMA_1B, "model_type": "of tomorrow"}, "x").parameters  # one that nobody has listed
     whole = decoder_sizes({**LLAMA_1B, "num_key_value_heads": None, "tie_word_embeddings": False}, "x")
     assert (whole.num_kv_heads, whole.tied) == (32, False)
     biased = decoder_sizes({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
@@ -153,10 +173,9 @@ def test_a_folder_with_a_configuration_is_a_model(capsys, tmp_path):
     ("config", "limit"),
     [
         ({}, 512),
-        ({"model_type": "mistral", "sliding_window": 256}, 256),
+        ({"model_type": "mistral", "sliding_window": 256}, 512),
         ({"model_type": "mistral", "sliding_window": None}, 512),
-        ({"model_type": "qwen2", "sliding_window": 256}, 512),
-        ({"model_type": "qwen2", "sliding_window": 256, "use_sliding_window": True}, 256),
+        (LONGROPE, 256),
     ],
 )
 def test_a_models_own_limit_is_the_largest_context(capsys, tmp_path, config, limit):

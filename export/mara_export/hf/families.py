@@ -34,13 +34,17 @@ class Family:
 
 
 FAMILIES = {
+    "arcee": Family(gated=False),
     "cohere2": Family(norms=1, tied=True),
+    "ernie4_5": Family(),
     "exaone4": Family(qk_norm="head"),
     "gemma": Family(tied=True),
     "gemma2": Family(norms=4, tied=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
+    "glm": Family(),
     "glm4": Family(norms=4),
     "granite": Family(),
+    "helium": Family(),
     "hunyuan_v1_dense": Family(qk_norm="head"),
     "llama": Family(),
     "mistral": Family(),

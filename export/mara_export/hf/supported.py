@@ -104,7 +104,7 @@ def _check_stored(config: Any, name: str) -> None:
 def _check_layers(config: Any, name: str) -> None:
     kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or ()
     state = next((key for key in config.to_dict() if key.startswith(_RECURRENT)), None)
-    if state is not None and not kinds:
+    if state is not None:
         raise ModelError(f"{name} has layers with a recurrent state ({state}), which is not supported")
     if other := sorted({str(kind) for kind in kinds} - _ATTENTION_LAYERS):
         raise ModelError(

@@ -1,0 +1,100 @@
+"""Tiny configurations of the tested families, their peculiarities on: windows of 16 tokens, soft caps, odd sizes.
+
+tests/checkpoints.py makes checkpoints of them, as of its own architectures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+WINDOW = 16
+_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0, "beta_slow": 1.0,
+}  # fmt: skip
+_LONG = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(6)],
+    "long_factor": [2.0 + i for i in range(6)],
+}
+_MOSTLY_LOCAL = ["sliding_attention"] * 3 + ["full_attention"]
+
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("Arcee", {"head_dim": 24}),
+    "cohere2": ("Cohere2", {"sliding_window": WINDOW, "layer_types": _MOSTLY_LOCAL, "logit_scale": 0.25}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 24, "use_bias": True}),
+    "exaone4": (
+        "Exaone4",
+        {"sliding_window": WINDOW, "sliding_window_pattern": "LLLG", "layer_types": _MOSTLY_LOCAL},
+    ),
+    "gemma": ("Gemma", {"head_dim": 24}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 200.0,
+            "query_pre_attn_scalar": 20,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3Text",
+        {
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "query_pre_attn_scalar": 20,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    "glm": ("Glm", {"head_dim": 24, "partial_rotary_factor": 0.5}),
+    "glm4": ("Glm4", {"head_dim": 24, "partial_rotary_factor": 0.5, "attention_bias": True}),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "helium": ("Helium", {"head_dim": 16}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "rope_theta": 1e4,
+            "rope_scaling": {**_YARN, "attention_factor": 1.2},
+        },
+    ),
+    "phi3": (
+        "Phi3",
+        {
+            "sliding_window": WINDOW,
+            "original_max_position_embeddings": 256,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": _LONG,
+        },
+    ),
+    "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], "rope_theta": 1e4, "rope_scaling": _YARN}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "use_bias": True}),
+}
+NAMES = tuple(_CONFIGS)
+"""By model_type, as mara_export.hf.families has them."""
+
+
+def config(name: str, sizes: dict[str, Any]) -> transformers.PretrainedConfig:
+    """The configuration of a family. sizes: of the checkpoint, in the words of Llama's."""
+    kind, peculiarities = _CONFIGS[name]
+    made: transformers.PretrainedConfig = getattr(transformers, f"{kind}Config")(
+        **{**sizes, "pad_token_id": 259, **peculiarities}
+    )
+    return made
