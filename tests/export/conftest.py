@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -19,16 +20,21 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
+from examples.demo_lm import corpus
 from mara_deploy import agent as agents
-from mara_deploy.demo import NAME, demo_agent, demo_model
+from mara_deploy.demo import MODEL_FOLDER, NAME, demo_agent, demo_model
+from mara_deploy.demo.prompts import prompts
 from mara_deploy.scores import load
 from mara_deploy.scores.function import load_function
 from mara_export.export import NamedAgent, Traced, finish, trace
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_export.targets import LOWERINGS
-from tests import checkpoints
+from mara_runtime import AlignedDecoder
+from tests import checkpoints, oracle
+from tests.export.following import Tally
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
 torch.set_num_threads(1)
@@ -128,8 +134,65 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, traced: Callable[[str], Tra
     return lambda architecture, lowering="ort", precision="fp32": make(architecture, lowering, precision)
 
 
+@pytest.fixture(scope="session")
+def subject(reference, agent):
+    """name → (Hugging Face model, agent, prompts of token ids): 50 of the demo, 20 of a random model."""
+
+    @cache
+    def get(name: str):
+        if name == "demo":
+            texts = [corpus.chat(p.text) for p in prompts(50, 11, True)]
+            ids = AutoTokenizer.from_pretrained(MODEL_FOLDER)(texts, add_special_tokens=False)["input_ids"]
+            return checkpoints.load(MODEL_FOLDER), demo_agent(), ids
+        lengths = (1, 2, 5, 17, 40)
+        ids = [prompt for n in lengths for prompt in checkpoints.random_prompts(4, seed=n, length=n)]
+        return reference(name), agent(name), ids
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tally(subject):
+    """(name, what is checked) → a tally. Rounding: the most that float32 changes in a logit of some prompts."""
+
+    @cache
+    def rounding(name: str) -> float:
+        model, _, prompts = subject(name)
+        exact = copy.deepcopy(model).double()
+        with torch.no_grad():
+            pairs = [(model(ids).logits, exact(ids).logits) for ids in map(torch.tensor, [[p] for p in prompts[-8:]])]
+        return max(float((rounded - logits).abs().max()) for rounded, logits in pairs)
+
+    return lambda name, what: Tally(f"{name}, {what}", rounding(name))
+
+
+@pytest.fixture(scope="session")
+def answers(subject):
+    """(name, count, every, options) → [(prompt, the oracle's answer)] of so many prompts, computed once.
+
+    every: take each prompt (1), each second one (2), …
+    """
+
+    @cache
+    def answer(name: str, index: int, **options):
+        model, agent, prompts = subject(name)
+        return oracle.decode(model, agent, prompts[index], eos_ids=model.generation_config.eos_token_id, **options)
+
+    def get(name: str, count: int | None = None, every: int = 2, **options):
+        chosen = list(enumerate(subject(name)[2]))[::every][:count]
+        return [(prompt, answer(name, index, **options)) for index, prompt in chosen]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def decoder(bundle):
+    """(name, lowering) → the product, on one thread."""
+    return cache(lambda name, lowering: AlignedDecoder(bundle(name, lowering), threads=1))
+
+
 PROGRESS = re.compile(
-    r"mara-export: loading PyTorch and transformers …|  \S.* +\d+\.\d s"
+    r"mara-export: loading PyTorch and transformers …|  \S.* +\d+\.\d s|  note: .*"
     r"|engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)"
 )
 

@@ -14,15 +14,7 @@ import pytest
 from mara_runtime import DecodeConfig
 from mara_runtime.config import FALLBACKS, ORDERS, STRATEGIES
 from tests import checkpoints, oracle
-from tests.export.test_exactness import (  # noqa: F401
-    MARGIN_TOLERANCE,
-    WAYS,
-    Tally,
-    agrees,
-    decoder,
-    subject,
-    tally,
-)
+from tests.export.following import MARGIN_TOLERANCE, WAYS, Tally, agrees
 
 PLACES = 8
 
@@ -51,8 +43,8 @@ def test_each_of_many_conversations_is_answered_as_if_it_were_alone(
     tokens,
     reference,
     agent,
-    decoder,  # noqa: F811
-    tally,  # noqa: F811
+    decoder,
+    tally,
 ) -> None:
     """The oracle's answers are computed once for all lowerings."""
     name = "llama"

@@ -290,7 +290,8 @@ def test_a_wrong_value_of_a_models_configuration_is_named(tmp_path: Path, capsys
     for text, named in (
         ("{", "is not JSON"),
         ("[]", "is not a Hugging Face configuration"),
-        (json.dumps({**config, "model_type": "gemma"}), "'gemma'"),
+        (json.dumps({**config, "model_type": 7}), "model_type = 7"),
+        (json.dumps({**config, "text_config": {}}), "more than text"),
         (json.dumps({**config, "hidden_size": None}), "hidden_size = None"),
         (json.dumps({**config, "vocab_size": 0}), "vocab_size = 0"),
         (json.dumps({**config, "num_hidden_layers": "16"}), "num_hidden_layers = '16'"),

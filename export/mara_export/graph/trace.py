@@ -59,8 +59,8 @@ def trace_llm(model: Any, folder: Path, tracer: str, name: str, context: int, po
     """
     path = folder / "model.onnx"
     with _quiet():
-        seam = Seam(model, name)
         try:
+            seam = Seam(model, name)
             _door(tracer).trace(model, seam, path)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # torch's own are among them
             raise ModelError(f"{name} cannot be traced (--tracer {tracer}): {first_line(error)}") from error

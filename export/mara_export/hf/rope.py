@@ -92,9 +92,8 @@ def complete_rope(config: Any, said: Mapping[str, Any], name: str) -> None:
 
 def missing_rope(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a config.json says in `rope_parameters` alone, under its names in version 4. said: its content."""
-    scaling = dict(said.get("rope_parameters") or {})
-    old = {"rope_theta": scaling.pop("rope_theta", None), "rope_scaling": scaling or None}
-    return {name: value for name, value in old.items() if value is not None and said.get(name) is None}
+    together = _apart(said.get("rope_parameters") or {})
+    return {name: value for name, value in together.items() if value is not None and said.get(name) is None}
 
 
 def _apart(together: Mapping[str, Any]) -> dict[str, Any]:
