@@ -91,6 +91,11 @@ NAMES = tuple(_CONFIGS)
 """By model_type, as mara_export.hf.families has them."""
 
 
+def peculiarities(name: str) -> list[str]:
+    """Settings in which a family's tiny configuration differs from the classes' defaults, sizes apart."""
+    return [key for key in _CONFIGS[name][1] if key != "head_dim"] if name in _CONFIGS else []
+
+
 def config(name: str, sizes: dict[str, Any]) -> transformers.PretrainedConfig:
     """The configuration of a family. sizes: of the checkpoint, in the words of Llama's."""
     kind, peculiarities = _CONFIGS[name]

@@ -84,8 +84,7 @@ def trace(
     progress = progress or Progress(quiet=True)
     tracer = choose_tracer(tracer)
     return_large_blocks()
-    config, context = vet(source, agents, max_context)
-    check_traceable(config, source.name, tracer)
+    config, context = vet(source, agents, max_context, tracer)
     sizes = decoder_sizes(config.to_dict(), source.name)
     if config.model_type not in FAMILIES:
         progress.note(
@@ -222,13 +221,16 @@ def export_all(
         return [finish(traced, options, out, progress) for options, out in bundles]
 
 
-def vet(source: ModelSource, agents: Sequence[NamedAgent], max_context: int | None = None) -> tuple[Any, int]:
+def vet(
+    source: ModelSource, agents: Sequence[NamedAgent], max_context: int | None = None, tracer: str = TRACERS[0]
+) -> tuple[Any, int]:
     """Reject, from the model's configuration alone, what cannot be exported. Returns it and the context length.
 
-    max_context: as in ExportOptions. Raises ModelError.
+    max_context, tracer: as in ExportOptions. Raises ModelError and OptionError.
     """
     config = load_config(source)
     context = check_supported(config, source.name, max_context)
+    check_traceable(config, source.name, choose_tracer(tracer))
     for each in agents:
         check_size(each, config.hidden_size, source.name)
     return config, context

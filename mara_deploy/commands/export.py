@@ -67,9 +67,20 @@ def parser() -> Parser:
         "gate compares the bundle with Hugging Face first: a bundle that computes something else is not written.",
         EPILOG,
     )
+    options.add_argument("--list-models", action=_ListModels, nargs=0, help="show the models with an alias and exit")
     add_options(options, ExportArguments)
     add_options(options.add_argument_group("export"), ExportOptions, several=("target", "precision"))
     return options
+
+
+class _ListModels(argparse.Action):
+    """As --version, for the aliases."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from mara_export.hf.catalogue import listing
+
+        print("\n".join(listing()))
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +113,7 @@ def _export(args: argparse.Namespace) -> None:
         return _folders(arguments.out, exports, "-".join(names))
 
     def check_before_download(config_only: ModelSource) -> None:
-        vet(config_only, agents, exports[0].max_context)
+        vet(config_only, agents, exports[0].max_context, exports[0].tracer)
         for folder in folders(config_only):
             require_free(folder)
 

@@ -43,7 +43,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         edited("TensorScatter", lambda graph, node: [setattr(a, "i", -1) for a in node.attribute if a.name == "axis"]),
         r"node \S+ \(TensorScatter\): ",
     ),
-    "lost layer": (edited("RotaryEmbedding", lose), "read 3 ROTARY_EMBEDDING layers from the graph.* should have 4"),
+    "lost layer": (edited("TensorScatter", lose), "read 3 KV_CACHE_UPDATE layers from the graph.* should have 4"),
     "no file": (Path.unlink, r"step\.onnx cannot be read: "),
     "cut file": (lambda path: path.write_bytes(path.read_bytes()[:-3]), r"step\.onnx cannot be read: "),
 }

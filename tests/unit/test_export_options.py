@@ -2,6 +2,9 @@
 
 import pytest
 
+from mara_deploy.commands import export
+from mara_export.hf.catalogue import ALIASES
+from mara_export.hf.families import FAMILIES
 from mara_export.options import ExportOptions, Quantisation
 from mara_export.targets import COLUMN
 
@@ -41,3 +44,15 @@ def test_blocks_are_the_targets_own(target, precision, how):
     assert ExportOptions(target, precision=precision).quantisation == how
     kept = ExportOptions(target, precision=precision, keep=("*/lm_head/*",)).quantisation
     assert kept.to_json() == {**how.to_json(), "keep": ["*/lm_head/*"]}
+
+
+def test_the_models_with_an_alias_are_listed(capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        export.main(["--list-models"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1 : 1 + len(ALIASES)]] == [[a, m.hub_id] for a, m in ALIASES.items()]
+    assert {line.split()[0] for line in lines if line.endswith("yes")} == {
+        "llama3", "llama3.1", "llama3.2-1b", "llama3.2-3b", "mistral",
+    }  # fmt: skip
+    assert set(FAMILIES) <= set(lines[-2].rstrip(".").split(", "))

@@ -21,6 +21,7 @@ from types import ModuleType
 from onnx import helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mara_export.errors import ModelError
 from mara_export.graph import decomposed, ort, portable, traced
 from mara_export.graph.nodes import GraphContext, GraphPass, Tables
 from mara_export.graph.precision import narrow, store_float16
@@ -28,6 +29,7 @@ from mara_export.graph.step import join_agents
 from mara_export.graph.weights import load, save, tie_head
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress, no_logs
+from mara_runtime.graph_file import OPERATORS
 from mara_runtime.tensors import ModelShape, spare_slots
 
 LOWERINGS: dict[str, ModuleType] = {"ort": ort, "portable": portable, "decomposed": decomposed}
@@ -75,6 +77,12 @@ def write(trace: TracedGraph, options: ExportOptions, path: Path, progress: Prog
                 for step in steps:
                     step(graph, context)
                     RemoveUnusedNodesPass()(model)
+        for node in graph.all_nodes():
+            if node.op_type not in OPERATORS.get(node.domain, ()):
+                raise ModelError(
+                    f"the model's {node.name} is {node.op_type!r}, an operator that bundles may not have: its "
+                    "family is not supported"
+                )
         with progress.stage("write"):
             graph.sort()
             opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from mara_export.errors import ModelError
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
     HEADS_LAST,
@@ -24,6 +25,7 @@ from mara_export.graph.nodes import (
     replace_node,
 )
 from mara_export.graph.qdq import quantise_qdq
+from mara_export.targets import TARGETS
 from mara_runtime import tensors
 
 OPSETS = {"": 24}
@@ -39,6 +41,11 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
             add("TensorScatter", past, new, write, out=f"{node.name}/{part}", axis=-2, mode="linear")
             for part, past, new in (("key", past_k, k), ("value", past_v, v))
         )
+        if attribute(node, "softcap") and TARGETS[context.options.target].is_tensorrt:
+            raise ModelError(
+                "the model caps its attention scores, which TensorRT's attention cannot do: export with --lowering "
+                "decomposed"
+            )
         known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
         out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", **known)
         by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from mara_export.hf.families import FAMILIES, Decoder, decoder_of
 from mara_runtime.tensors import ModelShape
@@ -17,6 +17,8 @@ class KnownModel:
     context: int
     """tokens: max_position_embeddings, but of LongRoPE the length up to which it does not change angles"""
     decoder: Decoder
+    agents: bool = False
+    """agents were released for it with MARA"""
 
 
 def _row(
@@ -29,14 +31,15 @@ def _row(
     heads: str,
     vocab: int,
     tied: bool | None = None,
-    **config: Any,
+    *,
+    agents: bool = False,
 ) -> KnownModel:
-    """heads: "queries/keys×size", as 14/2×64. tied: default as in the family. config: of decoder_of."""
+    """heads: "queries/keys×size", as 14/2×64. tied: default as in the family."""
     counts, _, size = heads.partition("×")
     num_heads, num_kv_heads = map(int, counts.split("/"))
     shape = ModelShape(hidden, vocab, layers, num_heads, num_kv_heads, int(size))
     tied = FAMILIES[model_type].tied if tied is None else tied
-    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied, **config))
+    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied), agents)
 
 
 ALIASES = {
@@ -46,15 +49,25 @@ ALIASES = {
     "qwen2.5-1.5b": _row("qwen2", "Qwen/Qwen2.5-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
     "qwen3": _row("qwen3", "Qwen/Qwen3-0.6B", 40960, 28, 1024, 3072, "16/8×128", 151936, True),
     "qwen3-1.7b": _row("qwen3", "Qwen/Qwen3-1.7B", 40960, 28, 2048, 6144, "16/8×128", 151936, True),
-    "llama3": _row("llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8192, 32, 4096, 14336, "32/8×128", 128256),
-    "llama3.1": _row("llama", "meta-llama/Llama-3.1-8B-Instruct", 131072, 32, 4096, 14336, "32/8×128", 128256),
-    "llama3.2-1b": _row("llama", "meta-llama/Llama-3.2-1B-Instruct", 131072, 16, 2048, 8192, "32/8×64", 128256, True),
-    "llama3.2-3b": _row("llama", "meta-llama/Llama-3.2-3B-Instruct", 131072, 28, 3072, 8192, "24/8×128", 128256, True),
+    "llama3": _row(
+        "llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8192, 32, 4096, 14336, "32/8×128", 128256, agents=True
+    ),
+    "llama3.1": _row(
+        "llama", "meta-llama/Llama-3.1-8B-Instruct", 131072, 32, 4096, 14336, "32/8×128", 128256, agents=True
+    ),
+    "llama3.2-1b": _row(
+        "llama", "meta-llama/Llama-3.2-1B-Instruct", 131072, 16, 2048, 8192, "32/8×64", 128256, True, agents=True
+    ),
+    "llama3.2-3b": _row(
+        "llama", "meta-llama/Llama-3.2-3B-Instruct", 131072, 28, 3072, 8192, "24/8×128", 128256, True, agents=True
+    ),
     "smollm2-135m": _row("llama", "HuggingFaceTB/SmolLM2-135M-Instruct", 8192, 30, 576, 1536, "9/3×64", 49152, True),
     "smollm2-360m": _row("llama", "HuggingFaceTB/SmolLM2-360M-Instruct", 8192, 32, 960, 2560, "15/5×64", 49152, True),
     "smollm2": _row("llama", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 8192, 24, 2048, 8192, "32/32×64", 49152, True),
     "smollm3": _row("smollm3", "HuggingFaceTB/SmolLM3-3B", 65536, 36, 2048, 11008, "16/4×128", 128256, True),
-    "mistral": _row("mistral", "mistralai/Mistral-7B-Instruct-v0.3", 32768, 32, 4096, 14336, "32/8×128", 32768),
+    "mistral": _row(
+        "mistral", "mistralai/Mistral-7B-Instruct-v0.3", 32768, 32, 4096, 14336, "32/8×128", 32768, agents=True
+    ),
     "phi3": _row("phi3", "microsoft/Phi-3-mini-4k-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
     "phi3.5": _row("phi3", "microsoft/Phi-3.5-mini-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
     "phi4-mini": _row("phi3", "microsoft/Phi-4-mini-instruct", 4096, 32, 3072, 8192, "24/8×128", 200064, True),
@@ -73,3 +86,18 @@ KNOWN_MODELS = {model.hub_id: model for model in ALIASES.values()}
 def hub_id_of(name: str) -> str:
     """The Hub id of an alias; any other name as it is."""
     return ALIASES[name].hub_id if name in ALIASES else name
+
+
+def listing() -> Iterator[str]:
+    """Lines: every alias with its model's Hub id, sizes, longest context, and whether agents were released for it."""
+    yield f"{'alias':<14}{'Hub id':<40}{'10⁹ parameters':>15}{'layers':>8}{'hidden':>8}{'context':>9}  released agents"
+    for alias, known in ALIASES.items():
+        sizes = known.decoder
+        yield (
+            f"{alias:<14}{known.hub_id:<40}{sizes.parameters / 1e9:>15.2f}{sizes.num_layers:>8}"
+            f"{sizes.hidden_size:>8}{known.context:>9}  {'yes' if known.agents else '–'}"
+        )
+    yield ""
+    yield "Any Hub id or folder of these architectures works, too:"
+    yield f"{', '.join(FAMILIES)}."
+    yield "Tested are tiny random models of each architecture. Another one is tried, and judged by its parity gate."

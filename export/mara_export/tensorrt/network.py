@@ -53,6 +53,7 @@ class Network:
         model = _read(path)
         self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
         self._inputs = model.graph.input
+        self._rotations = sum(node.op_type == "RotaryEmbedding" for node in model.graph.node)
         for value in (*model.graph.input, *model.graph.output):
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param in fixed:
@@ -78,8 +79,12 @@ class Network:
         Otherwise the KV cache would not be updated in place, or attention would not be fused.
         """
         kinds = self.kinds()
-        for kind, a_layer in (("ATTENTION_INPUT", 1), ("KV_CACHE_UPDATE", 2), ("ROTARY_EMBEDDING", 2)):
-            count = a_layer * num_layers
+        wanted = {
+            "ATTENTION_INPUT": num_layers,
+            "KV_CACHE_UPDATE": 2 * num_layers,
+            "ROTARY_EMBEDDING": self._rotations,  # layers of some models have none
+        }
+        for kind, count in wanted.items():
             if kinds.get(kind, 0) != count:
                 raise EngineError(
                     f"{name(self.trt)} read {kinds.get(kind, 0)} {kind} layers from the graph, which "
