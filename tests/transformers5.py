@@ -17,7 +17,14 @@ import tomllib
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     *("test_architectures.py", "test_chat_reference.py", "test_encode.py", "test_parity.py", "test_reward_model.py"),
-    *("test_tokenizer.py", "test_trace_lower.py", "test_tracers.py", "test_train_packed.py", "test_train_learner.py"),
+    *(
+        "test_families.py",
+        "test_tokenizer.py",
+        "test_trace_lower.py",
+        "test_tracers.py",
+        "test_train_packed.py",
+        "test_train_learner.py",
+    ),
 ]
 
 

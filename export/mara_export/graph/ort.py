@@ -42,6 +42,7 @@ from mara_export.graph.nodes import (
     replace_node,
 )
 from mara_export.graph.portable import rms_norms, rotary_attributes, rotary_embedding
+from mara_export.graph.precision import island
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
@@ -137,7 +138,8 @@ class _GroupedAttention:
         scaled = add("Mul", queries, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
         scores = capped(add, add("MatMul", scaled, columns, out=f"{name}/products"), node)
-        weights = add("Softmax", add("Add", scores, mask, out=f"{name}/masked"), out=f"{name}/weights", axis=-1)
+        masked = island(add("Add", scores, mask, out=f"{name}/masked"))
+        weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
         sums = add("MatMul", weights, values, out=f"{name}/sums")
         by_seat = add("Transpose", sums, out=f"{name}/heads_last", perm=HEADS_LAST)
         return add("Reshape", by_seat, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/attention")
