@@ -64,6 +64,14 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "helium": ("Helium", {"head_dim": 16}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 24,
+            "sliding_window": None,
+            "rope_parameters": {**_YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1},
+        },
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo3": (
         "Olmo3",
@@ -87,8 +95,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], "rope_theta": 1e4, "rope_scaling": _YARN}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "use_bias": True}),
 }
-NAMES = tuple(_CONFIGS)
-"""By model_type, as mara_export.hf.families has them."""
+NAMES = tuple(name for name, (kind, _) in _CONFIGS.items() if hasattr(transformers, f"{kind}Config"))
+"""By model_type, as mara_export.hf.families has them: those that this transformers knows."""
+LISTED = tuple(_CONFIGS)
+"""All of them."""
 
 
 def peculiarities(name: str) -> list[str]:

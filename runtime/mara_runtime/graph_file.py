@@ -26,9 +26,9 @@ OPERATORS = {
     domain: frozenset(names.split())
     for domain, names in {
         "": "Abs Add And ArgMax Attention Cast Clip Compress Concat Constant DequantizeLinear Div Equal Erf Exp Expand "
-        "Gather Gemm Greater Identity If LayerNormalization Less Log MatMul Mul Neg Or Pad Pow RMSNormalization Range "
-        "Reciprocal ReduceMean ReduceSum Relu Reshape RotaryEmbedding ScatterND Shape Sigmoid Size Slice Softmax "
-        "Split Sqrt Squeeze Sub Tanh TensorScatter TopK Transpose Unsqueeze Where",
+        "Floor Gather Gemm Greater Identity If LayerNormalization Less Log MatMul Mul Neg Or Pad Pow "
+        "RMSNormalization Range Reciprocal ReduceMean ReduceSum Relu Reshape RotaryEmbedding ScatterND Shape Sigmoid "
+        "Size Slice Softmax Split Sqrt Squeeze Sub Tanh TensorScatter TopK Transpose Unsqueeze Where",
         "com.microsoft": "GatherBlockQuantized MatMulNBits MultiHeadAttention RotaryEmbedding "
         "SkipSimplifiedLayerNormalization",
     }.items()

@@ -129,7 +129,7 @@ def test_a_mixture_of_experts_is_refused_where_it_would_be_traced_wrongly() -> N
 
 
 def test_every_listed_family_has_a_tiny_configuration() -> None:
-    assert {*families.NAMES, *checkpoints.ARCHITECTURES} == {*FAMILIES}
+    assert {*families.LISTED, *checkpoints.ARCHITECTURES} == {*FAMILIES}
 
 
 def test_the_sizes_come_from_the_configuration() -> None:

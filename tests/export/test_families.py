@@ -11,8 +11,8 @@ from mara_runtime import DecodeConfig
 from tests import families
 from tests.export.following import follow_all
 
-QUICK = {("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed")}
-"""Windows, soft caps, two rotary tables, neighbours that turn, layers without."""
+QUICK = {("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed"), ("ministral3", "ort")}
+"""Windows, soft caps, two rotary tables, neighbours that turn, layers without; a scale between turn and attention."""
 
 
 @pytest.mark.parametrize(

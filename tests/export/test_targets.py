@@ -74,8 +74,8 @@ QUICK = {
 ALL = {(name, lowering, p) for name, t in TARGETS.items() for lowering in t.lowerings for p in t.precisions}
 
 
-ELSEWHERE = {("", name) for name in ("Clip", "Erf", "Neg", "Pow", "Reciprocal")}
-"""What other families and the other tracer bring: OLMo clips, an exact GELU has Erf, a LayerNorm may be in parts."""
+ELSEWHERE = {("", name) for name in ("Clip", "Erf", "Floor", "Neg", "Pow", "Reciprocal")}
+"""What other families and the other tracer bring: OLMo clips, Ministral 3 scales by position, an exact GELU has Erf."""
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ FAMILIES = {
     "helium": Family(),
     "hunyuan_v1_dense": Family(qk_norm="head"),
     "llama": Family(),
+    "ministral3": Family(),  # of transformers 5
     "mistral": Family(),
     "olmo2": Family(qk_norm="width"),
     "olmo3": Family(qk_norm="width"),

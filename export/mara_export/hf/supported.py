@@ -44,6 +44,10 @@ _ROPE = {
 and what transformers reads for them"""
 
 
+_ROPE_OF = {"ministral3": ("llama_4_scaling_beta",)}
+"""and what an architecture reads beside that"""
+
+
 def check_supported(config: Any, name: str, max_context: int | None) -> int:
     """Reject what cannot be exported faithfully; return the context length to export with.
 
@@ -133,7 +137,7 @@ def _check_rope(config: Any, name: str) -> None:
             raise ModelError(
                 f"{name} has rope scaling {rope_type!r}, which is not supported; supported are {', '.join(_ROPE)}"
             )
-        known = ("rope_type", "type", *_ROPE[rope_type].split())
+        known = ("rope_type", "type", *_ROPE[rope_type].split(), *_ROPE_OF.get(config.model_type, ()))
         if unread := [key for key in rope if key not in known]:
             raise ModelError(
                 f"{name}: its config.json has {unread[0]} in rope_scaling, which nothing reads for {rope_type!r}: "
