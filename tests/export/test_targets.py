@@ -80,7 +80,10 @@ ELSEWHERE = {("", name) for name in ("Clip", "Erf", "Floor", "Neg", "Pow", "Reci
 
 @pytest.mark.parametrize(
     ("models", "combinations"),
-    [(("qwen2", "gemma2"), QUICK), pytest.param((*checkpoints.ARCHITECTURES, "gemma2"), ALL, marks=pytest.mark.long)],
+    [
+        (("qwen2", "starcoder2"), QUICK),
+        pytest.param((*checkpoints.ARCHITECTURES, "starcoder2"), ALL, marks=pytest.mark.long),
+    ],
     ids=["some", "all"],
 )
 def test_the_runtime_accepts_the_operators_that_exports_write_and_no_others(
