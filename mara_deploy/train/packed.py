@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
-from mara_export.graph.probes import UNREAD, Window, probe_window
+from mara_export.graph.probes import Window, check_attention, probe_window
 
 ATTENTION = "mara-packed"
 """`attn_implementation` to load the model with."""
@@ -286,16 +286,13 @@ class PackedLM:
     ) -> Tensor:
         """Note what a layer asks of attention."""
         name = self._name
-        if not isinstance(mask, Window):
-            raise ModelError(f"{name}: layer {index} has a mask of its own, which is not supported")
-        if odd := [n for n, value in more.items() if value is not None and value is not False and n not in UNREAD]:
-            raise ModelError(f"{name}: the attention of layer {index} takes {odd[0]}, which is not supported")
+        window = check_attention(mask, more, index, name)
         if index in self._layers:
             raise ModelError(f"{name}: layer {index} attends more than once in a pass, which is not supported")
         self._layers[index] = _Layer(
             scale=float(q.shape[-1] ** -0.5 if scaling is None else scaling),
             softcap=float(softcap or 0),
-            window=mask.size,
+            window=window.size,
             heads=q.shape[1],
             head_dim=q.shape[-1],
             entry=k.shape[1] * (k.shape[2] + v.shape[2]),

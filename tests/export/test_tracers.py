@@ -18,6 +18,7 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MistralConfig,
     Olmo2Config,
     PretrainedConfig,
@@ -35,17 +36,7 @@ from mara_export.options import ExportOptions
 from mara_runtime.errors import OptionError
 from tests import checkpoints
 from tests.export.conftest import MAX_CONTEXT
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
+from tests.families import SIZES
 
 
 def optimum_is_here() -> bool:
@@ -155,6 +146,13 @@ def test_families_that_nobody_named_come_through(tracer: str, config, values, ex
 def test_what_the_seam_has_no_word_for_is_refused_by_name(config, values, named) -> None:
     with pytest.raises(ModelError, match=named):
         Seam(model_of(config, head_dim=8, **values), "it")
+
+
+def test_a_part_that_heads_are_not_rotated_by_is_refused(tmp_path: Path) -> None:
+    """Said as transformers 4 has it, where Llama fails, and as 5 has it, where Llama passes over it."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(ModelError, match=r"has partial_rotary_factor = 0\.5|cannot be traced"):
+        trace_llm(model_of(LlamaConfig, partial_rotary_factor=0.5, rope_parameters=rope), tmp_path, "torch")
 
 
 def test_a_trace_that_fails_is_one_line(capfd, tmp_path: Path) -> None:

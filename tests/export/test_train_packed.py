@@ -37,22 +37,13 @@ from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import load_model
 from mara_export.hf.sources import resolve_model
 from tests import checkpoints
+from tests.families import SIZES
 
 TOLERANCE = 2e-5
 """For states of magnitude 1 to 10 in float32; measured 5e-6."""
 LENGTHS = (3, 70, 1)
 """Tokens of the texts. A window of 4 tokens ends behind the first, and within the second; that takes two blocks of
 capped scores."""
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
 MIXED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 FAMILIES: list[tuple[type[PretrainedConfig], dict[str, Any]]] = [

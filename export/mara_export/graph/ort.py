@@ -179,7 +179,7 @@ class _GroupedAttention:
             names = [f"{value.name}/{key[1]}" for value in key[0] if value is not None]
             self._tables[key] = [add.weight(*each) for each in zip(names, arrays, strict=True)]
         tables = self._tables[key]
-        still, more = len(read(key[0][0])), rotary_attributes(one)
+        still, more = dims(key[0][0])[0], rotary_attributes(one)
         if "rotary_embedding_dim" in more:
             more["num_heads"] = 1  # else it takes twice the tables' width for the size of a head
         positions = self._positions_of([each is not None for each in turning], heads, still)

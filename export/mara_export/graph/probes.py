@@ -15,7 +15,7 @@ from mara_export.errors import ModelError
 
 Attributes = dict[str, Any]
 """Of a node of the trace."""
-UNREAD = {
+_UNREAD = {
     "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
     "position_ids", "use_cache",
 }  # fmt: skip
@@ -90,6 +90,19 @@ def probe_window(mask_function: Callable[..., Tensor], name: str) -> Window:
     if len(sizes) != 1:
         raise ModelError(f"{name}: a window that changes from row to row, as in chunks, is not supported")
     return Window(sizes.pop())
+
+
+def check_attention(mask: Any, arguments: Attributes, layer: int, name: str) -> Window:
+    """What the mask of a layer's attention lets a row see.
+
+    arguments: those of transformers' attention function that its caller does not read. name: of the model, for
+    messages. Raises ModelError for another mask, and for arguments that may change what is computed.
+    """
+    if not isinstance(mask, Window):
+        raise ModelError(f"{name}: layer {layer} has a mask of its own, which is not supported")
+    if odd := [n for n, value in arguments.items() if value is not None and value is not False and n not in _UNREAD]:
+        raise ModelError(f"{name}: the attention of layer {layer} takes {odd[0]}, which is not supported")
+    return mask
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
 from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
-from mara_export.graph.probes import UNREAD, Attributes, Window, probe_norm, probe_rotary, probe_window
+from mara_export.graph.probes import Attributes, Window, check_attention, probe_norm, probe_rotary, probe_window
+from mara_export.hf.rope import rotated_part
 from mara_runtime import tensors
 
 IMPLEMENTATION = "mara"
@@ -169,14 +170,11 @@ class Seam:
         layer = int(module.layer_idx)
         shape = (*q.shape[:3], v.shape[-1])
         if self._make is None:
-            if not isinstance(attention_mask, Window):
-                raise ModelError(f"{self._name}: layer {layer} has a mask of its own, which is not supported")
-            if odd := [n for n, value in more.items() if value is not None and value is not False and n not in UNREAD]:
-                raise ModelError(f"{self._name}: the attention of layer {layer} takes {odd[0]}, which is not supported")
+            window = check_attention(attention_mask, more, layer, self._name)
             if v.shape != k.shape:
                 sizes = k.shape[-1], v.shape[-1]
                 raise ModelError(f"{self._name}: keys and values of different sizes, {sizes}, are not supported")
-            self._windows[layer] = attention_mask.size
+            self._windows[layer] = window.size
             out = q.new_zeros(shape)
         else:
             attributes = {
@@ -229,6 +227,13 @@ class Seam:
             found = [self._turns.get(key) for key in keys]
             if self._make is None or None in found or unsqueeze_dim != 1:
                 return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+            part = rotated_part(self._model.config)
+            for (_, width, head), turn in zip(keys, found, strict=True):
+                if part != 1 and width * (2 if (turn or {})["layout"] == "once" else 1) == head:
+                    raise ModelError(
+                        f"{self._name}: its config.json has partial_rotary_factor = {part!r}, which transformers does "
+                        f"not read for {self._model.config.model_type!r}: remove it"
+                    )
             made = [
                 self._make(ROTARY, (x, cos, sin), {**(turn or {}), "head_dim": int(x.shape[-1])}, [x.shape])[0]
                 for x, turn in zip(turning, found, strict=True)

@@ -86,7 +86,7 @@ def declare(graph: ir.Graph, inputs: Sequence[tensors.Tensor], outputs: Sequence
 def _make_masks(add: Builder, masks: Sequence[ir.Value]) -> None:
     """Compute the masks that a graph takes, (B, 1, M, C) additive: row i sees the slots below its position and its own.
 
-    Where a window ends it, the mask's name says so: slots from the position less the window on.
+    A sliding window, which the mask's name states, hides all slots but the last ones before the position.
     """
     slots = add.count_to(add("Shape", add.input(tensors.past(0, "key")), start=2, end=3))
     _, own = add.written()

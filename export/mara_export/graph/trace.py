@@ -62,7 +62,7 @@ def trace_llm(model: Any, folder: Path, tracer: str, name: str, context: int, po
         try:
             seam = Seam(model, name)
             _door(tracer).trace(model, seam, path)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:  # torch's own are among them
+        except (RuntimeError, ValueError, TypeError) as error:  # of the model's code and of PyTorch's exporters
             hint = "; --tracer torch may be able to" if tracer == "optimum" else ""
             raise ModelError(f"{name} cannot be traced (--tracer {tracer}): {first_line(error)}{hint}") from error
     return path, seam.rotary_tables(np.arange(positions).clip(max=context - 1))

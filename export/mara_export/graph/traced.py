@@ -95,7 +95,7 @@ def rotations(graph: ir.Graph, context: GraphContext) -> None:
         key = attribute(table, "module"), attribute(table, "layer_type")
         path = "/".join(filter(None, (_path(key[0]), key[1])))[1:]
         return [
-            add.weight(f"{path}/{part}", np.ascontiguousarray(said_once(angles, layout)))
+            add.weight(f"{path}/{part}/{layout}", np.ascontiguousarray(said_once(angles, layout)))
             for part, angles in zip(("cos", "sin"), context.rotary[key], strict=True)
         ]
 
@@ -132,10 +132,8 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
         window = attribute(node, "window")
         parts = ("key", "value")
         past = [add.input(tensors.past(layer, part)) for part in parts]
-        mask, write = (
-            add.input(mask_name(window if window < context.max_context else 0)),
-            add.input(tensors.WRITE_INDICES),
-        )
+        mask = add.input(mask_name(window if window < context.max_context else 0))
+        write = add.input(tensors.WRITE_INDICES)
         name = f"{_path(f'model.layers.{layer}.self_attn')}/{CACHED_ATTENTION}"
         out, *present = add.several(
             CACHED_ATTENTION,

@@ -1,7 +1,7 @@
 """The sizes of a decoder, from its configuration, and how families differ in them.
 
-A family need not be known here to be exported: FAMILIES lists those that are tested; a model of another one is tried,
-its parity gates judge it, and its manifest says so. What these facts serve is memory: how many parameters there are.
+FAMILIES lists the tested families. A model of any other family is exported if it passes the parity gate, and its
+manifest marks it as untested. The memory model takes the number of parameters from these tables.
 
 Imports neither torch nor onnx: help texts and the memory model read these tables.
 """

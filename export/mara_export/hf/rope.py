@@ -30,8 +30,15 @@ def rope_kinds(config: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in kind.items() if name not in _BESIDE} for kind in kinds]
 
 
+def rotated_part(config: Any) -> Any:
+    """The part of each head that a configuration object wants rotated, where it says so for all layers; else 1."""
+    together = getattr(config, "rope_parameters", None) if kept_together(config) else None
+    part = (together or {}).get("partial_rotary_factor")
+    return getattr(config, "partial_rotary_factor", None) or 1 if part is None else part
+
+
 def _by_layer(together: Mapping[str, Any]) -> bool:
-    """Do kinds of layers have rotary settings of their own? Only version 5 says so."""
+    """Whether these are rotary settings per kind of layer, as only version 5 writes them."""
     return bool(together) and all(isinstance(value, dict) for value in together.values())
 
 

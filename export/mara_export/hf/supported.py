@@ -42,8 +42,6 @@ _ROPE = {
 }
 """rope types whose angles do not depend on the length of the text, or only beyond a length at which the context is cut;
 and what transformers reads for them"""
-
-
 _ROPE_OF = {"ministral3": ("llama_4_scaling_beta",)}
 """and what an architecture reads beside that"""
 
@@ -87,7 +85,7 @@ def longest_context(config: Any) -> int | None:
 
 def check_traceable(config: Any, name: str, tracer: str) -> None:
     """Reject what a tracer would trace wrongly. tracer: "optimum" or "torch". Raises OptionError."""
-    experts = next((key for key in _EXPERTS if (getattr(config, key, None) or 0) > 1), None)
+    experts = next((key for key in _EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
     if experts is not None and tracer == "optimum":  # it would keep the experts of the example
         raise OptionError(
             f"--tracer is 'optimum'; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which it "
