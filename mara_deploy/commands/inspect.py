@@ -81,8 +81,8 @@ def summary(bundle: Bundle) -> list[str]:
     lines = [
         f"bundle    {bundle.folder}  ({total / 1e6:.1f} MB)",
         f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
-        f"          {m.model.architecture}, {shape.num_layers} layers, hidden size {shape.hidden_size}, "
-        f"vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
+        f"          {m.model.architecture}{'' if m.model.tested else ' (untested)'}, {shape.num_layers} layers, "
+        f"hidden size {shape.hidden_size}, vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
         *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
         *(line for agent in m.agents for line in _agent(m, agent)),
         *([] if m.agents else ["agent     none: mara-agent adds one"]),
