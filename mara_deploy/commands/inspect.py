@@ -132,10 +132,10 @@ def structure_lines(report: dict[str, Any] | None) -> list[str]:
     if report is None:
         return ["structure NOT CHECKED: exported with --no-gate"]
     windows = sorted({window for window in report["windows"] if window})
-    within = f", windows of {', '.join(map(str, windows))} tokens" if windows else ""
+    layers = f"{report['layers']} small random layers"
+    layers += f" with windows of {', '.join(map(str, windows))} tokens" if windows else ""
     return [
-        f"structure passed: {report['prompts']} prompts, {report['rows']} token rows, on {report['layers']} small random "
-        f"layers{within}",
+        f"structure passed: {report['prompts']} prompts, {report['rows']} token rows, {layers}",
         *compared(report, MODEL_NUMBERS, MODEL_OUTCOMES),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.checkpoints import named
 from tests.export.conftest import copy_model
 from tests.export.test_export import Stages
 
-QUICK = ("gemma2", "cohere2", "ministral3")
+QUICK = {("gemma2", "torch"), ("cohere2", "optimum"), ("smollm3", "optimum"), ("ministral3", "torch")}
 BOUND = parity.GATES["fp32"].greatest_difference
 SIZES = {**families.SIZES, "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 4}
 
@@ -122,9 +123,12 @@ def test_a_configuration_that_cannot_be_cut_is_named(tmp_path, monkeypatch) -> N
 # --- what passes, and what does not ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tracer", tracers())
 @pytest.mark.parametrize(
-    "family", [pytest.param(n, marks=() if n in QUICK else pytest.mark.long) for n in families.NAMES]
+    ("family", "tracer"),
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.long)
+        for pair in product(families.NAMES, tracers())
+    ],
 )
 def test_a_tested_family_passes_in_every_lowering(family, tracer, tmp_path) -> None:
     config = families.config(family, SIZES)
