@@ -32,6 +32,7 @@ from mara_export.hf.tokenizer import (
 )
 from mara_export.hf.weights import Weights, empty_model
 from mara_export.options import ExportOptions
+from mara_export.parity.structure import StructuralGate
 from mara_export.progress import Progress
 from mara_export.space import check_space
 from mara_export.targets import TRACERS
@@ -57,6 +58,8 @@ class Traced:
     max_candidates: int
     reference: parity.Reference | None
     """Hugging Face's results for the parity gate; None: traced without"""
+    structure: StructuralGate | None
+    """None: traced without"""
 
     @property
     def max_context(self) -> int:
@@ -75,12 +78,14 @@ def trace(
     eos: Sequence[str] = (),
     ignore_weights: Sequence[str] = (),
     tracer: str = TRACERS[0],
+    lowerings: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. Raises ModelError, and
-    OptionError for tokens that the tokenizer does not have and patterns without weights.
+    max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. lowerings: those of bundles to
+    come, whose structural gate is run first. Raises ModelError, ParityError, and OptionError for tokens that the
+    tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
     tracer = choose_tracer(tracer)
@@ -112,8 +117,12 @@ def trace(
         if each.agent.origin is not None:
             for doubt in each.agent.origin.doubts(source.name, fingerprint, template_checksum(tokenizer)):
                 progress.note(f"note: the agent {each.name} may not align this model: {doubt}")
-    reference = None
+    reference = structure = None
     if gate:
+        (folder / "miniature").mkdir()
+        structure = StructuralGate(config, source.name, tracer, folder / "miniature")
+        for lowering in dict.fromkeys(lowerings):
+            structure.report(lowering, progress)
         with progress.stage("run the reference (Hugging Face eager)"):
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             in_torch = [each.agent for each in agents]
@@ -141,6 +150,7 @@ def trace(
         tracer,
         max_candidates,
         reference,
+        structure,
     )
 
 
@@ -157,6 +167,8 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
         if traced.tokenizer is not None:
             manifest = replace(manifest, tokenizer=write_tokenizer(traced.tokenizer, folder))
         manifest = replace(manifest, agents=tuple(each.write(folder) for each in traced.agents))
+        if traced.structure is not None and options.gate:
+            manifest = replace(manifest, structure=traced.structure.report(options.lowering, progress))
         if reference is not None:
             with progress.stage("parity gate"):
                 manifest = _check_parity(Bundle(folder, manifest), reference, options, progress)
@@ -214,6 +226,7 @@ def export_all(
             eos=first.eos,
             ignore_weights=first.ignore_weights,
             tracer=first.tracer,
+            lowerings=[options.lowering for options, _ in bundles],
             progress=progress,
         )
         return [finish(traced, options, out, progress) for options, out in bundles]
@@ -303,6 +316,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
             "onnxruntime": onnxruntime.__version__,
         },
         parity=None,
+        structure=None,
         noise=None,
         files={},
     )

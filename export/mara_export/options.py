@@ -121,9 +121,7 @@ class ExportOptions(Options):
         choices=TRACERS,
         unset="optimum where it is installed",
     )
-    gate: bool = option(
-        True, "skip the parity gate, which compares the bundle with Hugging Face; recorded in the manifest"
-    )
+    gate: bool = option(True, "skip the gates, which compare the bundle with Hugging Face; recorded in the manifest")
 
     def __post_init__(self) -> None:
         super().__post_init__()

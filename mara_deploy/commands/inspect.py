@@ -97,7 +97,7 @@ def summary(bundle: Bundle) -> list[str]:
         f"tokenizer {text}",
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
     ]
-    return lines + parity_lines(m.parity)
+    return lines + structure_lines(m.structure) + parity_lines(m.parity)
 
 
 def _agent(manifest: Manifest, agent: AgentFacts) -> list[str]:
@@ -124,6 +124,19 @@ def _training(training: Training | None) -> list[str]:
         f"{training.transitions:,} transitions, {training.updates:,} updates",
         f"          with top-k {training.top_k}, top-p {training.top_p}, answers of up to "
         f"{training.max_new_tokens} tokens, prompts in {prompts}",
+    ]
+
+
+def structure_lines(report: dict[str, Any] | None) -> list[str]:
+    """What the structural gate's report says, for people."""
+    if report is None:
+        return ["structure NOT CHECKED: exported with --no-gate"]
+    windows = sorted({window for window in report["windows"] if window})
+    layers = f"{report['layers']} small random layers"
+    layers += f" with windows of {', '.join(map(str, windows))} tokens" if windows else ""
+    return [
+        f"structure passed: {report['prompts']} prompts, {report['rows']} token rows, {layers}",
+        *compared(report, MODEL_NUMBERS, MODEL_OUTCOMES),
     ]
 
 

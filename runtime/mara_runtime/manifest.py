@@ -166,6 +166,8 @@ class Manifest:
     """{package: version}"""
     parity: dict[str, Any] | None
     """report of the parity gate; None when it was skipped"""
+    structure: dict[str, Any] | None
+    """report of the structural gate: of a miniature of the model, in this lowering; None when it was skipped"""
     noise: float | None
     """of logits between pass widths, in nats; None when not measured"""
     files: dict[str, FileEntry]

@@ -29,6 +29,7 @@ from mara_runtime.reports import (
     read_build,
     read_parity,
     read_quantisation,
+    read_structure,
 )
 from mara_runtime.tensors import CACHE_BYTES, ModelShape
 from mara_runtime.training import Training
@@ -106,6 +107,7 @@ class _Reader(JsonReader):
             ),
             made_with=self.dict_of(str, "made_with", shown=True),
             parity=read_parity(self, "parity", MODEL_NUMBERS, MODEL_OUTCOMES),
+            structure=read_structure(self, "structure"),
             noise=self._noise("noise"),
             files={
                 name: FileEntry(entry["size_bytes"], entry["sha256"])

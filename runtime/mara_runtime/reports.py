@@ -68,3 +68,12 @@ def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes:
     for name in numbers:
         reader.number(f"{path}.{name}")
     return report
+
+
+def read_structure(reader: JsonReader, path: str) -> Facts | None:
+    """The report of the structural gate; None: it was not run."""
+    report = read_parity(reader, path, MODEL_NUMBERS, MODEL_OUTCOMES)
+    if report is not None:
+        reader.count(f"{path}.layers")
+        reader.counts(f"{path}.windows", least=0)
+    return report

@@ -52,6 +52,7 @@ def manifest_json(
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
         "parity": parity_json(),
+        "structure": {"layers": 2, "windows": [0, 16], **parity_json()},
         "noise": 0.0025,
         "files": {
             name: {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -57,7 +57,8 @@ OPEN = {
 """Whose content the format leaves open."""
 NULLABLE = {
     ("model", "revision"), ("step", "quantisation"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",),
-    ("noise",), ("parity", "perplexity"), ("parity", "largest_activation"),
+    ("noise",), ("structure",),
+    *((gate, name) for gate in ("parity", "structure") for name in ("perplexity", "largest_activation")),
     *(("agents", "0", name) for name in ("training", "parity", "noise")), ("agents", "0", "training", "chat_template"),
 }  # fmt: skip
 
@@ -172,6 +173,9 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("step", "quantisation", "block_size"), -2),
         (("parity", "passed"), False),
         (("parity", "rows"), -1),
+        (("structure", "passed"), False),
+        (("structure", "layers"), 0),
+        (("structure", "windows"), [-1]),
         *((("engines", "0", "options"), {name: "3"}) for name in ("layers", "seconds", "version_compatible")),
         (("engines", "0", "options"), {"layers": "all"}),
         (("engines", "0", "options"), {"decomposable": 3}),

@@ -19,6 +19,9 @@ of its block: a hundredth of that flips no level in most rows, and by itself mov
 PERTURBED_ROWS = 8
 """Rows per pass of the perturbed run; later passes see the changed entries of earlier ones."""
 
+Text = tuple[Sequence[int], Sequence[int]]
+"""A prompt, and candidates after it."""
+
 
 def perturber(engine: CpuEngine) -> Callable[[int], None]:
     """A function that perturbs the entries of a KV slot, by the same random numbers in every export."""
@@ -52,30 +55,18 @@ def run_rows(
     return next(_sides(engine, [(prompt, candidates)], agents, perturb))
 
 
-def _sides(
-    engine: Engine,
-    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    agents: int,
-    perturb: Callable[[int], None] | None,
-) -> Iterator[Side]:
-    """texts: prompts, and candidates after each."""
+def run_parts(engine: Engine, cases: Sequence[Case], width: int) -> Iterator[Rows]:
+    """Run an engine without agents over cases, prompts in parts of `width` rows: the rows of each case."""
+    for case in cases:
+        yield _in_parts(engine, (case.tokens, case.siblings), 0, width, lambda slot: None)
+
+
+def _sides(engine: Engine, texts: Sequence[Text], agents: int, perturb: Callable[[int], None] | None) -> Iterator[Side]:
 
     def work(tokens: Sequence[int], positions: Sequence[int], slot: int) -> Pass:
         return Pass.full_outputs(tokens, positions, slot, agents)
 
-    def rows(out: StepOutput) -> Rows:
-        assert out.hidden is not None
-        assert out.logits is not None
-        return Rows(out.hidden.copy(), out.logits.copy(), out.margins.reshape(agents, len(out.hidden)).T.copy())
-
-    def siblings(prompt: Sequence[int], candidates: Sequence[int]) -> Pass:
-        return work(candidates, [len(prompt)] * len(candidates), len(prompt))
-
-    def straight(prompt: Sequence[int], candidates: Sequence[int]) -> Rows:
-        passes = work(prompt, range(len(prompt)), 0), siblings(prompt, candidates)
-        return Rows.concatenate([rows(engine.run(one)) for one in passes])
-
-    def recomputed(group: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Rows]:
+    def recomputed(group: Sequence[Text]) -> list[Rows]:
         """Row by row, those of several texts in one pass, each text a row behind the one before."""
         parts: list[list[Rows]] = [[] for _ in group]
         for step in range(max(len(prompt) + len(candidates) for prompt, candidates in group) + len(group) - 1):
@@ -85,22 +76,34 @@ def _sides(
                 if 0 <= slot < len(text):
                     works.append((place, work([text[slot]], [min(slot, len(prompt))], slot)))
             for (place, _), out in zip(works, engine.run_together(works), strict=True):
-                parts[place].append(rows(out))
+                parts[place].append(_rows(out, agents))
         return [Rows.concatenate(part) for part in parts]
 
-    def perturbed(prompt: Sequence[int], candidates: Sequence[int]) -> Rows | None:
-        if perturb is None:
-            return None
-        parts = []
-        for start in range(0, len(prompt), PERTURBED_ROWS):
-            slots = range(start, min(start + PERTURBED_ROWS, len(prompt)))
-            parts.append(rows(engine.run(work(prompt[slots.start : slots.stop], slots, start))))
-            for slot in slots:
-                perturb(slot)
-        return Rows.concatenate([*parts, rows(engine.run(siblings(prompt, candidates)))])
+    def perturbed(text: Text) -> Rows | None:
+        return None if perturb is None else _in_parts(engine, text, agents, PERTURBED_ROWS, perturb)
 
     count = min(len(texts), engine.places.most)
     engine.places.open(count)
     again = [rows for start in range(0, len(texts), count) for rows in recomputed(texts[start : start + count])]
     for text, other in zip(texts, again, strict=True):
-        yield Side(straight(*text), other, perturbed(*text))
+        straight = _in_parts(engine, text, agents, len(text[0]), lambda slot: None)
+        yield Side(straight, other, perturbed(text))
+
+
+def _in_parts(engine: Engine, text: Text, agents: int, width: int, then: Callable[[int], None]) -> Rows:
+    """A prompt in passes of `width` rows, then its candidates in one. then: called with each slot of the prompt."""
+    (prompt, candidates), parts = text, []
+    for start in range(0, len(prompt), width):
+        slots = range(start, min(start + width, len(prompt)))
+        part = Pass.full_outputs(prompt[slots.start : slots.stop], slots, start, agents)
+        parts.append(_rows(engine.run(part), agents))
+        for slot in slots:
+            then(slot)
+    siblings = Pass.full_outputs(candidates, [len(prompt)] * len(candidates), len(prompt), agents)
+    return Rows.concatenate([*parts, _rows(engine.run(siblings), agents)])
+
+
+def _rows(out: StepOutput, agents: int) -> Rows:
+    assert out.hidden is not None
+    assert out.logits is not None
+    return Rows(out.hidden.copy(), out.logits.copy(), out.margins.reshape(agents, len(out.hidden)).T.copy())
