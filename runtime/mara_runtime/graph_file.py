@@ -29,7 +29,7 @@ OPERATORS = {
         "Floor Gather Gemm Greater Identity If LayerNormalization Less Log MatMul Mul Neg Or Pad Pow "
         "RMSNormalization Range Reciprocal ReduceMean ReduceSum Relu Reshape RotaryEmbedding ScatterND Shape Sigmoid "
         "Size Slice Softmax Split Sqrt Squeeze Sub Tanh TensorScatter TopK Transpose Unsqueeze Where",
-        "com.microsoft": "GatherBlockQuantized MatMulNBits MultiHeadAttention RotaryEmbedding "
+        "com.microsoft": "GatherBlockQuantized MatMulNBits MoE MultiHeadAttention QMoE RotaryEmbedding "
         "SkipSimplifiedLayerNormalization",
     }.items()
 }

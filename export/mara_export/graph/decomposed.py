@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from mara_export.graph.experts import all_experts
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
     HEADS_LAST,
@@ -139,4 +140,4 @@ def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
 
 
 QUANTISE: GraphPass = quantise_qdq
-PASSES: tuple[GraphPass, ...] = (attention, rotary, rms_norms)
+PASSES: tuple[GraphPass, ...] = (attention, rotary, rms_norms, all_experts)

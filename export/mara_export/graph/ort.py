@@ -21,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mara_export.graph.decomposed import capped
+from mara_export.graph.experts import chosen_experts
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
@@ -286,4 +287,11 @@ def _before_rotary(qkv: Sequence[ir.Value | None]) -> tuple[list[ir.Value], list
 
 
 QUANTISE: GraphPass = quantise
-PASSES: tuple[GraphPass, ...] = (grouped_attention, rotary_embedding, rms_norms, join_projections, fuse_residuals)
+PASSES: tuple[GraphPass, ...] = (
+    grouped_attention,
+    rotary_embedding,
+    rms_norms,
+    chosen_experts,
+    join_projections,
+    fuse_residuals,
+)

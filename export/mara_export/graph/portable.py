@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mara_export.errors import ModelError
+from mara_export.graph.experts import all_experts
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
     HEADS_LAST,
@@ -78,4 +79,4 @@ def rotary_attributes(node: ir.Node) -> dict[str, Any]:
 
 
 QUANTISE: GraphPass = quantise_qdq
-PASSES: tuple[GraphPass, ...] = (cached_attention, rotary_embedding, rms_norms)
+PASSES: tuple[GraphPass, ...] = (cached_attention, rotary_embedding, rms_norms, all_experts)

@@ -7,10 +7,12 @@
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
 | RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
+| Experts | x (S, D), ids and weights (S, k), matrices → x | k, layout, activation | transformers 5's experts |
 
-RMSNorm and Linear have the attribute `name`, of the module in the model. An attention's sizes are heads, kv_heads and
-head_dim. Attention and RotaryTable are needed; the others are recognised, and what a probe does not recognise stays
-basic operators. No family is named here.
+RMSNorm, Linear and Experts have the attribute `name`, of the module in the model. An attention's sizes are heads,
+kv_heads and head_dim; what Experts computes, and its attributes, are in probes.py. Attention, RotaryTable and Experts
+are needed; the others are recognised, and what a probe does not recognise stays basic operators. No family is named
+here.
 
 The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
 observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
@@ -33,14 +35,28 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:  # version 4
+    ALL_EXPERTS_FUNCTIONS = None
+
 from mara_export.errors import ModelError
-from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
-from mara_export.graph.probes import Attributes, Window, check_attention, probe_norm, probe_rotary, probe_window
+from mara_export.graph.nodes import ATTENTION, EXPERTS, LINEAR, NORM, ROTARY, TABLE, Tables
+from mara_export.graph.probes import (
+    EXPERT_WEIGHTS,
+    Attributes,
+    Window,
+    check_attention,
+    probe_experts,
+    probe_norm,
+    probe_rotary,
+    probe_window,
+)
 from mara_export.hf.rope import rotated_part
 from mara_runtime import tensors
 
 IMPLEMENTATION = "mara"
-"""Name of the attention implementation in transformers."""
+"""Name of the attention implementation in transformers, and of that of experts."""
 REHEARSED_ROWS = 3
 _ROTARY_FUNCTION = re.compile(r"apply_\w*rotary|apply_rotary")
 INPUTS = {tensors.INPUT_IDS: {1: "S"}, tensors.POSITION_IDS: {1: "S"}, tensors.ROWS: {0: "R"}}
@@ -93,6 +109,7 @@ class Seam:
         self._windows: dict[int, int] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
         self._tables: set[tuple[str, str]] = set()
+        self._experts: dict[Any, Attributes] = {}
         self._make: Make | None = None
         with torch.no_grad(), self._in_place():
             Traceable(model)(*examples())
@@ -132,6 +149,10 @@ class Seam:
             before = model.config._attn_implementation
             model.set_attn_implementation(IMPLEMENTATION)
             undo.callback(model.set_attn_implementation, before)
+            if ALL_EXPERTS_FUNCTIONS is not None:
+                before = model.config._experts_implementation
+                model.set_experts_implementation(IMPLEMENTATION)
+                undo.callback(model.set_experts_implementation, before)
             yield
 
     def _stand_in(self, name: str, module: Any) -> Callable[..., Any] | None:
@@ -242,6 +263,21 @@ class Seam:
 
         return forward
 
+    # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def choose(self, module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """transformers' function of experts: x (S, D), those chosen for each row and their weights (S, k) → (S, D)."""
+        if self._make is None:
+            name = next(name for name, each in self._model.named_modules() if each is module)
+            found = probe_experts(module)
+            if found is None:
+                raise ModelError(f"{self._name}: the experts at {name} compute what is not supported")
+            self._experts[module] = {"name": name, **found}
+            return torch.zeros_like(x)
+        stacks = [getattr(module, weight, None) for weight in EXPERT_WEIGHTS]
+        attributes = {**self._experts[module], "k": int(ids.shape[1])}
+        return self._make(EXPERTS, (x, ids, weights, *stacks), attributes, [x.shape])[0]
+
     # ── norms and linear maps ────────────────────────────────────────────────────────────────────────────────────────
 
     def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
@@ -264,6 +300,8 @@ _in_use: list[Seam] = []
 """What is registered with transformers stays registered, and must not keep a model in memory."""
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].attend(*args, **kwargs))
 ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].mask(*args, **kwargs))
+if ALL_EXPERTS_FUNCTIONS is not None:
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].choose(*args, **kwargs))
 
 
 @contextlib.contextmanager
