@@ -84,8 +84,11 @@ def as_saved_by_4(folder: Path) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Load a checkpoint the way the oracle wants it: float32, eager attention, eval."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    """Load a checkpoint the way the oracle wants it: float32, eager attention and experts, eval."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    if hasattr(model, "set_experts_implementation"):  # of transformers 5
+        model.set_experts_implementation("eager")
+    return model
 
 
 def named(agent: torch.nn.Module, name: str = "agent") -> list[NamedAgent]:

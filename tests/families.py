@@ -73,6 +73,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "granitemoe": (
+        "GraniteMoe",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "logits_scaling": 8.0, "residual_multiplier": 0.6},
+    ),
     "helium": ("Helium", {"head_dim": 16}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
     "ministral3": (
@@ -83,6 +87,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1},
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
     "olmo2": ("Olmo2", {}),
     "olmo3": (
         "Olmo3",
@@ -100,6 +105,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "original_max_position_embeddings": 256,
             "partial_rotary_factor": 0.75,
             "rope_scaling": _LONG,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
         },
     ),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False}),

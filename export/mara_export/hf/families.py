@@ -44,16 +44,19 @@ FAMILIES = {
     "glm": Family(),
     "glm4": Family(norms=4),
     "granite": Family(),
+    "granitemoe": Family(),  # of transformers 5, as all with experts
     "helium": Family(),
     "hunyuan_v1_dense": Family(qk_norm="head"),
     "llama": Family(),
     "ministral3": Family(),  # of transformers 5
     "mistral": Family(),
+    "mixtral": Family(),
     "olmo2": Family(qk_norm="width"),
     "olmo3": Family(qk_norm="width"),
     "phi3": Family(),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm="head"),
+    "qwen3_moe": Family(qk_norm="head"),
     "seed_oss": Family(),
     "smollm3": Family(),
     "starcoder2": Family(norm_bias=True, gated=False, tied=True),
@@ -63,13 +66,16 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Decoder(ModelShape):
-    """All sizes of a decoder, ≥ 1 but `biases`."""
+    """All sizes of a decoder, ≥ 1 but `biases` and `experts`."""
 
     intermediate_size: int
+    """of one MLP, or one expert"""
     tied: bool
     """the LM head is the embedding's table"""
     biases: int = 0
     """parameters that the linear maps of one layer add"""
+    experts: int = 0
+    """in each layer; 0: one MLP"""
     family: Family = Family()
 
     @property
@@ -78,9 +84,14 @@ class Decoder(ModelShape):
         return ModelShape(*(getattr(self, each.name) for each in fields(ModelShape)))
 
     @property
+    def width(self) -> int:
+        """Of the MLP of a layer, or of all its experts together."""
+        return self.intermediate_size * max(1, self.experts)
+
+    @property
     def matrices(self) -> tuple[tuple[str, int, int], ...]:
-        """(name, inputs K, outputs N) of one layer."""
-        d, i, h = self.hidden_size, self.intermediate_size, self.head_dim
+        """(name, inputs K, outputs N) of one layer, those of all experts as one."""
+        d, i, h = self.hidden_size, self.width, self.head_dim
         return (
             ("q", d, self.num_heads * h),
             ("k", d, self.num_kv_heads * h),
@@ -98,10 +109,10 @@ class Decoder(ModelShape):
 
     @property
     def small(self) -> int:
-        """Parameters outside the matrices: norms and biases."""
+        """Parameters outside the matrices: norms, biases, and what chooses experts."""
         of_heads = {"": 0, "head": 2, "width": self.num_heads + self.num_kv_heads}[self.family.qk_norm]
         a_norm = self.hidden_size * (2 if self.family.norm_bias else 1)
-        a_layer = self.family.norms * a_norm + of_heads * self.head_dim + self.biases
+        a_layer = self.family.norms * a_norm + of_heads * self.head_dim + self.biases + self.experts * self.hidden_size
         return self.num_layers * a_layer + a_norm
 
     @property
@@ -111,7 +122,19 @@ class Decoder(ModelShape):
         return self.num_layers * matrices + self.small + self.table * (1 if self.tied else 2)
 
 
-def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied: bool, **config: Any) -> Decoder:
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""How configurations call the number of a layer's experts."""
+
+
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Experts of a layer, by a configuration; 0: it has one MLP."""
+    counts = [config.get(key) for key in EXPERTS]
+    return next((count for count in counts if type(count) is int and count > 1), 0)
+
+
+def decoder_of(
+    shape: ModelShape, model_type: str, intermediate_size: int, tied: bool, experts: int = 0, **config: Any
+) -> Decoder:
     """A decoder of a family. config: `attention_bias`, `mlp_bias` and `use_bias` of its configuration, where set."""
     family = FAMILIES.get(model_type, Family())
     width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -120,7 +143,14 @@ def decoder_of(shape: ModelShape, model_type: str, intermediate_size: int, tied:
         biases += width + 2 * kv_width + (0 if family.qkv_bias else shape.hidden_size)
     if config.get("mlp_bias") or config.get("use_bias"):
         biases += (2 if family.gated else 1) * intermediate_size + shape.hidden_size
-    return Decoder(**asdict(shape), intermediate_size=intermediate_size, tied=tied, biases=biases, family=family)
+    return Decoder(
+        **asdict(shape),
+        intermediate_size=intermediate_size,
+        tied=tied,
+        biases=biases,
+        experts=experts,
+        family=family,
+    )
 
 
 def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
@@ -152,7 +182,9 @@ def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
     biases = {key: config.get(key) for key in ("attention_bias", "mlp_bias", "use_bias")}
     said = config.get("tie_word_embeddings")
     tied = FAMILIES.get(model_type, Family()).tied if said is None else bool(said)
-    return decoder_of(shape, model_type, size("intermediate_size"), tied, **biases)
+    experts = expert_count(config)
+    inner = size("moe_intermediate_size" if experts and "moe_intermediate_size" in config else "intermediate_size")
+    return decoder_of(shape, model_type, inner, tied, experts, **biases)
 
 
 def model_shape(config: Any) -> ModelShape:

@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import decoder_sizes
+from mara_export.hf.families import EXPERTS, decoder_sizes
 from mara_export.hf.rope import rope_kinds
 from mara_runtime.errors import OptionError
 
@@ -22,7 +22,6 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """kinds of layers whose state is a KV cache"""
 _RECURRENT = ("mamba_", "ssm_")
 """how settings of layers with another state begin"""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _READ_OR_REFUSED = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -85,7 +84,7 @@ def longest_context(config: Any) -> int | None:
 
 def check_traceable(config: Any, name: str, tracer: str) -> None:
     """Reject what a tracer would trace wrongly. tracer: "optimum" or "torch". Raises OptionError."""
-    experts = next((key for key in _EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
+    experts = next((key for key in EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
     if experts is not None and tracer == "optimum":  # it would keep the experts of the example
         raise OptionError(
             f"--tracer is 'optimum'; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which it "
