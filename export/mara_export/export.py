@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from mara_export.folder import claimed, destination, file_entries, whole_or_abse
 from mara_export.graph import pipeline
 from mara_export.graph.trace import choose_tracer, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_config, load_model, reference_config
+from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model, reference_config
 from mara_export.hf.families import FAMILIES, decoder_sizes
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported, check_traceable
@@ -31,6 +30,7 @@ from mara_export.hf.tokenizer import (
     template_checksum,
     write_tokenizer,
 )
+from mara_export.hf.weights import Weights, empty_model
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
 from mara_export.targets import TRACERS
@@ -94,9 +94,12 @@ def trace(
     if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
         progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
-    with progress.stage(f"load {source.name}"):
+    with progress.stage(f"open {source.name}"):
         first = reference_config(source) if gate else config
-        model = load_model(source, config=first, ignore_weights=ignore_weights)
+        (folder / "converted").mkdir()
+        model = load_model(source, config=first, ignore_weights=ignore_weights, streamed=folder / "converted")
+        weights = Weights(model, source.folder)
+        fingerprint = weights.fingerprint()
     model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
@@ -104,10 +107,9 @@ def trace(
             f"note: the chat template ends an answer with {end[1]}, which is not an end token of the model: add "
             f"--eos '{end[1]}' if answers run on"
         )
-    weights = fingerprint(model)
     for each in agents:
         if each.agent.origin is not None:
-            for doubt in each.agent.origin.doubts(source.name, weights, template_checksum(tokenizer)):
+            for doubt in each.agent.origin.doubts(source.name, fingerprint, template_checksum(tokenizer)):
                 progress.note(f"note: the agent {each.name} may not align this model: {doubt}")
     reference = None
     if gate:
@@ -115,16 +117,10 @@ def trace(
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             in_torch = [each.agent for each in agents]
             reference = parity.run_reference(model, source.name, in_torch, prompts, max_candidates, progress)
-        del model
-        gc.collect()  # it sits in cycles
-        with progress.stage("load again, to trace it"):
-            model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         positions = context + tensors.spare_slots(max_candidates)
-        llm, rotary = trace_llm(model, folder, tracer, source.name, context, positions)
+        llm, rotary = trace_llm(empty_model(config), folder, tracer, source.name, context, positions)
         trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
-        del model
-        gc.collect()
     return Traced(
         ModelFacts(
             source=source.name,
@@ -135,12 +131,12 @@ def trace(
             intermediate_size=sizes.intermediate_size,
             tied=sizes.tied,
             eos_token_ids=ends,
-            weights=weights,
+            weights=fingerprint,
             ignored_weights=tuple(ignore_weights),
         ),
         agents,
         tokenizer,
-        pipeline.TracedGraph(llm, folder / "agents.onnx", sizes.shape, rotary, context),
+        pipeline.TracedGraph(llm, weights, folder / "agents.onnx", sizes.shape, rotary, context),
         tracer,
         max_candidates,
         reference,

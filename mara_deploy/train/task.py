@@ -21,10 +21,11 @@ from mara_deploy.train.packed import ATTENTION, PackedLM
 from mara_deploy.train.policy import Policy
 from mara_deploy.train.replay import ReplayBuffer
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import eos_token_ids, fingerprint, load_model, read_config
+from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported
 from mara_export.hf.tokenizer import load_tokenizer, template_checksum
+from mara_export.hf.weights import Weights
 from mara_runtime.errors import PromptError
 from mara_runtime.training import Training
 
@@ -169,7 +170,7 @@ def open_task(
     training = Training(
         model=source.name,
         architecture=model.config.model_type,
-        weights=fingerprint(model),
+        weights=Weights(model).fingerprint(),
         chat_template=template_checksum(tokenizer),
         template=dict(template or {}),
         top_k=config.top_k,

@@ -322,7 +322,7 @@ def test_export_ends_with_a_summary_and_a_command_that_runs(export, command) -> 
     assert outcome.out.splitlines() == [*summary, "", f'mara-run {folder} --prompt "…"']
     assert "NOT CHECKED" in outcome.out
     assert all(PROGRESS.fullmatch(line) for line in outcome.err.splitlines()), outcome.err
-    assert "load qwen2 " in outcome.err
+    assert "open qwen2 " in outcome.err
     program, *arguments = shlex.split(outcome.out.splitlines()[-1])
     assert program == "mara-run"
     assert command("run", *arguments, "--max-new-tokens", 2, "--threads", 1).code == 0

@@ -159,7 +159,7 @@ def test_bundles_of_one_trace_equal_those_of_separate_traces(checkpoint, agent, 
     np.random.seed(99)
     made = export_all(source, named(agent("qwen2")), list(zip(options, outs, strict=True)), progress)
     assert [bundle.folder for bundle in made] == outs
-    for stage, count in (("load qwen2", 1), ("run the reference", 1), ("trace the LLM", 1), ("parity gate", 2)):
+    for stage, count in (("open qwen2", 1), ("run the reference", 1), ("trace the LLM", 1), ("parity gate", 2)):
         assert sum(seen.startswith(stage) for seen in progress.seen) == count
     torch.manual_seed(100)
     options = replace(options[0], gate=False)  # the gate changes no file but the manifest

@@ -1,7 +1,7 @@
 """torch.export's door: traces a decoder with the seam in place; for any version of transformers.
 
-Weights keep the names that they have in the model, and their layout: while the graph is simplified they are inputs, so
-that nothing reads, folds or joins them.
+Weights keep the names that they have in the model, and their layout. They become inputs, so that nothing reads, folds
+or joins them.
 """
 
 from __future__ import annotations
@@ -57,22 +57,12 @@ def trace(model: Any, seam: Seam, path: Path) -> None:
         )
     assert made is not None
     written = made.model
-    weights = _named_as_in(model, written.graph)
-    inputs = list(written.graph.inputs)
-    values = [weight.const_value for weight in weights]
-    for weight in weights:
+    for weight in _named_as_in(model, written.graph):
         del written.graph.initializers[str(weight.name)]
         weight.const_value = None
         written.graph.inputs.append(weight)
     optimize_ir(written)
-    written.graph.inputs[:] = inputs
-    for weight, value in zip(weights, values, strict=True):
-        if weight.uses():
-            weight.const_value = value
-            written.graph.register_initializer(weight)
     ir.save(written, path, external_data=f"{path.name}.data")
-    for weight in weights:  # something in PyTorch keeps the last graph
-        weight.const_value = None
 
 
 def _select_rows(graph: torch.fx.Graph) -> None:

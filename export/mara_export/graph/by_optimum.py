@@ -12,6 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mara_export.graph.seam import INPUTS, OUTPUTS, Seam, Traceable, examples, r
 from mara_runtime import tensors
 
 OPSET = 18
+_INFER = "_jit_pass_onnx_graph_shape_type_inference"
 _SUFFIXES = {int: "i", float: "f", str: "s"}
 """Of attributes, as TorchScript wants their types."""
 
@@ -103,13 +105,17 @@ def _without_stdout() -> Iterator[None]:
 
 
 def trace(model: Any, seam: Seam, path: Path) -> None:
-    """Trace `model` with the seam in place and write the graph to `path`."""
+    """Trace `model` with the seam in place and write the graph to `path`; weights are inputs with the model's names."""
+    infer = getattr(torch._C, _INFER)
     with (
         seam.tracing(_make),
         _without_stdout(),
         # it looks up the names in the signature of the model's own forward
         replaced(optimum_convert, "check_dummy_inputs_are_allowed", lambda *_: None),
-        # it would read external data back and write them to one file: a second copy of the model in memory
-        replaced(optimum_convert, "check_model_uses_external_data", lambda *_: False),
+        replaced(torch.onnx, "export", partial(torch.onnx.export, export_params=False)),  # which it calls
+        # which would read the weights: to make one of those that are equal, and to infer shapes from their numbers
+        replaced(torch._C, "_jit_pass_onnx_deduplicate_initializers", lambda _, weights, __: weights),
+        replaced(torch._C, _INFER, lambda graph, _, opset: infer(graph, {}, opset)),
     ):
-        optimum_convert.export_pytorch(model, _Config(model.config, "text-generation"), OPSET, path)
+        config = _Config(model.config, "text-generation")
+        optimum_convert.export_pytorch(model, config, OPSET, path, do_constant_folding=False)

@@ -25,8 +25,10 @@ from mara_export.errors import ModelError
 from mara_export.graph import decomposed, ort, portable, traced
 from mara_export.graph.nodes import GraphContext, GraphPass, Tables
 from mara_export.graph.precision import narrow, store_float16
+from mara_export.graph.seam import INPUTS
 from mara_export.graph.step import join_agents
-from mara_export.graph.weights import load, save, tie_head
+from mara_export.graph.weights import fill, load, save, tie_head
+from mara_export.hf.weights import Weights
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress, no_logs
 from mara_runtime.graph_file import OPERATORS
@@ -41,6 +43,8 @@ class TracedGraph:
     """What tracing left on disk, and what it found out on the way."""
 
     llm: Path
+    """a graph whose weights are inputs, named as in the model"""
+    weights: Weights
     agents: Path
     shape: ModelShape
     rotary: Tables
@@ -70,6 +74,7 @@ def write(trace: TracedGraph, options: ExportOptions, path: Path, progress: Prog
     with no_logs(logging.INFO):  # onnx-ir and ONNX Runtime's quantisers report every step
         model = load(trace.llm)
         graph = model.graph
+        fill(graph, [*INPUTS], trace.weights)
         graph.opset_imports.clear()
         graph.opset_imports.update(LOWERINGS[options.lowering].OPSETS)
         for stage, steps in passes(options):

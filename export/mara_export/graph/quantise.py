@@ -171,12 +171,16 @@ def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation)
     from onnxruntime.quantization import matmul_nbits_quantizer as ort
 
     bits, block_size, quantiser = quantisation.bits, quantisation.block_size, quantisation.quantiser
-    algorithm = None  # rtn
+    attributes = {"K": matrix.shape[0], "bits": bits, "block_size": block_size, "accuracy_level": 4}
+    if quantiser == "rtn":  # takes arrays
+        config = ort.DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
+        integers, scales, _ = ort.DefaultWeightOnlyQuantizer(config).qbits_block_quant(matrix)
+        return Blocks(attributes, [integers, scales.reshape(len(integers), -1)])
     if quantiser == "hqq":
         algorithm = ort.HQQWeightOnlyQuantConfig(block_size=block_size, bits=bits)
-    elif quantiser == "k-quant":
+    else:
         algorithm = ort.KQuantWeightOnlyQuantConfig(customized_weight_config={name: {"bits": bits}})
-    graph = helper.make_graph(  # the quantisers work on models: one with this MatMul alone
+    graph = helper.make_graph(  # these work on models: one with this MatMul alone
         [helper.make_node("MatMul", ["x", "weight"], ["y"], name)],
         "one",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", matrix.shape[0]])],
@@ -187,7 +191,7 @@ def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation)
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
         bits=bits,
         block_size=block_size,
-        is_symmetric=quantiser == "rtn",
+        is_symmetric=False,
         accuracy_level=4,
         algo_config=algorithm,
     )
@@ -203,5 +207,4 @@ def _quantise_slice(matrix: NDArray[Any], name: str, quantisation: Quantisation)
     result = quantizer.model.model.graph
     (node,) = result.node
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.initializer}
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
     return Blocks(attributes, [arrays[source] for source in node.input[1:] if source])

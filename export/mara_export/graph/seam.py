@@ -156,9 +156,9 @@ class Seam:
             yield
 
     def _stand_in(self, name: str, module: Any) -> Callable[..., Any] | None:
-        """What computes in a module's place, in a trace."""
-        if self._make is None:
-            return None
+        """What computes in a module's place."""
+        if self._make is None:  # of which only attention and rotary functions are observed
+            return _no_product(module) if type(module) is torch.nn.Linear else None
         if type(module).__name__.endswith("RotaryEmbedding"):
             return self._table(name, module)
         if type(module) is torch.nn.Linear:
@@ -294,6 +294,10 @@ class Seam:
             return self._make(LINEAR, (x, module.weight, module.bias), {"name": name}, [shape])[0]
 
         return forward
+
+
+def _no_product(module: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_zeros((*x.shape[:-1], module.out_features))
 
 
 _in_use: list[Seam] = []

@@ -75,7 +75,7 @@ def linear_maps(graph: ir.Graph, context: GraphContext) -> None:
 
 
 def _transposed(name: str, shape: tuple[int, int], tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    return lazy(name, shape, lambda: np.ascontiguousarray(read(tensor).T))
+    return lazy(name, shape, lambda: read(tensor).T)
 
 
 def norms(graph: ir.Graph, context: GraphContext) -> None:

@@ -6,8 +6,9 @@ import contextlib
 import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,9 @@ from onnx_ir.passes import common
 
 from mara_export.graph.nodes import Builder, GraphContext, dims, is_weight, matrix_products, replace_node
 
+if TYPE_CHECKING:
+    from mara_export.hf.weights import Weights
+
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph's own file."""
 _ALIGNMENT = 4096
@@ -25,17 +29,28 @@ _M_MMAP_THRESHOLD = -3
 
 
 def load(path: Path) -> ir.Model:
-    """A graph whose weights are read when they are asked for, without constants as nodes and without duplicates."""
+    """A traced graph without constants as nodes."""
     model = ir.load(path)
     ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.IdentityEliminationPass(),  # of several equal weights the tracer keeps one, and Identity for the others
+        common.IdentityEliminationPass(),
     )(model)
     for node in model.graph:
         for value in node.outputs:  # types would be wrong after a change of precision
             value.type = value.shape = None
     return model
+
+
+def fill(graph: ir.Graph, inputs: Sequence[str], weights: Weights) -> None:
+    """Make what a traced graph takes beside `inputs` its weights, which are read when they are asked for."""
+    for value in [value for value in graph.inputs if value.name not in inputs]:
+        graph.inputs.remove(value)
+        assert value.shape is not None
+        name, dtype = str(value.name), value.dtype or ir.DataType.FLOAT
+        value.const_value = lazy(name, value.shape.numpy(), partial(weights.read, name), dtype)
+        if value.uses():
+            graph.register_initializer(value)
 
 
 def read(weight: ir.Value | ir.TensorProtocol | None) -> NDArray[Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import fnmatch
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
 from mara_export.hf.rope import check_rope, complete_rope, kept_together, missing_rope
 from mara_export.hf.sources import ModelSource
+from mara_export.hf.weights import empty_model, placement, stored_in
 from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
 
@@ -28,15 +29,16 @@ _HEAD = "lm_head.weight"
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
-_SAMPLE = 256
-"""Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_NO_VALUE = "meta device"
+"""In accelerate's message for a weight that was not in the files."""
 _MAX_MESSAGE = 300
 """Length at which messages of other libraries are cut: some list every model there is."""
 
 
 def silence_transformers() -> None:
-    """Turn off its warnings and progress bars for this process."""
+    """Turn off its warnings and progress bars for this process, and those of accelerate, which it loads with."""
+    getLogger("accelerate").setLevel(ERROR)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -151,9 +153,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     config: Any = None,
     ignore_weights: Sequence[str] = (),
+    streamed: Path | None = None,
 ) -> Any:
     """The LLM, ready to run. attention: a name that transformers knows; config: default as `read_config` reads it;
-    ignore_weights: patterns of surplus weights to leave out.
+    ignore_weights: patterns of surplus weights to leave out; streamed: a folder for what transformers converts, if
+    weights shall stay in their files, from which each module reads its own whenever it runs.
 
     Rejects a checkpoint with missing weights, which transformers would initialise at random, and one with unexpected
     weights, which it would ignore. Raises ModelError, and OptionError for a pattern that no surplus weight has.
@@ -165,8 +169,22 @@ def load_model(
         "dtype": dtype,
         "attn_implementation": attention,
     }
-    model, loading = load_weights(AutoModelForCausalLM, source, **options)
-    unread = [name for name, weight in model.named_parameters() if weight.is_meta]  # tied to a missing one
+    expected: set[str] = set()
+    on_disk: set[str] = set()
+    if streamed is not None:
+        empty = empty_model(options["config"])
+        places, expected = placement(empty), {name for name, _ in empty.named_parameters()}
+        options |= {"device_map": places, "offload_folder": str(streamed)}
+        on_disk = {name for name, device in places.items() if device == "disk"}
+    try:
+        model, loading = load_weights(AutoModelForCausalLM, source, **options)
+    except ModelError as error:
+        if _NO_VALUE in str(error) and (absent := expected - {*stored_in(source.folder)}):
+            raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(sorted(absent))}") from error
+        raise
+    unread = [  # tied to a missing one
+        name for name, weight in model.named_parameters() if weight.is_meta and name.rpartition(".")[0] not in on_disk
+    ]
     if missing := sorted({*loading["missing_keys"], *unread}):
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
     surplus = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
@@ -234,15 +252,6 @@ def read_json(path: Path) -> Any:
         return json.loads(read_file(path, _MOST_BYTES).decode())
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def fingerprint(model: Any) -> str:
-    """Of a model's weights, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        first = weight.detach().flatten()[:_SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

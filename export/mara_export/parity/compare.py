@@ -229,11 +229,18 @@ def compare_ranks(reference: F32, exported: F32, min_gap: float, ranks: int = RA
     A rank is compared where the reference's logit there is further than `min_gap` from both its neighbours.
     """
     count = min(ranks, reference.shape[1] - 1)
-    order = np.argsort(-reference, axis=1, kind="stable")[:, : count + 1]
+    order = _best(reference, count + 1)
     ranked = np.take_along_axis(reference, order, axis=1)
     gaps = np.pad(ranked[:, :-1] - ranked[:, 1:], ((0, 0), (1, 0)), constant_values=np.inf)  # to the better one
     clear = np.minimum(gaps[:, :-1], gaps[:, 1:]) > min_gap
-    return _counts(clear, order[:, :count] != np.argsort(-exported, axis=1, kind="stable")[:, :count])
+    return _counts(clear, order[:, :count] != _best(exported, count))
+
+
+def _best(logits: F32, count: int) -> NDArray[np.intp]:
+    """Indices (N, count) of the largest of each row (N, V), in descending order."""
+    some = np.argpartition(logits, -count, axis=1)[:, -count:]
+    order = np.argsort(-np.take_along_axis(logits, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
 
 
 def compare_decisions(reference: F32, exported: F32, min_gap: float) -> Counts:

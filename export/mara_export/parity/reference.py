@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,14 +18,25 @@ if TYPE_CHECKING:  # this module is imported on devices without torch, too
     import torch
 
 TEXTS = (
-    "How do I keep bread fresh for a week without a freezer?",
-    "Write two sentences about a lighthouse keeper who is afraid of the dark.",
-    "def area(width: float, height: float) -> float:\n    return",
+    "How do I keep bread fresh for a week without a freezer? I live in a damp flat near the sea, I bake one large loaf "
+    "of rye on Sundays, and by Thursday there is mould on the crust. I have tried a paper bag, a wooden box and a "
+    "clean towel, and none of them helped for more than a day or two.",
+    "The keeper of the lighthouse was afraid of the dark. Every evening, an hour before sunset, he climbed the hundred "
+    "and forty steps, lit the great lamp and sat down beside it with a book, his back to the window. Ships thought "
+    "that he watched over them; in truth it was the light that watched over him.",
+    "def area(corners: list[tuple[float, float]]) -> float:\n"
+    "    # of a polygon, whichever way its corners go round\n"
+    "    total = 0.0\n"
+    "    for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1]):\n"
+    "        total += x1 * y2 - x2 * y1\n"
+    "    return abs(total) / 2\n",
 )
-"""Prompts of a model that has a tokenizer."""
+"""Prompts of a model that has a tokenizer, from their beginning."""
 PROMPTS = 4
 """Prompts in all; those that are not texts are random tokens."""
 PROMPT_TOKENS = 48
+FORWARDS = 5
+"""Of the model, for prompts of one length."""
 
 Prompt = tuple[list[int], bool]
 """Token ids, and whether they are text."""
@@ -49,15 +59,15 @@ class Reference:
 
 
 def prompts(name: str, tokenizer: Any | None, vocab_size: int, context: int) -> list[Prompt]:
-    """Prompts that leave room for a sibling in `context` tokens.
+    """Prompts of one length that leave room for a sibling in `context` tokens.
 
     name: of the model, for messages. Raises ModelError for a tokenizer that does not fit the vocabulary.
     """
     import torch
 
     count = min(PROMPT_TOKENS, context - 1)
-    texts = [] if tokenizer is None else [tokenizer(text)["input_ids"][:count] for text in TEXTS]
-    found = [(ids, True) for ids in texts if ids]
+    texts = [] if tokenizer is None else [tokenizer(text)["input_ids"] for text in TEXTS]
+    found = [((ids * count)[:count], True) for ids in texts if ids]
     largest = max((max(ids) for ids, _ in found), default=0)
     if largest >= vocab_size:
         raise ModelError(
@@ -82,9 +92,9 @@ def run_reference(
 
     name: of the model, for messages. Raises ModelError where that fails or gives values that are not finite.
     """
-    with _largest_activation(model) as largest:
+    with _largest_activation(model) as largest, _shown(model, inputs, progress):
         try:
-            cases = [run_case(model, agents, ids, max_candidates, is_text) for ids, is_text in progress.parts(inputs)]
+            cases = run_cases(model, agents, inputs, max_candidates)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:  # of a model that loads
             raise ModelError(f"{name} cannot be run by transformers: {first_line(error)}") from error
     rows = [case.reference.rows for case in cases]
@@ -95,31 +105,57 @@ def run_reference(
     return Reference(cases, largest())
 
 
-def run_case(
-    model: Any, agents: Sequence[Margins], tokens: Sequence[int], max_siblings: int = SIBLINGS, is_text: bool = True
-) -> Case:
-    """Run one prompt and its best next tokens."""
+def run_cases(
+    model: Any, agents: Sequence[Margins], inputs: Sequence[Prompt], max_siblings: int = SIBLINGS
+) -> list[Case]:
+    """Run prompts and the best next tokens of each. Prompts of one length share FORWARDS forwards."""
+    cases: dict[int, Case] = {}
+    for indices in _by_length(inputs):
+        found = _run_batch(model, agents, [inputs[index] for index in indices], max_siblings)
+        cases.update(zip(indices, found, strict=True))
+    return [cases[index] for index in range(len(inputs))]
+
+
+def _by_length(inputs: Sequence[Prompt]) -> list[list[int]]:
+    indices: dict[int, list[int]] = {}
+    for index, (tokens, _) in enumerate(inputs):
+        indices.setdefault(len(tokens), []).append(index)
+    return [*indices.values()]
+
+
+def _run_batch(model: Any, agents: Sequence[Margins], inputs: Sequence[Prompt], max_siblings: int) -> list[Case]:
+    """Run prompts of one length, then the siblings of each; and again in halves, the siblings in reverse."""
     import torch
 
     @torch.no_grad()
-    def run(ids: list[list[int]], cache: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        out = model(input_ids=torch.tensor(ids), past_key_values=cache, use_cache=True, output_hidden_states=True)
-        return out.hidden_states[-1], out.logits, out.past_key_values
+    def run(ids: torch.Tensor, cache: Any = None) -> tuple[tuple[torch.Tensor, torch.Tensor], Any]:
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        return (out.hidden_states[-1], out.logits), out.past_key_values
 
-    @torch.no_grad()
-    def rows(hidden: torch.Tensor, logits: torch.Tensor) -> Rows:
-        return Rows(hidden.numpy(), logits.numpy(), margins_of(agents, hidden))
+    def follow(cache: Any, siblings: torch.Tensor) -> list[torch.Tensor]:
+        """Results (B, K, …) of siblings (B, K), each behind its prompt alone."""
+        cache.batch_repeat_interleave(siblings.shape[1])
+        return [each.reshape(*siblings.shape, -1) for each in run(siblings.reshape(-1, 1), cache)[0]]
 
-    tokens = [int(token) for token in tokens]
-    hidden, logits, cache = run([tokens])
-    siblings = torch.topk(logits[0, -1], min(SIBLINGS, max_siblings, logits.shape[-1])).indices.tolist()
-    parts = [rows(hidden[0], logits[0])]
-    for token in siblings:  # a copy each: a shared cache would let later siblings see earlier ones
-        hidden, logits, _ = run([[token]], copy.deepcopy(cache))
-        parts.append(rows(hidden[0], logits[0]))
-    cache.batch_repeat_interleave(len(siblings))
-    hidden, logits, _ = run([[token] for token in siblings], cache)
-    return Case(tokens, siblings, Side(Rows.concatenate(parts), rows(hidden[:, 0], logits[:, 0])), is_text)
+    def rows(*parts: Sequence[torch.Tensor]) -> list[Rows]:
+        """Results (B, S, …) of consecutive rows → all rows of each prompt."""
+        together = [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+        return [Rows(h.numpy(), z.numpy(), margins_of(agents, h)) for h, z in zip(*together, strict=True)]
+
+    ids = torch.tensor([tokens for tokens, _ in inputs])
+    prompt, cache = run(ids)
+    best = torch.topk(prompt[1][:, -1], min(SIBLINGS, max_siblings, prompt[1].shape[-1])).indices
+    straight = rows(prompt, follow(cache, best))
+    parts, cache = [], None
+    for half in ids.tensor_split(2, dim=1):
+        if half.shape[1]:
+            part, cache = run(half, cache)
+            parts.append(part)
+    again = rows(*parts, [each.flip(1) for each in follow(cache, best.flip(1))])
+    return [
+        Case(ids[i].tolist(), best[i].tolist(), Side(straight[i], again[i]), is_text)
+        for i, (_, is_text) in enumerate(inputs)
+    ]
 
 
 def margins_of(agents: Sequence[Margins], hidden: torch.Tensor) -> F32:
@@ -151,3 +187,23 @@ def _largest_activation(model: torch.nn.Module) -> Iterator[Callable[[], float]]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _shown(model: Any, inputs: Sequence[Prompt], progress: Progress) -> Iterator[None]:
+    """Show how far the forwards over `inputs` are, by layers: a large model takes a minute for each."""
+    layers = getattr(model.get_decoder(), "layers", ())
+    total, done = FORWARDS * len(_by_length(inputs)) * len(layers), 0
+    with progress.phases() as move:
+
+        def look(*_: Any) -> None:
+            nonlocal done
+            done += 1
+            move("layers", done, total)
+
+        hooks = [layer.register_forward_hook(look) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,103 @@
+"""A model's weights by name, wherever they are: in memory, or in files, from which a module reads them when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import align_module_device
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+_SAMPLE = 256
+"""Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
+
+
+def empty_model(config: Any) -> Any:
+    """A causal LM of a configuration, in eval mode, whose weights are zeros that take no memory. Its buffers are real.
+
+    What is traced.
+    """
+    with init_empty_weights():
+        kind: Any = AutoModelForCausalLM
+        model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model.tie_weights()
+    hollow: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in [*module._parameters.items()]:
+            if weight is not None:
+                if isinstance(module, torch.nn.Embedding):  # the system has pages for zeros that are read, not copied
+                    zeros = torch.from_numpy(np.zeros(weight.shape, np.float32))
+                else:
+                    zeros = torch.zeros(1).expand(weight.shape)
+                module._parameters[name] = hollow.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False))
+    return model.eval()
+
+
+def placement(model: Any) -> dict[str, str]:
+    """transformers' device map that leaves all weights in their files, apart from those that several modules share."""
+    owners: dict[int, list[str]] = {}
+    places = {}
+    for name, module in model.named_modules():
+        for weight in module.parameters(recurse=False):
+            owners.setdefault(id(weight), []).append(name)
+            places[name] = "disk"
+        if module._buffers.keys() - module._non_persistent_buffers_set:
+            places[name] = "cpu"
+    return places | {name: "cpu" for names in owners.values() if len(names) > 1 for name in names}
+
+
+def stored_in(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint's tensors, by the names that they have there."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+class Weights:
+    """Reads the weights and stored buffers of a causal LM, loaded in whatever way, one at a time."""
+
+    def __init__(self, model: Any, folder: Path | None = None) -> None:
+        """folder: of the checkpoint, which is quicker for the first numbers of a weight."""
+        self._model, self._folder = model, folder
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A weight by its name in the model; float32 if it is a floating-point one."""
+        with self._here(name) as weight:
+            return (weight.float() if weight.is_floating_point() else weight).numpy()
+
+    @contextlib.contextmanager
+    def _here(self, name: str) -> Iterator[Tensor]:
+        path, _, own = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        with align_module_device(module):
+            yield getattr(module, own).detach()
+
+    def fingerprint(self) -> str:
+        """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+        digest, stored = hashlib.sha256(), {} if self._folder is None else stored_in(self._folder)
+        for name, weight in sorted(self._model.named_parameters()):
+            first = self._first(name, stored.get(name)).to("cpu", torch.bfloat16)
+            digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def _first(self, name: str, path: Path | None) -> Tensor:
+        if path is not None:
+            with safe_open(path, framework="pt") as file:
+                stored = file.get_slice(name)
+                if shape := stored.get_shape():
+                    some: Tensor = stored[: -(-_SAMPLE // max(math.prod(shape[1:]), 1))]
+                    return some.flatten()[:_SAMPLE].float()
+        with self._here(name) as weight:
+            return weight.flatten()[:_SAMPLE]
