@@ -121,8 +121,9 @@ def trace(
             model = load_model(source, config=config, ignore_weights=ignore_weights)
     with progress.stage("trace the LLM"):
         positions = context + tensors.spare_slots(max_candidates)
-        llm, rotary = trace_llm(model, folder, tracer, source.name, context, positions)
-        trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
+        llm, rotary, caches = trace_llm(model, folder, tracer, source.name, context, positions)
+        shape = replace(sizes.shape, caches=caches)
+        trace_agents(shape.hidden_size, folder / "agents.onnx")
         del model
         gc.collect()
     return Traced(
@@ -131,8 +132,8 @@ def trace(
             revision=source.revision,
             architecture=config.model_type,
             tested=config.model_type in FAMILIES,
-            shape=sizes.shape,
-            intermediate_size=sizes.intermediate_size,
+            shape=shape,
+            intermediate_size=max(layer.intermediate_size for layer in sizes.layers),
             tied=sizes.tied,
             eos_token_ids=ends,
             weights=weights,
@@ -140,7 +141,7 @@ def trace(
         ),
         agents,
         tokenizer,
-        pipeline.TracedGraph(llm, folder / "agents.onnx", sizes.shape, rotary, context),
+        pipeline.TracedGraph(llm, folder / "agents.onnx", shape, rotary, context),
         tracer,
         max_candidates,
         reference,

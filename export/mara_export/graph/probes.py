@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mara_export.errors import ModelError
+from mara_runtime.tensors import CacheGroup
 
 Attributes = dict[str, Any]
 """Of a node of the trace."""
@@ -103,6 +104,26 @@ def check_attention(mask: Any, arguments: Attributes, layer: int, name: str) -> 
     if odd := [n for n, value in arguments.items() if value is not None and value is not False and n not in _UNREAD]:
         raise ModelError(f"{name}: the attention of layer {layer} takes {odd[0]}, which is not supported")
     return mask
+
+
+def group_caches(attended: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[tuple[CacheGroup, ...], dict[int, int]]:
+    """The KV caches of a model, and the number of each layer's: layers that attend to the same memory have one cache.
+
+    attended: keys and values (1, kv_heads, S, head_dim) of each layer in one pass, all still in memory.
+    """
+    sharing: dict[Any, list[int]] = {}
+    for layer, parts in attended.items():
+        where = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+        sharing.setdefault(where, []).append(layer)
+    by_size: dict[tuple[int, int], list[list[int]]] = {}
+    for layers in sharing.values():
+        keys, _ = attended[layers[0]]
+        by_size.setdefault((keys.shape[1], keys.shape[3]), []).append(layers)
+    number, cache_of = itertools.count(), {}
+    for each in by_size.values():
+        for layers in each:
+            cache_of.update(dict.fromkeys(layers, next(number)))
+    return tuple(CacheGroup(len(each), *size) for size, each in by_size.items()), cache_of
 
 
 @torch.no_grad()

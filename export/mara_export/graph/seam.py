@@ -2,7 +2,7 @@
 
 | node | inputs → outputs | attributes | takes the place of |
 |---|---|---|---|
-| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap; sizes | the attention |
+| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, cache, scale, window, softcap, sizes | attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
 | RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
@@ -12,8 +12,9 @@ RMSNorm and Linear have the attribute `name`, of the module in the model. An att
 head_dim. Attention and RotaryTable are needed; the others are recognised, and what a probe does not recognise stays
 basic operators. No family is named here.
 
-The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
-observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
+The model runs once before it is traced, on a few rows: how far each layer sees, which layers attend to the same keys
+and values, and how rotary functions turn are observed then, on numbers. Attention has only the rows at hand; traced.py
+adds the KV caches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
 from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
-from mara_export.graph.probes import Attributes, Window, check_attention, probe_norm, probe_rotary, probe_window
+from mara_export.graph.probes import (
+    Attributes,
+    Window,
+    check_attention,
+    group_caches,
+    probe_norm,
+    probe_rotary,
+    probe_window,
+)
 from mara_export.hf.rope import rotated_part
 from mara_runtime import tensors
 
@@ -91,6 +100,7 @@ class Seam:
         """model: a causal LM in eval mode, float32. name: of it, for messages. Raises ModelError."""
         self._model, self._name = model, name
         self._windows: dict[int, int] = {}
+        self._attended: dict[int, tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
         self._tables: set[tuple[str, str]] = set()
         self._make: Make | None = None
@@ -98,6 +108,8 @@ class Seam:
             Traceable(model)(*examples())
         if not self._windows:
             raise ModelError(f"{name}: its attention does not go through transformers' interface, and cannot be traced")
+        self.caches, self._cache_of = group_caches(self._attended)
+        self._attended.clear()
 
     def rotary_tables(self, positions: NDArray[np.int64]) -> Tables:
         """Cosines and sines of the RotaryTables of a trace at some positions (P,)."""
@@ -174,11 +186,12 @@ class Seam:
             if v.shape != k.shape:
                 sizes = k.shape[-1], v.shape[-1]
                 raise ModelError(f"{self._name}: keys and values of different sizes, {sizes}, are not supported")
-            self._windows[layer] = window.size
+            self._windows[layer], self._attended[layer] = window.size, (k, v)
             out = q.new_zeros(shape)
         else:
             attributes = {
                 "layer": layer,
+                "cache": self._cache_of[layer],
                 "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
                 "window": self._windows[layer],
                 "softcap": float(softcap or 0),
