@@ -12,7 +12,7 @@ from mara_deploy import memory
 from mara_deploy.commands.memory import main
 from mara_deploy.memory import Setting, estimate
 from mara_export.hf.catalogue import KNOWN_MODELS
-from mara_export.hf.families import Decoder, LayerGroup, decoder_sizes
+from mara_export.hf.families import Decoder, LayerGroup, decoder_of, decoder_sizes
 from mara_export.targets import PLACES, TARGETS
 from tests.unit import helpers
 
@@ -77,6 +77,25 @@ def test_sizes_come_from_a_configuration():
     biased = decoder_sizes({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
     assert biased.layers[0].biases == (32 + 16) * 64 + 2048 + 2 * 8192 + 2048
     assert decoder_sizes({**LLAMA_1B, "model_type": "qwen2"}, "x").layers[0].biases == (32 + 16) * 64
+
+
+def test_layers_of_several_sizes():
+    """A small Gemma 4, in the words of released checkpoints and in those of transformers 5.24."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "num_hidden_layers": 4}
+    sizes |= {"num_kv_shared_layers": 1, "use_double_wide_mlp": True, "attention_k_eq_v": True}
+    kinds = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]}
+    config = {**LLAMA_1B, "model_type": "gemma4_text", **sizes, **kinds}
+    released = decoder_sizes({**config, "global_head_dim": 32, "num_global_key_value_heads": 2}, "x")
+    assert released.layers == (
+        LayerGroup(2, 4, 16, 8192),
+        LayerGroup(1, 2, 32, 8192, 1),
+        LayerGroup(1, 2, 32, 16384, 0),
+    )
+    own = {"head_dim": 32, "num_key_value_heads": 2}
+    assert decoder_sizes({**config, "per_layer_config": {"2": own, "3": own}}, "x") == released
+    at_2k = Setting("tensorrt", "fp16", 2048, max_candidates=64)
+    assert estimate(released, at_2k).kv_bytes == 2144 * 2 * 2 * (2 * 4 * 16 + 2 * 32)  # of three layers, not of four
+    assert decoder_of(released.shape, "gemma4_text", 8192, True).shape == released.shape  # as of a bundle
 
 
 def test_the_cache_holds_keys_and_values_of_every_slot():

@@ -128,15 +128,18 @@ def group_caches(attended: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[tuple[C
 
 @torch.no_grad()
 def probe_norm(module: Any) -> Attributes | None:
-    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else."""
+    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else.
+
+    One without a weight has offset 1.
+    """
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     sizes = {name: weight.dim() for name, weight in module.named_parameters()}
-    if [*module.children()] or sizes != {"weight": 1} or not isinstance(epsilon, float):
+    if [*module.children()] or sizes not in ({"weight": 1}, {}) or not isinstance(epsilon, float):
         return None
     generator = torch.Generator().manual_seed(0)
     twin = copy.copy(module)
-    values = torch.randn(16, generator=generator)
-    twin._parameters = {"weight": torch.nn.Parameter(values)}
+    values = torch.randn(16, generator=generator) if sizes else torch.zeros(16)
+    twin._parameters = {"weight": torch.nn.Parameter(values)} if sizes else {}
     fits = {0, 1}
     for scale in (1.0, 0.1 * epsilon**0.5):  # the second shows the epsilon
         x = scale * torch.randn(3, 16, generator=generator)

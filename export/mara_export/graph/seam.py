@@ -5,7 +5,7 @@
 | Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, cache, scale, window, softcap, sizes | attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
-| RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
+| RMSNorm | x, weight (D,)? → x | size, epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
 
 RMSNorm and Linear have the attribute `name`, of the module in the model. An attention's sizes are heads, kv_heads and
@@ -222,7 +222,7 @@ class Seam:
         return forward
 
     def _rotating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function like `function`, whose turns are observed, then nodes."""
+        """A function like `function`, whose turns are observed, then nodes, which want heads before rows."""
         parameters = inspect.signature(function).parameters
         count = 2 if "q" in parameters else 1
 
@@ -238,7 +238,7 @@ class Seam:
                     if key not in self._turns:
                         self._turns[key] = probe_rotary(function, *key[1:])
             found = [self._turns.get(key) for key in keys]
-            if self._make is None or None in found or unsqueeze_dim != 1:
+            if self._make is None or None in found or unsqueeze_dim not in (1, 2):
                 return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
             part = rotated_part(self._model.config)
             for (_, width, head), turn in zip(keys, found, strict=True):
@@ -247,10 +247,12 @@ class Seam:
                         f"{self._name}: its config.json has partial_rotary_factor = {part!r}, which transformers does "
                         f"not read for {self._model.config.model_type!r}: remove it"
                     )
-            made = [
-                self._make(ROTARY, (x, cos, sin), {**(turn or {}), "head_dim": int(x.shape[-1])}, [x.shape])[0]
-                for x, turn in zip(turning, found, strict=True)
-            ]
+            made = []
+            for x, turn in zip(turning, found, strict=True):
+                heads_first = x.transpose(1, unsqueeze_dim)
+                attributes = {**(turn or {}), "head_dim": int(x.shape[-1])}
+                (turned,) = self._make(ROTARY, (heads_first, cos, sin), attributes, [heads_first.shape])
+                made.append(turned.transpose(1, unsqueeze_dim))
             return tuple(made) if count == 2 else made[0]
 
         return forward
@@ -260,7 +262,8 @@ class Seam:
     def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             assert self._make is not None
-            return self._make(NORM, (x, module.weight), {"name": name, **found}, [x.shape])[0]
+            weight = getattr(module, "weight", None)
+            return self._make(NORM, (x, weight), {"name": name, "size": int(x.shape[-1]), **found}, [x.shape])[0]
 
         return forward
 

@@ -81,12 +81,17 @@ def _transposed(name: str, shape: tuple[int, int], tensor: ir.TensorProtocol) ->
 
 
 def norms(graph: ir.Graph, context: GraphContext) -> None:
-    """Add the offset of a norm to its weight."""
+    """Add the offset of a norm to its weight, or make it the weight of one without."""
     add = Builder(graph, "norms")
     for node in custom_nodes(graph, NORM):
-        weight, offset = node.inputs[1], attribute(node, "offset")
-        if offset and weight is not None:
-            node.replace_input_with(1, add.weight(f"{weight.name}/offset", read(weight) + np.float32(offset)))
+        offset, size = np.float32(attribute(node, "offset")), attribute(node, "size")
+        if len(node.inputs) == 1:
+            node.resize_inputs(2)
+            node.replace_input_with(1, add.weight(f"norms/ones_{size}", np.full(size, offset)))
+        elif offset:
+            weight = node.inputs[1]
+            assert weight is not None
+            node.replace_input_with(1, add.weight(f"{weight.name}/offset", read(weight) + offset))
 
 
 def rotations(graph: ir.Graph, context: GraphContext) -> None:

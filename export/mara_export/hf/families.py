@@ -42,6 +42,7 @@ FAMILIES = {
     "gemma": Family(tied=True),
     "gemma2": Family(norms=4, tied=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
+    "gemma4_text": Family(norms=4, qk_norm="head", tied=True),  # of transformers 5
     "glm": Family(),
     "glm4": Family(norms=4),
     "granite": Family(),
