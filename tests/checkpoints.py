@@ -266,7 +266,7 @@ def _final_norm(model: PreTrainedModel) -> torch.nn.Module:
 
 def _offset(norm: torch.nn.Module) -> float:
     """Of a norm that multiplies by 1 + weight."""
-    return float("Gemma" in type(norm).__name__)
+    return float("Gemma" in type(norm).__name__ and "Gemma4" not in type(norm).__name__)
 
 
 @torch.no_grad()
@@ -288,6 +288,9 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
         else:  # v, o, gate, up, down
             parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():  # of a checkpoint: a factor
+            buffer.fill_(0.8)
 
 
 @torch.no_grad()
@@ -321,10 +324,9 @@ def _move_special_ids(model: PreTrainedModel, rolled: torch.Tensor) -> None:
     for special, chosen in chosen_for.items():
         other = order.index(chosen)
         order[special], order[other] = order[other], order[special]
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    embedding.copy_(embedding[order].clone())
-    if head is not embedding:
-        head.copy_(head[order].clone())
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    for table in {id(each): each for each in (*tables, model.get_output_embeddings().weight)}.values():
+        table.copy_(table[order].clone())
 
 
 def _scale_for_single_share(logits: torch.Tensor, share: float) -> float:

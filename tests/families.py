@@ -62,6 +62,23 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "gemma4_text": (
+        "Gemma4Text",
+        {
+            "head_dim": 24,
+            "global_head_dim": 32,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 320,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "final_logit_softcapping": 200.0,
+        },
+    ),
     "glm": ("Glm", {"head_dim": 24, "partial_rotary_factor": 0.5}),
     "glm4": ("Glm4", {"head_dim": 24, "partial_rotary_factor": 0.5, "attention_bias": True}),
     "granite": (
@@ -130,7 +147,9 @@ LISTED = tuple(_CONFIGS)
 
 def peculiarities(name: str) -> list[str]:
     """Settings in which a family's tiny configuration differs from the classes' defaults, sizes apart."""
-    return [key for key in _CONFIGS[name][1] if key != "head_dim"] if name in _CONFIGS else []
+    return (
+        [key for key in _CONFIGS[name][1] if key not in ("head_dim", "num_hidden_layers")] if name in _CONFIGS else []
+    )
 
 
 def config(name: str, sizes: dict[str, Any]) -> transformers.PretrainedConfig:

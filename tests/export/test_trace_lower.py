@@ -278,7 +278,7 @@ def scaled(checkpoint, agent, traced, tmp_path_factory) -> Traced:
     prompts = [(plain.reference.cases[0].tokens, True)]
     wanted = run_reference(model, "scaled", [agent("mistral")], prompts, MAX_CANDIDATES, Progress(quiet=True))
     folder = tmp_path_factory.mktemp("scaled")
-    llm, rotary = trace_llm(model, folder, plain.tracer, "scaled", plain.max_context, plain.max_context)
+    llm, rotary, _ = trace_llm(model, folder, plain.tracer, "scaled", plain.max_context, plain.max_context)
     return replace(plain, reference=wanted, graph=replace(plain.graph, llm=llm, rotary=rotary))
 
 

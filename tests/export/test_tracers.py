@@ -31,10 +31,11 @@ from mara_export.graph import probes
 from mara_export.graph import trace as tracing
 from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE
 from mara_export.graph.seam import Seam
+from mara_export.hf.families import decoder_sizes
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_runtime.errors import OptionError
-from tests import checkpoints
+from tests import checkpoints, families
 from tests.export.conftest import MAX_CONTEXT
 from tests.families import SIZES
 
@@ -133,6 +134,16 @@ def test_families_that_nobody_named_come_through(tracer: str, config, values, ex
     assert offsets == {int(config is GemmaConfig)}
     scales = {dict(rest)["scale"] for kind, *rest in found if kind == ATTENTION}
     assert [*scales] == [pytest.approx(values.get("attention_multiplier", values.get("head_dim", 8) ** -0.5))]
+
+
+@pytest.mark.parametrize("family", [name for name in ("olmo3", "gemma4_text") if name in families.NAMES])
+def test_the_seam_finds_the_caches_that_the_configuration_tells(family: str) -> None:
+    """And the parameters are as many."""
+    config = families.config(family, {**SIZES, "vocab_size": 320, "num_hidden_layers": 4, "tie_word_embeddings": False})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sizes = decoder_sizes(config.to_dict(), "it")
+    assert Seam(model, "it").caches == sizes.shape.caches
+    assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters
 
 
 @pytest.mark.parametrize(

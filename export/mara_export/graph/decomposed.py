@@ -38,16 +38,17 @@ OPSETS = {"": 20}
 def attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → ScatterND of keys and values, two MatMuls and a Softmax."""
     add = Builder(graph, "decomposed")
-    written: dict[int, ir.Value] = {}
+    slots: dict[int, ir.Value] = {}
     for node in custom_nodes(graph, CACHED_ATTENTION):
-        q, k, v, past_k, past_v, mask, _ = node.inputs
-        name, heads = str(node.name), Heads.of(node)
-        if heads.kv not in written:
-            written[heads.kv] = _slots(add, heads.kv)
-        slots = written[heads.kv]
-        # without a `reduction` attribute: the parser of 10.3 rejects even "none"
-        keys = add("ScatterND", past_k, slots, k, out=f"{name}/key")
-        values = add("ScatterND", past_v, slots, v, out=f"{name}/value")
+        q, k, v, keys, values, mask, _ = node.inputs
+        name, heads, written = str(node.name), Heads.of(node), []
+        if k is not None:
+            if heads.kv not in slots:
+                slots[heads.kv] = _slots(add, heads.kv)
+            # without a `reduction` attribute: the parser of 10.3 rejects even "none"
+            keys = add("ScatterND", keys, slots[heads.kv], k, out=f"{name}/key")
+            values = add("ScatterND", values, slots[heads.kv], v, out=f"{name}/value")
+            written = [keys, values]
         # before the product, whose sums could otherwise leave float16 at 65504
         scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
         seated = add.seated(scaled, f"{name}/q")
@@ -62,7 +63,7 @@ def attention(graph: ir.Graph, context: GraphContext) -> None:
         sums = add("MatMul", merged, values, out=f"{name}/sums")  # (B, kv_heads, groups · M, H)
         out = add("Reshape", sums, add.ints(0, heads.count, -1, heads.size), out=f"{name}/out")
         by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
-        replace_node(node, put_together(add, node, by_seat), keys, values)
+        replace_node(node, put_together(add, node, by_seat), *written)
 
 
 def capped(add: Builder, scores: ir.Value, attention: ir.Node) -> ir.Value:

@@ -2,10 +2,10 @@
 
 | node | inputs → outputs | attributes | takes the place of |
 |---|---|---|---|
-| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap; sizes | the attention |
+| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, cache, scale, window, softcap, sizes | attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
-| RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
+| RMSNorm | x, weight (D,)? → x | size, epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
 | Experts | x (S, D), ids and weights (S, k), matrices → x | k, layout, activation | transformers 5's experts |
 
@@ -14,8 +14,9 @@ kv_heads and head_dim; what Experts computes, and its attributes, are in probes.
 are needed; the others are recognised, and what a probe does not recognise stays basic operators. No family is named
 here.
 
-The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
-observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
+The model runs once before it is traced, on a few rows: how far each layer sees, which layers attend to the same keys
+and values, and how rotary functions turn are observed then, on numbers. Attention has only the rows at hand; traced.py
+adds the KV caches.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from mara_export.graph.probes import (
     Attributes,
     Window,
     check_attention,
+    group_caches,
     probe_experts,
     probe_norm,
     probe_rotary,
@@ -107,6 +109,7 @@ class Seam:
         """model: a causal LM in eval mode, float32. name: of it, for messages. Raises ModelError."""
         self._model, self._name = model, name
         self._windows: dict[int, int] = {}
+        self._attended: dict[int, tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
         self._tables: set[tuple[str, str]] = set()
         self._experts: dict[Any, Attributes] = {}
@@ -115,6 +118,8 @@ class Seam:
             Traceable(model)(*examples())
         if not self._windows:
             raise ModelError(f"{name}: its attention does not go through transformers' interface, and cannot be traced")
+        self.caches, self._cache_of = group_caches(self._attended)
+        self._attended.clear()
 
     def rotary_tables(self, positions: NDArray[np.int64]) -> Tables:
         """Cosines and sines of the RotaryTables of a trace at some positions (P,)."""
@@ -195,11 +200,12 @@ class Seam:
             if v.shape != k.shape:
                 sizes = k.shape[-1], v.shape[-1]
                 raise ModelError(f"{self._name}: keys and values of different sizes, {sizes}, are not supported")
-            self._windows[layer] = window.size
+            self._windows[layer], self._attended[layer] = window.size, (k, v)
             out = q.new_zeros(shape)
         else:
             attributes = {
                 "layer": layer,
+                "cache": self._cache_of[layer],
                 "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
                 "window": self._windows[layer],
                 "softcap": float(softcap or 0),
@@ -230,7 +236,7 @@ class Seam:
         return forward
 
     def _rotating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function like `function`, whose turns are observed, then nodes."""
+        """A function like `function`, whose turns are observed, then nodes, which want heads before rows."""
         parameters = inspect.signature(function).parameters
         count = 2 if "q" in parameters else 1
 
@@ -246,7 +252,7 @@ class Seam:
                     if key not in self._turns:
                         self._turns[key] = probe_rotary(function, *key[1:])
             found = [self._turns.get(key) for key in keys]
-            if self._make is None or None in found or unsqueeze_dim != 1:
+            if self._make is None or None in found or unsqueeze_dim not in (1, 2):
                 return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
             part = rotated_part(self._model.config)
             for (_, width, head), turn in zip(keys, found, strict=True):
@@ -255,10 +261,12 @@ class Seam:
                         f"{self._name}: its config.json has partial_rotary_factor = {part!r}, which transformers does "
                         f"not read for {self._model.config.model_type!r}: remove it"
                     )
-            made = [
-                self._make(ROTARY, (x, cos, sin), {**(turn or {}), "head_dim": int(x.shape[-1])}, [x.shape])[0]
-                for x, turn in zip(turning, found, strict=True)
-            ]
+            made = []
+            for x, turn in zip(turning, found, strict=True):
+                heads_first = x.transpose(1, unsqueeze_dim)
+                attributes = {**(turn or {}), "head_dim": int(x.shape[-1])}
+                (turned,) = self._make(ROTARY, (heads_first, cos, sin), attributes, [heads_first.shape])
+                made.append(turned.transpose(1, unsqueeze_dim))
             return tuple(made) if count == 2 else made[0]
 
         return forward
@@ -283,7 +291,8 @@ class Seam:
     def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             assert self._make is not None
-            return self._make(NORM, (x, module.weight), {"name": name, **found}, [x.shape])[0]
+            weight = getattr(module, "weight", None)
+            return self._make(NORM, (x, weight), {"name": name, "size": int(x.shape[-1]), **found}, [x.shape])[0]
 
         return forward
 

@@ -43,6 +43,8 @@ _ROPE = {
 and what transformers reads for them"""
 _ROPE_OF = {"ministral3": ("llama_4_scaling_beta",)}
 """and what an architecture reads beside that"""
+_MORE_ROPE = {"gemma4_text": {"proportional": "factor"}}
+"""rope types of one architecture"""
 
 
 def check_supported(config: Any, name: str, max_context: int | None) -> int:
@@ -130,11 +132,12 @@ def _check_read(config: Any, name: str) -> None:
 def _check_rope(config: Any, name: str) -> None:
     for rope in rope_kinds(config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in _ROPE:
+        types = _ROPE | _MORE_ROPE.get(config.model_type, {})
+        if rope_type not in types:
             raise ModelError(
-                f"{name} has rope scaling {rope_type!r}, which is not supported; supported are {', '.join(_ROPE)}"
+                f"{name} has rope scaling {rope_type!r}, which is not supported; supported are {', '.join(types)}"
             )
-        known = ("rope_type", "type", *_ROPE[rope_type].split(), *_ROPE_OF.get(config.model_type, ()))
+        known = ("rope_type", "type", *types[rope_type].split(), *_ROPE_OF.get(config.model_type, ()))
         if unread := [key for key in rope if key not in known]:
             raise ModelError(
                 f"{name}: its config.json has {unread[0]} in rope_scaling, which nothing reads for {rope_type!r}: "

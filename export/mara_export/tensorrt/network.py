@@ -73,15 +73,15 @@ class Network:
         """How many layers of each kind the network has."""
         return dict(sorted(Counter(kind for kind, _ in self._layers()).items()))
 
-    def check_in_place(self, num_layers: int) -> None:
+    def check_in_place(self, shape: tensors.ModelShape) -> None:
         """Raise EngineError if the parser did not turn the graph's operators into the layers made for them.
 
         Otherwise the KV cache would not be updated in place, or attention would not be fused.
         """
         kinds = self.kinds()
         wanted = {
-            "ATTENTION_INPUT": num_layers,
-            "KV_CACHE_UPDATE": 2 * num_layers,
+            "ATTENTION_INPUT": shape.num_layers,
+            "KV_CACHE_UPDATE": 2 * shape.num_caches,
             "ROTARY_EMBEDDING": self._rotations,  # layers of some models have none
         }
         for kind, count in wanted.items():
@@ -95,7 +95,7 @@ class Network:
             for kind, layer in self._layers()
             if kind == "KV_CACHE_UPDATE"
         }
-        for past, present in tensors.kv_names(num_layers):
+        for past, present in tensors.kv_names(shape.num_caches):
             if updates.get(past) != present:
                 raise EngineError(f"the graph's {present} is not an update of {past} in place: export the bundle again")
 
