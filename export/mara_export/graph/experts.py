@@ -35,7 +35,7 @@ class _Stacks:
     """The matrices of one Experts node, in the layouts that lowerings want."""
 
     def __init__(self, add: Builder, node: ir.Node) -> None:
-        gate_up, down, *biases = node.inputs[3:]
+        gate_up, down, *biases = [value for value in node.inputs[3:] if value is not None]
         self._add, self._transposed = add, bool(attribute(node, "transposed"))
         self._interleaved = bool(attribute(node, "interleaved"))
         self._gate_up, self._down, self._biases = gate_up, down, biases
@@ -72,10 +72,12 @@ class _Stacks:
         """Gates of all experts, then values of all (D, 2 E I), their bias; (E I, D), its biases (E, D)."""
         e, d, i = self.count, self.size, self.inner
 
-        def columns(stack: NDArray[Any]) -> NDArray[Any]:
-            return self._paired(self._rows(stack), False).transpose(3, 1, 0, 2)  # (D, 2, E, I)
-
-        up = self._made(self._gate_up, "together", (d, 2 * e * i), columns)
+        up = self._made(  # (E, 2, I, D) → (D, 2, E, I)
+            self._gate_up,
+            "together",
+            (d, 2 * e * i),
+            lambda a: self._paired(self._rows(a), False).transpose(3, 1, 0, 2),
+        )
         down = self._made(self._down, "together", (e * i, d), lambda a: self._rows(a).swapaxes(1, 2))
         if not self._biases:
             return [up, None, down, None]

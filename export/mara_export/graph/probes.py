@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +16,17 @@ from mara_runtime.tensors import CacheGroup
 
 Attributes = dict[str, Any]
 """Of a node of the trace."""
+
+
+class Make(Protocol):
+    """Makes a node in the trace."""
+
+    def __call__(
+        self, op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
+    ) -> tuple[Tensor, ...]:
+        """Its outputs, float32, of these shapes."""
+
+
 _UNREAD = {
     "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
     "position_ids", "use_cache",
@@ -151,72 +161,3 @@ def probe_norm(module: Any) -> Attributes | None:
             return None
         fits = {offset for offset in fits if torch.allclose(y, unit * (offset + values), rtol=1e-4, atol=1e-6)}
     return {"epsilon": epsilon, "offset": fits.pop()} if len(fits) == 1 else None
-
-
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-"""Parameters of transformers' experts, in the order in which the node takes them."""
-
-
-def _gated(both: Tensor, found: Attributes) -> Tensor:
-    """Gates and values (…, 2 I) → g · sigmoid(alpha · g) · (v + offset) (…, I), both kept within the limit."""
-    gate, value = (both[..., ::2], both[..., 1::2]) if found["interleaved"] else both.chunk(2, -1)
-    if found["limit"]:
-        gate, value = gate.clamp(max=found["limit"]), value.clamp(-found["limit"], found["limit"])
-    return gate * torch.sigmoid(found["alpha"] * gate) * (value + found["offset"])
-
-
-def _expected(
-    stacks: dict[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor, transposed: bool, found: Attributes
-) -> Tensor:
-    """What Experts computes: rows (S, D), each the sum of its chosen experts' results (S, k) times their weights."""
-    names = [(name, f"{name}_bias") for name in EXPERT_WEIGHTS[:2]]
-    up, down = (stacks[name] if transposed else stacks[name].mT for name, _ in names)  # (E, inputs, outputs)
-    up_bias, down_bias = (
-        stacks.get(bias, matrix.new_zeros(1)) for matrix, (_, bias) in zip((up, down), names, strict=True)
-    )
-    inner = _gated(torch.einsum("sd,edi->sei", x, up) + up_bias, found)
-    results = torch.einsum("sei,eid->sed", inner, down) + down_bias  # (S, E, D)
-    return torch.einsum("sed,ske,sk->sd", results, torch.nn.functional.one_hot(ids, len(up)).to(x.dtype), weights)
-
-
-@torch.no_grad()
-def probe_experts(module: Any) -> Attributes | None:
-    """How transformers' experts compute; None: in no way that is known here.
-
-    transposed: their matrices are (E, inputs, outputs), not (E, outputs, inputs). interleaved: a gate stands beside its
-    value, not all gates before all values. alpha, limit (0: none), offset: of the activation, as `_gated` has it.
-    """
-    biases = getattr(module, "has_bias", None)
-    if {*module._parameters} != {*EXPERT_WEIGHTS[: 4 if biases else 2]} or not getattr(module, "has_gate", False):
-        return None
-    exact = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
-    small, large = 0.125, 1e9
-
-    def activation(gate: float, value: float) -> float:
-        return float(module._apply_gate(torch.tensor([[gate, value]], dtype=torch.float64)))
-
-    slope = (activation(small, small) - activation(small, 0)) / small
-    part = torch.tensor(slope / small, dtype=torch.float64)  # sigmoid(alpha · small)
-    offset, alpha = activation(small, 0) / slope, float(part.logit()) / small
-    limit = activation(small, large) / slope - offset
-    known = {"alpha": alpha, "limit": limit if limit < large / 2 else 0.0, "offset": offset}
-    count, size, inner, transposed = int(module.num_experts), 6, 4, bool(module.is_transposed)
-    shapes = [(2 * inner, size), (size, inner)]
-    sizes = [*(shape[::-1] if transposed else shape for shape in shapes), (2 * inner,), (size,)]
-    stacks = {name: 2 * torch.randn(count, *shape, **exact) for name, shape in zip(EXPERT_WEIGHTS, sizes, strict=True)}
-    stacks = {name: stacks[name] for name in module._parameters}
-    twin = copy.copy(module)
-    twin._parameters = {name: torch.nn.Parameter(stack) for name, stack in stacks.items()}
-    twin.config = SimpleNamespace(_experts_implementation="eager")
-    x = torch.randn(5, size, **exact) * torch.tensor([[1], [2], [4], [16], [64]])  # beyond the limit, too
-    weights, ids = torch.rand(5, count, **exact).topk(min(2, count))
-    try:
-        wanted = type(module).forward(twin, x, ids, weights)
-    except (RuntimeError, TypeError, AttributeError, IndexError):
-        return None
-    for interleaved in (False, True):
-        found = {"interleaved": int(interleaved), **known}
-        if torch.allclose(_expected(stacks, x, ids, weights, transposed, found), wanted, rtol=1e-9):
-            rounded = {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in known.items()}
-            return {"transposed": int(transposed), "interleaved": int(interleaved), **rounded}
-    return None

@@ -10,9 +10,8 @@
 | Experts | x (S, D), ids and weights (S, k), matrices → x | k, layout, activation | transformers 5's experts |
 
 RMSNorm, Linear and Experts have the attribute `name`, of the module in the model. An attention's sizes are heads,
-kv_heads and head_dim; what Experts computes, and its attributes, are in probes.py. Attention, RotaryTable and Experts
-are needed; the others are recognised, and what a probe does not recognise stays basic operators. No family is named
-here.
+kv_heads and head_dim; seam_experts.py says what Experts computes. Attention, RotaryTable and Experts are needed; the
+others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
 
 The model runs once before it is traced, on a few rows: how far each layer sees, which layers attend to the same keys
 and values, and how rotary functions turn are observed then, on numbers. Attention has only the rows at hand; traced.py
@@ -25,8 +24,8 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,43 +35,29 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-try:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError:  # version 4
-    ALL_EXPERTS_FUNCTIONS = None
-
 from mara_export.errors import ModelError
-from mara_export.graph.nodes import ATTENTION, EXPERTS, LINEAR, NORM, ROTARY, TABLE, Tables
+from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
 from mara_export.graph.probes import (
-    EXPERT_WEIGHTS,
     Attributes,
+    Make,
     Window,
     check_attention,
     group_caches,
-    probe_experts,
     probe_norm,
     probe_rotary,
     probe_window,
 )
+from mara_export.graph.seam_experts import ExpertNodes
 from mara_export.hf.rope import rotated_part
 from mara_runtime import tensors
 
 IMPLEMENTATION = "mara"
-"""Name of the attention implementation in transformers, and of that of experts."""
+"""Name of the attention implementation in transformers."""
 REHEARSED_ROWS = 3
 _ROTARY_FUNCTION = re.compile(r"apply_\w*rotary|apply_rotary")
 INPUTS = {tensors.INPUT_IDS: {1: "S"}, tensors.POSITION_IDS: {1: "S"}, tensors.ROWS: {0: "R"}}
 OUTPUTS = {tensors.LOGITS: {0: "R"}, tensors.LAST_HIDDEN_STATE: {1: "S"}}
 """Of a trace, with their symbolic axes."""
-
-
-class Make(Protocol):
-    """Makes a node in the trace."""
-
-    def __call__(
-        self, op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
-    ) -> tuple[Tensor, ...]:
-        """Its outputs, float32, of these shapes."""
 
 
 class Traceable(torch.nn.Module):
@@ -112,7 +97,7 @@ class Seam:
         self._attended: dict[int, tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
         self._tables: set[tuple[str, str]] = set()
-        self._experts: dict[Any, Attributes] = {}
+        self._experts = ExpertNodes(model, name)
         self._make: Make | None = None
         with torch.no_grad(), self._in_place():
             Traceable(model)(*examples())
@@ -154,10 +139,7 @@ class Seam:
             before = model.config._attn_implementation
             model.set_attn_implementation(IMPLEMENTATION)
             undo.callback(model.set_attn_implementation, before)
-            if ALL_EXPERTS_FUNCTIONS is not None:
-                before = model.config._experts_implementation
-                model.set_experts_implementation(IMPLEMENTATION)
-                undo.callback(model.set_experts_implementation, before)
+            undo.enter_context(self._experts.in_place(self._make))
             yield
 
     def _stand_in(self, name: str, module: Any) -> Callable[..., Any] | None:
@@ -271,21 +253,6 @@ class Seam:
 
         return forward
 
-    # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def choose(self, module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """transformers' function of experts: x (S, D), those chosen for each row and their weights (S, k) → (S, D)."""
-        if self._make is None:
-            name = next(name for name, each in self._model.named_modules() if each is module)
-            found = probe_experts(module)
-            if found is None:
-                raise ModelError(f"{self._name}: the experts at {name} compute what is not supported")
-            self._experts[module] = {"name": name, **found}
-            return torch.zeros_like(x)
-        stacks = [getattr(module, weight, None) for weight in EXPERT_WEIGHTS]
-        attributes = {**self._experts[module], "k": int(ids.shape[1])}
-        return self._make(EXPERTS, (x, ids, weights, *stacks), attributes, [x.shape])[0]
-
     # ── norms and linear maps ────────────────────────────────────────────────────────────────────────────────────────
 
     def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
@@ -313,8 +280,6 @@ _in_use: list[Seam] = []
 """What is registered with transformers stays registered, and must not keep a model in memory."""
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].attend(*args, **kwargs))
 ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].mask(*args, **kwargs))
-if ALL_EXPERTS_FUNCTIONS is not None:
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, lambda *args, **kwargs: _in_use[-1].choose(*args, **kwargs))
 
 
 @contextlib.contextmanager
