@@ -90,6 +90,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "granite_swa": (
+        "GraniteSWA",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "layer_rope_theta": [1e4, 5e3, 0, 1e4],
+            "attention_multiplier": 0.3,
+        },
+    ),
     "helium": ("Helium", {"head_dim": 16}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
     "ministral3": (
