@@ -209,7 +209,7 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
         # The mask of every query of a group, and the scores, twice: ONNX Runtime plans the memory of a shape when it
         # has run once, and keeps what that run took beside the plan's.
         attention += mask * (2 * model.num_heads + groups) * b
-    elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
+    elif not setting.fused or model.family.written_out:  # scores, their softmax; keys and values, for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
     head = setting.logit_rows * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
     if not setting.on_tensorrt:

@@ -278,6 +278,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_((1.0 + 0.2 * noise.abs()) * noise.sign())
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.copy_(1.3 + 0.2 * noise)
+        elif name.endswith("sinks"):
+            parameter.copy_(2.0 + noise)
         elif name.endswith("norm.weight"):
             parameter.copy_(1.0 + 0.2 * noise)
         elif name.endswith(".bias"):

@@ -90,6 +90,15 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "granite_swa": (
+        "GraniteSWA",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "layer_rope_theta": [1e4, 5e3, 0, 1e4],
+            "attention_multiplier": 0.3,
+        },
+    ),
     "granitemoe": (
         "GraniteMoe",
         {"num_local_experts": 5, "num_experts_per_tok": 2, "logits_scaling": 8.0, "residual_multiplier": 0.6},

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mara_export.graph.decomposed import capped
+from mara_export.graph.decomposed import capped, softmax
 from mara_export.graph.experts import chosen_experts
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
@@ -43,7 +43,6 @@ from mara_export.graph.nodes import (
     replace_node,
 )
 from mara_export.graph.portable import rms_norms, rotary_attributes, rotary_embedding
-from mara_export.graph.precision import island
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
@@ -88,7 +87,7 @@ class _GroupedAttention:
 
     def rewrite(self, node: ir.Node) -> None:
         """Replace a traced attention and what the model does right after it: putting the heads together."""
-        *given, past_k, past_v, mask, _ = node.inputs
+        *given, sinks, past_k, past_v, mask, _ = node.inputs
         assert past_k is not None
         assert past_v is not None
         qkv = [value for value in given if value is not None]  # or queries alone
@@ -114,7 +113,8 @@ class _GroupedAttention:
             keys = add("ScatterND", past_k, slots, new[0], out=f"{name}/all_keys")
             values = add("ScatterND", past_v, slots, new[1], out=f"{name}/all_values")
             written = [keys, values]
-        attend = self._attend_capped if attribute(node, "softcap") else self._attend
+        written_out = sinks is not None or attribute(node, "softcap")
+        attend = self._attend_written_out if written_out else self._attend
         attended = attend(node, rows, keys, values, self._grouped_mask(mask, heads.groups))
         if heads.groups > 1 and not swapped:
             attended = self._swap(attended, f"{name}/out", heads.groups, heads.kv, heads.size)
@@ -131,18 +131,17 @@ class _GroupedAttention:
             scale=attribute(node, "scale"),
         )
 
-    def _attend_capped(
+    def _attend_written_out(
         self, node: ir.Node, rows: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value
     ) -> ir.Value:
-        """As `_attend`, in basic operators: MultiHeadAttention does not cap scores."""
+        """As `_attend`, in basic operators: MultiHeadAttention does not cap scores, and knows no sinks."""
         add, name, heads = self._add, node.name, Heads.of(node)
         apart = add("Reshape", rows, add.ints(0, -1, heads.kv, heads.size), out=f"{name}/apart")
         queries = add("Transpose", apart, out=f"{name}/queries", perm=HEADS_LAST)  # (B, kv_heads, M · groups, H)
         scaled = add("Mul", queries, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
         scores = capped(add, add("MatMul", scaled, columns, out=f"{name}/products"), node)
-        masked = island(add("Add", scores, mask, out=f"{name}/masked"))
-        weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
+        weights = softmax(add, add("Add", scores, mask, out=f"{name}/masked"), node, (heads.kv, heads.groups))
         sums = add("MatMul", weights, values, out=f"{name}/sums")
         by_seat = add("Transpose", sums, out=f"{name}/heads_last", perm=HEADS_LAST)
         return add("Reshape", by_seat, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/attention")

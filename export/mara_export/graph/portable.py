@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mara_export.errors import ModelError
+from mara_export.graph.decomposed import attended
 from mara_export.graph.experts import all_experts
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
@@ -35,10 +35,10 @@ OPSETS = {"": 24}
 
 def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → TensorScatter of keys and values, Attention over all of them."""
-    add = Builder(graph, "portable")
+    add, on_tensorrt = Builder(graph, "portable"), TARGETS[context.options.target].is_tensorrt
     for node in custom_nodes(graph, CACHED_ATTENTION):
-        q, *new, past_k, past_v, mask, write = node.inputs
-        seated, written = add.seated(q, f"{node.name}/q"), list[ir.Value]()
+        q, *new, sinks, past_k, past_v, mask, write = node.inputs
+        written = list[ir.Value]()
         entries: Sequence[ir.Value | None] = [past_k, past_v]
         if new[0] is not None:
             entries = written = [
@@ -51,14 +51,13 @@ def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
                 )
                 for part, past, value in zip(("key", "value"), entries, new, strict=True)
             ]
-        if attribute(node, "softcap") and TARGETS[context.options.target].is_tensorrt:
-            raise ModelError(
-                "the model caps its attention scores, which TensorRT's attention cannot do: export with --lowering "
-                "decomposed"
-            )
-        known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
-        out = add("Attention", seated, *entries, mask, out=f"{node.name}/attention", **known)
-        by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
+        if sinks is not None or (attribute(node, "softcap") and on_tensorrt):  # its attention does not know them
+            by_seat = attended(add, node, q, entries, mask)
+        else:
+            known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
+            seated = add.seated(q, f"{node.name}/q")
+            out = add("Attention", seated, *entries, mask, out=f"{node.name}/attention", **known)
+            by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
         replace_node(node, put_together(add, node, by_seat), *written)
 
 

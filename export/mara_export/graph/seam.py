@@ -2,7 +2,7 @@
 
 | node | inputs → outputs | attributes | takes the place of |
 |---|---|---|---|
-| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, cache, scale, window, softcap, sizes | attention |
+| Attention | q, k, v (1, heads, S, H), sinks? → like q | layer, cache, scale, window, softcap, sizes | attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
 | RMSNorm | x, weight (D,)? → x | size, epsilon, offset | modules that a probe recognises |
@@ -10,8 +10,9 @@
 | Experts | x (S, D), ids and weights (S, k), matrices → x | k, layout, activation | transformers 5's experts |
 
 RMSNorm, Linear and Experts have the attribute `name`, of the module in the model. An attention's sizes are heads,
-kv_heads and head_dim; seam_experts.py says what Experts computes. Attention, RotaryTable and Experts are needed; the
-others are recognised, and what a probe does not recognise stays basic operators. No family is named here.
+kv_heads and head_dim; its sinks (heads,) are scores without a row. seam_experts.py says what Experts computes.
+Attention, RotaryTable and Experts are needed; the others are recognised, and what a probe does not recognise stays
+basic operators. No family is named here.
 
 The model runs once before it is traced, on a few rows: how far each layer sees, which layers attend to the same keys
 and values, and how rotary functions turn are observed then, on numbers. Attention has only the rows at hand; traced.py
@@ -171,6 +172,7 @@ class Seam:
         *_: Any,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         sliding_window: int | None = None,  # the mask has it
         **more: Any,
     ) -> tuple[Tensor, None]:
@@ -195,7 +197,7 @@ class Seam:
                 "kv_heads": int(k.shape[1]),
                 "head_dim": int(q.shape[-1]),
             }
-            (out,) = self._make(ATTENTION, (q, k, v), attributes, [shape])
+            (out,) = self._make(ATTENTION, (q, k, v, s_aux), attributes, [shape])
         return out.transpose(1, 2).contiguous(), None
 
     # ── rotary embedding ─────────────────────────────────────────────────────────────────────────────────────────────

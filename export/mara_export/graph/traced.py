@@ -1,8 +1,9 @@
 """From a trace, whichever door it came through, to the nodes that lowerings take.
 
-`CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value; attributes
-`scale`, `softcap` and the sizes) writes keys and values into a cache, then attends over all of it; one without k and v
-attends to what another has written. Layers with the same window have the same mask. `Rotary` (x, cos, sin → x;
+`CachedAttention` (q, k, v, sinks, past_key, past_value, mask, write_indices → out, present_key, present_value;
+attributes `scale`, `softcap` and the sizes) writes keys and values into a cache, then attends over all of it; one
+without k and v attends to what another has written. Layers with the same window have the same mask. Sinks (heads,), if
+any, are scores without a slot. `Rotary` (x, cos, sin → x;
 attributes `interleaved`, `head_dim`) turns the first W numbers of each head by the angles of its rows' positions, which
 the lowered graph looks up in weights (positions, W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are
 MatMul and Add.
@@ -130,7 +131,7 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
     written: dict[int, Sequence[ir.Value]] = {}
     for node in nodes:
         layer, cache, window = (attribute(node, each) for each in ("layer", "cache", "window"))
-        q, *entries = node.inputs
+        q, *entries, sinks = (*node.inputs, None)[:4]
         mask = add.input(mask_name(window if window < context.max_context else 0))
         write = add.input(tensors.WRITE_INDICES)
         name = f"{_path(f'model.layers.{layer}.self_attn')}/{CACHED_ATTENTION}"
@@ -141,7 +142,7 @@ def caches(graph: ir.Graph, context: GraphContext) -> None:
             past = [add.input(tensors.past(cache, part)) for part in parts]
         out, *present = add.several(
             CACHED_ATTENTION,
-            [q, *entries, *past, mask, write],
+            [q, *entries, sinks, *past, mask, write],
             [name, *new],
             name=name,
             domain=DOMAIN,

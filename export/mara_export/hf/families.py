@@ -25,6 +25,10 @@ class Family:
     """queries, keys and values have biases, whatever the configuration says"""
     qk_norm: str = ""
     """queries and keys are normalised: each "head", or their whole "width" """
+    sinks: bool = False
+    """each head has one, a score that takes its part of the softmax"""
+    softcap: bool = False
+    """scores are capped"""
     norms: int = 2
     """of the hidden size, in each layer"""
     norm_bias: bool = False
@@ -33,6 +37,11 @@ class Family:
     tied: bool = False
     """the LM head is the embedding's table, unless the configuration says otherwise"""
 
+    @property
+    def written_out(self) -> bool:
+        """Whether attention is more than TensorRT's does in one kernel."""
+        return self.sinks or self.softcap
+
 
 FAMILIES = {
     "arcee": Family(gated=False),
@@ -40,12 +49,13 @@ FAMILIES = {
     "ernie4_5": Family(),
     "exaone4": Family(qk_norm="head"),
     "gemma": Family(tied=True),
-    "gemma2": Family(norms=4, tied=True),
+    "gemma2": Family(softcap=True, norms=4, tied=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
     "gemma4_text": Family(norms=4, qk_norm="head", tied=True),  # of transformers 5
     "glm": Family(),
     "glm4": Family(norms=4),
     "granite": Family(),
+    "granite_swa": Family(sinks=True, tied=True),  # of transformers 5
     "granitemoe": Family(),  # of transformers 5, as all with experts
     "helium": Family(),
     "hunyuan_v1_dense": Family(qk_norm="head"),
@@ -146,9 +156,9 @@ class Decoder:
             keys = min(layer.kv_matrices, 1)
             of_heads = {"": 0, "head": 1 + keys, "width": self.num_heads + keys * layer.kv_heads}[self.family.qk_norm]
             norms = self.family.norms + (1 if self.own_input else 0)
-            total += layer.count * (
-                norms * a_norm + of_heads * layer.head_dim + layer.biases + layer.experts * self.hidden_size
-            )
+            sinks = self.num_heads if self.family.sinks else 0
+            more = layer.biases + sinks + layer.experts * self.hidden_size
+            total += layer.count * (norms * a_norm + of_heads * layer.head_dim + more)
         return total
 
     @property
