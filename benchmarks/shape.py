@@ -2,23 +2,29 @@
 
     python benchmarks/shape.py qwen2-0.5b OUT
 
-writes OUT/checkpoint, a Hugging Face folder with the demo's tokenizer, and OUT/agent.safetensors.
+writes OUT/checkpoint, a Hugging Face folder with the demo's tokenizer, and OUT/agent.safetensors. Weights are made one
+at a time, in bfloat16, so the largest shape takes no more memory than its embedding.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig
 
 from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
+from mara_export.hf.weights import empty_model
 
 SHAPES = {
     "qwen2-0.5b": {
+        "model_type": "qwen2",
         "hidden_size": 896,
         "intermediate_size": 4864,
         "num_hidden_layers": 24,
@@ -29,7 +35,20 @@ SHAPES = {
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
     },
+    "llama3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+    },
     "tiny": {
+        "model_type": "qwen2",
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -44,26 +63,62 @@ SHAPES = {
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
+SHARD_BYTES = 4 << 30
+
+
+def weight(name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> torch.Tensor:
+    """A weight as a model begins its training with."""
+    if "norm" in name:
+        return torch.ones(shape)
+    values = torch.empty(shape).normal_(std=0.02, generator=generator)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        values /= (2 * layers) ** 0.5  # as GPT-2
+    if name.endswith("embed_tokens.weight"):
+        values *= 10  # so large that each token says something, and rounding does not drown it
+    return values
+
+
+def write_weights(config: Any, folder: Path) -> None:
+    """Write a model's weights as bfloat16 in files of at most SHARD_BYTES, unless one weight is larger."""
+    generator = torch.Generator().manual_seed(0)
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        save_file(pending, folder / f"model-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append([*pending])
+        pending.clear()
+        size = 0
+
+    for name, empty in empty_model(config).named_parameters():
+        values = weight(name, empty.shape, config.num_hidden_layers, generator).bfloat16()
+        if pending and size + values.nbytes > SHARD_BYTES:
+            flush()
+        pending[name] = values
+        size += values.nbytes
+    flush()
+    index = {name: f"model-{i}.safetensors" for i, names in enumerate(shards) for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    args.out.mkdir(parents=True)
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[args.shape], bos_token_id=0, eos_token_id=0))
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, std=0.02)  # zeros would be left out of a graph
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter /= (2 * model.config.num_hidden_layers) ** 0.5  # as GPT-2
-        if name.endswith("embed_tokens.weight"):
-            parameter *= 10  # so large that each token says something, and rounding does not drown it
-    model.save_pretrained(args.out / "checkpoint")
+    folder = args.out / "checkpoint"
+    folder.mkdir(parents=True)
+    config = AutoConfig.for_model(**SHAPES[args.shape], bos_token_id=0, eos_token_id=0)
+    config.architectures = [type(empty_model(config)).__name__]
+    config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    write_weights(config, folder)
     for name in TOKENIZER:
-        shutil.copy(MODEL_FOLDER / name, args.out / "checkpoint" / name)
-    agents.untrained(model.config.hidden_size, seed=0).save(args.out / "agent.safetensors")
+        shutil.copy(MODEL_FOLDER / name, folder / name)
+    agents.untrained(config.hidden_size, seed=0).save(args.out / "agent.safetensors")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from mara_export.hf.tokenizer import (
 from mara_export.hf.weights import Weights, empty_model
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
+from mara_export.space import check_space
 from mara_export.targets import TRACERS
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
@@ -199,6 +200,7 @@ def export_all(
     outs = [destination(out) for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
+    check_space(source, [(options, out) for (options, _), out in zip(bundles, outs, strict=True)])
     with contextlib.ExitStack() as claims:
         for out in outs:
             claims.enter_context(claimed(out))

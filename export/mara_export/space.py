@@ -1,0 +1,73 @@
+"""Disk and memory that an export needs, checked before its hours of work and not after."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mara_export.errors import ModelError
+from mara_export.hf.sources import ModelSource
+from mara_export.options import ExportOptions
+from mara_runtime.engines.machine import free_memory
+
+_FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_COPIES = 3
+"""Of the largest weight in float32, while it is read, transposed and quantised."""
+
+
+def bundle_bytes(numbers: int, options: ExportOptions) -> int:
+    """About the size of a bundle of a model with so many numbers in its weights."""
+    quantisation = options.quantisation
+    if quantisation is None:
+        return numbers * _FLOAT_BYTES[options.precision]
+    scales = 4 / quantisation.block_size if quantisation.block_size > 0 else 0
+    return math.ceil(numbers * (quantisation.bits / 8 + scales))
+
+
+def check_space(source: ModelSource, bundles: Sequence[tuple[ExportOptions, Path]]) -> None:
+    """Reject bundles for which there is clearly not enough disk or memory here. Raises ModelError."""
+    weights = _sizes(source.folder)
+    needs: dict[int, int] = {}
+    for options, out in bundles:
+        place = next(folder for folder in (out, *out.parents) if folder.exists())
+        disk, free = place.stat().st_dev, shutil.disk_usage(place).free
+        needs[disk] = needs.get(disk, 0) + bundle_bytes(sum(weights), options)
+        if free < needs[disk]:
+            raise ModelError(
+                f"{source.name} needs about {_gigabytes(needs[disk])} of disk where {out.name} goes, and "
+                f"{_gigabytes(free)} are free: free some, or choose another --out"
+            )
+    memory = free_memory()
+    if memory is None:
+        return
+    if (needed := _COPIES * 4 * max(weights, default=0)) > memory:
+        raise ModelError(
+            f"{source.name} needs about {_gigabytes(needed)} of memory to be exported, for its largest weight, and "
+            f"{_gigabytes(memory)} are free"
+        )
+    for options, out in bundles:
+        size = bundle_bytes(sum(weights), options)
+        if options.gate and size > memory:
+            raise ModelError(
+                f"the parity gate runs {out.name}, of about {_gigabytes(size)} in {options.precision}, in memory, of "
+                f"which {_gigabytes(memory)} are free: choose a smaller --precision, or leave the gate out with "
+                "--no-gate"
+            )
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Numbers in each weight of a checkpoint, by the heads of its files."""
+    sizes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # said at loading
+            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    return sizes
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
