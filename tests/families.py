@@ -81,6 +81,18 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("Glm", {"head_dim": 24, "partial_rotary_factor": 0.5}),
     "glm4": ("Glm4", {"head_dim": 24, "partial_rotary_factor": 0.5, "attention_bias": True}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN, "rope_theta": 1e4, "truncate": False},
+        },
+    ),
     "granite": (
         "Granite",
         {

@@ -131,6 +131,7 @@ def trace(
             tested=config.model_type in FAMILIES,
             shape=shape,
             intermediate_size=max(layer.intermediate_size for layer in sizes.layers),
+            experts=max(layer.experts for layer in sizes.layers),
             tied=sizes.tied,
             eos_token_ids=ends,
             weights=fingerprint,

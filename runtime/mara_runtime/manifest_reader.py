@@ -76,6 +76,7 @@ class _Reader(JsonReader):
                 tested=self.get("model.tested", bool),
                 shape=self._shape("model.shape"),
                 intermediate_size=self.count("model.intermediate_size"),
+                experts=self.count("model.experts", least=0),
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
                 weights=self.text("model.weights"),

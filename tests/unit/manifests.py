@@ -31,6 +31,7 @@ def manifest_json(
                 "caches": [{"count": 1, "kv_heads": 1, "head_dim": 4}],
             },
             "intermediate_size": 128,
+            "experts": 0,
             "tied": True,
             "eos_token_ids": [0],
             "weights": "0123",

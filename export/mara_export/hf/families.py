@@ -34,6 +34,8 @@ class Family:
     norm_bias: bool = False
     gated: bool = True
     """the MLP multiplies by a gate; False: it has two matrices"""
+    expert_bias: bool = False
+    """experts and what chooses them have biases"""
     tied: bool = False
     """the LM head is the embedding's table, unless the configuration says otherwise"""
 
@@ -54,9 +56,10 @@ FAMILIES = {
     "gemma4_text": Family(norms=4, qk_norm="head", tied=True),  # of transformers 5
     "glm": Family(),
     "glm4": Family(norms=4),
+    "gpt_oss": Family(sinks=True, expert_bias=True),  # of transformers 5, as all with experts
     "granite": Family(),
     "granite_swa": Family(sinks=True, tied=True),  # of transformers 5
-    "granitemoe": Family(),  # of transformers 5, as all with experts
+    "granitemoe": Family(),
     "helium": Family(),
     "hunyuan_v1_dense": Family(qk_norm="head"),
     "llama": Family(),
@@ -209,6 +212,8 @@ def _of_family(decoder: Decoder, model_type: str, config: Mapping[str, Any]) -> 
             biases += heads * layer.head_dim + (0 if family.qkv_bias else hidden)
         if config.get("mlp_bias") or config.get("use_bias"):
             biases += (2 if family.gated else 1) * layer.intermediate_size + hidden
+        if family.expert_bias:
+            biases += layer.experts * (2 * layer.intermediate_size + hidden + 1)
         layers.append(replace(layer, biases=biases))
     return replace(decoder, layers=tuple(layers), family=family)
 
