@@ -158,15 +158,15 @@ def estimate(model: Decoder, setting: Setting, engine_bytes: int | None = None) 
 
 def weight_bytes(model: Decoder, setting: Setting) -> int:
     """Size of the weights in a bundle: step.onnx.data without its alignment."""
-    matrices = sum(_matrix_bytes(k, n, setting) for _, k, n in model.matrices)
+    matrices = sum(count * _matrix_bytes(k, n, setting) for count, k, n in model.matrices)
     plain = setting.number_bytes
     stored = 2 if setting.precision == "fp16" else plain  # on the CPU it is widened when it is loaded
     positions = setting.context + spare_slots(setting.max_candidates)
     return (
-        model.num_layers * matrices
+        matrices
         + _vocabulary_bytes(model, setting)
         + model.small * plain
-        + positions * model.head_dim * stored  # cosines and sines
+        + positions * sum({layer.head_dim for layer in model.layers}) * stored  # cosines and sines
     )
 
 
@@ -198,16 +198,18 @@ def workspace_bytes(model: Decoder, setting: Setting) -> int:
 def activation_bytes(model: Decoder, setting: Setting) -> int:
     """Peak of activations in the widest pass: in an MLP, an attention, or the LM head."""
     rows, b, d = PREFILL_ROWS, setting.number_bytes, model.hidden_size
-    width = model.num_heads * model.head_dim
+    width = model.num_heads * max(layer.head_dim for layer in model.layers)
+    intermediate = max(layer.intermediate_size for layer in model.layers)
     mask = rows * setting.slots
     inner = 4 if setting.form.fused_projections else 3  # gate and up come as one there, and are taken apart
-    mlp = rows * (inner * model.intermediate_size + 4 * d) * b + mask
+    mlp = rows * (inner * intermediate + 4 * d) * b + mask
     attention = rows * (2 * d + 4 * width) * b + 4 * mask
     if setting.form.grouped_attention:
+        groups = max(model.num_heads // layer.kv_heads for layer in model.layers)
         # The mask of every query of a group, and the scores, twice: ONNX Runtime plans the memory of a shape when it
         # has run once, and keeps what that run took beside the plan's.
-        attention += mask * (2 * model.num_heads + model.num_heads // model.num_kv_heads) * b
-    elif not setting.fused:  # scores and their softmax; keys and values, repeated for every head
+        attention += mask * (2 * model.num_heads + groups) * b
+    elif not setting.fused or model.family.written_out:  # scores, their softmax; keys and values, for every head
         attention += 2 * mask * model.num_heads * b + 2 * setting.slots * width * b
     head = setting.logit_rows * model.vocab_size * (b if setting.on_tensorrt else 12) + rows * d * 16
     if not setting.on_tensorrt:
@@ -233,12 +235,13 @@ def _vocabulary_bytes(model: Decoder, setting: Setting) -> int:
     head = _matrix_bytes(model.hidden_size, model.vocab_size, setting)
     whole_blocks = model.hidden_size % (setting.block_size or 1) == 0
     if setting.precision in BITS and not (setting.form.quantised_table and whole_blocks):
-        return head + model.table * setting.number_bytes  # the table is not quantised
-    return head if model.tied else 2 * head
+        return head + (model.table + model.own_table) * setting.number_bytes  # tables are not quantised
+    own = _matrix_bytes(model.own_input * model.num_layers, model.own_vocab, setting) if model.own_input else 0
+    return (head if model.tied else 2 * head) + own
 
 
 def _slot_bytes(model: Decoder, setting: Setting) -> int:
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * setting.number_bytes
+    return 2 * sum(each.count * each.kv_heads * each.head_dim for each in model.shape.caches) * setting.number_bytes
 
 
 def outgrown_bytes(model: Decoder, setting: Setting) -> int:

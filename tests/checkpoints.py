@@ -84,8 +84,11 @@ def as_saved_by_4(folder: Path) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Load a checkpoint the way the oracle wants it: float32, eager attention, eval."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    """Load a checkpoint the way the oracle wants it: float32, eager attention and experts, eval."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    if hasattr(model, "set_experts_implementation"):  # of transformers 5
+        model.set_experts_implementation("eager")
+    return model
 
 
 def named(agent: torch.nn.Module, name: str = "agent") -> list[NamedAgent]:
@@ -263,7 +266,7 @@ def _final_norm(model: PreTrainedModel) -> torch.nn.Module:
 
 def _offset(norm: torch.nn.Module) -> float:
     """Of a norm that multiplies by 1 + weight."""
-    return float("Gemma" in type(norm).__name__)
+    return float("Gemma" in type(norm).__name__ and "Gemma4" not in type(norm).__name__)
 
 
 @torch.no_grad()
@@ -275,6 +278,8 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_((1.0 + 0.2 * noise.abs()) * noise.sign())
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.copy_(1.3 + 0.2 * noise)
+        elif name.endswith("sinks"):
+            parameter.copy_(2.0 + noise)
         elif name.endswith("norm.weight"):
             parameter.copy_(1.0 + 0.2 * noise)
         elif name.endswith(".bias"):
@@ -285,6 +290,9 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
             parameter.copy_(1.3 * noise / parameter.shape[1] ** 0.5)
         else:  # v, o, gate, up, down
             parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict():  # of a checkpoint: a factor
+            buffer.fill_(0.8)
 
 
 @torch.no_grad()
@@ -318,10 +326,9 @@ def _move_special_ids(model: PreTrainedModel, rolled: torch.Tensor) -> None:
     for special, chosen in chosen_for.items():
         other = order.index(chosen)
         order[special], order[other] = order[other], order[special]
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    embedding.copy_(embedding[order].clone())
-    if head is not embedding:
-        head.copy_(head[order].clone())
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    for table in {id(each): each for each in (*tables, model.get_output_embeddings().weight)}.values():
+        table.copy_(table[order].clone())
 
 
 def _scale_for_single_share(logits: torch.Tensor, share: float) -> float:

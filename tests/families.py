@@ -62,8 +62,37 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
+    "gemma4_text": (
+        "Gemma4Text",
+        {
+            "head_dim": 24,
+            "global_head_dim": 32,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 320,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "final_logit_softcapping": 200.0,
+        },
+    ),
     "glm": ("Glm", {"head_dim": 24, "partial_rotary_factor": 0.5}),
     "glm4": ("Glm4", {"head_dim": 24, "partial_rotary_factor": 0.5, "attention_bias": True}),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "head_dim": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**_YARN, "rope_theta": 1e4, "truncate": False},
+        },
+    ),
     "granite": (
         "Granite",
         {
@@ -72,6 +101,19 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "residual_multiplier": 0.6,
             "logits_scaling": 8.0,
         },
+    ),
+    "granite_swa": (
+        "GraniteSWA",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": _MOSTLY_LOCAL,
+            "layer_rope_theta": [1e4, 5e3, 0, 1e4],
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "logits_scaling": 8.0, "residual_multiplier": 0.6},
     ),
     "helium": ("Helium", {"head_dim": 16}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 24}),
@@ -83,6 +125,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1},
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
     "olmo2": ("Olmo2", {}),
     "olmo3": (
         "Olmo3",
@@ -102,6 +145,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": _LONG,
         },
     ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+        },
+    ),
     "seed_oss": ("SeedOss", {"head_dim": 24, "attention_bias": True, "attention_out_bias": False}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], "rope_theta": 1e4, "rope_scaling": _YARN}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW, "use_bias": True}),
@@ -114,7 +168,9 @@ LISTED = tuple(_CONFIGS)
 
 def peculiarities(name: str) -> list[str]:
     """Settings in which a family's tiny configuration differs from the classes' defaults, sizes apart."""
-    return [key for key in _CONFIGS[name][1] if key != "head_dim"] if name in _CONFIGS else []
+    return (
+        [key for key in _CONFIGS[name][1] if key not in ("head_dim", "num_hidden_layers")] if name in _CONFIGS else []
+    )
 
 
 def config(name: str, sizes: dict[str, Any]) -> transformers.PretrainedConfig:

@@ -129,16 +129,18 @@ def trace(
             reference = parity.run_reference(model, source.name, in_torch, prompts, max_candidates, progress)
     with progress.stage("trace the LLM"):
         positions = context + tensors.spare_slots(max_candidates)
-        llm, rotary = trace_llm(empty_model(config), folder, tracer, source.name, context, positions)
-        trace_agents(sizes.shape.hidden_size, folder / "agents.onnx")
+        llm, rotary, caches = trace_llm(empty_model(config), folder, tracer, source.name, context, positions)
+        shape = replace(sizes.shape, caches=caches)
+        trace_agents(shape.hidden_size, folder / "agents.onnx")
     return Traced(
         ModelFacts(
             source=source.name,
             revision=source.revision,
             architecture=config.model_type,
             tested=config.model_type in FAMILIES,
-            shape=sizes.shape,
-            intermediate_size=sizes.intermediate_size,
+            shape=shape,
+            intermediate_size=max(layer.intermediate_size for layer in sizes.layers),
+            experts=max(layer.experts for layer in sizes.layers),
             tied=sizes.tied,
             eos_token_ids=ends,
             weights=fingerprint,
@@ -146,7 +148,7 @@ def trace(
         ),
         agents,
         tokenizer,
-        pipeline.TracedGraph(llm, weights, folder / "agents.onnx", sizes.shape, rotary, context),
+        pipeline.TracedGraph(llm, weights, folder / "agents.onnx", shape, rotary, context),
         tracer,
         max_candidates,
         reference,

@@ -115,7 +115,7 @@ def of_bundle(bundle: Bundle, args: argparse.Namespace) -> tuple[str, list[Row]]
         return from_args(Setting, args, target=target, precision=step.precision, context=context, **sizes)
 
     limit, facts = manifest.max_context, manifest.model
-    model = decoder_of(facts.shape, facts.architecture, facts.intermediate_size, facts.tied)
+    model = decoder_of(facts.shape, facts.architecture, facts.intermediate_size, facts.tied, facts.experts)
     stored = sum(entry.size_bytes for name, entry in manifest.files.items() if name.startswith(step.file))
     code = memory.engine_memory_bytes(model, setting(limit)) - memory.weight_bytes(model, setting(limit))
     built = {e.slots: manifest.files[e.file].size_bytes for e in manifest.engines if e.target == target}

@@ -5,11 +5,12 @@ and a position. The linear layers run without padding; only attention unpacks th
 implementation of transformers, so every supported architecture runs its own modelling code, while the KV cache belongs
 to this module: siblings see their owner's cache and themselves, and only the chosen sibling is written to the cache.
 
-No family is named here. What each layer asks of attention (its window, its scale, its soft cap) is observed once.
+No family is named here. What each layer asks of attention (window, scale, soft cap, sinks) is observed once.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -53,13 +54,26 @@ class _Layer:
 
     scale: float
     softcap: float  # 0: none
+    sinks: Tensor | None  # (heads,) scores without a token
     window: int  # tokens that a row sees, itself among them; 0: all
     heads: int
     head_dim: int
     entry: int  # numbers in the KV cache for each token
 
+    @property
+    def written_out(self) -> bool:
+        """PyTorch's own attention has neither soft cap nor sinks."""
+        return bool(self.softcap) or self.sinks is not None
+
     def capped(self, scores: Tensor) -> Tensor:
         return self.softcap * (scores / self.softcap).tanh() if self.softcap else scores
+
+    def weights(self, scores: Tensor, heads: Sequence[int]) -> Tensor:
+        """Softmax of scores (…, C), float32. heads: the last axes of a tensor that has a number for each head."""
+        if self.sinks is None:
+            return scores.float().softmax(-1)
+        column = self.sinks.view(*heads, 1).to(scores).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, column], -1).float().softmax(-1)[..., :-1]
 
 
 class _Attention(Protocol):
@@ -109,7 +123,7 @@ class _Prefill:
             keys[:, :, :longest].repeat_interleave(groups, 1),
             values[:, :, :longest].repeat_interleave(groups, 1),
         )
-        if layer.softcap:
+        if layer.written_out:
             out = _causal_in_blocks(layer, *grid)
         else:
             seen = None
@@ -120,7 +134,7 @@ class _Prefill:
 
 
 def _causal_in_blocks(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k (B, heads, L, H), v (B, heads, L, W) → (B, heads, L, W); PyTorch's own has no soft cap."""
+    """q, k (B, heads, L, H), v (B, heads, L, W) → (B, heads, L, W)."""
     length, parts = q.shape[2], []
     for first in range(0, length, _BLOCK):
         last = min(first + _BLOCK, length)
@@ -129,7 +143,7 @@ def _causal_in_blocks(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(first - start)
         if layer.window:
             seen = seen.triu(first - start + 1 - layer.window)
-        weights = scores.masked_fill(~seen, float("-inf")).float().softmax(-1).to(q.dtype)
+        weights = layer.weights(scores.masked_fill(~seen, float("-inf")), (layer.heads, 1)).to(q.dtype)
         parts.append(weights @ v[:, :, start:last])
     return torch.cat(parts, 2)
 
@@ -168,7 +182,7 @@ class _Siblings:
         scores = layer.capped(pack(unpack(rows) @ past_k.transpose(-1, -2)))
         scores = scores.masked_fill(masked[owner][:, None, None], float("-inf"))
         own = layer.capped((rows * k[:, :, None]).sum(-1, keepdim=True))
-        weights = torch.cat([scores, own], -1).float().softmax(-1).to(q.dtype)
+        weights = layer.weights(torch.cat([scores, own], -1), (kv_heads, groups)).to(q.dtype)
         out = pack(unpack(weights[..., :longest]) @ past_v) + weights[..., longest:] * v[:, :, None]
         return out.reshape(R, heads, v.shape[-1])
 
@@ -182,6 +196,8 @@ class PackedLM:
     def __init__(self, model: Any) -> None:
         self._model, self._name = model, model.config.model_type
         self._decoder = model.get_decoder()
+        # in its last layers, unless told to keep all of them
+        self._drops_rows = "logits_to_keep" in inspect.signature(self._decoder.forward).parameters
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._layers: dict[int, _Layer] = {}
@@ -202,7 +218,7 @@ class PackedLM:
         layers = self._layers.values()
         entry = sum(layer.entry for layer in layers)
         attention = max(
-            layer.heads * (layer.head_dim + max(candidates, _BLOCK if layer.softcap else 0)) for layer in layers
+            layer.heads * (layer.head_dim + max(candidates, _BLOCK if layer.written_out else 0)) for layer in layers
         )
         rows = candidates * (4 * self.hidden_size + 3 * self._widest + entry)
         numbers = tokens * entry + 4 * tokens * attention + rows
@@ -264,9 +280,10 @@ class PackedLM:
     def _call(self, attend: Callable[..., Tensor], tokens: Tensor, position: Tensor, mask: Tensor) -> Any:
         """What the decoder returns for tokens (R,) at positions (R,), the last hidden states (1, R, D) first."""
         before = _attend.set(attend)
+        more = {"logits_to_keep": torch.arange(len(tokens))} if self._drops_rows else {}
         try:
             return self._decoder(
-                input_ids=tokens[None], attention_mask=mask, position_ids=position[None], use_cache=False
+                input_ids=tokens[None], attention_mask=mask, position_ids=position[None], use_cache=False, **more
             )
         finally:
             _attend.reset(before)
@@ -281,6 +298,7 @@ class PackedLM:
         *_: Any,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         sliding_window: int | None = None,  # the mask has it
         **more: Any,
     ) -> Tensor:
@@ -292,6 +310,7 @@ class PackedLM:
         self._layers[index] = _Layer(
             scale=float(q.shape[-1] ** -0.5 if scaling is None else scaling),
             softcap=float(softcap or 0),
+            sinks=s_aux,
             window=window.size,
             heads=q.shape[1],
             head_dim=q.shape[-1],

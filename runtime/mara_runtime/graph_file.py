@@ -29,7 +29,7 @@ OPERATORS = {
         "Floor Gather Gemm Greater Identity If LayerNormalization Less Log MatMul Mul Neg Or Pad Pow "
         "RMSNormalization Range Reciprocal ReduceMean ReduceSum Relu Reshape RotaryEmbedding ScatterND Shape Sigmoid "
         "Size Slice Softmax Split Sqrt Squeeze Sub Tanh TensorScatter TopK Transpose Unsqueeze Where",
-        "com.microsoft": "GatherBlockQuantized MatMulNBits MultiHeadAttention RotaryEmbedding "
+        "com.microsoft": "GatherBlockQuantized MatMulNBits MoE MultiHeadAttention QMoE RotaryEmbedding "
         "SkipSimplifiedLayerNormalization",
     }.items()
 }
@@ -80,7 +80,7 @@ class _Graph:
     """The rules for the graph of one bundle."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._layers = manifest.model.shape.num_layers
+        self._caches = manifest.model.shape.num_caches
         file = manifest.step.file
         self._folder = file[: file.rfind("/") + 1]
         self._sizes = {name: entry.size_bytes for name, entry in manifest.files.items()}
@@ -94,9 +94,9 @@ class _Graph:
             if domain not in OPERATORS:
                 raise _Unfit(f"it has operators of the domain {shortened(domain)}")
         inputs = self._check_graph(model.get("graph", b""))
-        expected = len(step_inputs(ModelShape(0, 0, 0, 0, 0, 0))) + 2 * self._layers
+        expected = len(step_inputs(ModelShape(0, 0, 0, 0, ()))) + 2 * self._caches
         if inputs != expected:
-            raise _Unfit(f"it has {inputs} inputs, and the {self._layers} layers of the manifest need {expected}")
+            raise _Unfit(f"it has {inputs} inputs, and the {self._caches} caches of the manifest need {expected}")
 
     def _check_graph(self, content: bytes, inner: bool = False) -> int:
         """Check a graph, or one within it. Returns the number of inputs."""

@@ -40,7 +40,9 @@ class ModelFacts:
     """its family is on the exporter's list; False: it was tried, and judged by the gates alone"""
     shape: ModelShape
     intermediate_size: int
-    """width of the MLP"""
+    """width of the MLP, or of each expert"""
+    experts: int
+    """in a layer; 0: it has one MLP"""
     tied: bool
     """the LM head is the embedding's table"""
     eos_token_ids: tuple[int, ...]

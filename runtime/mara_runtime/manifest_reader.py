@@ -31,7 +31,7 @@ from mara_runtime.reports import (
     read_quantisation,
     read_structure,
 )
-from mara_runtime.tensors import CACHE_BYTES, ModelShape
+from mara_runtime.tensors import CACHE_BYTES, CacheGroup, ModelShape
 from mara_runtime.training import Training
 
 MOST_NAME = 255
@@ -75,10 +75,9 @@ class _Reader(JsonReader):
                 revision=self.get("model.revision", str, type(None)),
                 architecture=self.text("model.architecture"),
                 tested=self.get("model.tested", bool),
-                shape=ModelShape(
-                    **{name: self.count(f"model.shape.{name}") for name in ModelShape.__dataclass_fields__}
-                ),
+                shape=self._shape("model.shape"),
                 intermediate_size=self.count("model.intermediate_size"),
+                experts=self.count("model.experts", least=0),
                 tied=self.get("model.tied", bool),
                 eos_token_ids=self.counts("model.eos_token_ids", least=0),
                 weights=self.text("model.weights"),
@@ -115,6 +114,19 @@ class _Reader(JsonReader):
                 if self._is_file_entry(name, entry)
             },
         )
+
+    def _shape(self, path: str) -> ModelShape:
+        caches = tuple(
+            CacheGroup(**{name: self.count(f"{path}.caches.{i}.{name}") for name in CacheGroup.__dataclass_fields__})
+            for i in range(len(self.get(f"{path}.caches", list)))
+        )
+        sizes = ("hidden_size", "vocab_size", "num_layers", "num_heads")
+        shape = ModelShape(**{name: self.count(f"{path}.{name}") for name in sizes}, caches=caches)
+        if not 0 < shape.num_caches <= shape.num_layers:
+            raise self.wrong(f"{path}.caches", f"has {shape.num_caches} caches for {shape.num_layers} layers")
+        if len({(group.kv_heads, group.head_dim) for group in caches}) < len(caches):
+            raise self.wrong(f"{path}.caches", "has two groups of the same size")
+        return shape
 
     def _targets(self) -> tuple[str, ...]:
         targets = self.texts("targets")

@@ -89,6 +89,15 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class CacheGroup:
+    """KV caches of one size: each holds keys and values of one layer, which other layers may read, too."""
+
+    count: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of an LLM that determine its graph's tensors."""
 
@@ -96,23 +105,29 @@ class ModelShape:
     vocab_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    """of queries, in each layer"""
+    caches: tuple[CacheGroup, ...]
+    """no two of the same size; caches are numbered in this order, those of a group in the order of their layers"""
+
+    @property
+    def num_caches(self) -> int:
+        """Of all sizes: as many as layers, or fewer where layers read those of others."""
+        return sum(group.count for group in self.caches)
 
 
-def past(layer: int, part: str) -> str:
-    """Name of the KV cache input of `layer`; `part` is "key" or "value"."""
-    return f"past_key_values.{layer}.{part}"
+def past(cache: int, part: str) -> str:
+    """Name of a KV cache as an input; `part` is "key" or "value"."""
+    return f"past_key_values.{cache}.{part}"
 
 
-def present(layer: int, part: str) -> str:
-    """Name of the KV cache output of `layer`: the same memory as `past(layer, part)`."""
-    return f"present.{layer}.{part}"
+def present(cache: int, part: str) -> str:
+    """Name of a KV cache as an output: the same memory as `past(cache, part)`."""
+    return f"present.{cache}.{part}"
 
 
-def kv_names(num_layers: int) -> list[tuple[str, str]]:
+def kv_names(num_caches: int) -> list[tuple[str, str]]:
     """(past, present) names in the order of the graph's inputs and outputs."""
-    return [(past(i, p), present(i, p)) for i in range(num_layers) for p in ("key", "value")]
+    return [(past(i, p), present(i, p)) for i in range(num_caches) for p in ("key", "value")]
 
 
 def spare_slots(max_candidates: int) -> int:
@@ -191,8 +206,9 @@ def top_tokens(max_candidates: int, vocab_size: int) -> int:
 
 
 def _cache(shape: ModelShape, side: int, dtype: str) -> list[Tensor]:
-    size = ("B", shape.num_kv_heads, "C", shape.head_dim)
-    return [Tensor(names[side], dtype, size) for names in kv_names(shape.num_layers)]
+    sizes = [("B", group.kv_heads, "C", group.head_dim) for group in shape.caches for _ in range(2 * group.count)]
+    names = (pair[side] for pair in kv_names(shape.num_caches))
+    return [Tensor(name, dtype, size) for name, size in zip(names, sizes, strict=True)]
 
 
 def dynamic_axes(tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:

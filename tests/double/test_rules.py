@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mara_runtime.engines.io_block import Sizes
-from mara_runtime.tensors import step_inputs
+from mara_runtime.tensors import kv_names, step_inputs
 from tests.double import RULES, Broken
 from tests.double.machine import Machine, write_engine
 from tests.unit.written_model import SHAPE, SLOTS, write_bundle
@@ -49,10 +49,10 @@ class Program:
             context.set_input_shape(tensor.name, shape)
         for i in range(self.engine.num_io_tensors):
             context.set_tensor_address(self.engine.get_tensor_name(i), self.allocate(1 << 14))
-        for part in ("key", "value"):
-            past = self.allocate(1 << 14)
-            context.set_tensor_address(f"past_key_values.0.{part}", past)
-            context.set_tensor_address(f"present.0.{part}", past)
+        for past, present in kv_names(SHAPE.num_caches):
+            address = self.allocate(1 << 14)
+            context.set_tensor_address(past, address)
+            context.set_tensor_address(present, address)
         return context
 
     def allocate(self, size: int, value: int | None = 0) -> int:

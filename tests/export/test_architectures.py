@@ -25,7 +25,7 @@ from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES, model_shape
 from mara_export.hf.supported import check_supported, check_traceable
 from mara_runtime.errors import OptionError
-from mara_runtime.tensors import ModelShape
+from mara_runtime.tensors import CacheGroup, ModelShape
 from tests import checkpoints, families
 
 SIZES: dict[str, Any] = {
@@ -133,9 +133,9 @@ def test_every_listed_family_has_a_tiny_configuration() -> None:
 
 
 def test_the_sizes_come_from_the_configuration() -> None:
-    assert model_shape(config(LlamaConfig)) == ModelShape(64, 300, 2, 4, 2, 16)
-    assert model_shape(config(Qwen3Config, head_dim=24)).head_dim == 24
-    assert model_shape(config(LlamaConfig, num_key_value_heads=None)).num_kv_heads == 4
+    assert model_shape(config(LlamaConfig)) == ModelShape(64, 300, 2, 4, (CacheGroup(2, 2, 16),))
+    assert model_shape(config(Qwen3Config, head_dim=24)).caches[0].head_dim == 24
+    assert model_shape(config(LlamaConfig, num_key_value_heads=None)).caches[0].kv_heads == 4
     bare = config(Qwen2Config)
     assert getattr(bare, "head_dim", None) is None  # else the next line shows nothing
-    assert model_shape(bare).head_dim == 16
+    assert model_shape(bare).caches[0].head_dim == 16

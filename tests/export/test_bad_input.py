@@ -109,7 +109,11 @@ def test_a_damaged_graph_with_a_matching_checksum(refused, bundle_copy, name) ->
 
 def test_a_graph_that_does_not_fit_the_manifest(refused, bundle, bundle_copy) -> None:
     folder = bundle_copy()
-    facts = ({"num_kv_heads": 3}, {"num_layers": 5}, {"vocab_size": 300}, {"head_dim": 8}, {"hidden_size": 65})
+    facts = (
+        *({"caches": [{"count": 2, "kv_heads": heads, "head_dim": size}]} for heads, size in ((3, 16), (2, 8))),
+        {"caches": [{"count": 1, "kv_heads": 2, "head_dim": 16}]},
+        *({"vocab_size": 300}, {"hidden_size": 65}),
+    )
     whole = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for changed in facts:
         rewrite(folder, lambda manifest, changed=changed: manifest["model"]["shape"].update(changed))

@@ -11,8 +11,12 @@ from mara_runtime import DecodeConfig
 from tests import families
 from tests.export.following import follow_all
 
-QUICK = {("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed"), ("ministral3", "ort")}
-"""Windows, soft caps, two rotary tables, neighbours that turn, layers without; a scale between turn and attention."""
+QUICK = {
+    ("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed"), ("ministral3", "ort"),
+    ("gemma4_text", "portable"),
+}  # fmt: skip
+"""Windows, soft caps, two rotary tables, neighbours that turn, layers without; a scale between turn and attention;
+caches of two sizes, which layers share."""
 
 
 @pytest.mark.parametrize(

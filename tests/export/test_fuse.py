@@ -17,11 +17,11 @@ from mara_export.graph.ort import still_tables
 from mara_export.graph.weights import lazy, read, save
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
-from mara_runtime.tensors import ModelShape
+from mara_runtime.tensors import CacheGroup, ModelShape
 
 WIDTH = 6
 COLUMNS = {"q": 8, "k": 4, "v": 4, "gate": 300, "up": 300}  # of 300 the data lie outside the graph's file
-SHAPE = ModelShape(16, 32, 1, 4, 2, 4)  # 8 heads of queries, keys and values
+SHAPE = ModelShape(16, 32, 1, 4, (CacheGroup(1, 2, 4),))  # 8 heads of queries, keys and values
 CONTEXT = GraphContext(SHAPE, (np.zeros((1, 2), np.float32),) * 2, 256, ExportOptions(), Path(), Progress(quiet=True))
 
 

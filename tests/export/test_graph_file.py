@@ -96,7 +96,7 @@ def test_weights_lie_beside_the_graph_once_and_aligned(exported: Exported, agent
     tables = sum(place(t)[1] for t in outside if "rotary_emb" in t.name)
     stored = sum(length for _, length in places) - tables
     rows = MAX_CONTEXT + MAX_CANDIDATES + 17 + (exported.lowering == "ort")  # one at which nothing rotates
-    assert tables <= 2 * 4 * rows * model_shape(model.config).head_dim / 2
+    assert tables <= 2 * 4 * rows * model_shape(model.config).caches[0].head_dim / 2
     assert 0.95 * 4 * sum(parameters.values()) <= stored <= 4 * sum(parameters.values())
     constants = [a.t for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
     inside = [t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL]

@@ -150,7 +150,7 @@ def test_the_cache_that_is_given_stays_as_it_is(graphs, reference) -> None:
     feeds |= {tensors.WRITE_INDICES: np.array([slot]), tensors.POSITION_IDS: np.array([[5, 5, 6]])}
     feeds |= {name: np.arange(3)[None] for name in (tensors.GRID, tensors.SEATS)}
     before = {name: array.copy() for name, array in feeds.items()}
-    names = tensors.kv_names(shape.num_layers)
+    names = tensors.kv_names(shape.num_caches)
     written = slice(slot, slot + sizes["S"])
     for (past, _), present in zip(names, session.run([present for _, present in names], feeds), strict=True):
         assert np.array_equal(feeds[past], before[past])

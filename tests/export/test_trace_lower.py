@@ -18,10 +18,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
+from transformers import AutoModelForCausalLM, GptOssConfig
 
 from mara_export.export import Traced, finish, trace
 from mara_export.graph.trace import trace_llm
 from mara_export.hf.sources import resolve_model
+from mara_export.hf.weights import Weights
 from mara_export.options import ExportOptions
 from mara_export.parity import NAMES, Rows, run_reference
 from mara_export.progress import Progress
@@ -268,23 +270,47 @@ def test_logits_that_are_not_finite_have_no_normaliser(bundle, engines, tmp_path
 # --- models that no tiny checkpoint is -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def scaled(checkpoint, agent, traced, tmp_path_factory) -> Traced:
-    """A model whose attention has a scale of its own. No configuration of the supported families can ask for one."""
-    model = checkpoints.load(checkpoint("mistral"))
+def scaled(model: Any) -> Any:
+    """No configuration of the supported families can ask for a scale of its own."""
     for layer in model.model.layers:
         layer.self_attn.scaling *= 0.7
+    return model
+
+
+def sinking(mistral: Any) -> Any:
+    """gpt-oss with one matrix in place of its experts; its sinks are where scores are."""
+    sizes = {name: getattr(mistral.config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 8}
+    config = GptOssConfig(**sizes, num_local_experts=1, sliding_window=16, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        layer.mlp.register_forward_hook(lambda mlp, given, out: (out, None))  # beside it, how experts were chosen
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 2.0 if name.endswith("sinks") else 1.0 if "norm" in name else 0.0
+            parameter.copy_(around + torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@pytest.fixture(scope="module", params=[scaled, sinking])
+def changed(request, checkpoint, agent, traced, tmp_path_factory) -> Traced:
+    model = request.param(checkpoints.load(checkpoint("mistral")))
     plain = traced("mistral")
-    prompts = [(plain.reference.cases[0].tokens, True)]
-    wanted = run_reference(model, "scaled", [agent("mistral")], prompts, MAX_CANDIDATES, Progress(quiet=True))
-    folder = tmp_path_factory.mktemp("scaled")
-    llm, rotary = trace_llm(model, folder, plain.tracer, "scaled", plain.max_context, plain.max_context)
-    return replace(plain, reference=wanted, graph=replace(plain.graph, llm=llm, rotary=rotary))
+    prompts = [(case.tokens, True) for case in plain.reference.cases[:2]]
+    wanted = run_reference(model, "changed", [agent("mistral")], prompts, MAX_CANDIDATES, Progress(quiet=True))
+    folder = tmp_path_factory.mktemp("changed")
+    llm, rotary, caches = trace_llm(model, folder, "torch", "changed", plain.max_context, plain.max_context)
+    shape = replace(plain.model.shape, caches=caches)
+    graph = replace(plain.graph, llm=llm, weights=Weights(model), rotary=rotary, shape=shape)
+    return replace(plain, reference=wanted, graph=graph, model=replace(plain.model, shape=shape))
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_attention_keeps_a_scale_of_its_own(scaled: Traced, tmp_path, lowering) -> None:
-    made = finish(scaled, ExportOptions(lowering=lowering), tmp_path / "out")
+def test_attention_keeps_a_scale_of_its_own_and_sinks(changed: Traced, tmp_path, lowering) -> None:
+    assert max(len(case.tokens) for case in changed.reference.cases) > 16
+    made = finish(changed, ExportOptions(lowering=lowering), tmp_path / "out")
     assert made.manifest.parity is not None
     assert made.manifest.parity["passed"]
 

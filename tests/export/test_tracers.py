@@ -15,7 +15,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
-    GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -31,10 +30,12 @@ from mara_export.graph import probes
 from mara_export.graph import trace as tracing
 from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE
 from mara_export.graph.seam import Seam
+from mara_export.hf.families import decoder_sizes
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_runtime.errors import OptionError
-from tests import checkpoints
+from mara_runtime.tensors import CacheGroup
+from tests import checkpoints, families
 from tests.export.conftest import MAX_CONTEXT
 from tests.families import SIZES
 
@@ -135,17 +136,30 @@ def test_families_that_nobody_named_come_through(tracer: str, config, values, ex
     assert [*scales] == [pytest.approx(values.get("attention_multiplier", values.get("head_dim", 8) ** -0.5))]
 
 
-@pytest.mark.parametrize(
-    ("config", "values", "named"),
-    [
-        (Llama4TextConfig, {"attention_chunk_size": 16}, "it: a window that changes from row to row"),
-        (GptOssConfig, {"num_local_experts": 2}, "it: the attention of layer 0 takes s_aux"),
-    ],
-    ids=lambda value: value.model_type if isinstance(value, type) else "",
-)
-def test_what_the_seam_has_no_word_for_is_refused_by_name(config, values, named) -> None:
-    with pytest.raises(ModelError, match=named):
-        Seam(model_of(config, head_dim=8, **values), "it")
+def test_layers_that_attend_to_the_same_memory_have_one_cache_and_equal_sizes_lie_together() -> None:
+    small, large, equal = ((torch.zeros(1, heads, 3, 8), torch.zeros(1, heads, 3, 8)) for heads in (1, 2, 1))
+    again = small[0].view(1, 1, 3, 8), small[1].view(1, 1, 3, 8)
+    mixed = small[0], equal[1]
+    caches, numbers = probes.group_caches({0: small, 1: large, 2: equal, 3: again, 4: mixed, 5: large})
+    assert caches == (CacheGroup(3, 1, 8), CacheGroup(1, 2, 8))
+    assert numbers == {0: 0, 2: 1, 4: 2, 1: 3, 3: 0, 5: 3}
+
+
+@pytest.mark.parametrize("family", [name for name in ("olmo3", "gemma4_text") if name in families.NAMES])
+def test_the_seam_finds_the_caches_that_the_configuration_tells(family: str) -> None:
+    """And the parameters are as many."""
+    config = families.config(family, {**SIZES, "vocab_size": 320, "num_hidden_layers": 4, "tie_word_embeddings": False})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    sizes = decoder_sizes(config.to_dict(), "it")
+    assert Seam(model, "it").caches == sizes.shape.caches
+    assert sum(parameter.numel() for parameter in model.parameters()) == sizes.parameters
+
+
+def test_what_the_seam_has_no_word_for_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="it: a window that changes from row to row"):
+        Seam(model_of(Llama4TextConfig, head_dim=8, attention_chunk_size=16), "it")
+    with pytest.raises(ModelError, match="it: the attention of layer 3 takes head_bias"):
+        probes.check_attention(probes.Window(0), {"dropout": 0.1, "head_bias": torch.ones(1)}, 3, "it")
 
 
 def test_a_part_that_heads_are_not_rotated_by_is_refused(tmp_path: Path) -> None:

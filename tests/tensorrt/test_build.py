@@ -181,12 +181,12 @@ def test_the_cache_is_updated_in_place_and_the_llm_computes_in_its_type(
     layers = [inside.get_layer(i) for i in range(inside.num_layers)]
     updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
     shape = Bundle.open(bundle("qwen3", precision)).manifest.model.shape
-    assert {(u.get_input(0).name, u.get_output(0).name) for u in updates} == set(tensors.kv_names(shape.num_layers))
+    assert {(u.get_input(0).name, u.get_output(0).name) for u in updates} == set(tensors.kv_names(shape.num_caches))
     for update in updates:
         assert update.get_input(0).is_network_input
         assert update.get_output(0).is_network_output
         assert update.get_output(0).dtype.name == CACHE[precision]
-        assert tuple(update.get_output(0).shape) == (-1, shape.num_kv_heads, SLOTS, shape.head_dim)
+        assert tuple(update.get_output(0).shape) == (-1, shape.caches[0].kv_heads, SLOTS, shape.caches[0].head_dim)
     outputs = {inside.get_output(i).name: inside.get_output(i).dtype.name for i in range(inside.num_outputs)}
     assert {outputs[name] for name in (tensors.MARGINS, tensors.LOGITS, tensors.TOP_LOGITS)} == {"FLOAT"}
     inputs = {inside.get_input(i).name: tuple(inside.get_input(i).shape) for i in range(inside.num_inputs)}
@@ -219,7 +219,7 @@ def test_the_conformance_model_builds_with_the_slots_that_its_suite_counts_on(tm
     engines = build(written_bundle(RTX, tmp_path), RTX, options).manifest.engines
     assert [engine.slots for engine in engines] == [32, 48, written_model.SLOTS]
     assert not any(engine.in_place for engine in engines)
-    assert [engine.options["layers"]["SCATTER"] for engine in engines] == [2] * 3
+    assert [engine.options["layers"]["SCATTER"] for engine in engines] == [4] * 3
 
 
 class Unfused(trt.Builder):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from mara_runtime.config import DecodeConfig
 from mara_runtime.engines.base import Pass, StepOutput, Works
 from mara_runtime.manifest import MANIFEST_FILE, Noise, checksum
 from mara_runtime.schedule.cost import Cost
-from mara_runtime.tensors import ModelShape, step_inputs
+from mara_runtime.tensors import CacheGroup, ModelShape, step_inputs
 from tests import reference
 from tests.table_engine import TableEngine
 from tests.unit import manifests
@@ -52,7 +52,7 @@ def message(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2, len(content)]) + content
 
 
-GRAPH = message(7, len(step_inputs(ModelShape(0, 0, 1, 0, 0, 0))) * message(11, b""))
+GRAPH = message(7, len(step_inputs(ModelShape(0, 0, 1, 0, (CacheGroup(1, 0, 0),)))) * message(11, b""))
 """With the inputs of one layer, and nothing else."""
 OTHER_GRAPH = GRAPH + message(2, b"another producer")
 
@@ -90,10 +90,11 @@ def make_bundle(
     targets: Sequence[str] = ("cpu",),
     noise: Noise | None = None,
     graph: bytes = GRAPH,
+    shape: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a bundle whose manifest is valid and whose graph is a dummy: no engine can run it. Returns `folder`.
 
-    agents: their files by name; default one, AGENT. fallback, training: of the first.
+    agents: their files by name; default one, AGENT. fallback, training: of the first. shape: other sizes.
     """
     files = {"step.onnx": graph, "step.onnx.data": bytes(range(256))}
     if tokenizer is not None:
@@ -106,7 +107,7 @@ def make_bundle(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     manifest = manifests.manifest_json(files, has_tokenizer=tokenizer is not None, special_tokens=special_tokens or {})
-    manifest["model"]["shape"].update(vocab_size=vocab_size, hidden_size=hidden_size)
+    manifest["model"]["shape"].update({"vocab_size": vocab_size, "hidden_size": hidden_size, **(shape or {})})
     manifest["model"]["eos_token_ids"] = list(eos_token_ids)
     for agent in manifest["agents"]:
         agent.update(hidden_size=hidden_size, noise=noise and noise.margins)

@@ -71,8 +71,8 @@ class Network:
         self.fixed = fixed
         self.made.append(self)
 
-    def check_in_place(self, num_layers: int) -> None:
-        assert num_layers == 1
+    def check_in_place(self, num_caches: int) -> None:
+        assert num_caches == 1
 
     def kinds(self) -> dict[str, int]:
         return {}

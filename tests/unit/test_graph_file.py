@@ -28,17 +28,18 @@ def model(content: bytes) -> ModelProto:
     return onnx.load_from_string(content)
 
 
-def opened(folder: Path, content: bytes, layers: int = 1) -> Bundle:
+def opened(folder: Path, content: bytes, caches: int = 2) -> Bundle:
     helpers.make_bundle(folder, graph=content)
     manifest = helpers.read_manifest(folder)
-    manifest["model"]["shape"]["num_layers"] = layers
+    group = {"count": caches, "kv_heads": 1, "head_dim": 4}
+    manifest["model"]["shape"].update(num_layers=caches, caches=[group])
     helpers.write_manifest(folder, manifest)
     return Bundle.open(folder)
 
 
-def refused(folder: Path, content: bytes, layers: int = 1) -> str:
+def refused(folder: Path, content: bytes, caches: int = 2) -> str:
     with pytest.raises(BundleError) as caught:
-        opened(folder, content, layers)
+        opened(folder, content, caches)
     message = str(caught.value)
     assert message.startswith(f"{folder / 'step.onnx'} is not accepted: ")
     assert message.isprintable()
@@ -125,7 +126,7 @@ BAD: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "a constant that is short": (
         lambda m: node(m, "Constant", [], ["y"], value=TensorProto(data_type=1, dims=[2], raw_data=b"")), "8 bytes",
     ),
-    "an input less": (lambda m: m.graph.input.pop(), "20 inputs, and the 1 layers of the manifest need 21"),
+    "an input less": (lambda m: m.graph.input.pop(), "22 inputs, and the 2 caches of the manifest need 23"),
 }  # fmt: skip
 """What is done to a graph, and what must be named."""
 
@@ -154,9 +155,9 @@ def test_what_a_parser_might_read_otherwise_is_refused(model: ModelProto, tmp_pa
     refused(tmp_path, b"")
 
 
-def test_layers_are_counted_before_anything_is_made_of_them(model: ModelProto, tmp_path: Path) -> None:
+def test_caches_are_counted_before_anything_is_made_of_them(model: ModelProto, tmp_path: Path) -> None:
     begun = time.process_time()
-    assert "the 10000000 layers of the manifest need 20000019" in refused(tmp_path, model.SerializeToString(), 10**7)
+    assert "the 10000000 caches of the manifest need 20000019" in refused(tmp_path, model.SerializeToString(), 10**7)
     assert time.process_time() - begun < 5
 
 

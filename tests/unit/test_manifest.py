@@ -145,7 +145,10 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("model", "shape", "head_dim"), -64),
+        (("model", "shape", "caches", "0", "head_dim"), -64),
+        (("model", "shape", "caches"), []),
+        (("model", "shape", "caches"), 2 * VALID["model"]["shape"]["caches"]),  # for one layer
+        (("model", "shape", "caches"), [{"count": 2, "kv_heads": 1, "head_dim": 4}]),
         (("max_context",), 0),
         (("max_candidates",), -1),
         (("model", "eos_token_ids"), [-1]),

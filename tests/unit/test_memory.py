@@ -12,7 +12,7 @@ from mara_deploy import memory
 from mara_deploy.commands.memory import main
 from mara_deploy.memory import Setting, estimate
 from mara_export.hf.catalogue import KNOWN_MODELS
-from mara_export.hf.families import Decoder, decoder_sizes
+from mara_export.hf.families import Decoder, LayerGroup, decoder_of, decoder_sizes
 from mara_export.targets import PLACES, TARGETS
 from tests.unit import helpers
 
@@ -55,7 +55,7 @@ LLAMA_1B = {
     "tie_word_embeddings": True,
 }
 LONGROPE = {"model_type": "phi3", "rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 256}
-SMALL = Decoder(64, 512, 2, 4, 2, 16, 160, tied=True)
+SMALL = Decoder(64, 512, 4, (LayerGroup(2, 2, 16, 160),), tied=True)
 
 
 def test_every_alias_has_its_sizes_and_their_parameters_are_the_published_ones():
@@ -66,23 +66,42 @@ def test_sizes_come_from_a_configuration():
     assert decoder_sizes(LLAMA_1B, "x") == KNOWN_MODELS["meta-llama/Llama-3.2-1B-Instruct"].decoder
     qwen3 = {**LLAMA_1B, "model_type": "qwen3", "head_dim": 128}
     assert decoder_sizes(qwen3, "x").small == 16 * (2 * 2048 + 2 * 128) + 2048
-    assert decoder_sizes(qwen3, "x").head_dim == 128
+    assert decoder_sizes(qwen3, "x").layers[0].head_dim == 128
     olmo2, starcoder2 = ({**LLAMA_1B, "model_type": kind} for kind in ("olmo2", "starcoder2"))
     assert decoder_sizes(olmo2, "x").small == 16 * (2 * 2048 + (32 + 8) * 64) + 2048
-    assert [name for name, *_ in decoder_sizes(starcoder2, "x").matrices] == ["q", "k", "v", "o", "up", "down"]
+    assert sum(count for count, *_ in decoder_sizes(starcoder2, "x").matrices) == 16 * 6  # q, k, v, o, up, down
     assert decoder_sizes({**LLAMA_1B, "model_type": "gemma", "tie_word_embeddings": None}, "x").tied
     assert decoder_sizes({**LLAMA_1B, "model_type": "of tomorrow"}, "x").parameters  # one that nobody has listed
     whole = decoder_sizes({**LLAMA_1B, "num_key_value_heads": None, "tie_word_embeddings": False}, "x")
-    assert (whole.num_kv_heads, whole.tied) == (32, False)
+    assert (whole.layers[0].kv_heads, whole.tied) == (32, False)
     biased = decoder_sizes({**LLAMA_1B, "attention_bias": True, "mlp_bias": True}, "x")
-    assert biased.biases == (32 + 16) * 64 + 2048 + 2 * 8192 + 2048
-    assert decoder_sizes({**LLAMA_1B, "model_type": "qwen2"}, "x").biases == (32 + 16) * 64
+    assert biased.layers[0].biases == (32 + 16) * 64 + 2048 + 2 * 8192 + 2048
+    assert decoder_sizes({**LLAMA_1B, "model_type": "qwen2"}, "x").layers[0].biases == (32 + 16) * 64
+
+
+def test_layers_of_several_sizes():
+    """A small Gemma 4, in the words of released checkpoints and in those of transformers 5.24."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "num_hidden_layers": 4}
+    sizes |= {"num_kv_shared_layers": 1, "use_double_wide_mlp": True, "attention_k_eq_v": True}
+    kinds = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]}
+    config = {**LLAMA_1B, "model_type": "gemma4_text", **sizes, **kinds}
+    released = decoder_sizes({**config, "global_head_dim": 32, "num_global_key_value_heads": 2}, "x")
+    assert released.layers == (
+        LayerGroup(2, 4, 16, 8192),
+        LayerGroup(1, 2, 32, 8192, 1),
+        LayerGroup(1, 2, 32, 16384, 0),
+    )
+    own = {"head_dim": 32, "num_key_value_heads": 2}
+    assert decoder_sizes({**config, "per_layer_config": {"2": own, "3": own}}, "x") == released
+    at_2k = Setting("tensorrt", "fp16", 2048, max_candidates=64)
+    assert estimate(released, at_2k).kv_bytes == 2144 * 2 * 2 * (2 * 4 * 16 + 2 * 32)  # of three layers, not of four
+    assert decoder_of(released.shape, "gemma4_text", 8192, True).shape == released.shape  # as of a bundle
 
 
 def test_the_cache_holds_keys_and_values_of_every_slot():
     at_2k = Setting("tensorrt", "fp16", 2048, max_candidates=64)
     assert at_2k.slots == 2144  # 2048 + 64 + 16 + 1, in sixteens
-    a_slot = 2 * SMALL.num_layers * SMALL.num_kv_heads * SMALL.head_dim * 2
+    a_slot = 2 * 2 * 2 * 16 * 2
     assert estimate(SMALL, at_2k).kv_bytes == 2144 * a_slot
     assert estimate(SMALL, replace(at_2k, lowering="decomposed")).kv_bytes == 2 * 2144 * a_slot
     assert estimate(SMALL, replace(at_2k, conversations=3)).kv_bytes == 3 * 2144 * a_slot

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from mara_runtime.engines import ort_banks, ort_memory
-from mara_runtime.engines.ort_banks import CpuMemory
+from mara_runtime.engines.ort_banks import CpuMemory, CpuPlace
 from mara_runtime.engines.ort_memory import Binding, Slab
 from mara_runtime.errors import EngineError
-from mara_runtime.tensors import ModelShape
+from mara_runtime.tensors import CacheGroup, ModelShape
 
-SHAPE = ModelShape(hidden_size=4, vocab_size=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=2)
+CACHES = CacheGroup(2, 2, 2), CacheGroup(1, 1, 3)
+SHAPE = ModelShape(hidden_size=4, vocab_size=8, num_layers=4, num_heads=2, caches=CACHES)
 CAPACITY = 90
 
 
@@ -22,6 +23,20 @@ CAPACITY = 90
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_memory, "FIRST_SLOTS", 4)
     monkeypatch.setattr(ort_banks, "FIRST_LIMIT", 16)
+
+
+def fill(place: CpuPlace, number: float, slots: slice | int = slice(None)) -> None:
+    for group in place.entries:
+        group[:, :, slots] = number
+
+
+def holds(place: CpuPlace, held: list[float]) -> bool:
+    parts = [group[:, :, : len(held)] for group in place.entries]
+    return all((part == np.array(held, np.float32)[:, None]).all() for part in parts)
+
+
+def is_finite(place: CpuPlace) -> bool:
+    return all(np.isfinite(group).all() for group in place.entries)
 
 
 class Watched:
@@ -40,14 +55,14 @@ class Watched:
         del self.held[at][slot:]
         for i in range(slot, slot + count):
             self.number += 1
-            place.entries[:, :, i] = self.number
+            fill(place, self.number, i)
             self.held[at].append(self.number)
 
     def check(self) -> None:
         memory = self.memory
         for place, held in zip(self.places, self.held, strict=True):
-            assert (place.entries[:, :, : len(held)] == np.array(held, np.float32)[:, None]).all()
-            assert np.isfinite(place.entries).all()
+            assert holds(place, held)
+            assert is_finite(place)
             assert len(held) <= place.slots <= CAPACITY
         assert len({bank.limit for bank in memory.banks}) == len(memory.banks)
         for bank in memory.banks:
@@ -81,7 +96,7 @@ def test_places_keep_their_entries_whatever_the_others_do(seed: int) -> None:
                 place.move(0, source, target)
                 held[target] = held[source]
             case 3 if rng.random() < 0.3:
-                place.entries[:, :, : len(held)] = np.nan
+                fill(place, np.nan, slice(len(held)))
                 place.zero()
                 held.clear()
             case 4:
@@ -117,15 +132,15 @@ def test_places_of_like_length_lie_together() -> None:
 def test_what_was_not_finite_is_gone_when_another_place_comes_there() -> None:
     all_of = Watched(3)
     all_of.places[2].grow(12)
-    all_of.places[2].entries[...] = np.nan
+    fill(all_of.places[2], np.nan)
     all_of.places[2].zero()
-    assert not all_of.places[2].entries.any()
-    all_of.places[1].entries[...] = np.nan
+    assert not any(group.any() for group in all_of.places[2].entries)
+    fill(all_of.places[1], np.nan)
     all_of.places[1].resize(40, 0)
     all_of.places[0].resize(40, 0)
     all_of.places[1].resize(3, 0)
     for place in all_of.places:
-        assert np.isfinite(place.entries).all()
+        assert is_finite(place)
 
 
 def test_gaps_are_closed_when_they_have_cost_enough() -> None:
@@ -204,12 +219,12 @@ def test_an_interruption_leaves_every_place_its_entries(name: str) -> None:
             all_of.held[4] = []
         stopped = interrupted(all_of, ACTIONS[name], line)
         for place, held in zip(all_of.places, all_of.held, strict=True):
-            assert (place.entries[:, :, : len(held)] == np.array(held, np.float32)[:, None]).all(), line
+            assert holds(place, held), line
         ACTIONS[name](all_of)  # again, and things go on
         for at in range(5):
             all_of.write(at, len(all_of.held[at]), 2)
         for place, held in zip(all_of.places, all_of.held, strict=True):
-            assert (place.entries[:, :, : len(held)] == np.array(held, np.float32)[:, None]).all(), line
+            assert holds(place, held), line
         if not stopped:
             break
         line += 1
@@ -218,7 +233,7 @@ def test_an_interruption_leaves_every_place_its_entries(name: str) -> None:
 
 def test_bindings_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_memory, "_MOST_BINDINGS", 3)
-    slab = Slab(np.zeros((4, 1, 2, 4, 2)), [])
+    slab = Slab([np.zeros((4, 1, 2, 4, 2))], [])
     for rows in range(5):
         slab.keep((0, 1, rows, rows, 0, 0, 0), Binding(None, None, {}, {}))
     assert [rows for _, _, rows, *_ in slab.bindings] == [2, 3, 4]

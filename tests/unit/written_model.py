@@ -1,12 +1,14 @@
 """A model small enough to be written down twice: as a table by prefix, and as a graph behind the real step graph.
 
 The hidden state of a row is the sum, over the slots it sees, of its tokens' vectors times a weight of their positions.
-All are whole numbers, so all engines agree to the last bit whatever the width of a pass, and ties abound.
+All are whole numbers, so all engines agree to the last bit whatever the width of a pass, and ties abound. Two caches of
+different sizes hold the same numbers, and each gives half of the sum; a third layer would read one of them.
 """
 
 import hashlib
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ from onnx import TensorProto, helper, numpy_helper
 from mara_export.graph import step
 from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
-from mara_runtime.tensors import DRAFT_ROWS, ModelShape, spare_slots
+from mara_runtime.tensors import DRAFT_ROWS, CacheGroup, ModelShape, spare_slots
 from tests.double.machine import write_engine
 from tests.unit import helpers
 
 F32 = NDArray[np.float32]
 
-SHAPE = ModelShape(hidden_size=4, vocab_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
+CACHES = CacheGroup(1, 1, 4), CacheGroup(1, 2, 2)
+SHAPE = ModelShape(hidden_size=4, vocab_size=24, num_layers=3, num_heads=2, caches=CACHES)
 CANDIDATES, CONTEXT = 5, 58
 """With the spare slots a multiple of 16, as engines on a device have (tests/gpu)."""
 SLOTS = CONTEXT + spare_slots(CANDIDATES)
@@ -108,18 +111,25 @@ def lowered_llm() -> onnx.ModelProto:
     conversation = add("Div", seats, width)
     number = add("Sub", seats, add("Mul", conversation, width))
     slot = add("Add", add("Gather", tensors.WRITE_INDICES, conversation), number)
-    parts = [add("Unsqueeze", part, add.constant([1])) for part in (conversation, add("Mul", slot, zero), slot)]
-    indices = add("Concat", *parts, axis=1)  # (S, 3)
-    for part, value in (("key", add("Expand", weights, add("Shape", vectors))), ("value", vectors)):
-        add("ScatterND", tensors.past(0, part), indices, add("Squeeze", value, first), result=tensors.present(0, part))
-    entries = add("Mul", tensors.present(0, "key"), tensors.present(0, "value"))
-    seen = add("MatMul", add("Exp", tensors.ATTENTION_MASK), entries)  # (B, 1, M, D)
-    by_seat = add("Reshape", seen, add.constant([-1, SHAPE.hidden_size]))
+    halves = []
+    for i, group in enumerate(CACHES):
+        heads = add.constant([[[0, head, 0] for head in range(group.kv_heads)]])
+        row = [add("Unsqueeze", part, add.constant([1, 2])) for part in (conversation, add("Mul", slot, zero), slot)]
+        indices = add("Add", add("Concat", *row, axis=2), heads)  # (S, heads, 3)
+        apart = add.constant([-1, group.kv_heads, group.head_dim])
+        for part, value in (("key", add("Expand", weights, add("Shape", vectors))), ("value", vectors)):
+            rows = add("Reshape", value, apart)
+            add("ScatterND", tensors.past(i, part), indices, rows, result=tensors.present(i, part))
+        entries = add("Mul", tensors.present(i, "key"), tensors.present(i, "value"))
+        seen = add("MatMul", add("Exp", tensors.ATTENTION_MASK), entries)  # (B, heads, M, D / heads)
+        by_seat = add("Reshape", add("Transpose", seen, perm=[0, 2, 1, 3]), add.constant([-1, SHAPE.hidden_size]))
+        halves.append(add("Mul", by_seat, add.constant(0.5, "float32")))
+    by_seat = add("Add", *halves)
     hidden = add("Gather", by_seat, tensors.SEATS, result=tensors.LAST_HIDDEN_STATE)  # (1, S, D)
     states = add("Gather", add("Squeeze", hidden, first), tensors.ROWS)
     add("MatMul", states, add.constant(HEAD, "float32"), result=tensors.LOGITS)
     read = {tensors.INPUT_IDS, tensors.POSITION_IDS, tensors.WRITE_INDICES, tensors.GRID, tensors.SEATS}
-    read |= {past for past, _ in tensors.kv_names(SHAPE.num_layers)}
+    read |= {past for past, _ in tensors.kv_names(SHAPE.num_caches)}
     inputs = [t for t in tensors.step_inputs(SHAPE) if t.name in read]
     inputs += [
         tensors.Tensor(tensors.ATTENTION_MASK, "float32", ("B", 1, "M", "C")),
@@ -129,7 +139,7 @@ def lowered_llm() -> onnx.ModelProto:
         tensors.Tensor(tensors.LOGITS, "float32", ("R", SHAPE.vocab_size)),
         tensors.Tensor(tensors.LAST_HIDDEN_STATE, "float32", (1, "S", SHAPE.hidden_size)),
     ]
-    caches = {present for _, present in tensors.kv_names(SHAPE.num_layers)}
+    caches = {present for _, present in tensors.kv_names(SHAPE.num_caches)}
     outputs += [t for t in tensors.step_outputs(SHAPE, 1) if t.name in caches]
     return add.model(inputs, outputs)
 
@@ -166,7 +176,7 @@ def write_bundle(folder: Path, *, always_head: bool, **options: Any) -> Path:
     model, agents = (ir.from_proto(proto) for proto in (lowered_llm(), traced_agents()))
     step.join(model.graph, agents.graph, SHAPE, CANDIDATES, always_head=always_head)
     model.graph.sort()
-    sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size}
+    sizes = {"vocab_size": SHAPE.vocab_size, "hidden_size": SHAPE.hidden_size, "shape": asdict(SHAPE)}
     most = {"max_context": CONTEXT, "max_candidates": CANDIDATES}
     files = {name: helpers.agent_file(*agent) for name, agent in AGENTS.items()}
     graph = ir.to_proto(model).SerializeToString()

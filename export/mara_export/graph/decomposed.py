@@ -9,8 +9,11 @@ an engine lets them be one (ONNX Runtime).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from mara_export.graph.experts import all_experts
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
     HEADS_LAST,
@@ -37,31 +40,62 @@ OPSETS = {"": 20}
 def attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → ScatterND of keys and values, two MatMuls and a Softmax."""
     add = Builder(graph, "decomposed")
-    written: dict[int, ir.Value] = {}
+    slots: dict[int, ir.Value] = {}
     for node in custom_nodes(graph, CACHED_ATTENTION):
-        q, k, v, past_k, past_v, mask, _ = node.inputs
-        name, heads = str(node.name), Heads.of(node)
-        if heads.kv not in written:
-            written[heads.kv] = _slots(add, heads.kv)
-        slots = written[heads.kv]
-        # without a `reduction` attribute: the parser of 10.3 rejects even "none"
-        keys = add("ScatterND", past_k, slots, k, out=f"{name}/key")
-        values = add("ScatterND", past_v, slots, v, out=f"{name}/value")
-        # before the product, whose sums could otherwise leave float16 at 65504
-        scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
-        seated = add.seated(scaled, f"{name}/q")
-        grouped = add("Reshape", seated, add.ints(0, heads.kv, -1, heads.size), out=f"{name}/grouped")
-        columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
-        products = add("MatMul", grouped, columns, out=f"{name}/products")  # (B, kv_heads, groups · M, C)
-        products = capped(add, products, node)
-        scores = add("Reshape", products, add.ints(0, heads.count, -1, 0), out=f"{name}/scores")  # 0: C, as it is
-        masked = island(add("Add", scores, mask, out=f"{name}/masked"))
-        weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
-        merged = add("Reshape", weights, add.ints(0, heads.kv, -1, 0), out=f"{name}/merged")
-        sums = add("MatMul", merged, values, out=f"{name}/sums")  # (B, kv_heads, groups · M, H)
-        out = add("Reshape", sums, add.ints(0, heads.count, -1, heads.size), out=f"{name}/out")
-        by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
-        replace_node(node, put_together(add, node, by_seat), keys, values)
+        q, k, v, _, keys, values, mask, _ = node.inputs
+        name, heads, written = str(node.name), Heads.of(node), []
+        if k is not None:
+            if heads.kv not in slots:
+                slots[heads.kv] = _slots(add, heads.kv)
+            # without a `reduction` attribute: the parser of 10.3 rejects even "none"
+            keys = add("ScatterND", keys, slots[heads.kv], k, out=f"{name}/key")
+            values = add("ScatterND", values, slots[heads.kv], v, out=f"{name}/value")
+            written = [keys, values]
+        replace_node(node, put_together(add, node, attended(add, node, q, (keys, values), mask)), *written)
+
+
+def attended(
+    add: Builder, node: ir.Node, q: ir.Value | None, entries: Sequence[ir.Value | None], mask: ir.Value | None
+) -> ir.Value:
+    """What an attention returns of queries (1, heads, S, head_dim), by seats: (B, M, heads, head_dim).
+
+    entries: keys and values of the cache.
+    """
+    name, heads, (keys, values) = str(node.name), Heads.of(node), entries
+    # before the product, whose sums could otherwise leave float16 at 65504
+    scaled = add("Mul", q, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
+    seated = add.seated(scaled, f"{name}/q")
+    grouped = add("Reshape", seated, add.ints(0, heads.kv, -1, heads.size), out=f"{name}/grouped")
+    columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
+    products = add("MatMul", grouped, columns, out=f"{name}/products")  # (B, kv_heads, groups · M, C)
+    products = capped(add, products, node)
+    scores = add("Reshape", products, add.ints(0, heads.count, -1, 0), out=f"{name}/scores")  # 0: C, as it is
+    weights = softmax(add, add("Add", scores, mask, out=f"{name}/masked"), node, (heads.count, 1))
+    merged = add("Reshape", weights, add.ints(0, heads.kv, -1, 0), out=f"{name}/merged")
+    sums = add("MatMul", merged, values, out=f"{name}/sums")  # (B, kv_heads, groups · M, H)
+    out = add("Reshape", sums, add.ints(0, heads.count, -1, heads.size), out=f"{name}/out")
+    return add("Transpose", out, out=f"{name}/heads_last", perm=HEADS_LAST)
+
+
+def softmax(add: Builder, masked: ir.Value, attention: ir.Node, heads: tuple[int, int]) -> ir.Value:
+    """Weights of masked scores (B, h₀, M · h₁, C). heads: (h₀, h₁), as the model's are in the scores.
+
+    An attention's sinks are scores of one more slot, which has no value.
+    """
+    name, sinks = attention.name, attention.inputs[3]
+    scores = island(masked)
+    if sinks is not None:
+        apart = add("Reshape", sinks, add.ints(1, heads[0], 1, heads[1]), out=f"{name}/sinks_apart")
+        conversations, seats = (add("Shape", add.input(tensors.GRID), start=i, end=i + 1) for i in range(2))
+        size = add("Concat", conversations, add.ints(heads[0]), seats, add.ints(heads[1]), axis=0)
+        spread = add("Expand", apart, size, out=f"{name}/sinks_spread")  # (B, h₀, M, h₁)
+        column = add("Reshape", spread, add.ints(0, heads[0], -1, 1), out=f"{name}/sinks_column")
+        scores = island(add("Concat", scores, column, out=f"{name}/with_sinks", axis=-1))
+    weights = island(add("Softmax", scores, out=f"{name}/weights", axis=-1))
+    if sinks is not None:
+        ends = add.ints(0), add.ints(-1), add.ints(-1)
+        weights = island(add("Slice", weights, *ends, out=f"{name}/without_sinks"))
+    return weights
 
 
 def capped(add: Builder, scores: ir.Value, attention: ir.Node) -> ir.Value:
@@ -139,4 +173,4 @@ def rms_norms(graph: ir.Graph, context: GraphContext) -> None:
 
 
 QUANTISE: GraphPass = quantise_qdq
-PASSES: tuple[GraphPass, ...] = (attention, rotary, rms_norms)
+PASSES: tuple[GraphPass, ...] = (attention, rotary, rms_norms, all_experts)

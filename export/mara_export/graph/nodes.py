@@ -18,6 +18,7 @@ from mara_runtime.tensors import ModelShape
 
 DOMAIN = "mara"
 ATTENTION, TABLE, ROTARY, NORM, LINEAR = "Attention", "RotaryTable", "Rotary", "RMSNorm", "Linear"
+EXPERTS = "Experts"
 """Nodes of a trace; seam.py says what each computes."""
 CACHED_ATTENTION = "CachedAttention"
 """Attention with a KV cache, as lowerings take it; traced.py says what it computes."""

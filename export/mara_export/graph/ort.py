@@ -20,7 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mara_export.graph.decomposed import capped
+from mara_export.graph.decomposed import capped, softmax
+from mara_export.graph.experts import chosen_experts
 from mara_export.graph.fuse import fuse_residuals, join_projections
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
@@ -42,7 +43,6 @@ from mara_export.graph.nodes import (
     replace_node,
 )
 from mara_export.graph.portable import rms_norms, rotary_attributes, rotary_embedding
-from mara_export.graph.precision import island
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
@@ -74,11 +74,6 @@ def still_tables(tables: Sequence[NDArray[np.float32]], heads: int) -> list[NDAr
     ]
 
 
-def _all_heads(heads: Heads) -> int:
-    """Of queries, keys and values."""
-    return heads.count + 2 * heads.kv
-
-
 class _GroupedAttention:
     """What the attentions of one graph share, and the rewriting of each."""
 
@@ -92,30 +87,38 @@ class _GroupedAttention:
 
     def rewrite(self, node: ir.Node) -> None:
         """Replace a traced attention and what the model does right after it: putting the heads together."""
-        *qkv, past_k, past_v, mask, _ = node.inputs
+        *given, sinks, past_k, past_v, mask, _ = node.inputs
+        assert past_k is not None
+        assert past_v is not None
+        qkv = [value for value in given if value is not None]  # or queries alone
         add, name, heads = self._add, str(node.name), Heads.of(node)
+        counts = (heads.count, heads.kv, heads.kv)[: len(qkv)]
         plain, turning = _before_rotary(qkv)
         merged = merged_heads(node.outputs[0])
         swapped = heads.groups > 1 and merged is not None and self._swap_weights(plain[0], merged, heads)
 
-        packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=True)]
-        together = add("Concat", *packed, out=f"{name}/qkv", axis=-1)
-        rows = add("Reshape", together, add.ints(-1, _all_heads(heads), heads.size), out=f"{name}/heads")
+        packed = [self._packed(value, f"{name}/{part}_packed") for part, value in zip("qkv", plain, strict=False)]
+        together = add("Concat", *packed, out=f"{name}/qkv", axis=-1) if len(packed) > 1 else packed[0]
+        rows = add("Reshape", together, add.ints(-1, sum(counts), heads.size), out=f"{name}/heads")
         if any(turning):
-            rows = self._rotated(rows, turning, heads, f"{name}/rotated")
-        queries, keys, values = self._split(rows, heads, name)
+            rows = self._rotated(rows, turning, counts, f"{name}/rotated")
+        queries, *new = self._split(rows, counts, heads.size, name)
         seated = add("Gather", queries, add.input(tensors.GRID), out=f"{name}/seated", axis=0)  # (B, M, heads, H)
         if heads.groups > 1 and not swapped:
             seated = self._swap(seated, f"{name}/q", heads.kv, heads.groups, heads.size)
         rows = add("Reshape", seated, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/rows")
-        slots = self._written_slots(heads.kv)
-        all_keys = add("ScatterND", past_k, slots, keys, out=f"{name}/all_keys")
-        all_values = add("ScatterND", past_v, slots, values, out=f"{name}/all_values")
-        attend = self._attend_capped if attribute(node, "softcap") else self._attend
-        attended = attend(node, rows, all_keys, all_values, self._grouped_mask(mask, heads.groups))
+        keys, values, written = past_k, past_v, list[ir.Value]()
+        if new:
+            slots = self._written_slots(heads.kv)
+            keys = add("ScatterND", past_k, slots, new[0], out=f"{name}/all_keys")
+            values = add("ScatterND", past_v, slots, new[1], out=f"{name}/all_values")
+            written = [keys, values]
+        written_out = sinks is not None or attribute(node, "softcap")
+        attend = self._attend_written_out if written_out else self._attend
+        attended = attend(node, rows, keys, values, self._grouped_mask(mask, heads.groups))
         if heads.groups > 1 and not swapped:
             attended = self._swap(attended, f"{name}/out", heads.groups, heads.kv, heads.size)
-        replace_node(node, put_together(add, node, attended), all_keys, all_values)
+        replace_node(node, put_together(add, node, attended), *written)
 
     def _attend(self, node: ir.Node, rows: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value) -> ir.Value:
         """Queries in groups, (B, M · groups, kv_heads · head_dim), over the cache; as many results."""
@@ -128,18 +131,17 @@ class _GroupedAttention:
             scale=attribute(node, "scale"),
         )
 
-    def _attend_capped(
+    def _attend_written_out(
         self, node: ir.Node, rows: ir.Value, keys: ir.Value, values: ir.Value, mask: ir.Value
     ) -> ir.Value:
-        """As `_attend`, in basic operators: MultiHeadAttention does not cap scores."""
+        """As `_attend`, in basic operators: MultiHeadAttention does not cap scores, and knows no sinks."""
         add, name, heads = self._add, node.name, Heads.of(node)
         apart = add("Reshape", rows, add.ints(0, -1, heads.kv, heads.size), out=f"{name}/apart")
         queries = add("Transpose", apart, out=f"{name}/queries", perm=HEADS_LAST)  # (B, kv_heads, M · groups, H)
         scaled = add("Mul", queries, add.constant(attribute(node, "scale")), out=f"{name}/scaled")
         columns = add("Transpose", keys, out=f"{name}/columns", perm=[0, 1, 3, 2])
         scores = capped(add, add("MatMul", scaled, columns, out=f"{name}/products"), node)
-        masked = island(add("Add", scores, mask, out=f"{name}/masked"))
-        weights = island(add("Softmax", masked, out=f"{name}/weights", axis=-1))
+        weights = softmax(add, add("Add", scores, mask, out=f"{name}/masked"), node, (heads.kv, heads.groups))
         sums = add("MatMul", weights, values, out=f"{name}/sums")
         by_seat = add("Transpose", sums, out=f"{name}/heads_last", perm=HEADS_LAST)
         return add("Reshape", by_seat, add.ints(0, -1, heads.kv * heads.size), out=f"{name}/attention")
@@ -170,10 +172,10 @@ class _GroupedAttention:
                 )
         return self._masks[key]
 
-    def _rotated(self, rows: ir.Value, turning: Sequence[ir.Node | None], heads: Heads, out: str) -> ir.Value:
-        """(S, all heads, head_dim), those turned that have a Rotary, which are alike."""
+    def _rotated(self, rows: ir.Value, turning: Sequence[ir.Node | None], counts: Sequence[int], out: str) -> ir.Value:
+        """(S, all heads, head_dim), those turned that have a Rotary, which are alike. counts: of heads, by part."""
         add, one = self._add, next(filter(None, turning))
-        key = tuple(one.inputs[1:]), _all_heads(heads)
+        key = tuple(one.inputs[1:]), sum(counts)
         if key not in self._tables:
             arrays = still_tables([read(value) for value in key[0]], key[1])
             names = [f"{value.name}/{key[1]}" for value in key[0] if value is not None]
@@ -182,16 +184,16 @@ class _GroupedAttention:
         still, more = dims(key[0][0])[0], rotary_attributes(one)
         if "rotary_embedding_dim" in more:
             more["num_heads"] = 1  # else it takes twice the tables' width for the size of a head
-        positions = self._positions_of([each is not None for each in turning], heads, still)
+        positions = self._positions_of([each is not None for each in turning], counts, still)
         return add("RotaryEmbedding", rows, positions, *tables, out=out, domain=MICROSOFT, **more)
 
-    def _positions_of(self, rotates: Sequence[bool], heads: Heads, still: int) -> ir.Value:
+    def _positions_of(self, rotates: Sequence[bool], counts: Sequence[int], still: int) -> ir.Value:
         """(S, all heads): the row's position for heads that rotate. rotates: do queries, keys, values?"""
-        key = (*rotates, heads, still)
+        key = (*rotates, *counts, still)
         if key not in self._positions:
             add = self._add
             column = add("Transpose", add.input(tensors.POSITION_IDS), perm=[1, 0])
-            rotating = add.constant(np.repeat([*rotates], (heads.count, heads.kv, heads.kv))[None])
+            rotating = add.constant(np.repeat([*rotates], counts)[None])
             self._positions[key] = add("Where", rotating, column, add.constant([[still]]))
         return self._positions[key]
 
@@ -209,14 +211,15 @@ class _GroupedAttention:
             rows = self._add("Transpose", value, out=f"{name}_rows", perm=HEADS_LAST)
         return self._add("Reshape", rows, self._add.ints(0, 0, -1), out=name)
 
-    def _split(self, rows: ir.Value, heads: Heads, name: str) -> Sequence[ir.Value]:
-        """(S, all heads, head_dim) as queries, keys and values.
+    def _split(self, rows: ir.Value, counts: Sequence[int], size: int, name: str) -> Sequence[ir.Value]:
+        """(S, all heads, head_dim) as queries, keys and values, or queries alone.
 
         ONNX Runtime's CUDA provider copies sizes and addresses of unequal parts to the device, in four copies, unless
         there are three parts of the last axis.
         """
-        add, size, names = self._add, heads.size, [f"{name}/{part}" for part in "qkv"]
-        counts = heads.count, heads.kv, heads.kv
+        if len(counts) == 1:
+            return [rows]
+        add, names = self._add, [f"{name}/{part}" for part in "qkv"]
         if not self._on_cuda:
             return add.several("Split", [rows, add.ints(*counts)], names, axis=1)
         rows = add("Reshape", rows, add.ints(0, -1), out=f"{name}/qkv_rows")
@@ -286,4 +289,11 @@ def _before_rotary(qkv: Sequence[ir.Value | None]) -> tuple[list[ir.Value], list
 
 
 QUANTISE: GraphPass = quantise
-PASSES: tuple[GraphPass, ...] = (grouped_attention, rotary_embedding, rms_norms, join_projections, fuse_residuals)
+PASSES: tuple[GraphPass, ...] = (
+    grouped_attention,
+    rotary_embedding,
+    rms_norms,
+    chosen_experts,
+    join_projections,
+    fuse_residuals,
+)

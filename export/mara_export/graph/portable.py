@@ -5,11 +5,13 @@ Attention, TensorScatter (the KV cache, in place under TensorRT), RotaryEmbeddin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 
-from mara_export.errors import ModelError
+from mara_export.graph.decomposed import attended
+from mara_export.graph.experts import all_experts
 from mara_export.graph.nodes import (
     CACHED_ATTENTION,
     HEADS_LAST,
@@ -33,23 +35,30 @@ OPSETS = {"": 24}
 
 def cached_attention(graph: ir.Graph, context: GraphContext) -> None:
     """CachedAttention → TensorScatter of keys and values, Attention over all of them."""
-    add = Builder(graph, "portable")
+    add, on_tensorrt = Builder(graph, "portable"), TARGETS[context.options.target].is_tensorrt
     for node in custom_nodes(graph, CACHED_ATTENTION):
-        *qkv, past_k, past_v, mask, write = node.inputs
-        q, k, v = (add.seated(value, f"{node.name}/{part}") for part, value in zip("qkv", qkv, strict=True))
-        keys, values = (
-            add("TensorScatter", past, new, write, out=f"{node.name}/{part}", axis=-2, mode="linear")
-            for part, past, new in (("key", past_k, k), ("value", past_v, v))
-        )
-        if attribute(node, "softcap") and TARGETS[context.options.target].is_tensorrt:
-            raise ModelError(
-                "the model caps its attention scores, which TensorRT's attention cannot do: export with --lowering "
-                "decomposed"
-            )
-        known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
-        out = add("Attention", q, keys, values, mask, out=f"{node.name}/attention", **known)
-        by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
-        replace_node(node, put_together(add, node, by_seat), keys, values)
+        q, *new, sinks, past_k, past_v, mask, write = node.inputs
+        written = list[ir.Value]()
+        entries: Sequence[ir.Value | None] = [past_k, past_v]
+        if new[0] is not None:
+            entries = written = [
+                add(
+                    "TensorScatter",
+                    *(past, add.seated(value, f"{node.name}/{part[0]}"), write),
+                    out=f"{node.name}/{part}",
+                    axis=-2,
+                    mode="linear",
+                )
+                for part, past, value in zip(("key", "value"), entries, new, strict=True)
+            ]
+        if sinks is not None or (attribute(node, "softcap") and on_tensorrt):  # its attention does not know them
+            by_seat = attended(add, node, q, entries, mask)
+        else:
+            known = {name: value for name in ("scale", "softcap") if (value := attribute(node, name))}
+            seated = add.seated(q, f"{node.name}/q")
+            out = add("Attention", seated, *entries, mask, out=f"{node.name}/attention", **known)
+            by_seat = add("Transpose", out, out=f"{node.name}/heads_last", perm=HEADS_LAST)
+        replace_node(node, put_together(add, node, by_seat), *written)
 
 
 def rotary_embedding(graph: ir.Graph, context: GraphContext) -> None:
@@ -78,4 +87,4 @@ def rotary_attributes(node: ir.Node) -> dict[str, Any]:
 
 
 QUANTISE: GraphPass = quantise_qdq
-PASSES: tuple[GraphPass, ...] = (cached_attention, rotary_embedding, rms_norms)
+PASSES: tuple[GraphPass, ...] = (cached_attention, rotary_embedding, rms_norms, all_experts)

@@ -89,7 +89,7 @@ def store_float16(graph: ir.Graph, context: GraphContext) -> None:
     """Store matrices as float16, and widen them where they are read."""
     add = Builder(graph, "widen")
     for weight in list(graph.initializers.values()):
-        if weight.dtype != _FLOAT or len(dims(weight)) != 2 or 4 * int(np.prod(dims(weight))) < INLINE_BYTES:
+        if weight.dtype != _FLOAT or len(dims(weight)) not in (2, 3) or 4 * int(np.prod(dims(weight))) < INLINE_BYTES:
             continue
         name, uses = weight.name, list(weight.uses())
         _cast_weight(weight, ir.DataType.FLOAT16)

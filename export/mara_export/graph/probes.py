@@ -5,16 +5,28 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mara_export.errors import ModelError
+from mara_runtime.tensors import CacheGroup
 
 Attributes = dict[str, Any]
 """Of a node of the trace."""
+
+
+class Make(Protocol):
+    """Makes a node in the trace."""
+
+    def __call__(
+        self, op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
+    ) -> tuple[Tensor, ...]:
+        """Its outputs, float32, of these shapes."""
+
+
 _UNREAD = {
     "cache_position", "deterministic", "dropout", "is_causal", "output_attentions", "position_embeddings",
     "position_ids", "use_cache",
@@ -105,17 +117,40 @@ def check_attention(mask: Any, arguments: Attributes, layer: int, name: str) -> 
     return mask
 
 
+def group_caches(attended: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[tuple[CacheGroup, ...], dict[int, int]]:
+    """The KV caches of a model, and the number of each layer's: layers that attend to the same memory have one cache.
+
+    attended: keys and values (1, kv_heads, S, head_dim) of each layer in one pass, all still in memory.
+    """
+    sharing: dict[Any, list[int]] = {}
+    for layer, parts in attended.items():
+        where = tuple((part.data_ptr(), part.shape, part.stride()) for part in parts)
+        sharing.setdefault(where, []).append(layer)
+    by_size: dict[tuple[int, int], list[list[int]]] = {}
+    for layers in sharing.values():
+        keys, _ = attended[layers[0]]
+        by_size.setdefault((keys.shape[1], keys.shape[3]), []).append(layers)
+    number, cache_of = itertools.count(), {}
+    for each in by_size.values():
+        for layers in each:
+            cache_of.update(dict.fromkeys(layers, next(number)))
+    return tuple(CacheGroup(len(each), *size) for size, each in by_size.items()), cache_of
+
+
 @torch.no_grad()
 def probe_norm(module: Any) -> Attributes | None:
-    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else."""
+    """Epsilon and offset of a root mean square norm, y = x / rms · (offset + weight); None for anything else.
+
+    One without a weight has offset 1.
+    """
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     sizes = {name: weight.dim() for name, weight in module.named_parameters()}
-    if [*module.children()] or sizes != {"weight": 1} or not isinstance(epsilon, float):
+    if [*module.children()] or sizes not in ({"weight": 1}, {}) or not isinstance(epsilon, float):
         return None
     generator = torch.Generator().manual_seed(0)
     twin = copy.copy(module)
-    values = torch.randn(16, generator=generator)
-    twin._parameters = {"weight": torch.nn.Parameter(values)}
+    values = torch.randn(16, generator=generator) if sizes else torch.zeros(16)
+    twin._parameters = {"weight": torch.nn.Parameter(values)} if sizes else {}
     fits = {0, 1}
     for scale in (1.0, 0.1 * epsilon**0.5):  # the second shows the epsilon
         x = scale * torch.randn(3, 16, generator=generator)

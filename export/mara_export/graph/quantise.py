@@ -1,7 +1,8 @@
 """int8 and int4 weights for ONNX Runtime. Activations and the KV cache stay floats.
 
 Blocks of `block_size` weights share a scale; com.microsoft MatMulNBits multiplies by them as they are, and
-GatherBlockQuantized looks up embeddings in them. The quantisers are ONNX Runtime's own; they take and return protobuf.
+GatherBlockQuantized looks up embeddings in them, QMoE multiplies by those of chosen experts. The quantisers are ONNX
+Runtime's own; they take and return protobuf.
 
 Nothing here quantises activations over several rows at once: that would let candidates of one pass influence each
 other. (`accuracy_level=4` lets the CPU kernel round each row's own blocks to int8, one row at a time.)
@@ -20,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from mara_export.graph.experts import MOE
 from mara_export.graph.nodes import (
     MICROSOFT,
     Builder,
@@ -54,14 +56,18 @@ def quantise(graph: ir.Graph, context: GraphContext) -> None:
     quantisation = context.options.quantisation
     assert quantisation is not None
     tables = _embeddings(graph)
-    matrices = matrix_products(graph)
-    quantisation.check_keep([str(node.name) for node in (*matrices, *tables)])
+    matrices, experts = matrix_products(graph), [node for node in graph if node.op_type == MOE]
+    quantisation.check_keep([str(node.name) for node in (*matrices, *tables, *experts)])
     # hqq makes fractional zero points, which the lookup does not take; a tied head shares its bytes with the table
     for_tables = replace(quantisation, quantiser="rtn") if quantisation.quantiser == "hqq" else quantisation
     vocabulary = {dims(node.inputs[0])[0] for node in tables}
     add = Builder(graph, "quantised")
-    for node in context.progress.parts(matrices):
-        if not quantisation.keeps(str(node.name)):
+    for node in context.progress.parts([*matrices, *experts]):
+        if quantisation.keeps(str(node.name)):
+            continue
+        if node.op_type == MOE:
+            _quantise_experts(add, node, quantisation)
+        else:
             is_head = dims(node.inputs[1])[1] in vocabulary
             _quantise_matrix(add, node, for_tables if is_head else quantisation)
     for node in tables:
@@ -88,6 +94,39 @@ def _quantise_matrix(add: Builder, node: ir.Node, quantisation: Quantisation) ->
     out = f"{name}/product"
     product = add("MatMulNBits", node.inputs[0], *stored, out=out, name=name, domain=MICROSOFT, **blocks.attributes)
     replace_node(node, product)
+
+
+def _quantise_experts(add: Builder, node: ir.Node, quantisation: Quantisation) -> None:
+    """MoE → QMoE, each expert's matrices quantised like any other. Zero points have no kernel before 1.24."""
+    name, size = str(node.name), quantisation.block_size
+    x, logits, up, up_bias, down, down_bias = (*node.inputs, None)[:6]
+    if quantisation.quantiser != "rtn":
+        raise OptionError(f"--quantiser is {quantisation.quantiser!r}; the experts at {name} support rtn: leave it out")
+    if odd := [inputs for _, _, inputs in map(dims, (up, down)) if inputs % size]:
+        raise OptionError(
+            f"--block-size is {size}, which does not divide the {odd[0]} inputs of the experts at {name}: use a "
+            f"smaller one, or --keep {name}"
+        )
+    stored = [_quantised_stack(add, stack, name, quantisation) for stack in (up, down)]
+    result = add(
+        "QMoE",
+        *(x, logits, *stored[0], up_bias, *stored[1], down_bias),
+        out=f"{name}/quantised",
+        name=name,
+        domain=MICROSOFT,
+        expert_weight_bits=quantisation.bits,
+        block_size=size,
+        **{key: each.value for key, each in node.attributes.items()},
+    )
+    replace_node(node, result)
+
+
+def _quantised_stack(add: Builder, stack: ir.Value | None, name: str, quantisation: Quantisation) -> list[ir.Value]:
+    """Matrices (E, outputs, inputs) as QMoE takes them: integers (E, outputs, bytes), scales (E, outputs, blocks)."""
+    assert stack is not None
+    count, rows, _ = dims(stack)
+    parts = [quantise_blocks(matrix.T, name, quantisation).arrays for matrix in read(stack)]
+    return _stored(add, stack, [np.stack(arrays).reshape(count, rows, -1) for arrays in zip(*parts, strict=True)])
 
 
 def _quantise_table(add: Builder, node: ir.Node, quantisation: Quantisation) -> None:

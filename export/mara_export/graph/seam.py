@@ -2,18 +2,21 @@
 
 | node | inputs → outputs | attributes | takes the place of |
 |---|---|---|---|
-| Attention | q, k, v (1, heads, S, H) → (1, heads, S, H) | layer, scale, window, softcap; sizes | the attention |
+| Attention | q, k, v (1, heads, S, H), sinks? → like q | layer, cache, scale, window, softcap, sizes | attention |
 | RotaryTable | positions (1, S) → cos, sin (1, S, W) | module, layer_type | modules named *RotaryEmbedding |
 | Rotary | x, cos, sin → x | interleaved, layout, head_dim | functions apply_*rotary* that a probe recognises |
-| RMSNorm | x, weight (D,) → x | epsilon, offset | modules that a probe recognises |
+| RMSNorm | x, weight (D,)? → x | size, epsilon, offset | modules that a probe recognises |
 | Linear | x, weight (N, K), bias? → x | | torch.nn.Linear |
+| Experts | x (S, D), ids and weights (S, k), matrices → x | k, layout, activation | transformers 5's experts |
 
-RMSNorm and Linear have the attribute `name`, of the module in the model. An attention's sizes are heads, kv_heads and
-head_dim. Attention and RotaryTable are needed; the others are recognised, and what a probe does not recognise stays
+RMSNorm, Linear and Experts have the attribute `name`, of the module in the model. An attention's sizes are heads,
+kv_heads and head_dim; its sinks (heads,) are scores without a row. seam_experts.py says what Experts computes.
+Attention, RotaryTable and Experts are needed; the others are recognised, and what a probe does not recognise stays
 basic operators. No family is named here.
 
-The model runs once before it is traced, on a few rows: how far each layer sees and how its rotary functions turn are
-observed then, on numbers. Attention has only the rows at hand; traced.py adds the KV cache.
+The model runs once before it is traced, on a few rows: how far each layer sees, which layers attend to the same keys
+and values, and how rotary functions turn are observed then, on numbers. Attention has only the rows at hand; traced.py
+adds the KV caches.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +38,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mara_export.errors import ModelError
 from mara_export.graph.nodes import ATTENTION, LINEAR, NORM, ROTARY, TABLE, Tables
-from mara_export.graph.probes import Attributes, Window, check_attention, probe_norm, probe_rotary, probe_window
+from mara_export.graph.probes import (
+    Attributes,
+    Make,
+    Window,
+    check_attention,
+    group_caches,
+    probe_norm,
+    probe_rotary,
+    probe_window,
+)
+from mara_export.graph.seam_experts import ExpertNodes
 from mara_export.hf.rope import rotated_part
 from mara_runtime import tensors
 
@@ -46,15 +59,6 @@ _ROTARY_FUNCTION = re.compile(r"apply_\w*rotary|apply_rotary")
 INPUTS = {tensors.INPUT_IDS: {1: "S"}, tensors.POSITION_IDS: {1: "S"}, tensors.ROWS: {0: "R"}}
 OUTPUTS = {tensors.LOGITS: {0: "R"}, tensors.LAST_HIDDEN_STATE: {1: "S"}}
 """Of a trace, with their symbolic axes."""
-
-
-class Make(Protocol):
-    """Makes a node in the trace."""
-
-    def __call__(
-        self, op: str, inputs: Sequence[Tensor | None], attributes: Attributes, shapes: Sequence[Sequence[Any]]
-    ) -> tuple[Tensor, ...]:
-        """Its outputs, float32, of these shapes."""
 
 
 class Traceable(torch.nn.Module):
@@ -91,13 +95,17 @@ class Seam:
         """model: a causal LM in eval mode, float32. name: of it, for messages. Raises ModelError."""
         self._model, self._name = model, name
         self._windows: dict[int, int] = {}
+        self._attended: dict[int, tuple[Tensor, Tensor]] = {}
         self._turns: dict[tuple[str, int, int], Attributes | None] = {}
         self._tables: set[tuple[str, str]] = set()
+        self._experts = ExpertNodes(model, name)
         self._make: Make | None = None
         with torch.no_grad(), self._in_place():
             Traceable(model)(*examples())
         if not self._windows:
             raise ModelError(f"{name}: its attention does not go through transformers' interface, and cannot be traced")
+        self.caches, self._cache_of = group_caches(self._attended)
+        self._attended.clear()
 
     def rotary_tables(self, positions: NDArray[np.int64]) -> Tables:
         """Cosines and sines of the RotaryTables of a trace at some positions (P,)."""
@@ -132,6 +140,7 @@ class Seam:
             before = model.config._attn_implementation
             model.set_attn_implementation(IMPLEMENTATION)
             undo.callback(model.set_attn_implementation, before)
+            undo.enter_context(self._experts.in_place(self._make))
             yield
 
     def _stand_in(self, name: str, module: Any) -> Callable[..., Any] | None:
@@ -163,6 +172,7 @@ class Seam:
         *_: Any,
         scaling: float | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         sliding_window: int | None = None,  # the mask has it
         **more: Any,
     ) -> tuple[Tensor, None]:
@@ -174,11 +184,12 @@ class Seam:
             if v.shape != k.shape:
                 sizes = k.shape[-1], v.shape[-1]
                 raise ModelError(f"{self._name}: keys and values of different sizes, {sizes}, are not supported")
-            self._windows[layer] = window.size
+            self._windows[layer], self._attended[layer] = window.size, (k, v)
             out = q.new_zeros(shape)
         else:
             attributes = {
                 "layer": layer,
+                "cache": self._cache_of[layer],
                 "scale": float(q.shape[-1] ** -0.5 if scaling is None else scaling),
                 "window": self._windows[layer],
                 "softcap": float(softcap or 0),
@@ -186,7 +197,7 @@ class Seam:
                 "kv_heads": int(k.shape[1]),
                 "head_dim": int(q.shape[-1]),
             }
-            (out,) = self._make(ATTENTION, (q, k, v), attributes, [shape])
+            (out,) = self._make(ATTENTION, (q, k, v, s_aux), attributes, [shape])
         return out.transpose(1, 2).contiguous(), None
 
     # ── rotary embedding ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +220,7 @@ class Seam:
         return forward
 
     def _rotating(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function like `function`, whose turns are observed, then nodes."""
+        """A function like `function`, whose turns are observed, then nodes, which want heads before rows."""
         parameters = inspect.signature(function).parameters
         count = 2 if "q" in parameters else 1
 
@@ -225,7 +236,7 @@ class Seam:
                     if key not in self._turns:
                         self._turns[key] = probe_rotary(function, *key[1:])
             found = [self._turns.get(key) for key in keys]
-            if self._make is None or None in found or unsqueeze_dim != 1:
+            if self._make is None or None in found or unsqueeze_dim not in (1, 2):
                 return function(*args, unsqueeze_dim=unsqueeze_dim, **kwargs)
             part = rotated_part(self._model.config)
             for (_, width, head), turn in zip(keys, found, strict=True):
@@ -234,10 +245,12 @@ class Seam:
                         f"{self._name}: its config.json has partial_rotary_factor = {part!r}, which transformers does "
                         f"not read for {self._model.config.model_type!r}: remove it"
                     )
-            made = [
-                self._make(ROTARY, (x, cos, sin), {**(turn or {}), "head_dim": int(x.shape[-1])}, [x.shape])[0]
-                for x, turn in zip(turning, found, strict=True)
-            ]
+            made = []
+            for x, turn in zip(turning, found, strict=True):
+                heads_first = x.transpose(1, unsqueeze_dim)
+                attributes = {**(turn or {}), "head_dim": int(x.shape[-1])}
+                (turned,) = self._make(ROTARY, (heads_first, cos, sin), attributes, [heads_first.shape])
+                made.append(turned.transpose(1, unsqueeze_dim))
             return tuple(made) if count == 2 else made[0]
 
         return forward
@@ -247,7 +260,8 @@ class Seam:
     def _norm(self, name: str, module: Any, found: Attributes) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             assert self._make is not None
-            return self._make(NORM, (x, module.weight), {"name": name, **found}, [x.shape])[0]
+            weight = getattr(module, "weight", None)
+            return self._make(NORM, (x, weight), {"name": name, "size": int(x.shape[-1]), **found}, [x.shape])[0]
 
         return forward
 

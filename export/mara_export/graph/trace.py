@@ -25,6 +25,7 @@ from mara_export.progress import no_logs
 from mara_runtime import tensors
 from mara_runtime.agents import EPSILON
 from mara_runtime.errors import OptionError, first_line
+from mara_runtime.tensors import CacheGroup
 
 _OPSET = 18
 """Of the agents' graph."""
@@ -50,8 +51,10 @@ def _door(name: str) -> Any:
     return import_module(f"mara_export.graph.{_DOORS[name]}")
 
 
-def trace_llm(model: Any, folder: Path, tracer: str, name: str, context: int, positions: int) -> tuple[Path, Tables]:
-    """Trace `model` into `folder` and return the path of the graph, and the angles of so many positions.
+def trace_llm(
+    model: Any, folder: Path, tracer: str, name: str, context: int, positions: int
+) -> tuple[Path, Tables, tuple[CacheGroup, ...]]:
+    """Trace `model` into `folder`. Returns the path of the graph, the angles of so many positions, and its KV caches.
 
     model: a Hugging Face causal LM in eval mode, float32. tracer: "optimum" or "torch". name: of the model, for
     messages. context: of the model; positions beyond it, of rows that nobody reads, have the last one's angles. Raises
@@ -65,7 +68,7 @@ def trace_llm(model: Any, folder: Path, tracer: str, name: str, context: int, po
         except (RuntimeError, ValueError, TypeError) as error:  # of the model's code and of PyTorch's exporters
             hint = "; --tracer torch may be able to" if tracer == "optimum" else ""
             raise ModelError(f"{name} cannot be traced (--tracer {tracer}): {first_line(error)}{hint}") from error
-    return path, seam.rotary_tables(np.arange(positions).clip(max=context - 1))
+    return path, seam.rotary_tables(np.arange(positions).clip(max=context - 1)), seam.caches
 
 
 class _Margins(torch.nn.Module):

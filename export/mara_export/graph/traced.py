@@ -1,13 +1,17 @@
 """From a trace, whichever door it came through, to the nodes that lowerings take.
 
-`CachedAttention` (q, k, v, past_key, past_value, mask, write_indices → out, present_key, present_value; attributes
-`scale`, `softcap` and the sizes) writes keys and values into the cache, then attends over all of it; layers with the
-same window have the same mask. `Rotary` (x, cos, sin → x; attributes `interleaved`, `head_dim`) turns the first W
-numbers of each head by the angles of its rows' positions, which the lowered graph looks up in weights (positions,
-W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are MatMul and Add.
+`CachedAttention` (q, k, v, sinks, past_key, past_value, mask, write_indices → out, present_key, present_value;
+attributes `scale`, `softcap` and the sizes) writes keys and values into a cache, then attends over all of it; one
+without k and v attends to what another has written. Layers with the same window have the same mask. Sinks (heads,), if
+any, are scores without a slot. `Rotary` (x, cos, sin → x;
+attributes `interleaved`, `head_dim`) turns the first W numbers of each head by the angles of its rows' positions, which
+the lowered graph looks up in weights (positions, W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are
+MatMul and Add.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +28,6 @@ from mara_export.graph.nodes import (
     Builder,
     GraphContext,
     GraphPass,
-    Heads,
     attribute,
     custom_nodes,
     is_weight,
@@ -79,12 +82,17 @@ def _transposed(name: str, shape: tuple[int, int], tensor: ir.TensorProtocol) ->
 
 
 def norms(graph: ir.Graph, context: GraphContext) -> None:
-    """Add the offset of a norm to its weight."""
+    """Add the offset of a norm to its weight, or make it the weight of one without."""
     add = Builder(graph, "norms")
     for node in custom_nodes(graph, NORM):
-        weight, offset = node.inputs[1], attribute(node, "offset")
-        if offset and weight is not None:
-            node.replace_input_with(1, add.weight(f"{weight.name}/offset", read(weight) + np.float32(offset)))
+        offset, size = np.float32(attribute(node, "offset")), attribute(node, "size")
+        if len(node.inputs) == 1:
+            node.resize_inputs(2)
+            node.replace_input_with(1, add.weight(f"norms/ones_{size}", np.full(size, offset)))
+        elif offset:
+            weight = node.inputs[1]
+            assert weight is not None
+            node.replace_input_with(1, add.weight(f"{weight.name}/offset", read(weight) + offset))
 
 
 def rotations(graph: ir.Graph, context: GraphContext) -> None:
@@ -112,39 +120,38 @@ def rotations(graph: ir.Graph, context: GraphContext) -> None:
 
 
 def caches(graph: ir.Graph, context: GraphContext) -> None:
-    """Attention → CachedAttention over its layer's cache, which becomes inputs and outputs of the graph.
-
-    Raises ModelError for what lowerings have no word for.
-    """
+    """Attention → CachedAttention over its cache, which becomes inputs and outputs of the graph. Raises ModelError."""
     add, shape = Builder(graph, "caches"), context.shape
     nodes = custom_nodes(graph, ATTENTION)
     if [attribute(node, "layer") for node in nodes] != list(range(shape.num_layers)):
         raise ModelError(
             f"the model has {shape.num_layers} layers, and attention in {len(nodes)}; supported is one in each"
         )
+    parts = ("key", "value")
+    written: dict[int, Sequence[ir.Value]] = {}
     for node in nodes:
-        layer, heads = attribute(node, "layer"), Heads.of(node)
-        if (heads.kv, heads.size) != (shape.num_kv_heads, shape.head_dim):
-            raise ModelError(
-                f"layer {layer} has {heads.kv} heads of {heads.size} numbers for keys and values; supported is the "
-                f"same in each layer, by config.json {shape.num_kv_heads} of {shape.head_dim}"
-            )
-        window = attribute(node, "window")
-        parts = ("key", "value")
-        past = [add.input(tensors.past(layer, part)) for part in parts]
+        layer, cache, window = (attribute(node, each) for each in ("layer", "cache", "window"))
+        q, *entries, sinks = (*node.inputs, None)[:4]
         mask = add.input(mask_name(window if window < context.max_context else 0))
         write = add.input(tensors.WRITE_INDICES)
         name = f"{_path(f'model.layers.{layer}.self_attn')}/{CACHED_ATTENTION}"
+        new = [tensors.present(cache, part) for part in parts]
+        if cache in written:
+            entries, past, new = [None, None], written[cache], []
+        else:
+            past = [add.input(tensors.past(cache, part)) for part in parts]
         out, *present = add.several(
             CACHED_ATTENTION,
-            [*node.inputs, *past, mask, write],
-            [name, *(tensors.present(layer, part) for part in parts)],
+            [q, *entries, sinks, *past, mask, write],
+            [name, *new],
             name=name,
             domain=DOMAIN,
             **{each: attribute(node, each) for each in ("scale", "softcap", "heads", "kv_heads", "head_dim")},
         )
         replace_node(node, out)
-        graph.outputs.extend(present)
+        if present:
+            written[cache] = present
+    graph.outputs.extend(written[cache][part] for cache in sorted(written) for part in range(2))
 
 
 PASSES: tuple[GraphPass, ...] = (named, linear_maps, norms, rotations, caches)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mara_export.hf.families import FAMILIES, Decoder, decoder_of
-from mara_runtime.tensors import ModelShape
+from mara_runtime.tensors import CacheGroup, ModelShape
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _row(
     """heads: "queries/keys×size", as 14/2×64. tied: default as in the family."""
     counts, _, size = heads.partition("×")
     num_heads, num_kv_heads = map(int, counts.split("/"))
-    shape = ModelShape(hidden, vocab, layers, num_heads, num_kv_heads, int(size))
+    shape = ModelShape(hidden, vocab, layers, num_heads, (CacheGroup(layers, num_kv_heads, int(size)),))
     tied = FAMILIES[model_type].tied if tied is None else tied
     return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied), agents)
 

@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 from mara_export.errors import ModelError
-from mara_export.hf.families import decoder_sizes
+from mara_export.hf.families import EXPERTS, decoder_sizes
 from mara_export.hf.rope import rope_kinds
 from mara_runtime.errors import OptionError
 
@@ -22,7 +22,6 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "attention"}
 """kinds of layers whose state is a KV cache"""
 _RECURRENT = ("mamba_", "ssm_")
 """how settings of layers with another state begin"""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _READ_OR_REFUSED = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -44,6 +43,8 @@ _ROPE = {
 and what transformers reads for them"""
 _ROPE_OF = {"ministral3": ("llama_4_scaling_beta",)}
 """and what an architecture reads beside that"""
+_MORE_ROPE = {"gemma4_text": {"proportional": "factor"}}
+"""rope types of one architecture"""
 
 
 def check_supported(config: Any, name: str, max_context: int | None) -> int:
@@ -85,7 +86,7 @@ def longest_context(config: Any) -> int | None:
 
 def check_traceable(config: Any, name: str, tracer: str) -> None:
     """Reject what a tracer would trace wrongly. tracer: "optimum" or "torch". Raises OptionError."""
-    experts = next((key for key in _EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
+    experts = next((key for key in EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
     if experts is not None and tracer == "optimum":  # it would keep the experts of the example
         raise OptionError(
             f"--tracer is 'optimum'; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which it "
@@ -131,11 +132,12 @@ def _check_read(config: Any, name: str) -> None:
 def _check_rope(config: Any, name: str) -> None:
     for rope in rope_kinds(config):
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in _ROPE:
+        types = _ROPE | _MORE_ROPE.get(config.model_type, {})
+        if rope_type not in types:
             raise ModelError(
-                f"{name} has rope scaling {rope_type!r}, which is not supported; supported are {', '.join(_ROPE)}"
+                f"{name} has rope scaling {rope_type!r}, which is not supported; supported are {', '.join(types)}"
             )
-        known = ("rope_type", "type", *_ROPE[rope_type].split(), *_ROPE_OF.get(config.model_type, ()))
+        known = ("rope_type", "type", *types[rope_type].split(), *_ROPE_OF.get(config.model_type, ()))
         if unread := [key for key in rope if key not in known]:
             raise ModelError(
                 f"{name}: its config.json has {unread[0]} in rope_scaling, which nothing reads for {rope_type!r}: "

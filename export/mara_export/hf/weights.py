@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import SequentialHook
 from accelerate.utils import align_module_device
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -81,8 +82,15 @@ class Weights:
     def _here(self, name: str) -> Iterator[Tensor]:
         path, _, own = name.rpartition(".")
         module = self._model.get_submodule(path)
-        with align_module_device(module):
-            yield getattr(module, own).detach()
+        hook = getattr(module, "_hf_hook", None)
+        if isinstance(hook, SequentialHook):  # below a module with a weight of its own, accelerate adds its hook twice
+            module._hf_hook = hook.hooks[0]
+        try:
+            with align_module_device(module):
+                yield getattr(module, own).detach()
+        finally:
+            if hook is not None:
+                module._hf_hook = hook
 
     def fingerprint(self) -> str:
         """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""

@@ -28,8 +28,9 @@ def perturber(engine: CpuEngine) -> Callable[[int], None]:
     generator = np.random.default_rng(0)
 
     def perturb(slot: int) -> None:
-        entries = engine.memory.entries[:, :, :, slot]
-        entries[...] = entries * (1 + PERTURBATION * generator.standard_normal(entries.shape, np.float32))
+        for group in engine.memory.places[0].entries:
+            entries = group[:, :, slot]
+            entries[...] = entries * (1 + PERTURBATION * generator.standard_normal(entries.shape, np.float32))
 
     return perturb
 

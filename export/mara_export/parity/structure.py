@@ -9,7 +9,7 @@ at once, in parts, and row by row beside each other, with siblings after each.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def trace_miniature(config: Any, name: str, tracer: str, folder: Path) -> Miniat
     vocabulary = model.config.vocab_size
     texts = [torch.randint(vocabulary, (min(count, context - 1),), generator=generator).tolist() for count in PROMPTS]
     reference = run_reference(model, name, (), [(text, False) for text in texts], SIBLINGS, Progress(quiet=True))
-    llm, rotary = trace_llm(model, folder, tracer, name, context, context + spare_slots(SIBLINGS))
-    shape = model_shape(model.config)
+    llm, rotary, caches = trace_llm(model, folder, tracer, name, context, context + spare_slots(SIBLINGS))
+    shape = replace(model_shape(model.config), caches=caches)
     trace_agents(shape.hidden_size, folder / "agents.onnx")
     windows = [attribute(node, "window") for node in custom_nodes(load(llm).graph, ATTENTION)]
     longest = max(map(len, texts))
@@ -98,7 +98,7 @@ def trace_miniature(config: Any, name: str, tracer: str, folder: Path) -> Miniat
             f"{name} has a window of {beyond[0]} tokens that the structural gate cannot shorten; --no-gate exports "
             "without gates"
         )
-    facts = ModelFacts(name, None, config.model_type, False, shape, 1, False, (), "", ())
+    facts = ModelFacts(name, None, config.model_type, False, shape, 1, 0, False, (), "", ())
     graph = pipeline.TracedGraph(llm, Weights(model), folder / "agents.onnx", shape, rotary, context)
     return Miniature(facts, graph, tuple(windows), reference)
 

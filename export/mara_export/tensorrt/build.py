@@ -145,7 +145,7 @@ def _build_one(
         fixed = {"C": slots, "W1": widths[0], "W2": widths[1]}
         network = parts.Network(trt, bundle.path(manifest.step.file), fixed)
         if in_place:
-            network.check_in_place(manifest.model.shape.num_layers)
+            network.check_in_place(manifest.model.shape.num_caches)
         kinds = network.kinds()
         profiles = _profiles(decode_rows, prefill_rows, options.places)
         config = network.config(profiles)

@@ -53,7 +53,7 @@ class Network:
         model = _read(path)
         self.weight_bytes, self.wide_weight_bytes = _weight_bytes(model)
         self._inputs = model.graph.input
-        self._rotations = sum(node.op_type == "RotaryEmbedding" for node in model.graph.node)
+        self._operators = Counter(node.op_type for node in model.graph.node)
         for value in (*model.graph.input, *model.graph.output):
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param in fixed:
@@ -73,16 +73,16 @@ class Network:
         """How many layers of each kind the network has."""
         return dict(sorted(Counter(kind for kind, _ in self._layers()).items()))
 
-    def check_in_place(self, num_layers: int) -> None:
+    def check_in_place(self, num_caches: int) -> None:
         """Raise EngineError if the parser did not turn the graph's operators into the layers made for them.
 
         Otherwise the KV cache would not be updated in place, or attention would not be fused.
         """
         kinds = self.kinds()
         wanted = {
-            "ATTENTION_INPUT": num_layers,
-            "KV_CACHE_UPDATE": 2 * num_layers,
-            "ROTARY_EMBEDDING": self._rotations,  # layers of some models have none
+            "ATTENTION_INPUT": self._operators["Attention"],  # layers of some models have none
+            "KV_CACHE_UPDATE": 2 * num_caches,
+            "ROTARY_EMBEDDING": self._operators["RotaryEmbedding"],
         }
         for kind, count in wanted.items():
             if kinds.get(kind, 0) != count:
@@ -95,7 +95,7 @@ class Network:
             for kind, layer in self._layers()
             if kind == "KV_CACHE_UPDATE"
         }
-        for past, present in tensors.kv_names(num_layers):
+        for past, present in tensors.kv_names(num_caches):
             if updates.get(past) != present:
                 raise EngineError(f"the graph's {present} is not an update of {past} in place: export the bundle again")
 

@@ -249,11 +249,12 @@ class OrtEngine(ABC):
         outputs, downloads = self._bind_block(binding.bind_output, tensors.step_outputs(self._shape, self._top), sizes)
         for tensor, value in zip(tensors.agent_weights(self._shape.hidden_size), self._stacked, strict=True):
             binding.bind_ortvalue_input(tensor.name, value)
-        dtype, shape = slab.entries.dtype, [high - low, *slab.entries.shape[2:]]
-        start = low * math.prod(shape[1:]) * dtype.itemsize
-        for (past, present), value in zip(tensors.kv_names(self._shape.num_layers), slab.values, strict=True):
-            binding.bind_input(past, device, 0, dtype.type, shape, value.data_ptr() + start)
-            binding.bind_output(present, device, 0, dtype.type, shape, value.data_ptr() + start)
+        dtype, sizes_of = slab.entries[0].dtype, [part.shape[1:] for group in slab.entries for part in group]
+        names = tensors.kv_names(self._shape.num_caches)
+        for (past, present), value, size in zip(names, slab.values, sizes_of, strict=True):
+            where = value.data_ptr() + low * math.prod(size) * dtype.itemsize
+            binding.bind_input(past, device, 0, dtype.type, [high - low, *size], where)
+            binding.bind_output(present, device, 0, dtype.type, [high - low, *size], where)
         return Binding(binding, self._run_options(cached), inputs, outputs, uploads, downloads)
 
     def _bind_block(

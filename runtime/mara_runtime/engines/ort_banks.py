@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime import tensors
 from mara_runtime.engines import ort_memory
-from mara_runtime.engines.ort_memory import MOST_PLACES, Bank, Slab, grown, rounded
+from mara_runtime.engines.ort_memory import MOST_PLACES, Bank, Slab, blank, grown, rounded
 from mara_runtime.errors import EngineError
 
 FIRST_LIMIT = 512
@@ -38,10 +37,10 @@ class CpuPlace:
         """slots that may hold entries of its text"""
 
     @property
-    def entries(self) -> NDArray[Any]:
-        """(2L, KV heads, slots, head dim) the memory itself."""
+    def entries(self) -> list[NDArray[Any]]:
+        """Of each group of caches (2 · count, KV heads, slots, head dim): the memory itself."""
         bank, index = self.seat
-        return bank.slab.entries[:, index]
+        return [group[:, index] for group in bank.slab.entries]
 
     @property
     def capacity(self) -> int:
@@ -72,14 +71,15 @@ class CpuPlace:
 
     def move(self, token: int, source: int, target: int) -> None:
         """See `CacheMemory`."""
-        entries = self.entries
-        entries[:, :, target] = entries[:, :, source]
+        for group in self.entries:
+            group[:, :, target] = group[:, :, source]
 
     def copy(self, place: int, count: int) -> bool:
         """See `CacheMemory`."""
         self.held = 0
         self.grow(count)
-        self.entries[:, :, :count] = self._memory.places[place].entries[:, :, :count]
+        for target, source in zip(self.entries, self._memory.places[place].entries, strict=True):
+            target[:, :, :count] = source[:, :, :count]
         return True
 
     def zero(self) -> None:
@@ -108,14 +108,10 @@ class CpuMemory:
         """See `EngineMemory`."""
         slots = min(ort_memory.FIRST_SLOTS, self.capacity)
         place = CpuPlace(self, *self._room(self._limit(slots), slots))
-        place.entries[...] = 0
+        for group in place.entries:
+            group[...] = 0
         self.places.append(place)
         return place
-
-    @property
-    def entries(self) -> NDArray[Any]:
-        """(2L, 1, KV heads, slots, head dim) of the first place: the memory itself."""
-        return self.places[0].entries[:, None]
 
     @property
     def slots(self) -> int:
@@ -161,7 +157,8 @@ class CpuMemory:
         elif len(self.members(bank)) == 1:
             bank.slab = self._moved(bank, place.size)
         else:
-            place.entries[...] = 0
+            for group in place.entries:
+                group[...] = 0
 
     def _stays(self, place: CpuPlace, slots: int) -> bool:
         """Whether a place with a text of `slots` is in the right bank; one that is alone there takes it along."""
@@ -220,9 +217,10 @@ class CpuMemory:
             self._carry(left[-1], old, index)
 
     def _carry(self, place: CpuPlace, bank: Bank, index: int) -> None:
-        source, target = place.entries[:, :, : place.held], bank.slab.entries[:, index]
-        target[:, :, : place.held] = source
-        target[:, :, place.held :] = 0  # nothing of whoever was there, which may not be finite
+        for source, group in zip(place.entries, bank.slab.entries, strict=True):
+            target = group[:, index]
+            target[:, :, : place.held] = source[:, :, : place.held]
+            target[:, :, place.held :] = 0  # nothing of whoever was there, which may not be finite
         place.seat = bank, index
 
     def _room(self, limit: int, slots: int) -> tuple[Bank, int]:
@@ -234,7 +232,7 @@ class CpuMemory:
         index = next(i for i in range(len(taken) + 1) if i not in taken)
         if slots > bank.slab.slots:
             bank.slab = self._moved(bank, self._longer(bank, slots), index + 1)
-        elif index == bank.slab.entries.shape[1]:
+        elif index == bank.slab.room:
             bank.slab = self._moved(bank, bank.slab.slots, index + 1)
         return bank, index
 
@@ -242,20 +240,15 @@ class CpuMemory:
         """The bank's entries in new memory of that size, of `least` places or more."""
         places = max(least, *(place.seat[1] + 1 for place in self.members(bank)))
         # room for as many again, as what nobody wrote takes no memory
-        return self._allocate(places if places == 1 else 2 * places, slots, self._kept(bank))
+        return self._allocate(places if places == 1 else 2 * places, slots, self.members(bank))
 
-    def _kept(self, bank: Bank) -> Iterable[tuple[int, NDArray[Any]]]:
-        """The entries of each place, by its index."""
-        for place in self.members(bank):
-            yield place.seat[1], place.entries[:, :, : place.held]
-
-    def _allocate(self, places: int, slots: int, kept: Iterable[tuple[int, NDArray[Any]]] = ()) -> Slab:
-        """New memory; kept: by index, what it begins with."""
+    def _allocate(self, places: int, slots: int, kept: Iterable[CpuPlace] = ()) -> Slab:
+        """New memory; kept: whose entries it begins with, each at its index."""
         import onnxruntime as ort
 
-        shape = self._shape
-        # zeroed: masked slots take part in attention with weight 0, and 0 × NaN is NaN
-        entries = np.zeros((2 * shape.num_layers, places, shape.num_kv_heads, slots, shape.head_dim), self._dtype)
-        for index, held in kept:
-            entries[:, index, :, : held.shape[2]] = held
-        return Slab(entries, [ort.OrtValue.ortvalue_from_numpy(layer, self.device, 0) for layer in entries])
+        entries = blank(self._shape, self._dtype, places, slots)
+        for place in kept:
+            for target, held in zip(entries, place.entries, strict=True):
+                target[:, place.seat[1], :, : place.held] = held[:, :, : place.held]
+        parts = (part for group in entries for part in group)
+        return Slab(entries, [ort.OrtValue.ortvalue_from_numpy(part, self.device, 0) for part in parts])

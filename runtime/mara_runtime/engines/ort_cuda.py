@@ -22,7 +22,7 @@ from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Pass, StepOutput, Works
 from mara_runtime.engines.ort import OrtEngine
-from mara_runtime.engines.ort_memory import MOST_PLACES, Bank, Slab, grown, rounded
+from mara_runtime.engines.ort_memory import MOST_PLACES, Bank, Slab, blank, grown, rounded
 from mara_runtime.engines.recompute import Recompute
 from mara_runtime.errors import EngineError, first_line
 from mara_runtime.tensors import ModelShape
@@ -107,7 +107,7 @@ class CudaMemory:
 
     def place(self, index: int) -> CudaPlace:
         """See `EngineMemory`."""
-        if index >= self.bank.slab.entries.shape[1]:
+        if index >= self.bank.slab.room:
             self.bank.slab = self._allocate(index + 1, self.slots, self._kept())
         self.places.append(CudaPlace(self, index))
         return self.places[index]
@@ -118,7 +118,7 @@ class CudaMemory:
             raise EngineError(f"{slots} slots are needed; the KV cache has {self.capacity}")
         if slots > self.slots:
             size = min(grown("cuda", self.slots, slots), self.capacity)
-            self.bank.slab = self._allocate(self.bank.slab.entries.shape[1], size, self._kept())
+            self.bank.slab = self._allocate(self.bank.slab.room, size, self._kept())
 
     def zero(self, place: int) -> None:
         """Zero a place; a single one has its initial size again."""
@@ -134,24 +134,23 @@ class CudaMemory:
         return [value.numpy() for value in self.bank.slab.values]
 
     def _allocate(self, places: int, slots: int, kept: Iterable[NDArray[Any]] = ()) -> Slab:
-        """New memory; kept: what it begins with, by layer and part."""
+        """New memory; kept: what it begins with, by cache and part."""
         import onnxruntime as ort
 
-        shape = self._shape
-        # zeroed: masked slots take part in attention with weight 0, and 0 × NaN is NaN
-        entries = np.zeros((2 * shape.num_layers, places, shape.num_kv_heads, slots, shape.head_dim), self._dtype)
-        for layer, before in zip(entries, kept, strict=False):
-            layer[: before.shape[0], :, : before.shape[2]] = before
+        entries = blank(self._shape, self._dtype, places, slots)
+        parts = [part for group in entries for part in group]
+        for part, before in zip(parts, kept, strict=False):
+            part[: before.shape[0], :, : before.shape[2]] = before
         try:
-            values = [ort.OrtValue.ortvalue_from_numpy(layer, self.device, 0) for layer in entries]
+            values = [ort.OrtValue.ortvalue_from_numpy(part, self.device, 0) for part in parts]
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base
             raise EngineError(
                 f"the GPU has no memory for a KV cache of {slots} slots"
                 f"{f' for {places} conversations' if places > 1 else ''}: {first_line(error)}; ask for fewer tokens, "
                 "or decode with --engine cpu"
             ) from error
-        # a shape; the host holds no entries
-        return Slab(np.broadcast_to(entries.dtype.type(0), entries.shape), values)
+        # shapes; the host holds no entries
+        return Slab([np.broadcast_to(group.dtype.type(0), group.shape) for group in entries], values)
 
 
 class CudaEngine(OrtEngine):
@@ -235,7 +234,8 @@ class CudaEngine(OrtEngine):
         """As many as fused attention takes; where it takes none, kernels are more by a tenth."""
         if rows <= NARROW:
             return rows
-        step = MASK_ALIGNMENT // math.gcd(MASK_ALIGNMENT, self._shape.num_heads // self._shape.num_kv_heads)
+        shared = (self._shape.num_heads // group.kv_heads for group in self._shape.caches)
+        step = max(MASK_ALIGNMENT // math.gcd(MASK_ALIGNMENT, heads) for heads in shared)
         return -(-rows // step) * step
 
     def _run_options(self, cached: bool) -> Any:

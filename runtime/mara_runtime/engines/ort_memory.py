@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mara_runtime.engines.kv_cache import EngineMemory
+from mara_runtime.tensors import ModelShape
 
 FIRST_SLOTS = 32
 """Initial size of a KV cache; until it has its full size, it is a multiple of this."""
@@ -55,23 +57,34 @@ BindingKey = tuple[int, int, int, int, int, int, int]
 class Slab:
     """Memory of a bank's places."""
 
-    entries: NDArray[Any]
-    """(2L, B, KV heads, slots, head dim) keys and values of each layer in turn: the memory itself"""
+    entries: Sequence[NDArray[Any]]
+    """of each group of caches (2 · count, B, KV heads, slots, head dim), keys and values in turn: the memory itself"""
     values: Sequence[Any]
-    """(B, KV heads, slots, head dim) of each layer and part, as ONNX Runtime sees them"""
+    """(B, KV heads, slots, head dim) of each cache and part, as ONNX Runtime sees them"""
     bindings: dict[BindingKey, Binding] = field(default_factory=dict)
     """they refer to the entries, and go with them; the oldest first"""
 
     @property
     def slots(self) -> int:
         """Of each place."""
-        return int(self.entries.shape[3])
+        return int(self.entries[0].shape[3])
+
+    @property
+    def room(self) -> int:
+        """Places that it has memory for."""
+        return int(self.entries[0].shape[1])
 
     def keep(self, key: BindingKey, binding: Binding) -> None:
         """Keep a binding for further passes, instead of the oldest where there are many."""
         if len(self.bindings) >= _MOST_BINDINGS:
             del self.bindings[next(iter(self.bindings))]
         self.bindings[key] = binding
+
+
+def blank(shape: ModelShape, dtype: str, places: int, slots: int) -> list[NDArray[Any]]:
+    """Entries of a new slab: zeros, as masked slots take part in attention with weight 0, and 0 × NaN is NaN."""
+    sizes = [(2 * group.count, places, group.kv_heads, slots, group.head_dim) for group in shape.caches]
+    return [np.zeros(size, dtype) for size in sizes]
 
 
 @dataclass(eq=False)

@@ -1,16 +1,65 @@
 """The KV entries of the TensorRT engine on the device: those of all places, for one engine file.
 
-A layer's keys, or values, are one tensor (places, NKV, C, H), so a pass over the places from `low` on begins at an
+A cache's keys, or values, are one tensor (places, NKV, C, H), so a pass over the places from `low` on begins at an
 offset. Present is written over past, or, in engines of TensorRT before 10.15, into a second copy that swaps roles with
 the first after each pass: then each place has a *side*, the copy that its next pass reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from mara_runtime import tensors
 from mara_runtime.engines.cuda import ALIGNMENT, Cuda, aligned
 from mara_runtime.errors import EngineError
 from mara_runtime.manifest import EngineFacts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where the entries of a group of caches lie, in bytes from the beginning of a side."""
+
+    start: int
+    tensors: int
+    heads: int
+    entry_bytes: int
+    """of one head and slot"""
+    slots: int
+    places: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one head."""
+        return self.slots * self.entry_bytes
+
+    @property
+    def place_bytes(self) -> int:
+        """Of a place's entries in one tensor."""
+        return self.heads * self.row_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """From one tensor to the next."""
+        return aligned(self.places * self.place_bytes)
+
+    @property
+    def end(self) -> int:
+        """Behind the last tensor."""
+        return self.start + self.tensors * self.tensor_bytes
+
+    def offsets(self, place: int) -> Iterator[int]:
+        """Of a place's entries in each tensor."""
+        begin = self.start + place * self.place_bytes
+        return (begin + i * self.tensor_bytes for i in range(self.tensors))
+
+
+def _laid_out(shape: tensors.ModelShape, dtype: str, slots: int, places: int) -> list[_Part]:
+    parts: list[_Part] = []
+    for group in shape.caches:
+        start, entry_bytes = parts[-1].end if parts else 0, group.head_dim * tensors.CACHE_BYTES[dtype]
+        parts.append(_Part(start, 2 * group.count, group.kv_heads, entry_bytes, slots, places))
+    return parts
 
 
 class DeviceCache:
@@ -21,19 +70,15 @@ class DeviceCache:
     ) -> None:
         """index: of the engine file. Raises EngineError."""
         self.index, self.places = index, places
-        self._cuda, self._names = cuda, tensors.kv_names(shape.num_layers)
+        self._cuda, self._names = cuda, tensors.kv_names(shape.num_caches)
         self._copies = 1 if facts.in_place else 2
         self._sides = [0] * places
-        self._heads = shape.num_kv_heads
-        self._entry_bytes = shape.head_dim * tensors.CACHE_BYTES[dtype]  # of one head
-        self._row_bytes = facts.slots * self._entry_bytes  # likewise
-        self._place_bytes = self._heads * self._row_bytes
-        if places > 1 and self._place_bytes % ALIGNMENT:  # heads of fewer than 8 numbers
+        self._parts = _laid_out(shape, dtype, facts.slots, places)
+        if places > 1 and any(part.place_bytes % ALIGNMENT for part in self._parts):  # heads of fewer than 8 numbers
             raise EngineError(
                 f"the engine's entries of {facts.slots} slots take one conversation: they are not aligned"
             )
-        self._layer_bytes = aligned(places * self._place_bytes)
-        self._side_bytes = len(self._names) * self._layer_bytes
+        self._side_bytes = self._parts[-1].end
         self.size_bytes = self._copies * self._side_bytes
         what = f"the KV cache of {facts.slots} slots" + (f" for {places} conversations" if places > 1 else "")
         self._base = cuda.allocate(self.size_bytes, what)
@@ -46,16 +91,16 @@ class DeviceCache:
 
     def addresses(self, side: int, low: int) -> dict[str, int]:
         """Where passes over the places from `low` on read pasts and write presents. side: the copy that is read."""
-        source, target = self._at(side, low), self._at((side + 1) % self._copies, low)
+        source, target = self._at(side), self._at((side + 1) % self._copies)
+        offsets = (offset for part in self._parts for offset in part.offsets(low))
         addresses: dict[str, int] = {}
-        for i, (past, present) in enumerate(self._names):
-            offset = i * self._layer_bytes
+        for (past, present), offset in zip(self._names, offsets, strict=True):
             addresses |= {past: source + offset, present: target + offset}
         return addresses
 
-    def _at(self, side: int, place: int) -> int:
-        """Address of a place's entries of the first layer."""
-        return self._base + side * self._side_bytes + place * self._place_bytes
+    def _at(self, side: int) -> int:
+        """Address of a copy."""
+        return self._base + side * self._side_bytes
 
     def settle(self, low: int, high: int) -> int:
         """Bring these places to one side for a pass, which they do by copying; returns the side."""
@@ -63,9 +108,10 @@ class DeviceCache:
         side = max(set(sides), key=sides.count)
         for place in range(low, high):
             if self._sides[place] != side:
-                pitch, rows = self._layer_bytes, len(self._names)
-                target, source = self._at(side, place), self._at(1 - side, place)
-                self._cuda.copy_rows(target, pitch, source, pitch, self._place_bytes, rows)
+                for part in self._parts:
+                    target, source = (self._at(each) + next(part.offsets(place)) for each in (side, 1 - side))
+                    pitch = part.tensor_bytes
+                    self._cuda.copy_rows(target, pitch, source, pitch, part.place_bytes, part.tensors)
                 self._sides[place] = side
         return side
 
@@ -77,25 +123,27 @@ class DeviceCache:
     def take_over(self, other: DeviceCache) -> None:
         """Copy what another cache has, as far as there are slots for it."""
         for place in range(min(self.places, other.places)):
-            self._copy(place, other, place, min(self._row_bytes, other._row_bytes))
+            self._copy(place, other, place, min(self._parts[0].slots, other._parts[0].slots))
         self._cuda.wait()
 
     def copy(self, target: int, source: int, count: int) -> None:
         """Make the first `count` entries of a place those of another."""
-        self._copy(target, self, source, count * self._entry_bytes)
+        self._copy(target, self, source, count)
 
-    def _copy(self, target: int, other: DeviceCache, source: int, width: int) -> None:
-        """Copy the first `width` bytes of each head."""
-        begin, end = other._at(other._sides[source], source), self._at(self._sides[target], target)
-        for i in range(len(self._names)):
-            from_, to = begin + i * other._layer_bytes, end + i * self._layer_bytes
-            self._cuda.copy_rows(to, self._row_bytes, from_, other._row_bytes, width, self._heads)
+    def _copy(self, target: int, other: DeviceCache, source: int, count: int) -> None:
+        """Copy the first `count` entries of each head."""
+        begin, end = other._at(other._sides[source]), self._at(self._sides[target])
+        for old, new in zip(other._parts, self._parts, strict=True):
+            for from_, to in zip(old.offsets(source), new.offsets(target), strict=True):
+                width = count * new.entry_bytes
+                self._cuda.copy_rows(end + to, new.row_bytes, begin + from_, old.row_bytes, width, new.heads)
 
     def zero(self, place: int) -> None:
         """Zero all slots of a place."""
         for side in range(self._copies):
-            for i in range(len(self._names)):
-                self._cuda.zero(self._at(side, place) + i * self._layer_bytes, self._place_bytes)
+            for part in self._parts:
+                for offset in part.offsets(place):
+                    self._cuda.zero(self._at(side) + offset, part.place_bytes)
         self._cuda.wait()
 
     def close(self) -> None:
