@@ -22,6 +22,8 @@ These level flips excuse nothing: the gate itself uses the noise of recomputed r
     reference.py  Hugging Face's side
     engine.py     the engine's side (needs no torch: two engines are compared on devices, too)
     compare.py    measures the differences, applies a Gate, and reports
+
+What short prompts and a model's own weights cannot show is the structural gate's (structure.py, miniature.py).
 """
 
 from mara_export.parity.compare import GATES, Gate, Report, compare, compare_agent
