@@ -61,8 +61,6 @@ SHAPES = {
 }
 """From the published config.json of each model; the tiny one is nobody's, and tries the commands."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
 SHARD_BYTES = 4 << 30
 
 
@@ -78,8 +76,8 @@ def weight(name: str, shape: torch.Size, layers: int, generator: torch.Generator
     return values
 
 
-def write_weights(config: Any, folder: Path) -> None:
-    """Write a model's weights as bfloat16 in files of at most SHARD_BYTES, unless one weight is larger."""
+def write_weights(model: Any, folder: Path) -> None:
+    """Write weights for an empty model as bfloat16 in files of at most SHARD_BYTES, unless one weight is larger."""
     generator = torch.Generator().manual_seed(0)
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
@@ -92,8 +90,8 @@ def write_weights(config: Any, folder: Path) -> None:
         pending.clear()
         size = 0
 
-    for name, empty in empty_model(config).named_parameters():
-        values = weight(name, empty.shape, config.num_hidden_layers, generator).bfloat16()
+    for name, empty in model.named_parameters():
+        values = weight(name, empty.shape, model.config.num_hidden_layers, generator).bfloat16()
         if pending and size + values.nbytes > SHARD_BYTES:
             flush()
         pending[name] = values
@@ -112,10 +110,11 @@ def main() -> None:
     folder = args.out / "checkpoint"
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(**SHAPES[args.shape], bos_token_id=0, eos_token_id=0)
-    config.architectures = [type(empty_model(config)).__name__]
+    model = empty_model(config)
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=0, eos_token_id=0).save_pretrained(folder)
-    write_weights(config, folder)
+    write_weights(model, folder)
     for name in TOKENIZER:
         shutil.copy(MODEL_FOLDER / name, folder / name)
     agents.untrained(config.hidden_size, seed=0).save(args.out / "agent.safetensors")

@@ -81,6 +81,11 @@ class Setting(Options):
         return TARGETS[self.target].is_tensorrt
 
     @property
+    def chooses(self) -> bool:
+        """Whether only the chosen experts of a row are computed; else all of them are, as one MLP."""
+        return self.target == "cpu" and self.lowering == "ort"
+
+    @property
     def number_bytes(self) -> int:
         """Bytes of one number in activations and KV cache."""
         return CACHE_BYTES[TARGETS[self.target].compute[self.precision]]
@@ -199,7 +204,7 @@ def activation_bytes(model: Decoder, setting: Setting) -> int:
     """Peak of activations in the widest pass: in an MLP, an attention, or the LM head."""
     rows, b, d = PREFILL_ROWS, setting.number_bytes, model.hidden_size
     width = model.num_heads * max(layer.head_dim for layer in model.layers)
-    intermediate = max(layer.intermediate_size for layer in model.layers)
+    intermediate = max(layer.intermediate_size if setting.chooses else layer.width for layer in model.layers)
     mask = rows * setting.slots
     inner = 4 if setting.form.fused_projections else 3  # gate and up come as one there, and are taken apart
     mlp = rows * (inner * intermediate + 4 * d) * b + mask

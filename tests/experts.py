@@ -61,3 +61,8 @@ def random_stacks(
         shapes = [(count, columns, rows) for _, rows, columns in shapes]
     sizes = [*shapes, *([(count, 2 * inner), (count, size)] if biases else [])]
     return [draw.standard_normal(each).astype(np.float32) / 4 for each in sizes]
+
+
+PLAIN = {"transposed": 0, "interleaved": 0, "alpha": 1.0, "limit": 0.0, "offset": 0.0, "k": 2}
+CLAMPED = {"transposed": 1, "interleaved": 1, "alpha": 1.702, "limit": 0.5, "offset": 1.0, "k": 2}
+"""Attributes: gates before values; neighbours with biases and a limit."""

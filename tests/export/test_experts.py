@@ -1,4 +1,4 @@
-"""Experts in every lowering, against transformers' own modules."""
+"""Experts in every lowering, against what the node means, and what it means against transformers' own modules."""
 
 from __future__ import annotations
 
@@ -14,41 +14,27 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from mara_export.graph.pipeline import LOWERINGS
+from mara_export.graph.seam_experts import WEIGHTS, probe_experts, results
 from mara_export.options import ExportOptions
 from mara_runtime.errors import OptionError
-from tests.experts import INPUTS, lowered, random_stacks
-from tests.families import SIZES, config
+from tests.experts import CLAMPED, INPUTS, PLAIN, lowered, random_stacks
+from tests.families import NAMES, SIZES, config
 
-pytest.importorskip("transformers.integrations.moe", reason="experts are for transformers 5")
-
-from mara_export.graph.seam_experts import WEIGHTS, probe_experts
-
-SIZE, INNER, CHOSEN, ROWS = 64, 32, 2, 7
+EXPERTS, SIZE, INNER, ROWS = 4, 64, 32, 7
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+BOTH = pytest.mark.parametrize("attributes", [PLAIN, CLAMPED], ids=["plain", "clamped"])
+EVERY = pytest.mark.parametrize("lowering", LOWERINGS)
 
 
-@pytest.fixture(params=["qwen3_moe", "gpt_oss"])
-def experts(request: pytest.FixtureRequest) -> Any:
-    """transformers' module, with random weights: halves, or neighbours with biases and a limit."""
-    sizes = {**SIZES, "hidden_size": SIZE, "intermediate_size": INNER, "num_hidden_layers": 4}
-    model = AutoModelForCausalLM.from_config(config(request.param, {**sizes, "vocab_size": 300}))
-    model.set_experts_implementation("eager")
-    module = next(each for each in model.modules() if hasattr(each, "is_transposed"))
-    sizes = {"transposed": module.is_transposed}
-    fill(module, random_stacks(module.num_experts, SIZE, INNER, sizes, module.has_bias))
-    return module
+def stacks_of(attributes: dict[str, Any]) -> list[NDArray[Any]]:
+    return random_stacks(EXPERTS, SIZE, INNER, attributes, biases=attributes is CLAMPED)
 
 
-def fill(module: Any, stacks: Sequence[NDArray[Any]]) -> None:
-    for name, stack in zip(WEIGHTS, stacks, strict=False):
-        getattr(module, name).data = torch.from_numpy(stack)
-
-
-def graph_of(module: Any, options: ExportOptions) -> onnx.ModelProto:
-    stacks = [getattr(module, name).detach().numpy() for name in WEIGHTS if name in module._parameters]
-    found = probe_experts(module)
-    assert found is not None
-    return lowered(stacks, {"k": CHOSEN, **found}, options)
+def expected(
+    stacks: Sequence[NDArray[Any]], values: Sequence[torch.Tensor], attributes: dict[str, Any]
+) -> NDArray[Any]:
+    by_name = dict(zip(WEIGHTS, map(torch.from_numpy, stacks), strict=False))
+    return results(by_name, *values, attributes).numpy()
 
 
 def run(model: onnx.ModelProto, values: Sequence[Any]) -> NDArray[Any]:
@@ -57,58 +43,53 @@ def run(model: onnx.ModelProto, values: Sequence[Any]) -> NDArray[Any]:
     return found
 
 
-def rows(count: int = ROWS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, ids, weights; those of a row do not sum up to 1."""
     generator = torch.Generator().manual_seed(0)
-    weights, ids = torch.rand(count, 4, generator=generator).topk(CHOSEN)
-    return torch.randn(count, SIZE, generator=generator), ids, weights
+    weights, ids = torch.rand(ROWS, EXPERTS, generator=generator).topk(PLAIN["k"])
+    return torch.randn(ROWS, SIZE, generator=generator), ids, weights
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_every_lowering_computes_what_transformers_computes(experts, lowering) -> None:
-    values = rows()
-    model = graph_of(experts, ExportOptions(lowering=lowering))
-    with torch.no_grad():
-        expected = experts(*values).numpy()
+@BOTH
+@EVERY
+def test_a_lowering_computes_what_the_node_means_in_whatever_company(attributes, lowering) -> None:
+    stacks, values = stacks_of(attributes), rows()
+    model = lowered(stacks, attributes, ExportOptions(lowering=lowering))
     found = run(model, values)
-    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    np.testing.assert_allclose(found, expected(stacks, values, attributes), **TOLERANCE)
     alone = np.concatenate([run(model, [value[i : i + 1] for value in values]) for i in range(ROWS)])
     np.testing.assert_allclose(alone, found, **TOLERANCE)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_what_a_row_has_not_chosen_does_not_reach_it(experts, lowering) -> None:
+@BOTH
+@EVERY
+def test_what_a_row_has_not_chosen_does_not_reach_it(attributes, lowering) -> None:
     """Neither the infinite results of other experts nor what is not a number in other rows."""
-    x, ids, weights = rows()
-    x[4] = weights[4] = float("nan")
-    ids = torch.tensor([[1, 2]] * ROWS)
+    stacks, (x, ids, weights) = stacks_of(attributes), rows()
+    ids[:] = torch.tensor([1, 2])
     ids[3, 0] = 0
-    with torch.no_grad():
-        experts.down_proj[0] = 3e38
-        expected = experts(x, ids, weights).numpy()
-    found = run(graph_of(experts, ExportOptions(lowering=lowering)), (x, ids, weights))
-    others = [0, 1, 2, 5, 6]
-    assert np.isfinite(expected[others]).all()
-    np.testing.assert_allclose(found[others], expected[others], **TOLERANCE)
+    x[4] = weights[4] = float("nan")
+    values, others = (x, ids, weights), [0, 1, 2, 5, 6]
+    finite = expected(stacks, values, attributes)
+    stacks[0][0] = 3e38
+    found = run(lowered(stacks, attributes, ExportOptions(lowering=lowering)), values)
+    np.testing.assert_allclose(found[others], finite[others], **TOLERANCE)
 
 
-def test_int4_experts_are_those_that_were_stored(experts) -> None:
+@BOTH
+def test_int4_experts_are_those_that_were_stored(attributes) -> None:
     """Of weights that int4 holds exactly nothing is lost."""
-    options = ExportOptions(precision="int4", block_size=16)
-    draw, stacks = np.random.default_rng(1), []
-    for name in WEIGHTS[:2]:
-        shape = getattr(experts, name).shape
-        whole = draw.integers(-8, 8, shape).astype(np.float32)
-        inputs = np.moveaxis(whole, 1 if experts.is_transposed else 2, 0)
-        inputs[::16] = -8  # the largest of each block
-        stacks.append(np.ascontiguousarray(whole) / 32)
-    fill(experts, stacks)
-    model = graph_of(experts, options)
+    draw, stacks = np.random.default_rng(1), stacks_of(attributes)
+    for stack in stacks[:2]:
+        whole = draw.integers(-8, 8, stack.shape)
+        np.moveaxis(whole, 1 if attributes["transposed"] else 2, 0)[::16] = -8  # the largest of each block
+        stack[:] = whole / 32
+    model = lowered(stacks, attributes, ExportOptions(precision="int4", block_size=16))
     (node,) = (node for node in model.graph.node if node.op_type == "QMoE")
     stored = {each.name: each for each in model.graph.initializer}
-    assert stored[node.input[2]].dims == [experts.num_experts, 2 * INNER, SIZE // 2]
-    with torch.no_grad():
-        np.testing.assert_allclose(run(model, rows()), experts(*rows()).numpy(), rtol=1e-3, atol=1e-4)
+    assert stored[node.input[2]].dims == [EXPERTS, 2 * INNER, SIZE // 2]
+    found, exact = run(model, rows()), expected(stacks, rows(), attributes)
+    assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(
@@ -118,20 +99,40 @@ def test_int4_experts_are_those_that_were_stored(experts) -> None:
         ({"block_size": 64}, "--block-size is 64, which does not divide the 32 inputs of the experts at"),
     ],
 )
-def test_what_experts_cannot_be_quantised_by_is_refused(experts, options, named) -> None:
+def test_what_experts_cannot_be_quantised_by_is_refused(options, named) -> None:
     with pytest.raises(OptionError, match=named):
-        graph_of(experts, ExportOptions(precision="int4", **options))
-    kept = graph_of(experts, ExportOptions(precision="int4", keep=("*/experts/*",), **options))
+        lowered(stacks_of(PLAIN), PLAIN, ExportOptions(precision="int4", **options))
+    kept = lowered(stacks_of(PLAIN), PLAIN, ExportOptions(precision="int4", keep=("*/experts/*",), **options))
     assert [node.op_type for node in kept.graph.node].count("MoE") == 1
+
+
+@pytest.fixture(params=["qwen3_moe", "gpt_oss"])
+def module(request: pytest.FixtureRequest) -> Any:
+    """transformers' own, with random weights."""
+    if request.param not in NAMES:
+        pytest.skip("experts are modules that can be called by name in transformers 5 only")
+    sizes = {**SIZES, "hidden_size": SIZE, "intermediate_size": INNER, "num_hidden_layers": 4}
+    model = AutoModelForCausalLM.from_config(config(request.param, {**sizes, "vocab_size": 300}))
+    model.set_experts_implementation("eager")
+    found = next(each for each in model.modules() if hasattr(each, "is_transposed"))
+    attributes = {"transposed": found.is_transposed}
+    stacks = random_stacks(found.num_experts, SIZE, INNER, attributes, found.has_bias)
+    for name, stack in zip(WEIGHTS, stacks, strict=False):
+        getattr(found, name).data = torch.from_numpy(stack)
+    return found
+
+
+def test_the_node_means_what_transformers_computes(module) -> None:
+    found = probe_experts(module)
+    with torch.no_grad():
+        wanted = module(*rows())
+        given = results(dict(module.named_parameters()), *rows(), found)
+    np.testing.assert_allclose(given.numpy(), wanted.numpy(), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
     "gate", [lambda both: both[..., ::2].tanh() * both[..., 1::2], lambda both: 0 * both[..., ::2]]
 )
-def test_another_activation_is_not_taken_for_a_known_one(experts, gate) -> None:
-    assert probe_experts(experts) is not None
-    type(experts)._apply_gate, own = lambda self, both: gate(both), type(experts)._apply_gate
-    try:
-        assert probe_experts(experts) is None
-    finally:
-        type(experts)._apply_gate = own
+def test_another_activation_is_not_taken_for_a_known_one(module, gate, monkeypatch) -> None:
+    monkeypatch.setattr(type(module), "_apply_gate", lambda _, both: gate(both))
+    assert probe_experts(module) is None

@@ -13,10 +13,10 @@ from tests.export.following import follow_all
 
 QUICK = {
     ("gemma2", "ort"), ("gemma3_text", "portable"), ("cohere2", "decomposed"), ("ministral3", "ort"),
-    ("gemma4_text", "portable"),
+    ("gemma4_text", "portable"), ("qwen3_moe", "ort"),
 }  # fmt: skip
 """Windows, soft caps, two rotary tables, neighbours that turn, layers without; a scale between turn and attention;
-caches of two sizes, which layers share."""
+caches of two sizes, which layers share; experts."""
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 
 from mara_export.options import ExportOptions
-from tests.experts import INPUTS, lowered, random_stacks
+from tests.experts import CLAMPED, INPUTS, PLAIN, lowered, random_stacks
 from tests.tensorrt.conftest import RTX
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="NVIDIA has no wheel of TensorRT for RTX for this platform")
-
-PLAIN = {"transposed": 0, "interleaved": 0, "alpha": 1.0, "limit": 0.0, "offset": 0.0, "k": 2}
-CLAMPED = {"transposed": 1, "interleaved": 1, "alpha": 1.702, "limit": 7.0, "offset": 1.0, "k": 2}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mara_runtime.errors import BundleError, OptionError
 from mara_runtime.manifest import AgentFacts, EngineFacts, Manifest, Noise, checksum, is_agent_name
@@ -337,21 +335,3 @@ def test_deep_nesting_is_read_or_refused(path: Path) -> None:
         nest = '{"nest": ' + "[" * depth + "]" * depth + "}"
         manifest = read_or_refused(json.dumps(changed(path, "NEST")).replace('"NEST"', nest))
         assert manifest is None or path != ("model", "revision")
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=8,
-)
-
-
-@given(st.sampled_from(FIELDS + FILE_FIELDS), json_values)
-def test_any_value_anywhere_is_read_or_refused(path: Path, value: object) -> None:
-    read_or_refused(json.dumps(changed(path, value)))
-
-
-@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))
-def test_any_text_is_refused(text: str) -> None:
-    with pytest.raises(BundleError):
-        parse(text, "here")

@@ -42,6 +42,10 @@ PUBLISHED = {
     "google/gemma-3-270m-it": 268_098_176,
     "google/gemma-3-1b-it": 999_885_952,
     "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "ibm-granite/granite-3.1-1b-a400m-instruct": 1_334_628_352,
+    "ibm-granite/granite-3.1-3b-a800m-instruct": 3_298_793_472,
 }
 """Parameters of the checkpoints, shared ones once, as the Hub and whoever has loaded them report."""
 LLAMA_1B = {

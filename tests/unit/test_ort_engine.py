@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -295,12 +296,9 @@ def test_a_pass_that_fails_is_an_error_of_one_line(bundle: Bundle, monkeypatch: 
 def test_a_device_without_memory_for_the_cache(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = make.ort("cuda", 4)
     engine.run(chain([1]))
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory\nat line 1")
-
+    full = Mock(side_effect=RuntimeError("out of memory\nat line 1"))
     with monkeypatch.context() as patch:
-        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", fail)
+        patch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", full)
         with pytest.raises(EngineError, match=r"KV cache of 8 slots: out of memory; "):
             engine.run(chain([1] * 6, 1))
     assert engine.memory.slots == 4
@@ -338,9 +336,8 @@ def test_a_graph_that_does_not_fit_its_manifest_is_refused(
 ) -> None:
     graph = helpers.GRAPH if sizes is None else bundle.path("step.onnx").read_bytes()
     shape = {} if sizes is None else {"num_layers": 3, "caches": asdict(SHAPE)["caches"]}
-    folder = helpers.make_bundle(
-        tmp_path, graph=graph, **{"max_candidates": CANDIDATES, "shape": shape, **(sizes or {})}
-    )
+    facts = {"max_candidates": CANDIDATES, "shape": shape, **(sizes or {})}
+    folder = helpers.make_bundle(tmp_path, graph=graph, **facts)
     with pytest.raises(EngineError, match=named) as caught:
         CpuEngine(Bundle.open(folder))
     assert str(folder / "step.onnx") in str(caught.value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +75,7 @@ WEIGHTS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 """Parameters of transformers' experts, in the order in which the node takes them."""
 
 
-def _gated(both: Tensor, found: Attributes) -> Tensor:
+def _gated(both: Tensor, found: Mapping[str, Any]) -> Tensor:
     """Gates and values (…, 2 I) → g · sigmoid(alpha · g) · (v + offset) (…, I), both kept within the limit."""
     gate, value = (both[..., ::2], both[..., 1::2]) if found["interleaved"] else both.chunk(2, -1)
     if found["limit"]:
@@ -84,18 +84,19 @@ def _gated(both: Tensor, found: Attributes) -> Tensor:
     return activated
 
 
-def _expected(
-    stacks: dict[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor, transposed: bool, found: Attributes
+def results(
+    stacks: Mapping[str, Tensor], x: Tensor, ids: Tensor, weights: Tensor, attributes: Mapping[str, Any]
 ) -> Tensor:
-    """What Experts computes: rows (S, D), each the sum of its chosen experts' results (S, k) times their weights."""
+    """What a node of these attributes computes of rows x (S, D), ids and weights (S, k), by all experts: (S, D)."""
     names = [(name, f"{name}_bias") for name in WEIGHTS[:2]]
-    up, down = (stacks[name] if transposed else stacks[name].mT for name, _ in names)  # (E, inputs, outputs)
+    up, down = (stacks[name] if attributes["transposed"] else stacks[name].mT for name, _ in names)  # (E, K, N)
     up_bias, down_bias = (
         stacks.get(bias, matrix.new_zeros(1)) for matrix, (_, bias) in zip((up, down), names, strict=True)
     )
-    inner = _gated(torch.einsum("sd,edi->sei", x, up) + up_bias, found)
-    results = torch.einsum("sei,eid->sed", inner, down) + down_bias  # (S, E, D)
-    return torch.einsum("sed,ske,sk->sd", results, torch.nn.functional.one_hot(ids, len(up)).to(x.dtype), weights)
+    inner = _gated(torch.einsum("sd,edi->sei", x, up) + up_bias, attributes)
+    by_all = torch.einsum("sei,eid->sed", inner, down) + down_bias  # (S, E, D)
+    chosen = by_all.gather(1, ids[..., None].expand(*ids.shape, by_all.shape[2]))
+    return (chosen * weights[..., None]).sum(1)
 
 
 def _activation(module: Any) -> Attributes:
@@ -134,8 +135,7 @@ def probe_experts(module: Any) -> Attributes | None:
     except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError):
         return None
     for interleaved in (False, True):
-        found = {"interleaved": int(interleaved), **known}
-        if torch.allclose(_expected(stacks, x, ids, weights, transposed, found), wanted, rtol=1e-9):
-            rounded = {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in known.items()}
-            return {"transposed": int(transposed), "interleaved": int(interleaved), **rounded}
+        layout = {"transposed": int(transposed), "interleaved": int(interleaved)}
+        if torch.allclose(results(stacks, x, ids, weights, {**layout, **known}), wanted, rtol=1e-9):
+            return layout | {name: float(torch.tensor(value, dtype=torch.float32)) for name, value in known.items()}
     return None

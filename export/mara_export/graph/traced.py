@@ -3,10 +3,9 @@
 `CachedAttention` (q, k, v, sinks, past_key, past_value, mask, write_indices → out, present_key, present_value;
 attributes `scale`, `softcap` and the sizes) writes keys and values into a cache, then attends over all of it; one
 without k and v attends to what another has written. Layers with the same window have the same mask. Sinks (heads,), if
-any, are scores without a slot. `Rotary` (x, cos, sin → x;
-attributes `interleaved`, `head_dim`) turns the first W numbers of each head by the angles of its rows' positions, which
-the lowered graph looks up in weights (positions, W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are
-MatMul and Add.
+any, are scores without a slot. `Rotary` (x, cos, sin → x; attributes `interleaved`, `head_dim`) turns the first W
+numbers of each head by the angles of its rows' positions, which the lowered graph looks up in weights (positions,
+W / 2). `RMSNorm` multiplies by its weight alone. Linear maps are MatMul and Add.
 """
 
 from __future__ import annotations

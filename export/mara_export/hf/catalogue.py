@@ -32,6 +32,7 @@ def _row(
     vocab: int,
     tied: bool | None = None,
     *,
+    experts: int = 0,
     agents: bool = False,
 ) -> KnownModel:
     """heads: "queries/keys×size", as 14/2×64. tied: default as in the family."""
@@ -39,7 +40,7 @@ def _row(
     num_heads, num_kv_heads = map(int, counts.split("/"))
     shape = ModelShape(hidden, vocab, layers, num_heads, (CacheGroup(layers, num_kv_heads, int(size)),))
     tied = FAMILIES[model_type].tied if tied is None else tied
-    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied), agents)
+    return KnownModel(hub_id, context, decoder_of(shape, model_type, mlp, tied, experts), agents)
 
 
 ALIASES = {
@@ -49,6 +50,7 @@ ALIASES = {
     "qwen2.5-1.5b": _row("qwen2", "Qwen/Qwen2.5-1.5B-Instruct", 32768, 28, 1536, 8960, "12/2×128", 151936, True),
     "qwen3": _row("qwen3", "Qwen/Qwen3-0.6B", 40960, 28, 1024, 3072, "16/8×128", 151936, True),
     "qwen3-1.7b": _row("qwen3", "Qwen/Qwen3-1.7B", 40960, 28, 2048, 6144, "16/8×128", 151936, True),
+    "qwen3-30b-a3b": _row("qwen3_moe", "Qwen/Qwen3-30B-A3B", 40960, 48, 2048, 768, "32/4×128", 151936, experts=128),
     "llama3": _row(
         "llama", "meta-llama/Meta-Llama-3-8B-Instruct", 8192, 32, 4096, 14336, "32/8×128", 128256, agents=True
     ),
@@ -68,6 +70,9 @@ ALIASES = {
     "mistral": _row(
         "mistral", "mistralai/Mistral-7B-Instruct-v0.3", 32768, 32, 4096, 14336, "32/8×128", 32768, agents=True
     ),
+    "mixtral": _row(
+        "mixtral", "mistralai/Mixtral-8x7B-Instruct-v0.1", 32768, 32, 4096, 14336, "32/8×128", 32000, experts=8
+    ),
     "phi3": _row("phi3", "microsoft/Phi-3-mini-4k-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
     "phi3.5": _row("phi3", "microsoft/Phi-3.5-mini-instruct", 4096, 32, 3072, 8192, "32/32×96", 32064),
     "phi4-mini": _row("phi3", "microsoft/Phi-4-mini-instruct", 4096, 32, 3072, 8192, "24/8×128", 200064, True),
@@ -76,6 +81,14 @@ ALIASES = {
     "gemma2-9b": _row("gemma2", "google/gemma-2-9b-it", 8192, 42, 3584, 14336, "16/8×256", 256000),
     "gemma3-270m": _row("gemma3_text", "google/gemma-3-270m-it", 32768, 18, 640, 2048, "4/1×256", 262144),
     "gemma3": _row("gemma3_text", "google/gemma-3-1b-it", 32768, 26, 1152, 6912, "4/1×256", 262144),
+    "granite-moe-1b": _row(
+        *("granitemoe", "ibm-granite/granite-3.1-1b-a400m-instruct", 131072, 24, 1024, 512, "16/8×64", 49155, True),
+        experts=32,
+    ),
+    "granite-moe-3b": _row(
+        *("granitemoe", "ibm-granite/granite-3.1-3b-a800m-instruct", 131072, 32, 1536, 512, "24/8×64", 49155, True),
+        experts=40,
+    ),
     "olmo2": _row("olmo2", "allenai/OLMo-2-0425-1B-Instruct", 4096, 16, 2048, 8192, "16/16×128", 100352),
 }
 """By short name. tests/unit/test_memory.py has the parameter counts that the Hub gives for these checkpoints."""
@@ -90,11 +103,11 @@ def hub_id_of(name: str) -> str:
 
 def listing() -> Iterator[str]:
     """Lines: every alias with its model's Hub id, sizes, longest context, and whether agents were released for it."""
-    yield f"{'alias':<14}{'Hub id':<40}{'10⁹ parameters':>15}{'layers':>8}{'hidden':>8}{'context':>9}  released agents"
+    yield f"{'alias':<16}{'Hub id':<44}{'10⁹ parameters':>15}{'layers':>8}{'hidden':>8}{'context':>9}  released agents"
     for alias, known in ALIASES.items():
         sizes = known.decoder
         yield (
-            f"{alias:<14}{known.hub_id:<40}{sizes.parameters / 1e9:>15.2f}{sizes.num_layers:>8}"
+            f"{alias:<16}{known.hub_id:<44}{sizes.parameters / 1e9:>15.2f}{sizes.num_layers:>8}"
             f"{sizes.hidden_size:>8}{known.context:>9}  {'yes' if known.agents else '–'}"
         )
     yield ""

@@ -31,7 +31,7 @@ def rope_kinds(config: Any) -> list[dict[str, Any]]:
 
 
 def rotated_part(config: Any) -> Any:
-    """The part of each head that a configuration object wants rotated, where it says so for all layers; else 1."""
+    """Fraction of each head that a configuration rotates, if it gives one for all layers; else 1."""
     together = getattr(config, "rope_parameters", None) if kept_together(config) else None
     part = (together or {}).get("partial_rotary_factor")
     return getattr(config, "partial_rotary_factor", None) or 1 if part is None else part

@@ -9,6 +9,7 @@ Imports neither torch nor onnx.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -87,10 +88,13 @@ def longest_context(config: Any) -> int | None:
 def check_traceable(config: Any, name: str, tracer: str) -> None:
     """Reject what a tracer would trace wrongly. tracer: "optimum" or "torch". Raises OptionError."""
     experts = next((key for key in EXPERTS if getattr(config, key, None) not in (None, 0, 1)), None)
-    if experts is not None and tracer == "optimum":  # it would keep the experts of the example
+    if experts is None:
+        return
+    calls_by_name = importlib.util.find_spec("transformers.integrations.moe") is not None  # of version 5
+    if tracer == "optimum" or not calls_by_name:  # the graph would keep the experts of the example
         raise OptionError(
-            f"--tracer is 'optimum'; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which it "
-            "cannot trace: use --tracer torch, which needs pip install 'mara-deploy[export-torch]'"
+            f"--tracer is {tracer!r}; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which "
+            "is traced with transformers 5 and --tracer torch only: pip install 'mara-deploy[export-torch]'"
         )
 
 
