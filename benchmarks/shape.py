@@ -64,16 +64,16 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 SHARD_BYTES = 4 << 30
 
 
-def weight(name: str, shape: torch.Size, layers: int, generator: torch.Generator) -> torch.Tensor:
-    """A weight as a model begins its training with."""
+def weight(name: str, shape: torch.Size, config: Any, generator: torch.Generator) -> torch.Tensor:
+    """A weight as a model begins its training with, at any width: were it larger, each layer would amplify rounding."""
     if "norm" in name:
         return torch.ones(shape)
-    values = torch.empty(shape).normal_(std=0.02, generator=generator)
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        values /= (2 * layers) ** 0.5  # as GPT-2
+    std = 0.6 / config.hidden_size**0.5
     if name.endswith("embed_tokens.weight"):
-        values *= 10  # so large that each token says something, and rounding does not drown it
-    return values
+        std = 0.2  # so large that each token says something, and rounding does not drown it
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= (2 * config.num_hidden_layers) ** 0.5  # as GPT-2
+    return torch.empty(shape).normal_(std=std, generator=generator)
 
 
 def write_weights(model: Any, folder: Path) -> None:
@@ -91,7 +91,7 @@ def write_weights(model: Any, folder: Path) -> None:
         size = 0
 
     for name, empty in model.named_parameters():
-        values = weight(name, empty.shape, model.config.num_hidden_layers, generator).bfloat16()
+        values = weight(name, empty.shape, model.config, generator).bfloat16()
         if pending and size + values.nbytes > SHARD_BYTES:
             flush()
         pending[name] = values
