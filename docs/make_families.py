@@ -34,8 +34,8 @@ compares it with Hugging Face: prompts in one pass and row by row, and eight sib
   weights and sizes this small, some lose too much to rounding.
 - **TensorRT for RTX:** does NVIDIA's builder make an engine of the fp16 graph? No engine has run.
 
-A family that only another transformers knows is missing here, as `gemma4_text`, `ministral3` and those with experts
-with version 4. `tests/export/test_families.py` decodes eight prompts of each in every lowering: token for token the
+Families that need transformers 5 are missing here: `gemma4_text`, `ministral3`, `granite_swa` and those with experts.
+`tests/export/test_families.py` decodes eight prompts of each in every lowering: token for token the
 sequential algorithm's.
 
 | family | switched on | fp32 `ort` | `portable` | `decomposed` | others | RTX `portable` | `decomposed` |
