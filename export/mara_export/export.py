@@ -18,8 +18,16 @@ from mara_export.folder import claimed, destination, file_entries, whole_or_abse
 from mara_export.graph import pipeline
 from mara_export.graph.trace import choose_tracer, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
-from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model, reference_config
+from mara_export.hf.checkpoint import (
+    eos_token_ids,
+    load_config,
+    load_model,
+    open_stored,
+    read_packing,
+    reference_config,
+)
 from mara_export.hf.families import FAMILIES, decoder_sizes
+from mara_export.hf.packing import quantisation_of
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported, check_traceable
 from mara_export.hf.tokenizer import (
@@ -104,7 +112,7 @@ def trace(
         first = reference_config(source) if gate else config
         (folder / "converted").mkdir()
         model = load_model(source, config=first, ignore_weights=ignore_weights, streamed=folder / "converted")
-        weights = Weights(model, source.folder)
+        weights = Weights(model, open_stored(source))
         fingerprint = weights.fingerprint()
     model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
@@ -213,7 +221,10 @@ def export_all(
     outs = [destination(out) for _, out in bundles]
     if len({*outs}) < len(outs):
         raise OptionError("two of the bundles have the same folder: choose another --out")
-    check_space(source, [(options, out) for (options, _), out in zip(bundles, outs, strict=True)])
+    packing = read_packing(source)
+    for options, _ in bundles:
+        quantisation_of(options, packing)
+    check_space(source, packing, [(options, out) for (options, _), out in zip(bundles, outs, strict=True)])
     with contextlib.ExitStack() as claims:
         for out in outs:
             claims.enter_context(claimed(out))
@@ -300,7 +311,7 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
 
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
-    quantisation = None if options.quantisation is None else options.quantisation.to_json()
+    quantisation = quantisation_of(options, traced.graph.weights.packing)
     packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx")
     return Manifest(
         model=traced.model,
@@ -308,7 +319,13 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
         max_context=options.max_context or traced.max_context,
         max_candidates=options.max_candidates,
         targets=options.runs_on,
-        step=GraphFacts(STEP_FILE, options.lowering, options.precision, quantisation, options.cache),
+        step=GraphFacts(
+            STEP_FILE,
+            options.lowering,
+            options.precision,
+            None if quantisation is None else quantisation.to_json(),
+            options.cache,
+        ),
         engines=(),
         tokenizer=None,
         made_with={
