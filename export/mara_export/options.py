@@ -80,7 +80,8 @@ class ExportOptions(Options):
         "data type of the stored LLM weights. Targets other than cpu compute in float16, with bf16 (TensorRT only) in "
         "bfloat16",
         choices=PRECISIONS,
-        unset="fp32 on cpu, else fp16",
+        unset="fp32 on cpu, else fp16; of an AWQ, GPTQ or compressed-tensors checkpoint its own int4 or int8, where the "
+        "target takes that",
     )
     lowering: str = option(
         "",
@@ -91,7 +92,7 @@ class ExportOptions(Options):
     block_size: int | None = option(
         None,
         "int8, int4: number of weights that share a scale",
-        unset="32; tensorrt: 64 for int4, one scale per column for int8",
+        unset="32; tensorrt: 64 for int4, one scale per column for int8; the checkpoint's own if its integers are kept",
     )
     quantiser: str = option(
         "",
