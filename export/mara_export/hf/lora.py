@@ -197,11 +197,7 @@ def _check_config(config: Mapping[str, Any], mine: str) -> None:
         ("peft_type", ("LORA",), "only LoRA is merged"),
         ("task_type", ("CAUSAL_LM", None), "only adapters of causal LMs are merged"),
         ("bias", ("none", None), _MERGE),
-        (
-            "init_lora_weights",
-            _INITS,
-            "its matrices belong to changed weights: save it converted to plain LoRA, or " + _MERGE,
-        ),
+        ("init_lora_weights", _INITS, f"it belongs to a model whose own weights were changed: {_MERGE}"),
     ):
         if config.get(name) not in allowed:
             raise ModelError(f"{mine} cannot be merged here: its {name} is {config.get(name)!r}; {remedy}")
