@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from mara_deploy import agent as agents
+from mara_deploy.prompts import Prompt
+from mara_deploy.scores.base import Combined, WeightedScore
+from mara_deploy.scores.load import load_score
+from mara_deploy.train.config import RECIPES
+from mara_deploy.train.policy import agent_policy
+from mara_deploy.train.task import open_task
 from mara_export.errors import ModelError, ParityError
 from mara_export.export import finish, trace
 from mara_export.hf.checkpoint import load_config, load_model
@@ -23,12 +29,16 @@ from mara_export.hf.weights import Weights, empty_model
 from mara_export.options import ExportOptions
 from mara_export.parity.reference import run_reference
 from mara_export.progress import Progress
-from tests import checkpoints
+from tests import checkpoints, oracle
+from tests.adapters import make_adapter
 from tests.export.conftest import REVISION, edit_json
 
 WEIGHTS = "adapter_model.safetensors"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PATTERNS = {"rank_pattern": {"down_proj": 2, r"layers\.1\..*q_proj": 5}, "alpha_pattern": {"layers.0.mlp.up_proj": 3}}
+PATTERNS = {
+    "rank_pattern": {"proj": 9, "down_proj": 2, r"layers\.1\..*q_proj": 5},
+    "alpha_pattern": {"layers.0.mlp.up_proj": 3},
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("qwen2", {"target_modules": ["q_proj", "v_proj"]}),
     "ranks": ("qwen2", {"target_modules": "all-linear", "use_rslora": True, **PATTERNS}),
@@ -41,18 +51,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def source(folder: Path) -> ModelSource:
     return ModelSource(folder, folder.name, None)
-
-
-def make_adapter(base: Path, folder: Path, **config: Any) -> Path:
-    """An adapter that changes what its model says, made by peft."""
-    torch.manual_seed(3)
-    settings = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
-    model = get_peft_model(checkpoints.load(base), LoraConfig(**settings))
-    for name, weight in model.named_parameters():
-        if "modules_to_save" in name:
-            weight.data += 0.1 * torch.randn(weight.shape)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +142,24 @@ def test_the_largest_activation_is_that_of_the_merged_model(adapter, tmp_path) -
         way(read(base, folder), model)
         found.append(run_reference(model, "x", [], prompts, 2, Progress(quiet=True)).largest_activation)
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_an_agent_is_trained_on_the_model_with_the_adapter(adapter, agent, reference) -> None:
+    base, folder = adapter("ranks")
+    score, prompts = Combined([WeightedScore(load_score("demo"))]), [Prompt("Why?"), Prompt("Bread")]
+    recipe = replace(RECIPES["demo"], max_new_tokens=24)
+    task = open_task(source(base), prompts, score, recipe, lora=source(folder), device="cpu", given=["max_new_tokens"])
+    merged = PeftModel.from_pretrained(checkpoints.load(base), folder).merge_and_unload()
+    episodes = task.environment.rollout(task.tokens, agent_policy(agent("qwen2")), None, fallback="last")
+    eos = sorted(task.environment.eos_token_ids)
+
+    def expected(model: torch.nn.Module) -> list[list[int]]:
+        limits: dict[str, Any] = {"eos_ids": eos, "max_new_tokens": 24, "fallback": "last"}
+        limits |= {"top_k": recipe.top_k, "top_p": recipe.top_p}
+        answers = [oracle.decode(model, agent("qwen2"), list(ids), **limits).token_ids for ids in task.tokens]
+        return [[token for token in answer if token not in eos] for answer in answers]
+
+    assert [episode.token_ids for episode in episodes] == expected(merged) != expected(reference("qwen2"))
 
 
 def damaged(change: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,8 @@ class Weights:
 
     def __init__(self, model: Any, folder: Path | None = None, adapter: Adapted | None = None) -> None:
         """folder: of the checkpoint, which is quicker for the first numbers of a weight; adapter: to be merged."""
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        named = model.named_modules(remove_duplicate=False)
+        self._modules = {name: module for name, module in named if module._parameters or module._buffers}
         self._shapes = {name: [*weight.shape] for name, weight in sorted(model.named_parameters())}
         self._folder, self._adapter = folder, adapter
 
