@@ -20,6 +20,7 @@ TESTS = [
     *(
         "test_experts.py",
         "test_families.py",
+        "test_lora.py",
         "test_tokenizer.py",
         "test_trace_lower.py",
         "test_tracers.py",

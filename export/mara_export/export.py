@@ -20,6 +20,7 @@ from mara_export.graph.trace import choose_tracer, trace_agents, trace_llm
 from mara_export.graph.weights import return_large_blocks
 from mara_export.hf.checkpoint import eos_token_ids, load_config, load_model, reference_config
 from mara_export.hf.families import FAMILIES, decoder_sizes
+from mara_export.hf.lora import Adapter, read_adapter
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported, check_traceable
 from mara_export.hf.tokenizer import (
@@ -40,7 +41,7 @@ from mara_runtime import tensors
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.errors import OptionError
-from mara_runtime.manifest import GraphFacts, Manifest, ModelFacts
+from mara_runtime.manifest import GraphFacts, Manifest, ModelFacts, adapted_name
 from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
@@ -78,19 +79,20 @@ def trace(
     eos: Sequence[str] = (),
     ignore_weights: Sequence[str] = (),
     tracer: str = TRACERS[0],
+    lora: ModelSource | None = None,
     lowerings: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
-    max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. lowerings: those of bundles to
-    come, whose structural gate is run first. Raises ModelError, ParityError, and OptionError for tokens that the
-    tokenizer does not have and patterns without weights.
+    max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. lora: an adapter to merge.
+    lowerings: those of bundles to come, whose structural gate is run first. Raises ModelError, ParityError, and
+    OptionError for tokens that the tokenizer does not have and patterns without weights.
     """
     progress = progress or Progress(quiet=True)
     tracer = choose_tracer(tracer)
     return_large_blocks()
-    config, context = vet(source, agents, max_context, tracer)
+    config, context, adapter = vet(source, agents, max_context, tracer, lora)
     sizes = decoder_sizes(config.to_dict(), source.name)
     if config.model_type not in FAMILIES:
         progress.note(
@@ -99,13 +101,18 @@ def trace(
     tokenizer = load_tokenizer(source)
     if tokenizer is not None and (why := check_chat_template(tokenizer, source.name)) is not None:
         progress.note(f"note: the chat template wants a system message (--system of mara-run): {why}")
+    if adapter is not None:
+        for doubt in adapter.doubts(source.name, tokenizer):
+            progress.note(f"note: {doubt}")
     added = end_tokens(tokenizer, eos, sizes.vocab_size, source.name)
     with progress.stage(f"open {source.name}"):
         first = reference_config(source) if gate else config
         (folder / "converted").mkdir()
         model = load_model(source, config=first, ignore_weights=ignore_weights, streamed=folder / "converted")
-        weights = Weights(model, source.folder)
+        weights = Weights(model, source.folder, adapter)
         fingerprint = weights.fingerprint()
+        if adapter is not None:
+            adapter.inject(model)  # for the reference, which is not merged
     model.config.eos_token_id = config.eos_token_id  # of which the gate compares nothing
     ends = tuple(dict.fromkeys((*eos_token_ids(model, tokenizer), *added)))
     if tokenizer is not None and (end := end_of_turn(tokenizer)) is not None and end[0] not in ends:
@@ -115,7 +122,8 @@ def trace(
         )
     for each in agents:
         if each.agent.origin is not None:
-            for doubt in each.agent.origin.doubts(source.name, fingerprint, template_checksum(tokenizer)):
+            name = source.name if adapter is None else adapted_name(source.name, adapter.source.name)
+            for doubt in each.agent.origin.doubts(name, fingerprint, template_checksum(tokenizer)):
                 progress.note(f"note: the agent {each.name} may not align this model: {doubt}")
     reference = structure = None
     if gate:
@@ -136,6 +144,7 @@ def trace(
         ModelFacts(
             source=source.name,
             revision=source.revision,
+            adapter=None if adapter is None else adapter.facts,
             architecture=config.model_type,
             tested=config.model_type in FAMILIES,
             shape=shape,
@@ -185,13 +194,14 @@ def export(
     out: Path,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
+    lora: ModelSource | None = None,
 ) -> Bundle:
     """Export a frozen LLM and its agents, the default first, to the folder `out`, which must not exist or be empty.
 
-    Returns the finished bundle. Raises MaraError (ModelError, ParityError); then, or when interrupted, nothing is left
-    behind.
+    lora: an adapter to merge into it. Returns the finished bundle. Raises MaraError (ModelError, ParityError); then, or
+    when interrupted, nothing is left behind.
     """
-    return export_all(source, agents, [(options or ExportOptions(), out)], progress)[0]
+    return export_all(source, agents, [(options or ExportOptions(), out)], progress, lora)[0]
 
 
 def export_all(
@@ -199,8 +209,9 @@ def export_all(
     agents: Sequence[NamedAgent],
     bundles: Sequence[tuple[ExportOptions, Path]],
     progress: Progress | None = None,
+    lora: ModelSource | None = None,
 ) -> list[Bundle]:
-    """Export several bundles of one model, one for each (options, out), from a single trace.
+    """Export several bundles of one model, one for each (options, out), from a single trace. lora: as of `export`.
 
     All must have the same tracer, max_context, max_candidates, gate, eos and ignore_weights. Where a bundle fails,
     those before it stay. Raises as `export` does.
@@ -228,6 +239,7 @@ def export_all(
             eos=first.eos,
             ignore_weights=first.ignore_weights,
             tracer=first.tracer,
+            lora=lora,
             lowerings=[options.lowering for options, _ in bundles],
             progress=progress,
         )
@@ -235,18 +247,23 @@ def export_all(
 
 
 def vet(
-    source: ModelSource, agents: Sequence[NamedAgent], max_context: int | None = None, tracer: str = TRACERS[0]
-) -> tuple[Any, int]:
-    """Reject, from the model's configuration alone, what cannot be exported. Returns it and the context length.
+    source: ModelSource,
+    agents: Sequence[NamedAgent],
+    max_context: int | None = None,
+    tracer: str = TRACERS[0],
+    lora: ModelSource | None = None,
+) -> tuple[Any, int, Adapter | None]:
+    """Reject, from the model's configuration alone, what cannot be exported.
 
-    max_context, tracer: as in ExportOptions. Raises ModelError and OptionError.
+    max_context, tracer: as in ExportOptions; lora: an adapter to merge. Returns the configuration, the context length
+    and the adapter. Raises ModelError and OptionError.
     """
     config = load_config(source)
     context = check_supported(config, source.name, max_context)
     check_traceable(config, source.name, choose_tracer(tracer))
     for each in agents:
         check_size(each, config.hidden_size, source.name)
-    return config, context
+    return config, context, None if lora is None else read_adapter(lora, empty_model(config), source.name)
 
 
 def _reference(traced: Traced, options: ExportOptions) -> parity.Reference | None:
@@ -291,7 +308,7 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
         agents.append(replace(agent, parity=judged.to_json(), noise=judged.engine_noise))
     if failures:
         raise ParityError(
-            f"{manifest.model.source}: the exported graphs differ from Hugging Face eager ("
+            f"{manifest.model.name}: the exported graphs differ from Hugging Face eager ("
             + "; ".join(failures)
             + "); nothing was written"
         )
@@ -301,7 +318,9 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
     quantisation = None if options.quantisation is None else options.quantisation.to_json()
-    packages = ("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx")
+    packages = ["mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx"]
+    if traced.model.adapter is not None:
+        packages.append("peft")
     return Manifest(
         model=traced.model,
         agents=(),

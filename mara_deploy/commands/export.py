@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mara_deploy.commands.decoding import prompt_options
 from mara_deploy.commands.options import add_options, from_args, values_of
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
-from mara_deploy.models import MODEL_HELP, find_model, named_agents
+from mara_deploy.models import LORA_HELP, MODEL_HELP, find_adapter, find_model, named_agents
 from mara_export.options import ExportOptions
 from mara_export.targets import BITS
 from mara_runtime.bundle import Bundle
@@ -29,6 +29,7 @@ EPILOG = """\
 examples:
   mara-export --model demo --agent demo
   mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
+  mara-export --model qwen2 --lora ./my-adapter --agent agent.safetensors
   mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth --max-context 2048
   mara-export --model qwen2 --agent polite=a.safetensors --agent brief=b.safetensors
   mara-export --model qwen2 --agent agent.safetensors --precision int4 --precision fp16
@@ -43,6 +44,7 @@ class ExportArguments(Options):
     """What to export, and where to."""
 
     model: str = required(MODEL_HELP, metavar="MODEL")
+    lora: str | None = option(None, LORA_HELP, metavar="ADAPTER")
     agent: tuple[str, ...] = option(
         (),
         "demo, a .pth or .safetensors file, or HUB_ID:FILE; the first is the bundle's default",
@@ -53,7 +55,7 @@ class ExportArguments(Options):
         None,
         "bundle folder to write, must be new or empty; with several bundles, their parent: DIR/<target>-<precision>",
         metavar="DIR",
-        unset="bundles/<model>-<agents>-<target>-<precision>",
+        unset="bundles/<model>-<adapter>-<agents>-<target>-<precision>",
     )
     build: bool = option(True, "TensorRT: build no engine now; mara-build does so on the device that will run it")
     quiet: bool = option(False, "suppress progress and summary")
@@ -107,18 +109,20 @@ def _export(args: argparse.Namespace) -> None:
         for folder in _folders(arguments.out, exports, ""):
             require_free(folder)
     agents = named_agents(arguments.agent, arguments.model)
+    lora = None if arguments.lora is None else find_adapter(arguments.lora)
 
     def folders(source: ModelSource) -> list[Path]:
-        names = (source.name.rpartition("/")[2], *(agent.name for agent in agents))
+        models = (source,) if lora is None else (source, lora)
+        names = (*(each.name.rpartition("/")[2] for each in models), *(agent.name for agent in agents))
         return _folders(arguments.out, exports, "-".join(names))
 
     def check_before_download(config_only: ModelSource) -> None:
-        vet(config_only, agents, exports[0].max_context, exports[0].tracer)
+        vet(config_only, agents, exports[0].max_context, exports[0].tracer, lora)
         for folder in folders(config_only):
             require_free(folder)
 
     source = find_model(arguments.model, check_before_download)
-    bundles = export_all(source, agents, list(zip(exports, folders(source), strict=True)), progress)
+    bundles = export_all(source, agents, list(zip(exports, folders(source), strict=True)), progress, lora)
     for bundle, options in zip(bundles, exports, strict=True):
         missing = _build(bundle, options.target, arguments.build, progress)
         if not arguments.quiet:

@@ -11,6 +11,7 @@ from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.manifest import (
     ENGINE_TARGETS,
     SCHEMA_VERSION,
+    AdapterFacts,
     AgentFacts,
     EngineFacts,
     FileEntry,
@@ -73,6 +74,7 @@ class _Reader(JsonReader):
             model=ModelFacts(
                 source=self.text("model.source"),
                 revision=self.get("model.revision", str, type(None)),
+                adapter=self._adapter("model.adapter"),
                 architecture=self.text("model.architecture"),
                 tested=self.get("model.tested", bool),
                 shape=self._shape("model.shape"),
@@ -127,6 +129,18 @@ class _Reader(JsonReader):
         if len({(group.kv_heads, group.head_dim) for group in caches}) < len(caches):
             raise self.wrong(f"{path}.caches", "has two groups of the same size")
         return shape
+
+    def _adapter(self, path: str) -> AdapterFacts | None:
+        if self.get(path, dict, type(None)) is None:
+            return None
+        return AdapterFacts(
+            source=self.text(f"{path}.source"),
+            revision=self.get(f"{path}.revision", str, type(None)),
+            base=None if self.get(f"{path}.base", str, type(None)) is None else self.text(f"{path}.base"),
+            rank=self.count(f"{path}.rank"),
+            weights=self.count(f"{path}.weights"),
+            sha256=self.text(f"{path}.sha256"),
+        )
 
     def _targets(self) -> tuple[str, ...]:
         targets = self.texts("targets")

@@ -21,6 +21,7 @@ def manifest_json(
         "model": {
             "source": "example/tiny",
             "revision": "0123abc",
+            "adapter": None,
             "architecture": "qwen2",
             "tested": True,
             "shape": {

@@ -67,7 +67,7 @@ def load_weights(kind: Any, source: ModelSource, **options: Any) -> tuple[Any, M
     if mismatched:
         expected = [*model.get_parameter(mismatched[0]).shape]
         raise ModelError(
-            f"{source.name} cannot be loaded: size mismatch for {_some(mismatched)}: {expected} by config.json, which "
+            f"{source.name} cannot be loaded: size mismatch for {some(mismatched)}: {expected} by config.json, which "
             "is not as it is stored"
         )
     return model, loading
@@ -180,21 +180,21 @@ def load_model(
         model, loading = load_weights(AutoModelForCausalLM, source, **options)
     except ModelError as error:
         if _NO_VALUE in str(error) and (absent := expected - {*stored_in(source.folder)}):
-            raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(sorted(absent))}") from error
+            raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(sorted(absent))}") from error
         raise
     unread = [  # tied to a missing one
         name for name, weight in model.named_parameters() if weight.is_meta and name.rpartition(".")[0] not in on_disk
     ]
     if missing := sorted({*loading["missing_keys"], *unread}):
-        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(missing)}")
     surplus = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
     for pattern in ignore_weights:
         if not fnmatch.filter(surplus, pattern):
-            has = f"those of {source.name} are {_some(surplus)}" if surplus else f"{source.name} has none"
+            has = f"those of {source.name} are {some(surplus)}" if surplus else f"{source.name} has none"
             raise OptionError(f"--ignore-weights is {pattern!r}, which matches no surplus weight; {has}")
     if unknown := [key for key in surplus if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore_weights)]:
         raise ModelError(
-            f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}; leave out "
+            f"{source.name} has weights that {model.config.model_type} has no place for: {some(unknown)}; leave out "
             f"those that it works without, a value head say, with --ignore-weights '{unknown[0].partition('.')[0]}*'"
         )
     _check_head(source, model)
@@ -233,7 +233,8 @@ def _check_quantised(source: ModelSource) -> None:
                     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Names for a message: the first ones, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,22 +66,40 @@ def stored_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-class Weights:
-    """Reads the weights and stored buffers of a causal LM, loaded in whatever way, one at a time."""
+class Adapted(Protocol):
+    """What an adapter makes of a model's weights."""
 
-    def __init__(self, model: Any, folder: Path | None = None) -> None:
-        """folder: of the checkpoint, which is quicker for the first numbers of a weight."""
-        self._model, self._folder = model, folder
+    @property
+    def identity(self) -> str:
+        """What tells it from others."""
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight with the adapter in it, float32."""
+
+
+class Weights:
+    """Reads the weights and stored buffers of a causal LM, loaded in whatever way, one at a time.
+
+    They are the model's as it is now: an adapter that is put into it later changes nothing here.
+    """
+
+    def __init__(self, model: Any, folder: Path | None = None, adapter: Adapted | None = None) -> None:
+        """folder: of the checkpoint, which is quicker for the first numbers of a weight; adapter: to be merged."""
+        named = model.named_modules(remove_duplicate=False)
+        self._modules = {name: module for name, module in named if module._parameters or module._buffers}
+        self._shapes = {name: [*weight.shape] for name, weight in sorted(model.named_parameters())}
+        self._folder, self._adapter = folder, adapter
 
     def read(self, name: str) -> NDArray[Any]:
         """A weight by its name in the model; float32 if it is a floating-point one."""
         with self._here(name) as weight:
-            return (weight.float() if weight.is_floating_point() else weight).numpy()
+            weight = weight.float() if weight.is_floating_point() else weight
+            return (weight if self._adapter is None else self._adapter.merged(name, weight)).numpy()
 
     @contextlib.contextmanager
     def _here(self, name: str) -> Iterator[Tensor]:
         path, _, own = name.rpartition(".")
-        module = self._model.get_submodule(path)
+        module = self._modules[path]
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, SequentialHook):  # below a module with a weight of its own, accelerate adds its hook twice
             module._hf_hook = hook.hooks[0]
@@ -93,11 +111,16 @@ class Weights:
                 module._hf_hook = hook
 
     def fingerprint(self) -> str:
-        """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+        """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16.
+
+        With an adapter, of those without it and of the adapter: the sum would depend on the precision.
+        """
         digest, stored = hashlib.sha256(), {} if self._folder is None else stored_in(self._folder)
-        for name, weight in sorted(self._model.named_parameters()):
+        for name, shape in self._shapes.items():
             first = self._first(name, stored.get(name)).to("cpu", torch.bfloat16)
-            digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+            digest.update(f"{name} {shape}".encode() + first.view(torch.int16).numpy().tobytes())
+        if self._adapter is not None:
+            digest.update(self._adapter.identity.encode())
         return digest.hexdigest()[:32]
 
     def _first(self, name: str, path: Path | None) -> Tensor:
