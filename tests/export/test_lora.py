@@ -182,12 +182,15 @@ CONFIGURATIONS = {
     "parameters": ({"target_parameters": ["experts.down_proj"]}, "it has target_parameters"),
     "what is not known": ({"use_something_new": 0.5}, "it has use_something_new"),
     "no rank": ({"r": None}, "has no rank and alpha of model.layers.0.self_attn.q_proj"),
+    "half a rank": ({"r": 4.0}, "has no rank and alpha of .*: they are 4.0 and 6"),
+    "no number": ({"lora_alpha": float("nan")}, "has no rank and alpha of .*: they are 4 and nan"),
     "a pattern": ({"rank_pattern": {"(": 2}}, "has no rank and alpha of model.layers.0.self_attn.q_proj"),
     "another rank": ({"r": 8}, r"its .*lora_A.weight is \[4, 64\]; qwen2 takes \[8, 64\] there"),
     "more targets": ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "targets model.layers.0.self_attn.o_proj"),
     "fewer targets": ({"target_modules": ["q_proj"]}, "has matrices of model.layers.0.self_attn.v_proj"),
     "weights to come": ({"modules_to_save": ["lm_head"]}, "is to replace lm_head, and has no weights of it"),
-    "a list": ({"target_modules": 7}, "cannot be loaded by peft"),
+    "a text": ({"modules_to_save": "lm_head"}, "modules_to_save of its adapter_config.json is not a list: 'lm_head'"),
+    "a number": ({"target_modules": 7}, "cannot be loaded by peft"),
 }
 QV = [f"base_model.model.model.layers.{i}.self_attn.{name}_proj.lora_" for i in (0, 1) for name in "qv"]
 Q, V = QV[:2]
@@ -204,6 +207,17 @@ TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "an expert": (
         {f"{Q.replace('self_attn', 'mlp.experts.3')}A.weight": (4, 64)},
         "which qwen2 has no place for: transformers keeps the experts of a layer in one tensor",
+    ),
+    "no bias": (
+        {"base_model.model.model.layers.0.self_attn.k_proj.weight": (32, 64)},
+        "replaces a part of model.layers.0.self_attn.k_proj, and model.layers.0.self_attn.k_proj.bias is not that",
+    ),
+    "both": (
+        {
+            f"base_model.model.model.layers.0.self_attn.q_proj.{n}": s
+            for n, s in (("weight", (64, 64)), ("bias", (64,)))
+        },
+        "replaces a part of model.layers.0.self_attn.q_proj, and model.layers.0.self_attn.q_proj.weight is not that",
     ),
     "no prefix": ({"lm_head.weight": (320, 64)}, "which qwen2 has no place for"),
     "a tied head": ({"base_model.model.lm_head.weight": (320, 64)}, "embedding and LM head of qwen2 are one matrix"),

@@ -100,8 +100,6 @@ class Adapter:
 
         Raises ModelError where peft adapts other modules than those that the file has matrices for.
         """
-        from peft import PeftConfig, PeftModel
-
         state = {
             f"{_PREFIX}{_module(name)}{end.replace('.weight', '.default.weight')}": self._read(_module(name) + end)
             for name in self.scales
@@ -110,6 +108,8 @@ class Adapter:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                from peft import PeftConfig, PeftModel
+
                 config = PeftConfig.from_pretrained(str(self.source.folder))
                 config.inference_mode, config.init_lora_weights, config.modules_to_save = True, False, None
                 wrapped = PeftModel(model, config, low_cpu_mem_usage=True)
@@ -175,9 +175,13 @@ def read_adapter(source: ModelSource, model: Any, name: str) -> Adapter:
             raise ModelError(f"{source.name}: its {key} is {[*tensor.shape]}; {name} takes {expected} there")
     if not scales:
         raise ModelError(f"{source.name}: its {ADAPTER_WEIGHTS} has no lora_A and lora_B, so it changes no matrix")
+    replaced = {*map(_module, whole)}
     for saved in config.get("modules_to_save") or ():
-        if not any(f".{_module(weight)}".endswith(f".{saved}") for weight in whole):
+        if not any(f".{module}".endswith(f".{saved}") for module in replaced):
             raise ModelError(f"{source.name} is to replace {saved}, and has no weights of it: fetch or copy it again")
+    for weight in parameters:
+        if _module(weight) in replaced and (weight not in whole or weight in scales):
+            raise ModelError(f"{source.name} replaces a part of {_module(weight)}, and {weight} is not that: {_MERGE}")
     facts = AdapterFacts(
         source=source.name,
         revision=source.revision,
@@ -201,6 +205,10 @@ def _check_config(config: Mapping[str, Any], mine: str) -> None:
     ):
         if config.get(name) not in allowed:
             raise ModelError(f"{mine} cannot be merged here: its {name} is {config.get(name)!r}; {remedy}")
+    if not isinstance(config.get("modules_to_save") or [], list):
+        raise ModelError(
+            f"{mine}: modules_to_save of its {ADAPTER_CONFIG} is not a list: {config['modules_to_save']!r}"
+        )
     for name in sorted(config.keys() - _CHECKED - _READ - _TARGETS - _WITHOUT_EFFECT):
         if config[name]:
             raise ModelError(f"{mine} cannot be merged here: it has {name}; {_MERGE}")
@@ -217,7 +225,10 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, mine: str) -> tuple[
 
     try:
         rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
-        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if type(rank) is not int or not math.isfinite(scale):
+            raise ValueError(f"they are {rank} and {alpha}")
+        return rank, scale
     except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
         raise ModelError(f"{mine}: its {ADAPTER_CONFIG} has no rank and alpha of {module}: {error}") from error
 
