@@ -16,7 +16,14 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
-    *("test_architectures.py", "test_chat_reference.py", "test_encode.py", "test_parity.py", "test_reward_model.py"),
+    *(
+        "test_architectures.py",
+        "test_chat_families.py",
+        "test_chat_reference.py",
+        "test_encode.py",
+        "test_parity.py",
+        "test_reward_model.py",
+    ),
     *(
         "test_experts.py",
         "test_families.py",

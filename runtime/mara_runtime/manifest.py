@@ -19,6 +19,8 @@ MANIFEST_FILE = "manifest.json"
 _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
+MESSAGE_RULES = ("leave_out_null", "alias_reasoning")
+"""What versions of transformers do to messages before a chat template sees them, in this order."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ class TokenizerFacts:
     chat_template: str | None
     special_tokens: dict[str, str | list[str]]
     """by the names that chat templates use: bos_token, eos_token, …"""
+    message_rules: list[str]
+    """of MESSAGE_RULES: what the transformers that exported it does to messages before the template sees them"""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.manifest import (
     ENGINE_TARGETS,
+    MESSAGE_RULES,
     SCHEMA_VERSION,
     AdapterFacts,
     AgentFacts,
@@ -105,6 +106,7 @@ class _Reader(JsonReader):
                 if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
                 special_tokens=self._special_tokens("tokenizer.special_tokens"),
+                message_rules=self._message_rules("tokenizer.message_rules"),
             ),
             made_with=self.dict_of(str, "made_with", shown=True),
             parity=read_parity(self, "parity", MODEL_NUMBERS, MODEL_OUTCOMES),
@@ -226,6 +228,12 @@ class _Reader(JsonReader):
             if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
                 raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
         return tokens
+
+    def _message_rules(self, path: str) -> list[str]:
+        rules = self.texts(path)
+        if unknown := sorted({*rules} - {*MESSAGE_RULES}):
+            raise self.wrong(path, f"has {shortened(unknown[0])}, not one of {', '.join(MESSAGE_RULES)}")
+        return rules
 
     def _file(self, path: str) -> str:
         """The name of a file that `files` lists."""

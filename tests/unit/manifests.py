@@ -15,6 +15,7 @@ def manifest_json(
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
         "special_tokens": special_tokens or {},
+        "message_rules": [],
     }
     return {
         "schema_version": SCHEMA_VERSION,

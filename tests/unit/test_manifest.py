@@ -186,6 +186,7 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("engines", "0", "options"), {"decomposable": 3}),
         (("made_with",), {"numpy": 2}),
         (("tokenizer", "special_tokens"), {"bos_token": None}),
+        (("tokenizer", "message_rules"), ["shout"]),
         (("tokenizer", "file"), "/etc/passwd"),
         (("tokenizer", "chat_template"), "nothing.jinja"),
         (("step", "file"), "other.onnx"),

@@ -77,6 +77,19 @@ def test_large_numbers_are_values_like_any_other() -> None:
     assert ChatTemplate(source, {}).render([{"role": "user", "content": "hello"}]) == "131072 200000 True"
 
 
+def test_a_template_that_looks_back_from_every_message_renders_long_conversations() -> None:
+    """As Gemma 4's and Cohere's do, whose time grows with the square of the conversation."""
+    template = ChatTemplate(
+        "{% for message in messages %}{% set ns = namespace(user=0) %}"
+        "{% for before in messages[: loop.index0] %}{% if before.role == 'user' %}"
+        "{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+        "{{ ns.user }}{{ ',' if loop.index0 < messages | length - 1 }}{% endfor %}",
+        {},
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "hello world " * 200} for i in range(500)]
+    assert template.render(messages).endswith(",496,498")
+
+
 def test_a_conversation_of_a_thousand_messages_takes_less_than_a_tenth_of_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
