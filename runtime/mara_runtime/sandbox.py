@@ -32,11 +32,12 @@ _SIZED_BY_ARGUMENT = {
 """Methods and filters whose result has the size that a number says."""
 _LARGEST_ARGUMENT = 10_000
 """Of those numbers."""
-_AT_ONCE = {
-    "length", "count", "first", "last", "default", "d", "defined", "undefined", "none", "boolean", "true", "false",
-    "number", "integer", "float", "string", "mapping", "sequence", "iterable", "callable", "sameas",
+_SHALLOW_FILTERS = {"length", "count", "first", "last", "default", "d"}
+_SHALLOW_TESTS = {
+    "defined", "undefined", "none", "boolean", "true", "false", "number", "integer", "float", "string", "mapping",
+    "sequence", "iterable", "callable", "sameas",
 }  # fmt: skip
-"""Filters and tests that do not read what their value contains."""
+"""Those that do not read what their value contains."""
 _MOST_BITS = 4096
 """Of integers that `*` and `**` make."""
 _WIDE_FIELD = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
@@ -55,9 +56,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.concat = self.join  # type: ignore[method-assign] # of what a template, a macro or a block gives
         del self.globals["lipsum"], self.filters["wordwrap"]
         every: dict[str, Callable[..., Any]] = {**self.filters, **filters}
-        self.filters = {name: self._charged(name, each) for name, each in every.items()}
+        self.filters = {name: self._charged(name, each, name in _SHALLOW_FILTERS) for name, each in every.items()}
         tests: Any = self.tests  # Jinja types them as bare functions
-        self.tests = {name: self._charged(name, each) for name, each in tests.items()}
+        self.tests = {name: self._charged(name, each, name in _SHALLOW_TESTS) for name, each in tests.items()}
 
     def begin(self) -> None:
         """The whole budget is there again, for this thread."""
@@ -156,15 +157,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     # ── charges ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _charged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test, charged for what it reads and returns."""
+    def _charged(self, name: str, function: Callable[..., Any], shallow: bool) -> Callable[..., Any]:
+        """A filter or test, charged for what it reads and returns. shallow: nothing that its values contain."""
         first = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # the context or environment
 
         @wraps(function)
         def charged(*args: Any, **kwargs: Any) -> Any:
             self.charge()
             values = tuple(map(self.turns, args[first:]))
-            if name in _AT_ONCE:
+            if shallow:
                 return function(*args[:first], *values, **kwargs)
             self._check(name, self.weighed(values[0]), self.weighed(values[1:]), kwargs)
             return self.weighed(function(*args[:first], *values, **kwargs))

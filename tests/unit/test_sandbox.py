@@ -53,6 +53,8 @@ HOSTILE = {
     "filters": LONG.replace("@", "{% set u = text | upper %}"),
     "searches": LONG.replace("@", "{% if 'b' in text %}{% endif %}"),
     "tests": LONG.replace("@", "{% set u = messages | selectattr('content', 'equalto', text) | list %}"),
+    "texts of lists": "{% set texts = ['a' * 50000, 'b' * 50000] %}"
+    "{% for i in range(99) %}{% if texts | string %}{% endif %}{% endfor %}",
     "comparisons": NUMBERS.replace("@", "{% if r == q %}{% endif %}"),
     "sorting": NUMBERS.replace("@", "{% set u = r | sort %}"),
 }
