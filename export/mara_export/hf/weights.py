@@ -52,8 +52,8 @@ def placement(model: Any) -> dict[str, str]:
         for weight in module.parameters(recurse=False):
             owners.setdefault(id(weight), []).append(name)
             places[name] = "disk"
-        if module._buffers.keys() - module._non_persistent_buffers_set:
-            places[name] = "cpu"
+        if module._buffers.keys() - module._non_persistent_buffers_set:  # not "cpu": what is below would go there, too
+            places[name] = "disk"
     return places | {name: "cpu" for names in owners.values() if len(names) > 1 for name in names}
 
 
