@@ -1,13 +1,13 @@
-"""What it costs that agents are inputs of the graph: aligned decoding against a graph with its agent built in.
+"""The cost of agents as graph inputs: aligned decoding against the same graph with its agent built in.
 
     python benchmarks/baked.py BUNDLE [--sittings 6] [--tokens 64]
 
-The other graph is the bundle's own with the first agent's weights as constants, in the layout in which PyTorch exports
-a linear layer and ONNX Runtime packs it when it opens the graph; there is no mix. Both are open in one process. Texts
-are decoded under synthetic acceptance, and every pass of the decode loop runs on both, one right after the other; which
-is first alternates. So a change of the machine's speed meets both. Each sitting is a new process, as the placement of
-memory changes the speed of a session. Prints inputs ÷ constants: of the time of all passes of a text, and of single
-passes by the rows that the agent judges. The last line is JSON.
+In the second graph, the first agent's weights are constants and its layers are Gemm nodes, which is how PyTorch
+exports them; ONNX Runtime packs such weights when it loads the graph. It has no agent mix. One process opens both
+graphs and decodes texts with synthetic acceptance. Each pass of the decode loop runs on both graphs back to back, in
+alternating order, so that changes in machine speed affect both. Each sitting starts a new process, because a
+session's speed depends on where its memory lies. Prints inputs ÷ constants for the total time of a text's passes, and
+for single passes by the number of rows that the agent judges. The last line is JSON.
 """
 
 from __future__ import annotations

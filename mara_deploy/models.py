@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mara_export.hf.sources import ModelSource
 
 MODEL_HELP = "demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder"
-LORA_HELP = "LoRA adapter (PEFT) of the model to merge into it, a Hub id or a folder; recorded"
+LORA_HELP = "LoRA adapter (PEFT) to merge into the model, a Hub id or a folder"
 
 
 def find_model(

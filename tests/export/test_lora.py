@@ -262,7 +262,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(copied, case) -> None:
 
 def test_folders_without_an_adapter_are_refused(copied, checkpoint) -> None:
     base, folder = copied
-    with pytest.raises(ModelError, match="there is no adapter 'nothing': give a folder or a Hub id"):
+    with pytest.raises(ModelError, match="adapter not found: 'nothing' is neither a folder nor a Hub id"):
         resolve_adapter("nothing")
     with pytest.raises(ModelError, match=r"qwen2 holds no adapter: it has no adapter_config.json"):
         resolve_adapter(str(checkpoint("qwen2")))
@@ -278,7 +278,7 @@ def test_folders_without_an_adapter_are_refused(copied, checkpoint) -> None:
 
 
 def test_training_export_and_inspection_name_the_adapter(command, copied, cached, tmp_path, monkeypatch) -> None:
-    """An agent fits the model with the adapter that it was trained with; without, or with another, a note says so."""
+    """An agent gets a note unless it is exported with the adapter that it was trained with."""
     base, folder = copied
     edit_json(folder / "adapter_config.json", base_model_name_or_path="/home/somebody/other-model")
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")

@@ -196,7 +196,7 @@ def read_adapter(source: ModelSource, model: Any, name: str) -> Adapter:
 
 
 def _check_config(config: Mapping[str, Any], mine: str) -> None:
-    """Reject what is no plain LoRA, by name. A setting that is not known here is refused too, unless it is unset."""
+    """Raise ModelError, naming the setting, unless it is plain LoRA. Unknown settings must be unset."""
     for name, allowed, remedy in (
         ("peft_type", ("LORA",), "only LoRA is merged"),
         ("task_type", ("CAUSAL_LM", None), "only adapters of causal LMs are merged"),

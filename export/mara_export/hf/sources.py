@@ -74,7 +74,7 @@ def resolve_adapter(adapter: str, revision: str | None = None) -> ModelSource:
         snapshot = _snapshot(adapter, adapter, _OF_ADAPTER, revision)
         source = ModelSource(snapshot, adapter, snapshot.name)
     else:
-        raise ModelError(f"there is no adapter {adapter!r}: give a folder or a Hub id (owner/name)")
+        raise ModelError(f"adapter not found: {adapter!r} is neither a folder nor a Hub id (owner/name)")
     if not (source.folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{source.name} holds no adapter: it has no {ADAPTER_CONFIG}")
     if not (source.folder / ADAPTER_WEIGHTS).is_file():
