@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mara_export.hf.sources import ModelSource
 
 MODEL_HELP = "demo, an alias (qwen2, llama3.2-1b, …), a Hub id, or a folder"
+LORA_HELP = "LoRA adapter (PEFT) to merge into the model, a Hub id or a folder"
 
 
 def find_model(
@@ -26,6 +27,13 @@ def find_model(
     from mara_export.hf.sources import resolve_model
 
     return demo.demo_model() if name == demo.NAME else resolve_model(name, vet, revision)
+
+
+def find_adapter(name: str, revision: str | None = None) -> ModelSource:
+    """The LoRA adapter of that name. revision: as of `mara_export.hf.sources.resolve_adapter`. Raises ModelError."""
+    from mara_export.hf.sources import resolve_adapter
+
+    return resolve_adapter(name, revision)
 
 
 def find_agent(name: str, model: str) -> tuple[Agent, str]:

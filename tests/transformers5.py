@@ -16,10 +16,18 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
-    *("test_architectures.py", "test_chat_reference.py", "test_encode.py", "test_parity.py", "test_reward_model.py"),
+    *(
+        "test_architectures.py",
+        "test_chat_families.py",
+        "test_chat_reference.py",
+        "test_encode.py",
+        "test_parity.py",
+        "test_reward_model.py",
+    ),
     *(
         "test_experts.py",
         "test_families.py",
+        "test_lora.py",
         "test_packed.py::test_a_packed_model_is_loaded_as_its_floats",
         "test_tokenizer.py",
         "test_trace_lower.py",

@@ -80,8 +80,8 @@ class ExportOptions(Options):
         "data type of the stored LLM weights. Targets other than cpu compute in float16, with bf16 (TensorRT only) in "
         "bfloat16",
         choices=PRECISIONS,
-        unset="fp32 on cpu, else fp16; of an AWQ, GPTQ or compressed-tensors checkpoint its own int4 or int8, where the "
-        "target takes that",
+        unset="fp32 on cpu, else fp16; of an AWQ, GPTQ or compressed-tensors checkpoint its own int4 or int8, where the"
+        " target takes it",
     )
     lowering: str = option(
         "",

@@ -41,22 +41,22 @@ class Subject:
     """An open bundle."""
 
     def __init__(self, folder: str, engine: str, threads: int | None) -> None:
-        self._bundle = Bundle.open(folder, verify=False)
-        self._engine, _ = open_engine(self._bundle, engine, threads)
-        self._agents = {agent.name: 1.0 for agent in self._bundle.manifest.agents[:1]}
-        self._engine.use(tuple(self._agents))
-        self._noise = self._bundle.manifest.mixed_noise(self._agents)
+        self.bundle = Bundle.open(folder, verify=False)
+        self.engine, _ = open_engine(self.bundle, engine, threads)
+        self._agents = {agent.name: 1.0 for agent in self.bundle.manifest.agents[:1]}
+        self.engine.use(tuple(self._agents))
+        self._noise = self.bundle.manifest.mixed_noise(self._agents)
         self._learned: dict[str, tuple[Acceptance, NGrams]] = {}
 
     @property
     def capacity(self) -> int:
         """Maximum number of tokens, prompt and answer."""
-        return self._bundle.manifest.max_context
+        return self.bundle.manifest.max_context
 
     def describe(self) -> dict[str, Any]:
         """Engine and versions, and how many conversations it holds at once."""
         versions = {"python": platform.python_version()}
-        return {**self._engine.describe(), "versions": versions, "conversations": self._engine.places.most}
+        return {**self.engine.describe(), "versions": versions, "conversations": self.engine.places.most}
 
     def decode(self, context: int, tokens: int) -> dict[str, Any]:
         """Plain greedy steps of the decode loop."""
@@ -65,7 +65,7 @@ class Subject:
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """The decode loop up to its first token."""
-        self._engine.cache.tokens.clear()
+        self.engine.cache.tokens.clear()
         steps = self._plain(tokens, 1)
         started = time.perf_counter()
         next(steps)
@@ -77,7 +77,7 @@ class Subject:
 
     @cached_property
     def _cost(self) -> Cost:
-        return measure(self._engine, self._bundle.manifest.max_candidates)
+        return measure(self.engine, self.bundle.manifest.max_candidates)
 
     def profile(
         self, profile: dict[str, Any], context: int, tokens: int, ways: dict[str, dict[str, Any]]
@@ -88,7 +88,7 @@ class Subject:
         for way, options in ways.items():
             config = DecodeConfig(**options)
             acceptance, drafts = self._learned_in(profile, way)
-            engine = SyntheticEngine(self._engine, [script])
+            engine = SyntheticEngine(self.engine, [script])
             schedule = _schedule(config, self._cost, acceptance)
             session = Session(engine.cache, schedule, None if config.draft == 0 else drafts, self._noise)
             stats = Stats()
@@ -115,7 +115,7 @@ class Subject:
         config = DecodeConfig(**options)
         if config.align:
             config = replace(config, agents=self._agents)
-        engine = SyntheticEngine(self._engine, scripts)
+        engine = SyntheticEngine(self.engine, scripts)
         schedule = _schedule(config, self._cost, self._learned_in(profile, f"{conversations} {way}")[0])
         with engine.places.lock:
             engine.places.open(conversations)
@@ -147,7 +147,7 @@ class Subject:
         return Session(engine.places[place], schedule, noise=self._noise, place=place)
 
     def _script(self, profile: dict[str, Any], positions: int) -> Script:
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         vocab_size = manifest.model.shape.vocab_size
         return Script(Profile(**profile), positions, vocab_size, top_tokens(manifest.max_candidates, vocab_size))
 
@@ -157,8 +157,8 @@ class Subject:
 
     def _plain(self, context: int, tokens: int) -> Iterator[Step]:
         """Greedy steps after a random prompt of `context` tokens."""
-        prompt = random_tokens(context, self._bundle.manifest.model.shape.vocab_size)
-        return _steps(self._engine, Session(self._engine.cache, Fixed(1)), prompt, PLAIN, tokens, Stats())
+        prompt = random_tokens(context, self.bundle.manifest.model.shape.vocab_size)
+        return _steps(self.engine, Session(self.engine.cache, Fixed(1)), prompt, PLAIN, tokens, Stats())
 
 
 def _steps(

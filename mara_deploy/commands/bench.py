@@ -119,7 +119,7 @@ def _bench(args: argparse.Namespace) -> None:
         results = {name: measure() for name, measure in measures.items() if name in arguments.measure}
     document = {
         "bundle": {
-            "model": bundle.manifest.model.source,
+            "model": bundle.manifest.model.name,
             "precision": bundle.manifest.step.precision,
             "size_bytes": sum(entry.size_bytes for entry in bundle.manifest.files.values()),
         },

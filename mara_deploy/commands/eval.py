@@ -185,7 +185,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             "score": " ".join(f"{weight:+g} × {name}" for name, weight in evaluation.weights.items()),
             "bundle": {
                 "name": bundle.folder.resolve().name,
-                "model": manifest.model.source,
+                "model": manifest.model.name,
                 "revision": manifest.model.revision,
                 "agents": [
                     {"name": name, "part": part, "source": manifest.agent(name).source}

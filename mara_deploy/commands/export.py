@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mara_deploy.commands.decoding import prompt_options
 from mara_deploy.commands.options import add_options, from_args, values_of
 from mara_deploy.commands.shared import Parser, guarded, needs_extra
-from mara_deploy.models import MODEL_HELP, find_model, named_agents
+from mara_deploy.models import LORA_HELP, MODEL_HELP, find_adapter, find_model, named_agents
 from mara_export.options import ExportOptions
 from mara_export.targets import BITS
 from mara_runtime.bundle import Bundle
@@ -30,6 +30,7 @@ EPILOG = """\
 examples:
   mara-export --model demo --agent demo
   mara-export --model qwen2 --agent agent.safetensors --out qwen2-polite
+  mara-export --model qwen2 --lora ./my-adapter --agent agent.safetensors
   mara-export --model ./my-llama --agent IAAR-Shanghai/MARA_AGENTS:FILE.pth --max-context 2048
   mara-export --model qwen2 --agent polite=a.safetensors --agent brief=b.safetensors
   mara-export --model qwen2 --agent agent.safetensors --precision int4 --precision fp16
@@ -44,6 +45,7 @@ class ExportArguments(Options):
     """What to export, and where to."""
 
     model: str = required(MODEL_HELP, metavar="MODEL")
+    lora: str | None = option(None, LORA_HELP, metavar="ADAPTER")
     agent: tuple[str, ...] = option(
         (),
         "demo, a .pth or .safetensors file, or HUB_ID:FILE; the first is the bundle's default",
@@ -54,7 +56,7 @@ class ExportArguments(Options):
         None,
         "bundle folder to write, must be new or empty; with several bundles, their parent: DIR/<target>-<precision>",
         metavar="DIR",
-        unset="bundles/<model>-<agents>-<target>-<precision>",
+        unset="bundles/<model>-<adapter>-<agents>-<target>-<precision>",
     )
     build: bool = option(True, "TensorRT: build no engine now; mara-build does so on the device that will run it")
     quiet: bool = option(False, "suppress progress and summary")
@@ -97,11 +99,12 @@ def _export(args: argparse.Namespace) -> None:
     if not arguments.quiet:
         print("mara-export: loading PyTorch and transformers …", file=sys.stderr)
     with needs_extra("cpu,export", "the export"):
-        from mara_export.export import export_all, vet
+        from mara_export.export import export_all
         from mara_export.folder import require_free
         from mara_export.hf.checkpoint import read_packing, silence_transformers
         from mara_export.hf.packing import quantisation_of
         from mara_export.progress import Progress
+        from mara_export.tracing import vet
 
     silence_transformers()
     progress = Progress(arguments.quiet)
@@ -109,23 +112,25 @@ def _export(args: argparse.Namespace) -> None:
         for folder in _folders(arguments.out, exports, ""):
             require_free(folder)
     agents = named_agents(arguments.agent, arguments.model)
+    lora = None if arguments.lora is None else find_adapter(arguments.lora)
 
     def wanted(source: ModelSource) -> list[tuple[ExportOptions, Path]]:
         packing = read_packing(source)
         exports = _exports(args, packing)
         for options in exports:
             quantisation_of(options, packing)
-        names = (source.name.rpartition("/")[2], *(agent.name for agent in agents))
+        models = (source,) if lora is None else (source, lora)
+        names = (*(each.name.rpartition("/")[2] for each in models), *(agent.name for agent in agents))
         return list(zip(exports, _folders(arguments.out, exports, "-".join(names)), strict=True))
 
     def check_before_download(config_only: ModelSource) -> None:
-        vet(config_only, agents, exports[0].max_context, exports[0].tracer)
+        vet(config_only, agents, exports[0].max_context, exports[0].tracer, lora)
         for _, folder in wanted(config_only):
             require_free(folder)
 
     source = find_model(arguments.model, check_before_download)
     pairs = wanted(source)
-    bundles = export_all(source, agents, pairs, progress)
+    bundles = export_all(source, agents, pairs, progress, lora)
     for bundle, (options, _) in zip(bundles, pairs, strict=True):
         missing = _build(bundle, options.target, arguments.build, progress)
         if not arguments.quiet:

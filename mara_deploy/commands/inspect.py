@@ -14,7 +14,7 @@ from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
-from mara_runtime.manifest import AgentFacts, Manifest
+from mara_runtime.manifest import AdapterFacts, AgentFacts, Manifest, ModelFacts
 from mara_runtime.options import Options, option, required
 from mara_runtime.reports import AGENT_NUMBERS, AGENT_OUTCOMES, MODEL_NUMBERS, MODEL_OUTCOMES
 from mara_runtime.training import Training
@@ -80,7 +80,8 @@ def summary(bundle: Bundle) -> list[str]:
     )
     lines = [
         f"bundle    {bundle.folder}  ({total / 1e6:.1f} MB)",
-        f"model     {m.model.source}{' @ ' + m.model.revision if m.model.revision else ''}",
+        f"model     {_source(m.model)}",
+        *_adapter(m.model.adapter),
         f"          {m.model.architecture}{'' if m.model.tested else ' (untested)'}, {shape.num_layers} layers, "
         f"hidden size {shape.hidden_size}, vocabulary {shape.vocab_size}, ends at {list(m.model.eos_token_ids)}",
         *([f"          without weights {', '.join(m.model.ignored_weights)}"] if m.model.ignored_weights else []),
@@ -98,6 +99,17 @@ def summary(bundle: Bundle) -> list[str]:
         "made with " + ", ".join(f"{name} {version}" for name, version in m.made_with.items()),
     ]
     return lines + structure_lines(m.structure) + parity_lines(m.parity)
+
+
+def _source(facts: ModelFacts | AdapterFacts) -> str:
+    return facts.source + (f" @ {facts.revision}" if facts.revision else "")
+
+
+def _adapter(adapter: AdapterFacts | None) -> list[str]:
+    if adapter is None:
+        return []
+    base = "" if adapter.base is None else f", trained on {adapter.base}"
+    return [f"          with the adapter {_source(adapter)}{base}: {adapter.weights} weights, rank {adapter.rank}"]
 
 
 def _agent(manifest: Manifest, agent: AgentFacts) -> list[str]:

@@ -83,8 +83,10 @@ def _train(args: argparse.Namespace) -> None:
     agent = arguments.out / "agent.safetensors"
     print(f"{agent}   report: {arguments.out / 'report.html'}", file=sys.stderr)
     if not warnings:
-        model = run.facts["model"]["asked"]
-        print(f"mara-export --model {shlex.quote(model)} --agent {shlex.quote(str(agent))}", file=sys.stderr)
+        model = shlex.quote(run.facts["model"]["asked"])
+        if run.facts["lora"] is not None:
+            model += f" --lora {shlex.quote(run.facts['lora']['asked'])}"
+        print(f"mara-export --model {model} --agent {shlex.quote(str(agent))}", file=sys.stderr)
 
 
 def _run(run: Run, quiet: bool) -> tuple[int, list[str]]:

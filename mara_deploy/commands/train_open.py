@@ -15,7 +15,7 @@ from mara_deploy import demo
 from mara_deploy.commands.decoding import IGNORE_HELP, TEMPLATE_HELP, template_variables
 from mara_deploy.commands.options import flags_given, given
 from mara_deploy.commands.scoring import ScoreModelOptions, ScoreOption, judges, score_options
-from mara_deploy.models import MODEL_HELP, find_model
+from mara_deploy.models import LORA_HELP, MODEL_HELP, find_adapter, find_model
 from mara_deploy.train.config import CHANGEABLE, RECIPES, RUN_FILE, TrainConfig
 from mara_runtime.errors import MaraError, OptionError
 from mara_runtime.options import Options, flag, option, required
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mara_deploy.train.folder import Log, RunFolder
     from mara_deploy.train.replay import ReplayBuffer
     from mara_deploy.train.task import TrainingTask
+    from mara_export.hf.sources import ModelSource
 
 Say = Callable[[str], None]
 """Tells the user something, unless --quiet."""
@@ -39,6 +40,7 @@ class TrainArguments(Options):
 
     out: Path = required("folder of the run; must be new or empty unless --resume is given", metavar="DIR")
     model: str | None = option(None, MODEL_HELP, metavar="MODEL")
+    lora: str | None = option(None, LORA_HELP, metavar="ADAPTER")
     prompts: str | None = option(
         None,
         "one prompt per line; .jsonl or a .json list of texts, conversations, or objects with them; or demo",
@@ -65,11 +67,11 @@ class TrainArguments(Options):
 
 def check_resumable(out: Path, args: argparse.Namespace) -> None:
     """Raise OptionError for options that would make a resumed run another one, MaraError if there is no run."""
-    changeable = ("out", "resume", "quiet", "model", "device", "dtype", "threads")
+    changeable = ("out", "resume", "quiet", "model", "lora", "device", "dtype", "threads")
     flags = flags_given(TrainArguments, args, exclude=changeable)
     flags += flags_given(TrainConfig, args, exclude=CHANGEABLE)
     if flags:
-        can = ", ".join(flag(name) for name in ("model", "score", "device", *CHANGEABLE))
+        can = ", ".join(flag(name) for name in ("model", "lora", "score", "device", *CHANGEABLE))
         raise OptionError(
             f"--resume continues the run, of which {can} and the like can change: leave out {', '.join(flags)}, or "
             "start a new run, which --init-agent lets begin with this run's agent"
@@ -98,6 +100,7 @@ def _describe(arguments: TrainArguments, args: argparse.Namespace, config: Train
     packages = ("mara-deploy", "torch", "transformers", "numpy")
     return {
         "model": {"asked": arguments.model, "name": None, "revision": None},
+        "lora": None if arguments.lora is None else {"asked": arguments.lora, "name": None, "revision": None},
         "prompts": {},
         "init_agent": arguments.init_agent,
         "score": None,
@@ -213,6 +216,10 @@ def resume(arguments: TrainArguments, args: argparse.Namespace, lock: ExitStack,
         facts[name] = getattr(arguments, name)
     if arguments.model is not None:
         facts["model"]["asked"] = arguments.model
+    if arguments.lora is not None:
+        if facts["lora"] is None:
+            raise OptionError("--lora is given, and the run was started without: start a new run")
+        facts["lora"]["asked"] = arguments.lora
     args.score = args.score or [{name: score[name] for name in _SCORE} for score in facts["scores"]]
     scores = _scores(args)
     for name in scores.keys() - {"scores"} - given(ScoreModelOptions, args).keys():
@@ -238,7 +245,8 @@ def _changeable(facts: dict[str, Any]) -> dict[str, Any]:
     }
     options = {flag(name): facts[name] for name in ("device", "dtype", "threads", "score_device", "score_batch")}
     settings = {flag(name): facts["config"][name] for name in CHANGEABLE}
-    return {"--model": facts["model"]["asked"], **scores, **options, **settings}
+    lora = {} if facts["lora"] is None else {"--lora": facts["lora"]["asked"]}
+    return {"--model": facts["model"]["asked"], **lora, **scores, **options, **settings}
 
 
 def _open(
@@ -256,30 +264,38 @@ def _open(
     """
     import torch
 
-    from mara_deploy.files import fingerprint
     from mara_deploy.train.task import open_task, scored
-    from mara_export.errors import ModelError
     from mara_export.hf.checkpoint import read_config
 
     torch.set_num_threads(facts["threads"])
-    model = facts["model"]
-    try:
-        source = find_model(model["asked"], revision=model["revision"])
-    except ModelError as error:
-        if model["name"] is None:
-            raise
-        raise ModelError(f"{error}; --model also takes the model's new place") from None
-    files = None if source.revision else fingerprint(source.folder)  # reads all weights
-    if model["name"] is not None and (source.revision, files) != (model["revision"], model["files"]):
-        raise MaraError(f"the files of {source.name} have changed since the run started: start a new one")
-    model |= {"name": source.name, "revision": source.revision, "files": files}
+    source = _same_files(find_model, "model", facts)
+    lora = None if facts["lora"] is None else _same_files(find_adapter, "lora", facts)
     if hidden_size not in (None, (own := read_config(source).hidden_size)):
         raise OptionError(f"the agent of --init-agent reads {hidden_size} values, but {source.name} has {own}")
     facts["score"] = score.name
     room = score.room([prompt.asked for prompt in prompts])
     scored(score, [max(prompts, key=lambda prompt: len(prompt.text))], ["Yes."], say)  # what fails does so now
     where = {name: facts[name] for name in ("device", "dtype", "template", "ignore_weights")}
-    task = open_task(source, prompts, score, config, given=fixed, notify=say, **where)
+    task = open_task(source, prompts, score, config, lora=lora, given=fixed, notify=say, **where)
     lm = task.environment.lm
     facts["device"], facts["dtype"] = str(lm.device), str(lm.dtype).removeprefix("torch.")
     return task, room
+
+
+def _same_files(find: Callable[..., ModelSource], name: str, facts: dict[str, Any]) -> ModelSource:
+    """What --model or --lora names, as it was when the run started; completes the facts of a new one."""
+    from mara_deploy.files import fingerprint
+    from mara_export.errors import ModelError
+
+    known = facts[name]
+    try:
+        source = find(known["asked"], revision=known["revision"])
+    except ModelError as error:
+        if known["name"] is None:
+            raise
+        raise ModelError(f"{error}; {flag(name)} also takes its new place") from None
+    files = None if source.revision else fingerprint(source.folder)  # reads all weights
+    if known["name"] is not None and (source.revision, files) != (known["revision"], known["files"]):
+        raise MaraError(f"the files of {source.name} have changed since the run started: start a new one")
+    known |= {"name": source.name, "revision": source.revision, "files": files}
+    return source

@@ -22,11 +22,13 @@ from mara_deploy.train.policy import Policy
 from mara_deploy.train.replay import ReplayBuffer
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import eos_token_ids, load_model, read_config
+from mara_export.hf.lora import read_adapter
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported
 from mara_export.hf.tokenizer import load_tokenizer, template_checksum
 from mara_export.hf.weights import Weights
 from mara_runtime.errors import PromptError
+from mara_runtime.manifest import adapted_name
 from mara_runtime.training import Training
 
 
@@ -133,6 +135,7 @@ def open_task(
     score: Combined,
     config: TrainConfig,
     *,
+    lora: ModelSource | None = None,
     given: Collection[str] = (),
     device: str = "auto",
     dtype: str = "auto",
@@ -142,16 +145,20 @@ def open_task(
 ) -> TrainingTask:
     """Tokenise the prompts and load the LLM.
 
-    given: names of settings that the user insists on; device: torch device, auto for CUDA if available; dtype: of the
-    LLM, auto for bfloat16 on CUDA and float32 on a CPU; template: variables for the chat template; ignore_weights:
-    patterns of surplus weights to leave out; notify: takes messages. Without a chat template, prompts are plain text.
-    Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
+    lora: an adapter to merge; given: names of settings that the user insists on; device: torch device, auto for CUDA if
+    available; dtype: of the LLM, auto for bfloat16 on CUDA and float32 on a CPU; template: variables for the chat
+    template; ignore_weights: patterns of surplus weights to leave out; notify: takes messages. Without a chat template,
+    prompts are plain text. Raises ModelError, PromptError for a prompt that leaves no room for an answer, OptionError.
     """
     on = torch_device("--device", device)
-    context = check_supported(read_config(source), source.name, None)
+    model_config = read_config(source)
+    context = check_supported(model_config, source.name, None)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training requires: add its tokenizer.json")
+    adapter = None if lora is None else read_adapter(lora, source, model_config)
+    for doubt in () if adapter is None else adapter.doubts(source.name, tokenizer):
+        notify(f"note: {doubt}")
     tokens = [encode(prompt.asked, tokenizer, source.name, template=template) for prompt in prompts]
     least = config.max_new_tokens if "max_new_tokens" in given else 1
     for prompt, ids in zip(prompts, tokens, strict=True):
@@ -165,12 +172,15 @@ def open_task(
         dtype = "bfloat16" if on.type == "cuda" else "float32"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     model = load_model(source, ATTENTION, dtypes[dtype], ignore_weights=ignore_weights).to(on)
+    weights = Weights(model, adapter=adapter).fingerprint()
+    if adapter is not None:
+        adapter.merge_into(model)
     eos = frozenset(eos_token_ids(model, tokenizer))
     environment = Environment(PackedLM(model), eos, config.top_k, config.top_p, config.max_new_tokens, context)
     training = Training(
-        model=source.name,
+        model=source.name if lora is None else adapted_name(source.name, lora.name),
         architecture=model.config.model_type,
-        weights=Weights(model).fingerprint(),
+        weights=weights,
         chat_template=template_checksum(tokenizer),
         template=dict(template or {}),
         top_k=config.top_k,

@@ -7,7 +7,7 @@ The environment follows Hugging Face's documented contract for chat templates (b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
@@ -60,10 +60,31 @@ def _environment() -> Sandbox:
     return environment
 
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names that a message's reasoning goes by; the first that is given counts."""
+
+
+def follow(rules: Collection[str], messages: Sequence[Message]) -> list[Message]:
+    """The messages as a template sees them. rules: of manifest.MESSAGE_RULES."""
+    if "leave_out_null" in rules:
+        messages = [{name: value for name, value in m.items() if value is not None} for m in messages]
+    if "alias_reasoning" in rules:
+        messages = [_aliased(message) for message in messages]
+    return list(messages)
+
+
+def _aliased(message: Message) -> Message:
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 class ChatTemplate:
     """A bundle's chat template. The rendered text contains the special tokens: tokenise it without adding any."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str | list[str]]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str | list[str]], message_rules: Collection[str] = ()
+    ) -> None:
+        """message_rules: of manifest.MESSAGE_RULES, which the messages go through first."""
         self._environment = _environment()
         self._environment.begin()
         try:
@@ -73,6 +94,7 @@ class ChatTemplate:
         if taken := sorted(_RESERVED & special_tokens.keys()):
             raise PromptError(f"the chat template's special token {taken[0]!r} has the name of a variable; use --raw")
         self._special_tokens = dict(special_tokens)
+        self._message_rules = message_rules
         self.variables = variables_of(source)
         """that a caller may set"""
 
@@ -93,7 +115,9 @@ class ChatTemplate:
         """
         values = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
         reject_unknown(self.variables, variables or {})
-        given, begun = _marked(messages) if continue_final_message else (list(messages), "")
+        given, begun = follow(self._message_rules, messages), ""
+        if continue_final_message:
+            given, begun = _marked(given)
         values |= {"messages": given, "add_generation_prompt": add_generation_prompt and not continue_final_message}
         self._environment.begin()
         try:

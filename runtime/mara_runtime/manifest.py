@@ -19,6 +19,8 @@ MANIFEST_FILE = "manifest.json"
 _AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets with engine files in the bundle; the others load its graph."""
+MESSAGE_RULES = ("leave_out_null", "alias_reasoning")
+"""What versions of transformers do to messages before a chat template sees them, in this order."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,28 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """A LoRA adapter that was merged into the LLM."""
+
+    source: str
+    revision: str | None
+    base: str | None
+    """the model that it says it was trained on"""
+    rank: int
+    """its largest"""
+    weights: int
+    """how many it changes"""
+    sha256: str
+    """of its file"""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The frozen LLM: its source and sizes."""
 
     source: str
     revision: str | None
+    adapter: AdapterFacts | None
     architecture: str
     tested: bool
     """its family is on the exporter's list; False: it was tried, and judged by the gates alone"""
@@ -50,6 +69,16 @@ class ModelFacts:
     """fingerprint, to be compared with that of the model an agent was trained for"""
     ignored_weights: tuple[str, ...]
     """patterns of weights that lay in the checkpoint and were left out"""
+
+    @property
+    def name(self) -> str:
+        """Of the model as it decodes."""
+        return self.source if self.adapter is None else adapted_name(self.source, self.adapter.source)
+
+
+def adapted_name(model: str, adapter: str) -> str:
+    """What a model with an adapter is called."""
+    return f"{model} + {adapter}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,8 @@ class TokenizerFacts:
     chat_template: str | None
     special_tokens: dict[str, str | list[str]]
     """by the names that chat templates use: bos_token, eos_token, …"""
+    message_rules: list[str]
+    """of MESSAGE_RULES: what the transformers that exported it does to messages before the template sees them"""
 
 
 @dataclass(frozen=True)
@@ -204,7 +235,7 @@ class Manifest:
             return []
         template = None if self.tokenizer is None else self.tokenizer.chat_template
         checksum = None if template is None else self.files[template].sha256
-        return list(training.doubts(self.model.source, self.model.weights, checksum))
+        return list(training.doubts(self.model.name, self.model.weights, checksum))
 
     def to_json(self) -> str:
         """The text of manifest.json."""

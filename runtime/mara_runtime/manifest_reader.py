@@ -10,7 +10,9 @@ from mara_runtime.errors import BundleError
 from mara_runtime.json_reader import JsonReader, load_object, shortened
 from mara_runtime.manifest import (
     ENGINE_TARGETS,
+    MESSAGE_RULES,
     SCHEMA_VERSION,
+    AdapterFacts,
     AgentFacts,
     EngineFacts,
     FileEntry,
@@ -73,6 +75,7 @@ class _Reader(JsonReader):
             model=ModelFacts(
                 source=self.text("model.source"),
                 revision=self.get("model.revision", str, type(None)),
+                adapter=self._adapter("model.adapter"),
                 architecture=self.text("model.architecture"),
                 tested=self.get("model.tested", bool),
                 shape=self._shape("model.shape"),
@@ -103,6 +106,7 @@ class _Reader(JsonReader):
                 if self.get("tokenizer.chat_template", str, type(None)) is None
                 else self._file("tokenizer.chat_template"),
                 special_tokens=self._special_tokens("tokenizer.special_tokens"),
+                message_rules=self._message_rules("tokenizer.message_rules"),
             ),
             made_with=self.dict_of(str, "made_with", shown=True),
             parity=read_parity(self, "parity", MODEL_NUMBERS, MODEL_OUTCOMES),
@@ -127,6 +131,18 @@ class _Reader(JsonReader):
         if len({(group.kv_heads, group.head_dim) for group in caches}) < len(caches):
             raise self.wrong(f"{path}.caches", "has two groups of the same size")
         return shape
+
+    def _adapter(self, path: str) -> AdapterFacts | None:
+        if self.get(path, dict, type(None)) is None:
+            return None
+        return AdapterFacts(
+            source=self.text(f"{path}.source"),
+            revision=self.get(f"{path}.revision", str, type(None)),
+            base=None if self.get(f"{path}.base", str, type(None)) is None else self.text(f"{path}.base"),
+            rank=self.count(f"{path}.rank"),
+            weights=self.count(f"{path}.weights"),
+            sha256=self.text(f"{path}.sha256"),
+        )
 
     def _targets(self) -> tuple[str, ...]:
         targets = self.texts("targets")
@@ -212,6 +228,12 @@ class _Reader(JsonReader):
             if not isinstance(token, str) and not (isinstance(token, list) and all(isinstance(t, str) for t in token)):
                 raise self.wrong(path, f"has {shortened(token)}, which is neither a text nor a list of texts")
         return tokens
+
+    def _message_rules(self, path: str) -> list[str]:
+        rules = self.texts(path)
+        if unknown := sorted({*rules} - {*MESSAGE_RULES}):
+            raise self.wrong(path, f"has {shortened(unknown[0])}, not one of {', '.join(MESSAGE_RULES)}")
+        return rules
 
     def _file(self, path: str) -> str:
         """The name of a file that `files` lists."""

@@ -20,18 +20,24 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-BUDGET = 1_000_000
+BUDGET = 5_000_000
 """Steps of one rendering: a few seconds."""
 MOST_CHARACTERS = 16_000_000
 """Of any one text."""
 _CALL_STEPS = 10
-_CHARACTERS_PER_STEP = 64
+_CHARACTERS_PER_STEP = 16
 _SIZED_BY_ARGUMENT = {
     "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "batch", "slice", "to_bytes",
 }  # fmt: skip
 """Methods and filters whose result has the size that a number says."""
 _LARGEST_ARGUMENT = 10_000
 """Of those numbers."""
+_SHALLOW_FILTERS = {"length", "count", "first", "last", "default", "d"}
+_SHALLOW_TESTS = {
+    "defined", "undefined", "none", "boolean", "true", "false", "number", "integer", "float", "string", "mapping",
+    "sequence", "iterable", "callable", "sameas",
+}  # fmt: skip
+"""Those that do not read what their value contains."""
 _MOST_BITS = 4096
 """Of integers that `*` and `**` make."""
 _WIDE_FIELD = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
@@ -50,9 +56,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.concat = self.join  # type: ignore[method-assign] # of what a template, a macro or a block gives
         del self.globals["lipsum"], self.filters["wordwrap"]
         every: dict[str, Callable[..., Any]] = {**self.filters, **filters}
-        self.filters = {name: self._charged(name, each) for name, each in every.items()}
+        self.filters = {name: self._charged(name, each, name in _SHALLOW_FILTERS) for name, each in every.items()}
         tests: Any = self.tests  # Jinja types them as bare functions
-        self.tests = {name: self._charged(name, each) for name, each in tests.items()}
+        self.tests = {name: self._charged(name, each, name in _SHALLOW_TESTS) for name, each in tests.items()}
 
     def begin(self) -> None:
         """The whole budget is there again, for this thread."""
@@ -82,8 +88,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def turns(self, items: Any) -> Any:
-        """What a loop goes through, or a function reads: iterators are read first."""
-        return self.weighed(list(items) if isinstance(items, Iterator) else items)
+        """What a loop goes through or a slice is taken of, charged for its items but not for what these contain.
+
+        Iterators are read first.
+        """
+        items = list(items) if isinstance(items, Iterator) else items
+        if isinstance(items, str):
+            self._charge_text(len(items))
+        elif isinstance(items, Sized):
+            self.charge(1 + len(items))
+        return items
 
     def join(self, pieces: Iterable[Any]) -> str:
         """The texts of all pieces, one after another."""
@@ -121,7 +135,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return function(*args)
         if function is not self.globals["range"]:  # which has a limit of its own
             self.charge()
-            args = tuple(map(self.turns, args))
+            args = tuple(self.weighed(self.turns(each)) for each in args)
             self._check(getattr(method, "__name__", "a function"), owner, args, kwargs)
         return self.weighed(super().call(context, function, *args, **kwargs))
 
@@ -143,15 +157,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     # ── charges ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _charged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test, charged for what it reads and returns."""
+    def _charged(self, name: str, function: Callable[..., Any], shallow: bool) -> Callable[..., Any]:
+        """A filter or test, charged for what it reads and returns. shallow: nothing that its values contain."""
         first = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # the context or environment
 
         @wraps(function)
         def charged(*args: Any, **kwargs: Any) -> Any:
             self.charge()
             values = tuple(map(self.turns, args[first:]))
-            self._check(name, values[0], values[1:], kwargs)
+            if shallow:
+                return function(*args[:first], *values, **kwargs)
+            self._check(name, self.weighed(values[0]), self.weighed(values[1:]), kwargs)
             return self.weighed(function(*args[:first], *values, **kwargs))
 
         return charged

@@ -29,7 +29,7 @@ class TextSide:
         self._max_context = bundle.manifest.max_context
         self._most = _MOST_LETTERS * self._max_context
         self.tokenizer = open_tokenizer(bundle.path(facts.file))
-        self._special_tokens = facts.special_tokens
+        self._special_tokens, self._message_rules = facts.special_tokens, facts.message_rules
         self._template: str | BundleError | None = None
         if facts.chat_template is not None:
             path = bundle.path(facts.chat_template)
@@ -50,7 +50,7 @@ class TextSide:
             raise PromptError("this bundle has no chat template: use --raw")
         if isinstance(self._template, BundleError):
             raise self._template
-        return ChatTemplate(self._template, self._special_tokens)
+        return ChatTemplate(self._template, self._special_tokens, self._message_rules)
 
     @cached_property
     def special_tokens(self) -> dict[int, str]:

@@ -23,6 +23,7 @@ import tomllib
 from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
 from mara_deploy.demo import __main__ as demo
 from mara_export.parity import reference
+from tests.adapters import make_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -106,6 +107,7 @@ def directory(tmp_path_factory):
     shutil.copytree(MODEL_FOLDER, folder / "qwen2")
     for name in ("agent", "polite", "brief"):
         shutil.copy(AGENT_FILE, folder / f"{name}.safetensors")
+    make_adapter(MODEL_FOLDER, folder / "my-adapter", target_modules=["q_proj", "v_proj"])
     (folder / "prompts.txt").write_text("How do I keep bread fresh?\nAnd cheese?\n", encoding="utf-8")
     score, *_ = (block for _, block in fenced(ROOT / "docs/guide/train.md", "python"))
     (folder / score.split()[1]).write_text(score, encoding="utf-8")

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from mara_deploy.commands.inspect import summary
 from mara_deploy.demo import MODEL_FOLDER, NAME, demo_agent
 from mara_export.errors import ModelError
-from mara_export.export import Traced, export, finish, trace
+from mara_export.export import export, finish
 from mara_export.hf.checkpoint import load_model, open_stored
 from mara_export.hf.sources import ModelSource, resolve_model
 from mara_export.hf.weights import Weights
 from mara_export.options import ExportOptions
+from mara_export.tracing import Traced, trace
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
@@ -312,7 +313,7 @@ def test_a_packed_checkpoint_of_another_shape_is_refused(tmp_path, packed) -> No
 def test_options_against_the_checkpoint_are_refused_before_it_is_loaded(
     tmp_path, packed, monkeypatch, options, message
 ) -> None:
-    monkeypatch.setattr("mara_export.export.load_model", None)
+    monkeypatch.setattr("mara_export.tracing.load_model", None)
     with pytest.raises(OptionError, match=message):
         export(source(packed("llama", AWQ)), [], tmp_path / "out", ExportOptions(**options))
     assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ def test_a_folder_without_config_or_weights_is_refused(tmp_path) -> None:
         resolve_model(str(tmp_path))
 
 
-ADAPTER = r"holds an adapter \(adapter_config\.json\): merge it into its model first \(merge_and_unload of PEFT\)"
+ADAPTER = r"holds an adapter \(adapter_config\.json\): name its base with --model, and the adapter with --lora"
 
 
 def test_an_adapter_is_refused_with_the_remedy(cached, tmp_path) -> None:

@@ -15,12 +15,14 @@ def manifest_json(
         "file": "tokenizer.json",
         "chat_template": "chat_template.jinja" if "chat_template.jinja" in files else None,
         "special_tokens": special_tokens or {},
+        "message_rules": [],
     }
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
             "source": "example/tiny",
             "revision": "0123abc",
+            "adapter": None,
             "architecture": "qwen2",
             "tested": True,
             "shape": {

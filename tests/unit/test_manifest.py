@@ -18,6 +18,9 @@ ENGINE = "engines/tensorrt/step-64.engine"
 AGENTS = [f"agents/{name}.safetensors" for name in ("polite", "b.2_-")]
 FILES = dict.fromkeys(("step.onnx", "tokenizer.json", "chat_template.jinja", ENGINE, *AGENTS), b"x")
 VALID = manifests.manifest_json(FILES, has_tokenizer=True, special_tokens={"bos_token": "<bos>"})
+VALID["model"]["adapter"] = {
+    "source": "example/tuned", "revision": "89ab", "base": "example/tiny", "rank": 4, "weights": 14, "sha256": "f00d",
+}  # fmt: skip
 VALID["agents"][0] |= {"training": helpers.TRAINING, "noise": 0.5}
 VALID["agents"][1]["parity"] = None
 VALID["engines"] = [manifests.engine_json(ENGINE)]
@@ -55,7 +58,7 @@ OPEN = {
 """Whose content the format leaves open."""
 NULLABLE = {
     ("model", "revision"), ("step", "quantisation"), ("tokenizer",), ("tokenizer", "chat_template"), ("parity",),
-    ("noise",), ("structure",),
+    ("noise",), ("structure",), ("model", "adapter"), ("model", "adapter", "revision"), ("model", "adapter", "base"),
     *((gate, name) for gate in ("parity", "structure") for name in ("perplexity", "largest_activation")),
     *(("agents", "0", name) for name in ("training", "parity", "noise")), ("agents", "0", "training", "chat_template"),
 }  # fmt: skip
@@ -167,7 +170,8 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
             for path in (("max_context",), ("model", "shape", "num_layers"), ("engines", "0", "slots"))
         ),
         (("model", "eos_token_ids"), [2**31]),
-        (("model", "source"), "a\x1b[2J"),
+        *((("model", *name), "a\x1b[2J") for name in (["source"], ["adapter", "source"], ["adapter", "base"])),
+        (("model", "adapter", "rank"), 0),
         (("agents", "0", "source"), "line\nbreak"),
         (("made_with",), {"numpy\x9b": "2"}),
         (("step", "quantisation", "block_size"), 0),
@@ -182,6 +186,7 @@ def test_a_field_that_is_missing_or_of_another_kind_is_named(path: Path) -> None
         (("engines", "0", "options"), {"decomposable": 3}),
         (("made_with",), {"numpy": 2}),
         (("tokenizer", "special_tokens"), {"bos_token": None}),
+        (("tokenizer", "message_rules"), ["shout"]),
         (("tokenizer", "file"), "/etc/passwd"),
         (("tokenizer", "chat_template"), "nothing.jinja"),
         (("step", "file"), "other.onnx"),

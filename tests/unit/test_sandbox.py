@@ -53,6 +53,8 @@ HOSTILE = {
     "filters": LONG.replace("@", "{% set u = text | upper %}"),
     "searches": LONG.replace("@", "{% if 'b' in text %}{% endif %}"),
     "tests": LONG.replace("@", "{% set u = messages | selectattr('content', 'equalto', text) | list %}"),
+    "texts of lists": "{% set texts = ['a' * 50000, 'b' * 50000] %}"
+    "{% for i in range(99) %}{% if texts | string %}{% endif %}{% endfor %}",
     "comparisons": NUMBERS.replace("@", "{% if r == q %}{% endif %}"),
     "sorting": NUMBERS.replace("@", "{% set u = r | sort %}"),
 }
@@ -75,6 +77,19 @@ def test_a_template_that_explodes_is_refused_within_its_budget(source: str, monk
 def test_large_numbers_are_values_like_any_other() -> None:
     source = "{% set ns = namespace(limit=131072) %}{{ ns.limit }} {{ x | default(200000) }} {{ 99999 is gt(20000) }}"
     assert ChatTemplate(source, {}).render([{"role": "user", "content": "hello"}]) == "131072 200000 True"
+
+
+def test_a_template_that_looks_back_from_every_message_renders_long_conversations() -> None:
+    """As Gemma 4's and Cohere's do, whose time grows with the square of the conversation."""
+    template = ChatTemplate(
+        "{% for message in messages %}{% set ns = namespace(user=0) %}"
+        "{% for before in messages[: loop.index0] %}{% if before.role == 'user' %}"
+        "{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+        "{{ ns.user }}{{ ',' if loop.index0 < messages | length - 1 }}{% endfor %}",
+        {},
+    )
+    messages = [{"role": ("user", "assistant")[i % 2], "content": "hello world " * 200} for i in range(500)]
+    assert template.render(messages).endswith(",496,498")
 
 
 def test_a_conversation_of_a_thousand_messages_takes_less_than_a_tenth_of_the_budget(

@@ -73,7 +73,7 @@ def _check_shapes(source: ModelSource, mismatched: Mapping[str, list[int]]) -> N
     """Reject weights of other shapes. mismatched: those by config.json."""
     if mismatched:
         raise ModelError(
-            f"{source.name} cannot be loaded: size mismatch for {_some([*mismatched])}: "
+            f"{source.name} cannot be loaded: size mismatch for {some([*mismatched])}: "
             f"{next(iter(mismatched.values()))} by config.json, which is not as it is stored"
         )
 
@@ -201,15 +201,15 @@ def load_model(
     load = _load_floats if stored.packing is None else _load_packed
     model, missing, surplus = load(source, stored, config, attention, dtype, streamed)
     if missing:
-        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {_some(missing)}")
+        raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(missing)}")
     surplus = [key for key in surplus if not key.endswith("rotary_emb.inv_freq")]
     for pattern in ignore_weights:
         if not fnmatch.filter(surplus, pattern):
-            has = f"those of {source.name} are {_some(surplus)}" if surplus else f"{source.name} has none"
+            has = f"those of {source.name} are {some(surplus)}" if surplus else f"{source.name} has none"
             raise OptionError(f"--ignore-weights is {pattern!r}, which matches no surplus weight; {has}")
     if unknown := [key for key in surplus if not any(fnmatch.fnmatchcase(key, pattern) for pattern in ignore_weights)]:
         raise ModelError(
-            f"{source.name} has weights that {model.config.model_type} has no place for: {_some(unknown)}; leave out "
+            f"{source.name} has weights that {model.config.model_type} has no place for: {some(unknown)}; leave out "
             f"those that it works without, a value head say, with --ignore-weights '{unknown[0].partition('.')[0]}*'"
         )
     _check_head(source, stored, model)
@@ -285,7 +285,8 @@ def _check_floats(source: ModelSource, stored: StoredWeights) -> None:
             )
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Names for a message: the first ones, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

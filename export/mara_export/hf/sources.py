@@ -13,7 +13,8 @@ from mara_runtime.errors import first_line
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 _UNWANTED = ["original/*", "onnx/*", "consolidated*"]
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_OF_ADAPTER = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "tokenizer_config.json", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def resolve_model(
         )
 
     if vet is not None:
-        snapshot = _snapshot(hub_id, model, ["config.json", _ADAPTER], revision)
+        snapshot = _snapshot(hub_id, model, ["config.json", ADAPTER_CONFIG], revision)
         _refuse_adapter(snapshot, hub_id)
         if (snapshot / "config.json").is_file():
             vet(ModelSource(snapshot, hub_id, snapshot.name))
@@ -61,12 +62,34 @@ def resolve_model(
     return ModelSource(snapshot, hub_id, snapshot.name)
 
 
+def resolve_adapter(adapter: str, revision: str | None = None) -> ModelSource:
+    """Resolve a Hub id or a folder with a LoRA adapter. A folder of that name wins. revision: commit, None: the newest.
+
+    Raises ModelError.
+    """
+    folder = local_path(adapter)
+    if folder is not None and folder.is_dir():
+        source = ModelSource(folder, folder.resolve().name, None)
+    elif is_hub_id(adapter):
+        snapshot = _snapshot(adapter, adapter, _OF_ADAPTER, revision)
+        source = ModelSource(snapshot, adapter, snapshot.name)
+    else:
+        raise ModelError(f"adapter not found: {adapter!r} is neither a folder nor a Hub id (owner/name)")
+    if not (source.folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{source.name} holds no adapter: it has no {ADAPTER_CONFIG}")
+    if not (source.folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(
+            f"{source.name} has no {ADAPTER_WEIGHTS}; pickles (adapter_model.bin) are not loaded: load it with PEFT "
+            "where you trust it, and save_pretrained writes that file"
+        )
+    return source
+
+
 def _refuse_adapter(folder: Path, name: str) -> None:
     """Whether transformers loads an adapter depends on what else is installed."""
-    if (folder / _ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"{name} holds an adapter ({_ADAPTER}): merge it into its model first (merge_and_unload of PEFT), and name "
-            "the folder that this saves"
+            f"{name} holds an adapter ({ADAPTER_CONFIG}): name its base with --model, and the adapter with --lora"
         )
 
 

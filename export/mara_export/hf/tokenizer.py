@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mara_export.errors import ModelError
 from mara_export.hf.checkpoint import from_pretrained, read_json
 from mara_export.hf.sources import ModelSource
-from mara_runtime.chat import ChatTemplate
+from mara_runtime.chat import ChatTemplate, follow
 from mara_runtime.errors import OptionError, PromptError
-from mara_runtime.manifest import TokenizerFacts
+from mara_runtime.manifest import MESSAGE_RULES, TokenizerFacts
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -83,7 +85,9 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> TokenizerFacts:
     template = _chat_template(tokenizer)
     if template:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    return TokenizerFacts(TOKENIZER_FILE, TEMPLATE_FILE if template else None, _special_tokens(tokenizer))
+    return TokenizerFacts(
+        TOKENIZER_FILE, TEMPLATE_FILE if template else None, _special_tokens(tokenizer), _message_rules(tokenizer)
+    )
 
 
 def check_chat_template(tokenizer: Any, name: str) -> str | None:
@@ -185,6 +189,20 @@ def _special_tokens(tokenizer: Any) -> dict[str, str | list[str]]:
     if isinstance(more, list) and more:
         every["additional_special_tokens"] = more
     return {role: [str(t) for t in token] if isinstance(token, list) else str(token) for role, token in every.items()}
+
+
+def _message_rules(tokenizer: Any) -> list[str]:
+    """What the installed transformers does to messages before a template sees them, of MESSAGE_RULES."""
+    message = {"role": "user", "name": None, "content": [{"text": None}], "reasoning": "so"}
+    seen = render_chat(tokenizer, [message], chat_template="{{ messages | tojson }}")
+    for count in range(len(MESSAGE_RULES) + 1):
+        for rules in combinations(MESSAGE_RULES, count):
+            if json.dumps(follow(rules, [message])) == seen:
+                return [*rules]
+    raise ModelError(
+        f"transformers {transformers.__version__} hands other messages to a chat template than it is given, in a way "
+        "that bundles do not know: install a version that the exporter has been tested with"
+    )
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,8 +53,8 @@ def placement(model: Any) -> dict[str, str]:
         for weight in module.parameters(recurse=False):
             owners.setdefault(id(weight), []).append(name)
             places[name] = "disk"
-        if module._buffers.keys() - module._non_persistent_buffers_set:
-            places[name] = "cpu"
+        if module._buffers.keys() - module._non_persistent_buffers_set:  # not "cpu": what is below would go there, too
+            places[name] = "disk"
     return places | {name: "cpu" for names in owners.values() if len(names) > 1 for name in names}
 
 
@@ -76,12 +76,31 @@ def fill_model(model: Any, stored: StoredWeights, in_memory: bool) -> None:
         add_hook_to_module(model.get_submodule(path), hook, append=True)
 
 
-class Weights:
-    """Reads the weights and stored buffers of a causal LM, loaded in whatever way, one at a time."""
+class Adapted(Protocol):
+    """What an adapter makes of a model's weights."""
 
-    def __init__(self, model: Any, stored: StoredWeights | None = None) -> None:
-        """stored: the checkpoint, which is quicker for the first numbers of a weight, and knows packed matrices."""
-        self._model, self._stored = model, stored
+    @property
+    def identity(self) -> str:
+        """What tells it from others."""
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """A weight with the adapter in it, float32."""
+
+
+class Weights:
+    """Reads the weights and stored buffers of a causal LM, loaded in whatever way, one at a time.
+
+    They are the model's as it is now: an adapter that is put into it later changes nothing here.
+    """
+
+    def __init__(self, model: Any, stored: StoredWeights | None = None, adapter: Adapted | None = None) -> None:
+        """stored: the checkpoint, which is quicker for the first numbers of a weight, and knows packed matrices;
+        adapter: to be merged.
+        """
+        named = model.named_modules(remove_duplicate=False)
+        self._modules = {name: module for name, module in named if module._parameters or module._buffers}
+        self._shapes = {name: [*weight.shape] for name, weight in sorted(model.named_parameters())}
+        self._stored, self._adapter = stored, adapter
 
     @property
     def packing(self) -> Packing | None:
@@ -96,12 +115,13 @@ class Weights:
     def read(self, name: str) -> NDArray[Any]:
         """A weight by its name in the model; float32 if it is a floating-point one."""
         with self._here(name) as weight:
-            return (weight.float() if weight.is_floating_point() else weight).numpy()
+            weight = weight.float() if weight.is_floating_point() else weight
+            return (weight if self._adapter is None else self._adapter.merged(name, weight)).numpy()
 
     @contextlib.contextmanager
     def _here(self, name: str) -> Iterator[Tensor]:
         path, _, own = name.rpartition(".")
-        module = self._model.get_submodule(path)
+        module = self._modules[path]
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, SequentialHook):  # below a module with a weight of its own, accelerate adds its hook twice
             module._hf_hook = hook.hooks[0]
@@ -113,11 +133,16 @@ class Weights:
                 module._hf_hook = hook
 
     def fingerprint(self) -> str:
-        """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16."""
+        """Of the parameters, in whatever files and precision: a hash of the first numbers of each, as bfloat16.
+
+        With an adapter, of those without it and of the adapter: the sum would depend on the precision.
+        """
         digest = hashlib.sha256()
-        for name, weight in sorted(self._model.named_parameters()):
+        for name, shape in self._shapes.items():
             first = self._first(name).to("cpu", torch.bfloat16)
-            digest.update(f"{name} {list(weight.shape)}".encode() + first.view(torch.int16).numpy().tobytes())
+            digest.update(f"{name} {shape}".encode() + first.view(torch.int16).numpy().tobytes())
+        if self._adapter is not None:
+            digest.update(self._adapter.identity.encode())
         return digest.hexdigest()[:32]
 
     def _first(self, name: str) -> Tensor:

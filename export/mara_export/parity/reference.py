@@ -180,13 +180,21 @@ def _largest_activation(model: torch.nn.Module) -> Iterator[Callable[[], float]]
             if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
                 largest = max(largest, float(value.detach().abs().max()))
 
-    # leaf modules: matrices, norms, the embedding; what lies between them is an input of the next
-    hooks = [module.register_forward_hook(look) for module in model.modules() if not [*module.children()]]
+    hooks = [module.register_forward_hook(look) for module in {*_leaves(model)}]
     try:
         yield lambda: largest
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _leaves(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Matrices, norms, the embedding; what lies between them is an input of the next. An adapted matrix is one."""
+    parts = () if hasattr(module, "base_layer") else [*module.children()]
+    for part in parts:
+        yield from _leaves(part)
+    if not parts:
+        yield module
 
 
 @contextlib.contextmanager

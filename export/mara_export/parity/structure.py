@@ -98,7 +98,7 @@ def trace_miniature(config: Any, name: str, tracer: str, folder: Path) -> Miniat
             f"{name} has a window of {beyond[0]} tokens that the structural gate cannot shorten; --no-gate exports "
             "without gates"
         )
-    facts = ModelFacts(name, None, config.model_type, False, shape, 1, 0, False, (), "", ())
+    facts = ModelFacts(name, None, None, config.model_type, False, shape, 1, 0, False, (), "", ())
     graph = pipeline.TracedGraph(llm, Weights(model), folder / "agents.onnx", shape, rotary, context)
     return Miniature(facts, graph, tuple(windows), reference)
 
