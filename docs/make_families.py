@@ -101,11 +101,11 @@ def rows(names: list[str]) -> Iterator[str]:
 
 def trace(checkpoint: Path, folder: Path, tracer: str) -> Any:
     """A checkpoint, traced for all bundles."""
-    from mara_export import export
+    from mara_export import tracing
     from mara_export.hf.sources import resolve_model
 
     folder.mkdir()
-    return export.trace(
+    return tracing.trace(
         resolve_model(str(checkpoint)), [], folder, max_context=CONTEXT, max_candidates=CANDIDATES, tracer=tracer
     )
 

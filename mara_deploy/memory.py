@@ -67,8 +67,9 @@ class Setting(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         complete = ExportOptions(self.target, self.precision, self.lowering, self.block_size, gate=False)
-        for name in ("lowering", "block_size"):
-            object.__setattr__(self, name, getattr(complete, name))
+        object.__setattr__(self, "lowering", complete.lowering)
+        if (quantisation := complete.quantisation) is not None:
+            object.__setattr__(self, "block_size", quantisation.block_size)
 
     @property
     def form(self) -> Lowering:

@@ -1,6 +1,7 @@
 """For all tests: cores shared among the workers of pytest-xdist, and a cache folder of their own."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import pytest
 
 
 def pytest_configure() -> None:
-    """Give each worker cores of its own: PyTorch and ONNX Runtime start a thread on each core that they see."""
+    """Give each worker cores of its own: PyTorch and ONNX Runtime start a thread on each core that they see.
+
+    Ctrl-C reaches what the tests start, even where a shell started them in the background, and so without it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker.startswith("gw") and hasattr(os, "sched_setaffinity"):
         cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])

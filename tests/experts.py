@@ -40,7 +40,8 @@ def lowered(stacks: Sequence[NDArray[Any]], attributes: Mapping[str, Any], optio
     opsets = dict(LOWERINGS[options.lowering].OPSETS)
     graph = ir.Graph(inputs, [out], nodes=[node], initializers=given, opset_imports=opsets, name="experts")
     model = ir.Model(graph, ir_version=10)
-    context = GraphContext(None, {}, 64, options, Path(), Progress(quiet=True))  # type: ignore[arg-type]
+    progress = Progress(quiet=True)
+    context = GraphContext(None, {}, 64, options, Path(), progress, options.quantisation)  # type: ignore[arg-type]
     lowering = LOWERINGS[options.lowering]
     steps = [named, *(each for each in lowering.PASSES if each.__module__ == experts.__name__)]
     steps += [lowering.QUANTISE] if options.quantisation else []

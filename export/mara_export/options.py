@@ -45,6 +45,8 @@ class Quantisation:
     quantiser: str = QUANTISERS[0]
     keep: tuple[str, ...] = ()
     """names of nodes whose weights stay in floating point; * matches anything"""
+    packed: str = ""
+    """method by which the checkpoint's matrices were quantised, whose integers stay; the quantiser is for the others"""
 
     def keeps(self, name: str) -> bool:
         """Whether the weights of this node stay in floating point."""
@@ -58,7 +60,9 @@ class Quantisation:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        return {**asdict(self), "keep": list(self.keep)}
+        facts = {**asdict(self), "quantiser": self.packed or self.quantiser, "keep": list(self.keep)}
+        del facts["packed"]
+        return facts
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class ExportOptions(Options):
         "data type of the stored LLM weights. Targets other than cpu compute in float16, with bf16 (TensorRT only) in "
         "bfloat16",
         choices=PRECISIONS,
-        unset="fp32 on cpu, else fp16",
+        unset="fp32 on cpu, else fp16; of an AWQ, GPTQ or compressed-tensors checkpoint its own int4 or int8, where the"
+        " target takes it",
     )
     lowering: str = option(
         "",
@@ -87,7 +92,7 @@ class ExportOptions(Options):
     block_size: int | None = option(
         None,
         "int8, int4: number of weights that share a scale",
-        unset="32; tensorrt: 64 for int4, one scale per column for int8",
+        unset="32; tensorrt: 64 for int4, one scale per column for int8; the checkpoint's own if its integers are kept",
     )
     quantiser: str = option(
         "",
@@ -145,39 +150,38 @@ class ExportOptions(Options):
             )
 
     def _check_quantisation(self) -> None:
-        self._complete("quantiser", QUANTISERS[0])
         lowering, target = LOWERINGS[self.lowering], TARGETS[self.target]
         for choice, quantisers in (
             (f"--lowering {self.lowering}", lowering.quantisers),
             (f"--target {self.target}", target.quantisers),
         ):
-            if self.quantiser not in quantisers:
+            if self.quantiser and self.quantiser not in quantisers:
                 supported = ", ".join(quantisers)
                 raise OptionError(f"--quantiser is {self.quantiser!r}; {choice} supports {supported}")
         if self.quantiser == "hqq" and self.precision != "int4":
             raise OptionError(f"--quantiser is 'hqq', which is for --precision int4, not {self.precision}")
         sizes = target.block_sizes[self.precision]
-        self._complete("block_size", sizes[0])
-        if self.block_size not in sizes:
+        if self.block_size is not None and self.block_size not in sizes:
             supported = f"blocks of {' or '.join(map(str, sorted(sizes)))}"
             if sizes == (COLUMN,):
                 supported = "one scale per column: leave it out"
             raise OptionError(
                 f"--block-size is {self.block_size}; {self.precision} for --target {self.target} supports {supported}"
             )
-        if self.quantiser == "k-quant" and self.block_size != 32:
+        if self.quantiser == "k-quant" and self.block_size not in (None, 32):
             raise OptionError(f"--block-size is {self.block_size}; --quantiser k-quant supports blocks of 32")
 
-    def _complete(self, name: str, value: str | int) -> None:
-        if getattr(self, name) in (None, ""):
+    def _complete(self, name: str, value: str) -> None:
+        if not getattr(self, name):
             object.__setattr__(self, name, value)
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """How the weights are quantised; None: not at all."""
-        if self.block_size is None:
+        """How the weights of a checkpoint of floats are quantised; None: not at all."""
+        if self.precision not in BITS:
             return None
-        return Quantisation(BITS[self.precision], self.block_size, self.quantiser, self.keep)
+        size = TARGETS[self.target].block_sizes[self.precision][0] if self.block_size is None else self.block_size
+        return Quantisation(BITS[self.precision], size, self.quantiser or QUANTISERS[0], self.keep)
 
     @property
     def cache(self) -> str:

@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mara_export.errors import ModelError
+from mara_export.hf.packed import StoredWeights
+from mara_export.hf.packing import Packing
 from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
 from mara_runtime.engines.machine import free_memory
@@ -29,9 +31,12 @@ def bundle_bytes(numbers: int, options: ExportOptions) -> int:
     return math.ceil(numbers * (quantisation.bits / 8 + scales))
 
 
-def check_space(source: ModelSource, bundles: Sequence[tuple[ExportOptions, Path]]) -> None:
-    """Reject bundles for which there is clearly not enough disk or memory here. Raises ModelError."""
-    weights = _sizes(source.folder)
+def check_space(source: ModelSource, packing: Packing | None, bundles: Sequence[tuple[ExportOptions, Path]]) -> None:
+    """Reject bundles for which there is clearly not enough disk or memory here. Raises ModelError.
+
+    packing: of the checkpoint; None: its weights are floats.
+    """
+    weights = _sizes(source.folder, packing)
     needs: dict[int, int] = {}
     for options, out in bundles:
         place = next(folder for folder in (out, *out.parents) if folder.exists())
@@ -60,13 +65,12 @@ def check_space(source: ModelSource, bundles: Sequence[tuple[ExportOptions, Path
             )
 
 
-def _sizes(folder: Path) -> list[int]:
-    """Numbers in each weight of a checkpoint, by the heads of its files."""
-    sizes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # said at loading
-            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    return sizes
+def _sizes(folder: Path, packing: Packing | None) -> list[int]:
+    """Numbers in each weight of a checkpoint, by the heads of its files; none if they are damaged."""
+    with contextlib.suppress(SafetensorError, OSError):  # said at loading
+        stored = StoredWeights(folder, packing)
+        return [math.prod(stored.shape(name)) for name in stored]
+    return []
 
 
 def _gigabytes(size: int) -> str:

@@ -22,6 +22,7 @@ from mara_runtime.manifest import ENGINE_TARGETS
 from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
+    from mara_export.hf.packing import Packing
     from mara_export.hf.sources import ModelSource
     from mara_export.progress import Progress
 
@@ -92,16 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     arguments = from_args(ExportArguments, args)
-    exports = _exports(args)
+    exports = _exports(args)  # checked before anything is loaded
     if not arguments.build and not any(options.target in ENGINE_TARGETS for options in exports):
         raise OptionError(f"--no-build is for --target {' and '.join(ENGINE_TARGETS)}; leave it out")
     if not arguments.quiet:
         print("mara-export: loading PyTorch and transformers …", file=sys.stderr)
     with needs_extra("cpu,export", "the export"):
-        from mara_export.export import export_all, vet
+        from mara_export.export import export_all
         from mara_export.folder import require_free
-        from mara_export.hf.checkpoint import silence_transformers
+        from mara_export.hf.checkpoint import read_packing, silence_transformers
+        from mara_export.hf.packing import quantisation_of
         from mara_export.progress import Progress
+        from mara_export.tracing import vet
 
     silence_transformers()
     progress = Progress(arguments.quiet)
@@ -111,32 +114,45 @@ def _export(args: argparse.Namespace) -> None:
     agents = named_agents(arguments.agent, arguments.model)
     lora = None if arguments.lora is None else find_adapter(arguments.lora)
 
-    def folders(source: ModelSource) -> list[Path]:
+    def wanted(source: ModelSource) -> list[tuple[ExportOptions, Path]]:
+        packing = read_packing(source)
+        exports = _exports(args, packing)
+        for options in exports:
+            quantisation_of(options, packing)
         models = (source,) if lora is None else (source, lora)
         names = (*(each.name.rpartition("/")[2] for each in models), *(agent.name for agent in agents))
-        return _folders(arguments.out, exports, "-".join(names))
+        return list(zip(exports, _folders(arguments.out, exports, "-".join(names)), strict=True))
 
     def check_before_download(config_only: ModelSource) -> None:
         vet(config_only, agents, exports[0].max_context, exports[0].tracer, lora)
-        for folder in folders(config_only):
+        for _, folder in wanted(config_only):
             require_free(folder)
 
     source = find_model(arguments.model, check_before_download)
-    bundles = export_all(source, agents, list(zip(exports, folders(source), strict=True)), progress, lora)
-    for bundle, options in zip(bundles, exports, strict=True):
+    pairs = wanted(source)
+    bundles = export_all(source, agents, pairs, progress, lora)
+    for bundle, (options, _) in zip(bundles, pairs, strict=True):
         missing = _build(bundle, options.target, arguments.build, progress)
         if not arguments.quiet:
             _report(bundle, options.target, missing)
 
 
-def _exports(args: argparse.Namespace) -> list[ExportOptions]:
-    """The options of each bundle. Of several, options of quantisation apply to those that are quantised."""
+def _exports(args: argparse.Namespace, packing: Packing | None = None) -> list[ExportOptions]:
+    """The options of each bundle. Of several, options of quantisation apply to those that are quantised.
+
+    packing: of the checkpoint, as far as it is known.
+    """
     precisions = values_of(ExportOptions, "precision", args)
-    unquantised = {"block_size": None, "quantiser": "", "keep": ()} if any(p in BITS for p in precisions) else {}
-    return [
-        from_args(ExportOptions, args, target=target, precision=precision, **({} if precision in BITS else unquantised))
+    pairs = [
+        (target, precision or (packing.default_precision(target) if packing is not None else ""))
         for target in values_of(ExportOptions, "target", args)
         for precision in precisions
+    ]
+    quantised = any(precision in BITS for _, precision in pairs)
+    unquantised = {"block_size": None, "quantiser": "", "keep": ()} if quantised else {}
+    return [
+        from_args(ExportOptions, args, target=target, precision=precision, **({} if precision in BITS else unquantised))
+        for target, precision in pairs
     ]
 
 

@@ -17,7 +17,7 @@ from mara_deploy.files import fingerprint
 from mara_deploy.prompts import Asked, messages
 from mara_deploy.scores.base import ScoreError, shown
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import load_weights, read_config
+from mara_export.hf.checkpoint import load_weights, read_config, read_packing
 from mara_export.hf.sources import ModelSource, is_hub_id, local_path, resolve_model
 from mara_export.hf.tokenizer import load_tokenizer, render_chat
 
@@ -177,6 +177,8 @@ def _position_limit(model: Any) -> int | None:
 def _load_classifier(source: ModelSource, device: str) -> Any:
     """Load a model. Raises ScoreError for missing weights, which transformers would initialise at random."""
     config = read_config(source)
+    if (packing := read_packing(source)) is not None:
+        raise ScoreError(f"{source.name} is quantised ({packing.method}), which scores are not: name one of floats")
     options: dict[str, Any] = {}
     if any(name.endswith("ForScore") for name in config.architectures or []):
         options["key_mapping"] = _SAFE_RLHF_HEAD

@@ -26,7 +26,7 @@ from mara_export.hf.lora import read_adapter
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.supported import check_supported
 from mara_export.hf.tokenizer import load_tokenizer, template_checksum
-from mara_export.hf.weights import Weights, empty_model
+from mara_export.hf.weights import Weights
 from mara_runtime.errors import PromptError
 from mara_runtime.manifest import adapted_name
 from mara_runtime.training import Training
@@ -156,7 +156,7 @@ def open_task(
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError(f"{source.name} has no tokenizer, which training requires: add its tokenizer.json")
-    adapter = None if lora is None else read_adapter(lora, empty_model(model_config), source.name)
+    adapter = None if lora is None else read_adapter(lora, source, model_config)
     for doubt in () if adapter is None else adapter.doubts(source.name, tokenizer):
         notify(f"note: {doubt}")
     tokens = [encode(prompt.asked, tokenizer, source.name, template=template) for prompt in prompts]

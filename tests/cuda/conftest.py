@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.demo import export_demo
-from mara_export.export import Traced, finish
+from mara_export.export import finish
 from mara_export.options import ExportOptions
+from mara_export.tracing import Traced
 from tests.cuda.fake import FakeCuda, why_not
 from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT, agent, agent_file, checkpoint, reference, traced
 

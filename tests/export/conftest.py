@@ -28,10 +28,11 @@ from mara_deploy.demo import MODEL_FOLDER, NAME, demo_agent, demo_model
 from mara_deploy.demo.prompts import prompts
 from mara_deploy.scores import load
 from mara_deploy.scores.function import load_function
-from mara_export.export import NamedAgent, Traced, finish, trace
+from mara_export.export import NamedAgent, finish
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
 from mara_export.targets import LOWERINGS
+from mara_export.tracing import Traced, trace
 from mara_runtime import AlignedDecoder
 from tests import checkpoints, oracle
 from tests.export.following import Tally

@@ -101,11 +101,6 @@ def test_a_supported_configuration_has_its_context(model, asked, context) -> Non
             for key in ("rope_type", "type")
             for kind in ("proportional", "mrope")
         ),
-        (
-            config(LlamaConfig, quantization_config={"quant_method": "gptq", "bits": 4}),
-            None,
-            ("quantised already (gptq)",),
-        ),
         (config(LlamaConfig), 513, ("--max-context is 513", "at most 512")),
         (
             config(Phi3Config, LONGROPE, original_max_position_embeddings=64, pad_token_id=0),

@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "fp8, said": (
         "llama",
         configured(quantization_config={"quant_method": "fp8"}),
-        r"quantised already \(fp8\): export",
+        r"quantised already \(fp8\); read as they are: awq, .*: export",
     ),
     "quantised by MLX": ("llama", configured(quantization={"bits": 4}), r"quantised already \(quantization\)"),
     "not a number": ("qwen2", weights(not_a_number), "not finite in transformers, too"),

@@ -22,10 +22,11 @@ import torch
 
 from mara_deploy.agent import untrained
 from mara_deploy.demo.__main__ import main as demo_main
-from mara_export.export import export, export_all, finish, trace
+from mara_export.export import export, export_all, finish
 from mara_export.hf.sources import ModelSource, resolve_model
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress
+from mara_export.tracing import trace
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import BundleError, MaraError, OptionError
 from tests import checkpoints
@@ -297,7 +298,7 @@ def test_other_configurations_pass_the_gate(tmp_path, architecture, tie, config)
 
 
 def test_answers_end_at_the_tokens_of_the_model_and_of_eos(checkpoint, agent, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("mara_export.export.end_of_turn", lambda _: (7, "<seven>"))
+    monkeypatch.setattr("mara_export.tracing.end_of_turn", lambda _: (7, "<seven>"))
     source, pad = resolve_model(str(checkpoint("qwen2"))), checkpoints.SPECIAL_TOKENS["<pad>"]
     (tmp_path / "trace").mkdir()
     options = {"gate": False, "eos": ("<pad>", "</s>"), "progress": Progress()}

@@ -21,17 +21,19 @@ from mara_deploy.train.config import RECIPES
 from mara_deploy.train.policy import agent_policy
 from mara_deploy.train.task import open_task
 from mara_export.errors import ModelError, ParityError
-from mara_export.export import finish, trace
+from mara_export.export import finish
 from mara_export.hf.checkpoint import load_config, load_model
 from mara_export.hf.lora import Adapter, read_adapter
 from mara_export.hf.sources import ModelSource, resolve_adapter
-from mara_export.hf.weights import Weights, empty_model
+from mara_export.hf.weights import Weights
 from mara_export.options import ExportOptions
 from mara_export.parity.reference import run_reference
 from mara_export.progress import Progress
+from mara_export.tracing import trace
 from tests import checkpoints, oracle
 from tests.adapters import make_adapter
 from tests.export.conftest import REVISION, edit_json
+from tests.packings import Kind, pack
 
 WEIGHTS = "adapter_model.safetensors"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -66,7 +68,7 @@ def adapter(checkpoint, tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
 
 
 def read(base: Path, folder: Path) -> Adapter:
-    return read_adapter(source(folder), empty_model(load_config(source(base))), base.name)
+    return read_adapter(source(folder), source(base), load_config(source(base)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -258,6 +260,13 @@ def test_tensors_that_do_not_fit_are_refused_by_name(copied, case) -> None:
     save_file(state, folder / WEIGHTS)
     with pytest.raises(ModelError, match=f"^tuned.*{named}"):
         read(base, folder)
+
+
+def test_adapters_of_quantised_models_are_refused(copied, tmp_path) -> None:
+    base, folder = copied
+    packed = pack(base, tmp_path / "packed", Kind("awq"))
+    with pytest.raises(ModelError, match=r"^packed is quantised \(awq\), and the adapter tuned is merged into floats"):
+        read(packed, folder)
 
 
 def test_folders_without_an_adapter_are_refused(copied, checkpoint) -> None:

@@ -22,9 +22,10 @@ from mara_deploy import agent as agents
 from mara_deploy import memory
 from mara_deploy.commands.memory import find, of_bundle, parser
 from mara_deploy.memory import Setting, estimate
-from mara_export.export import Traced, finish, trace
+from mara_export.export import finish
 from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
+from mara_export.tracing import Traced, trace
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import open_engine
 from mara_runtime.engines.ort_banks import CpuMemory

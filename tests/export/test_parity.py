@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from mara_export import parity
 from mara_export.errors import ParityError
-from mara_export.export import export, finish, trace
+from mara_export.export import export, finish
 from mara_export.hf import checkpoint as hf_checkpoint
 from mara_export.hf.sources import ModelSource, resolve_model
 from mara_export.options import ExportOptions
 from mara_export.parity import reference
 from mara_export.parity.compare import RANKS
+from mara_export.tracing import trace
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.base import Pass, StepOutput
 from mara_runtime.engines.ort_cpu import CpuEngine

@@ -14,7 +14,7 @@ import transformers
 
 from mara_export import parity
 from mara_export.errors import ModelError, ParityError
-from mara_export.export import export_all, finish, trace
+from mara_export.export import export_all, finish
 from mara_export.graph import decomposed, ort, step, traced
 from mara_export.graph.trace import choose_tracer
 from mara_export.hf.sources import resolve_model
@@ -24,6 +24,7 @@ from mara_export.parity.miniature import WINDOW, miniature
 from mara_export.parity.structure import PROMPTS, StructuralGate, judge, trace_miniature
 from mara_export.progress import Progress
 from mara_export.targets import LOWERINGS
+from mara_export.tracing import trace
 from mara_runtime.errors import OptionError
 from tests import families
 from tests.checkpoints import named

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from mara_export.export import Traced, finish, trace
+from mara_export.export import finish
 from mara_export.graph.trace import trace_llm
 from mara_export.hf.sources import resolve_model
 from mara_export.hf.weights import Weights
@@ -28,6 +28,7 @@ from mara_export.options import ExportOptions
 from mara_export.parity import NAMES, Rows, run_reference
 from mara_export.progress import Progress
 from mara_export.targets import LOWERINGS
+from mara_export.tracing import Traced, trace
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines import ort_memory
 from mara_runtime.engines.base import Pass, StepOutput

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from mara_export.errors import ModelError
-from mara_export.export import Traced, finish, trace
+from mara_export.export import finish
 from mara_export.graph import probes
 from mara_export.graph import trace as tracing
 from mara_export.graph.nodes import ATTENTION, DOMAIN, LINEAR, NORM, ROTARY, TABLE
@@ -33,6 +33,7 @@ from mara_export.graph.seam import Seam
 from mara_export.hf.families import decoder_sizes
 from mara_export.hf.sources import resolve_model
 from mara_export.options import ExportOptions
+from mara_export.tracing import Traced, trace
 from mara_runtime.errors import OptionError
 from mara_runtime.tensors import CacheGroup
 from tests import checkpoints, families

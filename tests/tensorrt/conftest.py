@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from mara_export.export import Traced, finish
+from mara_export.export import finish
 from mara_export.options import ExportOptions
 from mara_export.tensorrt.build import BuildOptions, build
+from mara_export.tracing import Traced
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import MaraError
 from tests.export.conftest import agent, agent_file, checkpoint, command, reference, traced

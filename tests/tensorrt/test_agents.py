@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from mara_deploy import agent as agents
 from mara_export.agents import NamedAgent, add_agent
-from mara_export.export import Traced, finish
+from mara_export.export import finish
 from mara_export.options import BuildOptions, ExportOptions
 from mara_export.tensorrt.build import build
+from mara_export.tracing import Traced
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import DecodeConfig
 from mara_runtime.decoder import AlignedDecoder

@@ -23,6 +23,7 @@ from mara_export.graph.nodes import (
     replace,
     replace_node,
 )
+from mara_export.graph.packed import Packed, packed_of
 from mara_export.graph.weights import lazy, read
 
 _JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
@@ -31,10 +32,11 @@ _JOINED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"):
 def join_projections(graph: ir.Graph, context: GraphContext) -> None:
     """Multiply a value by all its matrices at once. What is concatenated again after them is not split."""
     add = Builder(graph, "joined")
-    groups: dict[tuple[ir.Value | None, bool], list[tuple[ir.Node, ir.Node | None]]] = {}
+    groups: dict[tuple[ir.Value | None, bool, int], list[tuple[ir.Node, ir.Node | None]]] = {}
     for node in matrix_products(graph):
-        bias = _bias(node)
-        groups.setdefault((node.inputs[0], bias is None), []).append((node, bias))  # a bias joins biases only
+        bias, packed = _bias(node), packed_of(node.inputs[1])
+        blocks = 0 if packed is None else packed.block_size
+        groups.setdefault((node.inputs[0], bias is None, blocks), []).append((node, bias))  # a bias joins biases only
     for group in groups.values():
         if len(group) == 1:
             continue
@@ -69,7 +71,11 @@ def _join(
 
     matrices = [product.inputs[1] for product in products]
     columns = [dims(matrix)[1] for matrix in matrices]
-    weight = _concatenated(f"{name}/weight", (dims(matrices[0])[0], sum(columns)), matrices)
+    packed = [found for matrix in matrices if (found := packed_of(matrix)) is not None]
+    if packed:
+        weight = Packed.joined(packed).tensor(f"{name}/weight")
+    else:
+        weight = _concatenated(f"{name}/weight", (dims(matrices[0])[0], sum(columns)), matrices)
     result = add("MatMul", products[0].inputs[0], add.initializer(weight), out=f"{name}/product", name=f"{name}/MatMul")
     vectors = [next(filter(is_weight, bias.inputs)) for bias in biases if bias is not None]
     if vectors:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mara_export.options import ExportOptions
+from mara_export.options import ExportOptions, Quantisation
 from mara_export.progress import Progress
 from mara_runtime import tensors
 from mara_runtime.tensors import ModelShape
@@ -43,6 +43,8 @@ class GraphContext:
     agents: Path
     """the agents' traced graph"""
     progress: Progress
+    quantisation: Quantisation | None = None
+    """as the options ask for it and the checkpoint is; None: weights stay floats"""
 
 
 GraphPass = Callable[[ir.Graph, GraphContext], None]

@@ -42,6 +42,7 @@ from mara_export.graph.nodes import (
     put_together,
     replace_node,
 )
+from mara_export.graph.packed import packed_of
 from mara_export.graph.portable import rms_norms, rotary_attributes, rotary_embedding
 from mara_export.graph.quantise import quantise
 from mara_export.graph.weights import lazy, read
@@ -240,6 +241,9 @@ class _GroupedAttention:
         output = readers[0] if len(readers) == 1 and readers[0].op_type == "MatMul" else None
         if product is None or output is None or not is_weight(output.inputs[1]):
             return False
+        packed = packed_of(output.inputs[1])
+        if packed is not None and not packed.can_swap(heads):
+            return False
         self._swap_weight(product, 1, 1, heads)
         if bias is not None:
             self._swap_weight(bias, next(i for i, value in enumerate(bias.inputs) if is_weight(value)), 0, heads)
@@ -269,13 +273,16 @@ class _GroupedAttention:
         """Let a node read a weight with the heads of one axis in the order (groups, kv_heads)."""
         weight = node.inputs[index]
         assert weight is not None
-        sizes, tensor = dims(weight), weight.const_value
-        apart = [*sizes[:axis], heads.kv, heads.groups, heads.size, *sizes[axis + 1 :]]
-        swapped = lazy(
-            f"{weight.name}/grouped/{axis}",
-            sizes,
-            lambda: np.ascontiguousarray(np.swapaxes(read(tensor).reshape(apart), axis, axis + 1)).reshape(sizes),
-        )
+        sizes, tensor, packed = dims(weight), weight.const_value, packed_of(weight)
+        apart, name = [*sizes[:axis], heads.kv, heads.groups, heads.size, *sizes[axis + 1 :]], f"{weight.name}/grouped"
+        if packed is not None:
+            swapped = packed.with_heads_swapped(1 - axis, heads).tensor(f"{name}/{axis}")
+        else:
+            swapped = lazy(
+                f"{name}/{axis}",
+                sizes,
+                lambda: np.ascontiguousarray(np.swapaxes(read(tensor).reshape(apart), axis, axis + 1)).reshape(sizes),
+            )
         node.replace_input_with(index, self._add.initializer(swapped))
 
 

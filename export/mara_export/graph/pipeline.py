@@ -24,10 +24,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mara_export.errors import ModelError
 from mara_export.graph import decomposed, ort, portable, traced
 from mara_export.graph.nodes import GraphContext, GraphPass, Tables
+from mara_export.graph.packed import keep_integers
 from mara_export.graph.precision import narrow, store_float16
 from mara_export.graph.seam import INPUTS
 from mara_export.graph.step import join_agents
 from mara_export.graph.weights import fill, load, save, tie_head
+from mara_export.hf.packing import quantisation_of
 from mara_export.hf.weights import Weights
 from mara_export.options import ExportOptions
 from mara_export.progress import Progress, no_logs
@@ -70,11 +72,14 @@ def passes(options: ExportOptions) -> Iterator[tuple[str, tuple[GraphPass, ...]]
 def write(trace: TracedGraph, options: ExportOptions, path: Path, progress: Progress) -> None:
     """Make the step graph for one set of options and write it to `path`. Raises MaraError."""
     tables, max_context = _tables(trace, options), options.max_context or trace.max_context
-    context = GraphContext(trace.shape, tables, max_context, options, trace.agents, progress)
+    quantisation = quantisation_of(options, trace.weights.packing)
+    context = GraphContext(trace.shape, tables, max_context, options, trace.agents, progress, quantisation)
     with no_logs(logging.INFO):  # onnx-ir and ONNX Runtime's quantisers report every step
         model = load(trace.llm)
         graph = model.graph
         fill(graph, [*INPUTS], trace.weights)
+        if quantisation is not None and quantisation.packed:
+            keep_integers(graph, trace.weights, quantisation.block_size)
         graph.opset_imports.clear()
         graph.opset_imports.update(LOWERINGS[options.lowering].OPSETS)
         for stage, steps in passes(options):

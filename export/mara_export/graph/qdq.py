@@ -13,7 +13,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mara_export.graph.nodes import Builder, GraphContext, dims, matrix_products
+from mara_export.graph.packed import packed_of
 from mara_export.graph.weights import read
+from mara_export.hf.packed import PackedMatrix
 from mara_export.options import ExportOptions, Quantisation
 from mara_export.targets import COLUMN, TARGETS
 from mara_runtime.errors import OptionError
@@ -28,28 +30,38 @@ def quantise_qdq(graph: ir.Graph, context: GraphContext) -> None:
 
     Raises OptionError for a `keep` that matches nothing, and for blocks that do not divide a matrix.
     """
-    quantisation = context.options.quantisation
+    quantisation = context.quantisation
     assert quantisation is not None
     matrices = matrix_products(graph)
     quantisation.check_keep([str(node.name) for node in matrices])
     matrices = [node for node in matrices if not quantisation.keeps(str(node.name))]
-    check_blocks({str(node.name): dims(node.inputs[1])[0] for node in matrices}, context.options)
+    check_blocks({str(node.name): dims(node.inputs[1])[0] for node in matrices}, context.options, quantisation)
     by_column = quantisation.block_size == COLUMN
-    blocks: dict[str, int] = {"axis": 1} if by_column else {"axis": 0, "block_size": quantisation.block_size}
     add = Builder(graph, "qdq")
     dequantised: dict[ir.Value, ir.Value] = {}
     for node in context.progress.parts(matrices):
         weight = node.inputs[1]
         assert weight is not None
         if weight not in dequantised:
-            integers, scales = quantise_matrix(read(weight), quantisation)
-            name, dtype = f"{weight.name}_int{quantisation.bits}", _DTYPES[quantisation.bits]
-            stored = add.initializer(ir.Tensor(integers.astype(dtype.numpy()), dtype=dtype, name=name))
+            packed, name, dtype = packed_of(weight), str(weight.name), _DTYPES[quantisation.bits]
+            if packed is None:
+                integers, scales = quantise_matrix(read(weight), quantisation)
+                zeros = None
+            else:
+                integers, scales, zeros = as_signed(packed.read(), by_column)
+            parts = [
+                add.initializer(ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=f"{name}_{part}"))
+                for part, array in ((f"int{quantisation.bits}", integers), ("zero_points", zeros))
+                if array is not None
+            ]
+            size = dims(weight)[0] // len(scales)
+            blocks: dict[str, int] = {"axis": 1} if by_column else {"axis": 0, "block_size": size}
             dequantised[weight] = add(
                 "DequantizeLinear",
-                stored,
-                add.weight(f"{weight.name}_scale", scales),
-                out=f"{weight.name}_dequantised",
+                parts[0],
+                add.weight(f"{name}_scale", scales),
+                *parts[1:],
+                out=f"{name}_dequantised",
                 name=f"{node.name}/dequantise",
                 **blocks,
             )
@@ -58,13 +70,13 @@ def quantise_qdq(graph: ir.Graph, context: GraphContext) -> None:
         graph.opset_imports[""] = max(graph.opset_imports[""], _BLOCK_OPSET)
 
 
-def check_blocks(inputs: dict[str, int], options: ExportOptions) -> None:
+def check_blocks(inputs: dict[str, int], options: ExportOptions, quantisation: Quantisation) -> None:
     """Raise OptionError, naming block sizes that fit, where blocks do not divide a matrix.
 
     inputs: rows of each matrix, by its node's name.
     """
-    size, target = options.block_size, TARGETS[options.target]
-    if size is None or size == COLUMN:
+    size, target = quantisation.block_size, TARGETS[options.target]
+    if size == COLUMN:
         return
     odd = next((name for name, rows in inputs.items() if rows % size), None)
     if odd is None:
@@ -80,6 +92,19 @@ def check_blocks(inputs: dict[str, int], options: ExportOptions) -> None:
             f"model: use --precision {' or '.join(reversed(others))}"
         )
     raise OptionError(f"--block-size is {size}, which does not divide the {inputs[odd]} inputs of {odd}: {remedy}")
+
+
+def as_signed(
+    matrix: PackedMatrix, by_column: bool
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.int8] | None]:
+    """A matrix that is small integers already: integers (K, N), scales and zero points (blocks, N); by column (N,)."""
+    least = 1 << matrix.bits - 1
+
+    def signed(numbers: NDArray[np.uint8]) -> NDArray[np.int8]:
+        return np.ascontiguousarray((numbers.astype(np.int16) - least).astype(np.int8).T)
+
+    zeros, scales = matrix.zero_points, np.ascontiguousarray(matrix.scales.T)
+    return signed(matrix.integers), scales[0] if by_column else scales, None if zeros is None else signed(zeros)
 
 
 def quantise_matrix(

@@ -31,7 +31,9 @@ from mara_export.graph.nodes import (
     matrix_products,
     replace_node,
 )
+from mara_export.graph.packed import packed_of
 from mara_export.graph.weights import read
+from mara_export.hf.packed import PackedMatrix
 from mara_export.options import Quantisation
 from mara_runtime.errors import OptionError, first_line
 
@@ -53,7 +55,7 @@ def quantise(graph: ir.Graph, context: GraphContext) -> None:
 
     Raises OptionError for a `keep` that matches nothing and for a matrix that the quantiser cannot take.
     """
-    quantisation = context.options.quantisation
+    quantisation = context.quantisation
     assert quantisation is not None
     tables = _embeddings(graph)
     matrices, experts = matrix_products(graph), [node for node in graph if node.op_type == MOE]
@@ -87,9 +89,9 @@ def _embeddings(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _quantise_matrix(add: Builder, node: ir.Node, quantisation: Quantisation) -> None:
-    weight, name = node.inputs[1], str(node.name)
+    weight, name, packed = node.inputs[1], str(node.name), packed_of(node.inputs[1])
     assert weight is not None
-    blocks = quantise_blocks(read(weight), name, quantisation)
+    blocks = quantise_blocks(read(weight), name, quantisation) if packed is None else as_blocks(packed.read())
     stored = _stored(add, weight, blocks.arrays)
     out = f"{name}/product"
     product = add("MatMulNBits", node.inputs[0], *stored, out=out, name=name, domain=MICROSOFT, **blocks.attributes)
@@ -152,6 +154,25 @@ def _quantise_table(add: Builder, node: ir.Node, quantisation: Quantisation) -> 
 def _stored(add: Builder, weight: ir.Value, arrays: Sequence[NDArray[Any]]) -> list[ir.Value]:
     parts = ("quantised", "scales", "zero_points")
     return [add.weight(f"{weight.name}_{part}", array) for part, array in zip(parts, arrays, strict=False)]
+
+
+def as_blocks(matrix: PackedMatrix) -> Blocks:
+    """A matrix that is small integers already."""
+    (rows, columns), size, bits = matrix.integers.shape, matrix.block_size, matrix.bits
+    arrays: list[NDArray[Any]] = [_in_bytes(matrix.integers.reshape(rows, -1, size), bits), matrix.scales]
+    if matrix.zero_points is not None:
+        arrays.append(_in_bytes(matrix.zero_points, bits))
+    return Blocks({"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 4}, arrays)
+
+
+def _in_bytes(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Numbers of 4 bits two by two along the last axis, the first one low, the last of an odd count alone."""
+    if bits == 8:
+        return numbers
+    low: NDArray[np.uint8] = numbers[..., ::2].copy()
+    high = numbers[..., 1::2]
+    low[..., : high.shape[-1]] |= high << 4
+    return low
 
 
 def quantise_blocks(matrix: NDArray[Any], name: str, quantisation: Quantisation) -> Blocks:

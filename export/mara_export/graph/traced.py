@@ -34,6 +34,7 @@ from mara_export.graph.nodes import (
     produced_by,
     replace_node,
 )
+from mara_export.graph.packed import packed_of
 from mara_export.graph.probes import said_once
 from mara_export.graph.weights import lazy, read
 from mara_runtime import tensors
@@ -69,7 +70,8 @@ def linear_maps(graph: ir.Graph, context: GraphContext) -> None:
         tensor, path = weight.const_value, str(node.name).rpartition("/")[0]
         assert tensor is not None
         count, size = tensor.shape.numpy()
-        transposed = _transposed(f"{weight.name}/transposed", (size, count), tensor)
+        name, packed = f"{weight.name}/transposed", packed_of(weight)
+        transposed = _transposed(name, (size, count), tensor) if packed is None else packed.tensor(name)
         result = add("MatMul", x, add.initializer(transposed), out=f"{path}/product", name=f"{path}/MatMul")
         if bias:
             result = add("Add", result, bias[0], out=f"{path}/sum", name=f"{path}/Add")

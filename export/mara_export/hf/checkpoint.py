@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
@@ -13,14 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
+from mara_export.hf.packed import StoredWeights
+from mara_export.hf.packing import Packing, packing_of
 from mara_export.hf.rope import check_rope, complete_rope, kept_together, missing_rope
 from mara_export.hf.sources import ModelSource
-from mara_export.hf.weights import empty_model, placement, stored_in
+from mara_export.hf.weights import empty_model, fill_model, placement
 from mara_runtime.errors import OptionError, first_line
 from mara_runtime.files import read_file
 
@@ -64,13 +65,17 @@ def load_weights(kind: Any, source: ModelSource, **options: Any) -> tuple[Any, M
     options |= {"output_loading_info": True, "use_safetensors": True}  # never a pickle
     model, loading = from_pretrained(kind, source, ignore_mismatched_sizes=True, **options)
     mismatched = sorted(key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])  # 5 adds shapes
-    if mismatched:
-        expected = [*model.get_parameter(mismatched[0]).shape]
-        raise ModelError(
-            f"{source.name} cannot be loaded: size mismatch for {some(mismatched)}: {expected} by config.json, which "
-            "is not as it is stored"
-        )
+    _check_shapes(source, {name: [*model.get_parameter(name).shape] for name in mismatched})
     return model, loading
+
+
+def _check_shapes(source: ModelSource, mismatched: Mapping[str, list[int]]) -> None:
+    """Reject weights of other shapes. mismatched: those by config.json."""
+    if mismatched:
+        raise ModelError(
+            f"{source.name} cannot be loaded: size mismatch for {some([*mismatched])}: "
+            f"{next(iter(mismatched.values()))} by config.json, which is not as it is stored"
+        )
 
 
 def _check_folder(source: ModelSource) -> None:
@@ -126,10 +131,10 @@ def load_config(source: ModelSource) -> Any:
 
 def read_config(source: ModelSource) -> Any:
     """The configuration of a model of any architecture, saved by any transformers. Raises ModelError."""
-    values = read_json(source.folder / "config.json")
-    said = values if isinstance(values, dict) else {}  # anything else is refused in a moment
+    said = _said(source)
     check_rope(said, source.name)
-    config = from_pretrained(AutoConfig, source)
+    read_packing(source)
+    config = _config(source)
     complete_rope(config, said, source.name)
     if (source.folder / _GENERATION).is_file() and "eos_token_id" not in said:
         config.eos_token_id = None  # not the default of its class
@@ -142,9 +147,36 @@ def reference_config(source: ModelSource) -> Any:
     What only transformers 5 says is handed over to version 4 under its old name; a value under that name stays. Raises
     ModelError.
     """
-    config = from_pretrained(AutoConfig, source)
-    missing = {} if kept_together(config) else missing_rope(read_json(source.folder / "config.json") or {})
-    return from_pretrained(AutoConfig, source, **missing) if missing else config
+    config = _config(source)
+    missing = {} if kept_together(config) else missing_rope(_said(source))
+    return _config(source, **missing) if missing else config
+
+
+def read_packing(source: ModelSource) -> Packing | None:
+    """How a checkpoint's matrices are packed; None: they are not. Raises ModelError for what is not read."""
+    return packing_of(_said(source), source.name)
+
+
+def open_stored(source: ModelSource) -> StoredWeights:
+    """The weights in a checkpoint's files. Raises ModelError, also for a file that is damaged."""
+    try:
+        return StoredWeights(source.folder, read_packing(source))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{source.name} cannot be loaded: {_why(error, source)}") from error
+
+
+def _said(source: ModelSource) -> dict[str, Any]:
+    """What config.json says; nothing if it is no JSON object, which transformers refuses."""
+    values = read_json(source.folder / "config.json")
+    return values if isinstance(values, dict) else {}
+
+
+def _config(source: ModelSource, **values: Any) -> Any:
+    """As transformers reads it, of a model of floats: packed matrices are not its affair."""
+    config = from_pretrained(AutoConfig, source, **values)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def load_model(
@@ -163,31 +195,14 @@ def load_model(
     weights, which it would ignore. Raises ModelError, and OptionError for a pattern that no surplus weight has.
     """
     _check_generation_config(source)
-    _check_quantised(source)
-    options: dict[str, Any] = {
-        "config": read_config(source) if config is None else config,
-        "dtype": dtype,
-        "attn_implementation": attention,
-    }
-    expected: set[str] = set()
-    on_disk: set[str] = set()
-    if streamed is not None:
-        empty = empty_model(options["config"])
-        places, expected = placement(empty), {name for name, _ in empty.named_parameters()}
-        options |= {"device_map": places, "offload_folder": str(streamed)}
-        on_disk = {name for name, device in places.items() if device == "disk"}
-    try:
-        model, loading = load_weights(AutoModelForCausalLM, source, **options)
-    except ModelError as error:
-        if _NO_VALUE in str(error) and (absent := expected - {*stored_in(source.folder)}):
-            raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(sorted(absent))}") from error
-        raise
-    unread = [  # tied to a missing one
-        name for name, weight in model.named_parameters() if weight.is_meta and name.rpartition(".")[0] not in on_disk
-    ]
-    if missing := sorted({*loading["missing_keys"], *unread}):
+    config = read_config(source) if config is None else config
+    stored = open_stored(source)
+    _check_floats(source, stored)
+    load = _load_floats if stored.packing is None else _load_packed
+    model, missing, surplus = load(source, stored, config, attention, dtype, streamed)
+    if missing:
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(missing)}")
-    surplus = sorted(key for key in loading["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    surplus = [key for key in surplus if not key.endswith("rotary_emb.inv_freq")]
     for pattern in ignore_weights:
         if not fnmatch.filter(surplus, pattern):
             has = f"those of {source.name} are {some(surplus)}" if surplus else f"{source.name} has none"
@@ -197,40 +212,77 @@ def load_model(
             f"{source.name} has weights that {model.config.model_type} has no place for: {some(unknown)}; leave out "
             f"those that it works without, a value head say, with --ignore-weights '{unknown[0].partition('.')[0]}*'"
         )
-    _check_head(source, model)
+    _check_head(source, stored, model)
     return model.eval()
 
 
-def _check_head(source: ModelSource, model: Any) -> None:
+_Loaded = tuple[Any, list[str], list[str]]
+"""A model, and the names of missing and of surplus weights."""
+
+
+def _load_floats(
+    source: ModelSource, stored: StoredWeights, config: Any, attention: str, dtype: torch.dtype, streamed: Path | None
+) -> _Loaded:
+    """By transformers."""
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    expected: set[str] = set()
+    on_disk: set[str] = set()
+    if streamed is not None:
+        empty = empty_model(config)
+        places, expected = placement(empty), {name for name, _ in empty.named_parameters()}
+        options |= {"device_map": places, "offload_folder": str(streamed)}
+        on_disk = {name for name, device in places.items() if device == "disk"}
+    try:
+        model, loading = load_weights(AutoModelForCausalLM, source, **options)
+    except ModelError as error:
+        if _NO_VALUE in str(error) and (absent := expected - {*stored}):
+            return None, sorted(absent), []
+        raise
+    unread = [  # tied to a missing one
+        name for name, weight in model.named_parameters() if weight.is_meta and name.rpartition(".")[0] not in on_disk
+    ]
+    return model, sorted({*loading["missing_keys"], *unread}), sorted(loading["unexpected_keys"])
+
+
+def _load_packed(
+    source: ModelSource, stored: StoredWeights, config: Any, attention: str, dtype: torch.dtype, streamed: Path | None
+) -> _Loaded:
+    """As the floats that packed matrices stand for, which transformers leaves to kernels for GPUs."""
+    model = empty_model(config, attention, dtype)
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in wanted}
+    shapes = {name: wanted[name] for name in sorted(own & {*stored})}
+    _check_shapes(source, {name: [*shape] for name, shape in shapes.items() if stored.shape(name) != shape})
+    fill_model(model, stored, in_memory=streamed is None)
+    if (source.folder / _GENERATION).is_file():
+        model.generation_config = from_pretrained(GenerationConfig, source)
+    surplus = sorted(name for name in stored if name not in wanted and not stored.is_idle(name))
+    return model, sorted(own - {*stored}), surplus
+
+
+def _check_head(source: ModelSource, stored: StoredWeights, model: Any) -> None:
     """Reject a head of its own, or one alone, in a model whose configuration says that the head is the embedding."""
     table = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight is not table and not model.config.tie_word_embeddings:
         return
     (name,) = (name for name, weight in model.named_parameters() if weight is table)
-    names: set[str] = set()
-    for path in source.folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            names |= {*file.keys()}
-            if _HEAD in file.keys() and not torch.equal(file.get_tensor(_HEAD).to(table), table):  # noqa: SIM118
-                raise ModelError(
-                    f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set "
-                    "that to false, or remove the weight"
-                )
-    if _HEAD in names and not any(map(name.endswith, names)):  # transformers 5 takes the one for the other
+    if _HEAD in stored and not torch.equal(stored[_HEAD].to(table), table):
+        raise ModelError(
+            f"{source.name}: its {_HEAD} is not its embedding, though config.json has tie_word_embeddings: set that to "
+            "false, or remove the weight"
+        )
+    if _HEAD in stored and not any(map(name.endswith, stored)):  # transformers 5 takes the one for the other
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {name}")
 
 
-def _check_quantised(source: ModelSource) -> None:
-    """Reject weights that are stored as anything but floating-point numbers, with whatever scales beside them."""
-    for path in sorted(source.folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # said at loading
-            for name in file.keys():  # noqa: SIM118
-                stored = file.get_slice(name).get_dtype()
-                if name.endswith("weight") and stored not in _FLOATS:
-                    raise ModelError(
-                        f"{source.name} is quantised: its {name} is stored as {stored}; export the checkpoint that it "
-                        "was made from, in float16, bfloat16 or float32"
-                    )
+def _check_floats(source: ModelSource, stored: StoredWeights) -> None:
+    """Reject weights, but for packed ones, that are stored as anything but floating-point numbers."""
+    for name in stored:
+        if name.endswith("weight") and not stored.is_packed(name) and (dtype := stored.dtype(name)) not in _FLOATS:
+            raise ModelError(
+                f"{source.name} is quantised: its {name} is stored as {dtype}; export the checkpoint that it was made "
+                "from, in float16, bfloat16 or float32"
+            )
 
 
 def some(names: Sequence[str]) -> str:

@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mara_export.errors import ModelError
-from mara_export.hf.checkpoint import read_json, some
+from mara_export.hf.checkpoint import read_json, read_packing, some
 from mara_export.hf.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, is_hub_id
 from mara_export.hf.tokenizer import TEMPLATE_FILE
+from mara_export.hf.weights import empty_model
 from mara_runtime.bundle import sha256
 from mara_runtime.errors import first_line
 from mara_runtime.manifest import AdapterFacts
@@ -137,12 +138,17 @@ class Adapter:
         return tensor.float()
 
 
-def read_adapter(source: ModelSource, model: Any, name: str) -> Adapter:
-    """The adapter in a folder, if it is one of this model and can be merged exactly.
+def read_adapter(source: ModelSource, base: ModelSource, base_config: Any) -> Adapter:
+    """The adapter in a folder, if it is one of a model and can be merged exactly.
 
-    model: without weights, of the base's configuration; it is changed. name: of the base, for messages. Raises
-    ModelError.
+    base, base_config: the model, of which only the configuration is read. Raises ModelError.
     """
+    name, model = base.name, empty_model(base_config)
+    if (packing := read_packing(base)) is not None:
+        raise ModelError(
+            f"{name} is quantised ({packing.method}), and the adapter {source.name} is merged into floats: name the "
+            "checkpoint that it was made from"
+        )
     config = read_json(source.folder / ADAPTER_CONFIG)
     if not isinstance(config, dict):
         raise ModelError(f"{source.name}: its {ADAPTER_CONFIG} is not a JSON object: fetch or copy it again")

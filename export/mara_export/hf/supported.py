@@ -58,7 +58,6 @@ def check_supported(config: Any, name: str, max_context: int | None) -> int:
     own = getattr(config, "max_position_embeddings", None)
     if type(own) is not int or own < 1:
         raise ModelError(f"{name}: its config.json has max_position_embeddings = {own!r}; expected a positive integer")
-    _check_stored(config, name)
     _check_layers(config, name)
     _check_read(config, name)
     _check_rope(config, name)
@@ -96,16 +95,6 @@ def check_traceable(config: Any, name: str, tracer: str) -> None:
             f"--tracer is {tracer!r}; {name} is a mixture of experts ({experts} = {getattr(config, experts)}), which "
             "is traced with transformers 5 and --tracer torch only: pip install 'mara-deploy[export-torch]'"
         )
-
-
-def _check_stored(config: Any, name: str) -> None:
-    for key in ("quantization_config", "quantization"):  # the second is MLX's
-        if how := getattr(config, key, None):
-            method = str(how.get("quant_method", "")) if isinstance(how, dict) else ""
-            raise ModelError(
-                f"{name} is quantised already ({method or key}): export the checkpoint that it was made from, in "
-                "float16, bfloat16 or float32"
-            )
 
 
 def _check_layers(config: Any, name: str) -> None:

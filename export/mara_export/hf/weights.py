@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from accelerate.hooks import SequentialHook
-from accelerate.utils import align_module_device
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from accelerate.utils import PrefixedDataset, align_module_device
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from mara_export.hf.packed import PackedMatrix, StoredWeights
+from mara_export.hf.packing import Packing
 
 _SAMPLE = 256
 """Numbers of a weight in its model's fingerprint: training a weight changes nearly all of them."""
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: Any, attention: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
     """A causal LM of a configuration, in eval mode, whose weights are zeros that take no memory. Its buffers are real.
 
     What is traced.
     """
     with init_empty_weights():
         kind: Any = AutoModelForCausalLM
-        model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = kind.from_config(config, attn_implementation=attention, dtype=dtype)
     model.tie_weights()
     hollow: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, weight in [*module._parameters.items()]:
             if weight is not None:
                 if isinstance(module, torch.nn.Embedding):  # the system has pages for zeros that are read, not copied
-                    zeros = torch.from_numpy(np.zeros(weight.shape, np.float32))
+                    zeros = torch.from_numpy(np.zeros(weight.shape, np.float32)).to(weight.dtype)
                 else:
-                    zeros = torch.zeros(1).expand(weight.shape)
+                    zeros = torch.zeros(1, dtype=weight.dtype).expand(weight.shape)
                 module._parameters[name] = hollow.setdefault(id(weight), torch.nn.Parameter(zeros, requires_grad=False))
     return model.eval()
 
@@ -57,13 +58,22 @@ def placement(model: Any) -> dict[str, str]:
     return places | {name: "cpu" for names in owners.values() if len(names) > 1 for name in names}
 
 
-def stored_in(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint's tensors, by the names that they have there."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
-    return found
+def fill_model(model: Any, stored: StoredWeights, in_memory: bool) -> None:
+    """Give an `empty_model` its weights, as far as they are stored, in the model's own types.
+
+    in_memory: at once; False: as transformers streams them, each module reads its own whenever it runs.
+    """
+    streamed = set() if in_memory else {path for path, place in placement(model).items() if place == "disk"}
+    here = {
+        name: stored[name].to(weight.dtype)
+        for name, weight in model.state_dict().items()
+        if name in stored and name.rpartition(".")[0] not in streamed
+    }
+    model.load_state_dict(here, strict=False, assign=True)
+    model.tie_weights()
+    for path in sorted(streamed):
+        hook = AlignDevicesHook("cpu", offload=True, weights_map=PrefixedDataset(stored, f"{path}."))
+        add_hook_to_module(model.get_submodule(path), hook, append=True)
 
 
 class Adapted(Protocol):
@@ -83,12 +93,24 @@ class Weights:
     They are the model's as it is now: an adapter that is put into it later changes nothing here.
     """
 
-    def __init__(self, model: Any, folder: Path | None = None, adapter: Adapted | None = None) -> None:
-        """folder: of the checkpoint, which is quicker for the first numbers of a weight; adapter: to be merged."""
+    def __init__(self, model: Any, stored: StoredWeights | None = None, adapter: Adapted | None = None) -> None:
+        """stored: the checkpoint, which is quicker for the first numbers of a weight, and knows packed matrices;
+        adapter: to be merged.
+        """
         named = model.named_modules(remove_duplicate=False)
         self._modules = {name: module for name, module in named if module._parameters or module._buffers}
         self._shapes = {name: [*weight.shape] for name, weight in sorted(model.named_parameters())}
-        self._folder, self._adapter = folder, adapter
+        self._stored, self._adapter = stored, adapter
+
+    @property
+    def packing(self) -> Packing | None:
+        """How matrices of the checkpoint are packed; None: they are not."""
+        return None if self._stored is None else self._stored.packing
+
+    def packed(self, name: str) -> Callable[[], PackedMatrix] | None:
+        """What reads a matrix (N, K) as the checkpoint has it; None if it is floats."""
+        stored = self._stored
+        return partial(stored.packed, name) if stored is not None and stored.is_packed(name) else None
 
     def read(self, name: str) -> NDArray[Any]:
         """A weight by its name in the model; float32 if it is a floating-point one."""
@@ -115,20 +137,16 @@ class Weights:
 
         With an adapter, of those without it and of the adapter: the sum would depend on the precision.
         """
-        digest, stored = hashlib.sha256(), {} if self._folder is None else stored_in(self._folder)
+        digest = hashlib.sha256()
         for name, shape in self._shapes.items():
-            first = self._first(name, stored.get(name)).to("cpu", torch.bfloat16)
+            first = self._first(name).to("cpu", torch.bfloat16)
             digest.update(f"{name} {shape}".encode() + first.view(torch.int16).numpy().tobytes())
         if self._adapter is not None:
             digest.update(self._adapter.identity.encode())
         return digest.hexdigest()[:32]
 
-    def _first(self, name: str, path: Path | None) -> Tensor:
-        if path is not None:
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_slice(name)
-                if shape := stored.get_shape():
-                    some: Tensor = stored[: -(-_SAMPLE // max(math.prod(shape[1:]), 1))]
-                    return some.flatten()[:_SAMPLE].float()
+    def _first(self, name: str) -> Tensor:
+        if self._stored is not None and name in self._stored:
+            return self._stored.first(name, _SAMPLE)
         with self._here(name) as weight:
             return weight.flatten()[:_SAMPLE]
