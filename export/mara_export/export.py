@@ -20,11 +20,11 @@ from mara_export.hf.packing import quantisation_of
 from mara_export.hf.sources import ModelSource
 from mara_export.hf.tokenizer import write_tokenizer
 from mara_export.options import ExportOptions
+from mara_export.parity.parts import run_bundle
 from mara_export.progress import Progress
 from mara_export.space import check_space
 from mara_export.tracing import Traced, trace
 from mara_runtime.bundle import Bundle
-from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import GraphFacts, Manifest
 from mara_runtime.versions import installed
@@ -143,12 +143,7 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
     Raises ParityError where LLM or agents differ.
     """
     manifest, gate = bundle.manifest, parity.GATES[options.precision]
-    engine = CpuEngine(bundle)
-    engine.use([agent.name for agent in manifest.agents])
-    perturb = None if options.quantisation is None else parity.perturber(engine)
-    count = len(manifest.agents)
-    found = parity.run_engine(engine, reference.cases, count, perturb)
-    sides = [side for _, side in zip(progress.parts(reference.cases), found, strict=True)]
+    sides, parts = run_bundle(bundle, reference.cases, progress)
     in_float16 = options.cache == "float16"
     report = parity.compare(reference.cases, sides, gate, reference.largest_activation if in_float16 else None)
     failures, agents = list(report.failures), []
@@ -162,7 +157,9 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
             + "; ".join(failures)
             + "); nothing was written"
         )
-    return replace(manifest, agents=tuple(agents), parity=report.to_json(), noise=report.engine_noise)
+    return replace(
+        manifest, agents=tuple(agents), parity=report.to_json() | {"parts": parts}, noise=report.engine_noise
+    )
 
 
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:

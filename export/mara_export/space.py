@@ -55,14 +55,6 @@ def check_space(source: ModelSource, packing: Packing | None, bundles: Sequence[
             f"{source.name} needs about {_gigabytes(needed)} of memory to be exported, for its largest weight, and "
             f"{_gigabytes(memory)} are free"
         )
-    for options, out in bundles:
-        size = bundle_bytes(sum(weights), options)
-        if options.gate and size > memory:
-            raise ModelError(
-                f"the parity gate runs {out.name}, of about {_gigabytes(size)} in {options.precision}, in memory, of "
-                f"which {_gigabytes(memory)} are free: choose a smaller --precision, or leave the gate out with "
-                "--no-gate"
-            )
 
 
 def _sizes(folder: Path, packing: Packing | None) -> list[int]:

@@ -70,6 +70,14 @@ def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes:
     return report
 
 
+def read_model_parity(reader: JsonReader, path: str) -> Facts | None:
+    """The report of the LLM's parity gate; None: it was not run."""
+    report = read_parity(reader, path, MODEL_NUMBERS, MODEL_OUTCOMES)
+    if report is not None:
+        reader.count(f"{path}.parts")
+    return report
+
+
 def read_structure(reader: JsonReader, path: str) -> Facts | None:
     """The report of the structural gate; None: it was not run."""
     report = read_parity(reader, path, MODEL_NUMBERS, MODEL_OUTCOMES)

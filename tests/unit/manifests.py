@@ -53,7 +53,7 @@ def manifest_json(
         "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
-        "parity": parity_json(),
+        "parity": {"parts": 1, **parity_json()},
         "structure": {"layers": 2, "windows": [0, 16], **parity_json()},
         "noise": 0.0025,
         "files": {

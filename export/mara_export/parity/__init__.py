@@ -21,6 +21,8 @@ These level flips excuse nothing: the gate itself uses the noise of recomputed r
     rows.py       Rows, Side, Case: what is computed of a prompt, on one side and on both
     reference.py  Hugging Face's side
     engine.py     the engine's side (needs no torch: two engines are compared on devices, too)
+    parts.py      a bundle's graph, whole or in parts, in the engine (structure.py, miniature.py and this need more
+                  than devices have)
     compare.py    measures the differences, applies a Gate, and reports
 
 What short prompts and a model's own weights cannot show is the structural gate's (structure.py, miniature.py).
