@@ -30,6 +30,7 @@ TESTS = [
         "test_lora.py",
         "test_packed.py::test_a_packed_model_is_loaded_as_its_floats",
         "test_tokenizer.py",
+        "test_tokenizer_families.py",
         "test_trace_lower.py",
         "test_tracers.py",
         "test_train_packed.py",
