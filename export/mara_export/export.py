@@ -142,7 +142,8 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
 
     Raises ParityError where LLM or agents differ.
     """
-    manifest, gate = bundle.manifest, parity.GATES[options.precision]
+    manifest = bundle.manifest
+    gate = parity.gate_of(options.precision, manifest.model.experts)
     sides, parts = run_bundle(bundle, reference.cases, progress)
     in_float16 = options.cache == "float16"
     report = parity.compare(reference.cases, sides, gate, reference.largest_activation if in_float16 else None)

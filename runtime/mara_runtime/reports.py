@@ -58,7 +58,7 @@ def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes:
     for name in ("prompts", "rows", *(f"{outcome}.{kind}" for outcome in outcomes for kind in kinds)):
         reader.count(f"{path}.{name}", least=0)
     numbers = [f"{name}.greatest_difference" for name in names] + [f"noise.{name}" for name in names]
-    numbers += [f"min_gap.{name}" for name in outcomes]
+    numbers += [f"min_gap.{name}" for name in outcomes] + ["rerouted"]
     if names == MODEL_NUMBERS:
         numbers += [f"{name}.least_cosine" for name in names]
         if reader.get(f"{path}.perplexity", dict, type(None)) is not None:

@@ -13,11 +13,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from mara_export.errors import ParityError
+from mara_export.export import finish
+from mara_export.graph import quantise
 from mara_export.graph.pipeline import LOWERINGS
 from mara_export.graph.seam_experts import WEIGHTS, probe_experts, results
 from mara_export.options import ExportOptions
+from mara_export.parity.compare import REROUTED
 from mara_runtime.errors import OptionError
 from tests.experts import CLAMPED, INPUTS, PLAIN, lowered, random_stacks
+from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
 from tests.families import NAMES, SIZES, config
 
 EXPERTS, SIZE, INNER, ROWS = 4, 64, 32, 7
@@ -136,3 +141,23 @@ def test_the_node_means_what_transformers_computes(module) -> None:
 def test_another_activation_is_not_taken_for_a_known_one(module, gate, monkeypatch) -> None:
     monkeypatch.setattr(type(module), "_apply_gate", lambda _, both: gate(both))
     assert probe_experts(module) is None
+
+
+def test_below_fp32_a_model_with_experts_passes_its_gate_and_with_wrong_experts_does_not(
+    tmp_path, traced, monkeypatch
+) -> None:
+    if "qwen3_moe" not in NAMES:
+        pytest.skip("models with experts are exported with transformers 5 only")
+    options = ExportOptions(precision="int8", max_context=MAX_CONTEXT, max_candidates=MAX_CANDIDATES)
+    manifest = finish(traced("qwen3_moe"), options, tmp_path / "right").manifest
+    assert manifest.parity["rerouted"] == manifest.agents[0].parity["rerouted"] == REROUTED
+    assert manifest.structure["rerouted"] == 0
+    stacked = quantise._quantised_stack
+
+    def wrong(*args: Any) -> list[Any]:
+        integers, scales = stacked(*args)
+        return [integers, args[0].weight(f"{scales.name}/wrong", 1.5 * scales.const_value.numpy())]
+
+    monkeypatch.setattr(quantise, "_quantised_stack", wrong)
+    with pytest.raises(ParityError, match="hidden: greatest difference"):
+        finish(traced("qwen3_moe"), options, tmp_path / "wrong")

@@ -19,7 +19,7 @@ from mara_export.parity.compare import (
     Counts,
     compare_decisions,
     compare_ranks,
-    least_cosine,
+    cosines,
     perplexity,
 )
 from mara_runtime.engines.base import Pass
@@ -115,9 +115,25 @@ def test_a_scaled_hidden_state_has_the_right_cosine_and_fails_all_the_same() -> 
     assert failure.startswith("hidden: greatest difference")
 
 
+@pytest.mark.parametrize(
+    ("precision", "experts", "passes"), [("fp16", 4, True), ("fp16", 0, False), ("fp32", 4, False)]
+)
+def test_rounding_may_give_half_of_the_rows_other_experts(precision, experts, passes) -> None:
+    cases, found = hand_made()
+    for each in found:
+        each.rows.hidden[1::3] += 5.0
+    gate = parity.gate_of(precision, experts)
+    report = parity.compare(cases, found, gate)
+    assert report.to_json()["rerouted"] == gate.rerouted == (0.5 if passes else 0.0)
+    assert bool(report.failures) is not passes
+    for each in found:
+        each.rows.hidden[:] += 5.0
+    assert parity.compare(cases, found, gate).failures
+
+
 def test_rows_of_zeros_have_no_direction() -> None:
     zero, one = f32([0.0, 0.0]), f32([1.0, 0.0])
-    assert (least_cosine(zero, zero), least_cosine(zero, one)) == (1.0, 0.0)
+    assert (*cosines(zero, zero), *cosines(zero, one)) == (1.0, 0.0)
 
 
 def test_activations_beyond_float16_fail_where_float16_has_to_hold_them() -> None:

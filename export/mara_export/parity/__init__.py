@@ -28,7 +28,7 @@ These level flips excuse nothing: the gate itself uses the noise of recomputed r
 What short prompts and a model's own weights cannot show is the structural gate's (structure.py, miniature.py).
 """
 
-from mara_export.parity.compare import GATES, Gate, Report, compare, compare_agent
+from mara_export.parity.compare import GATES, Gate, Report, compare, compare_agent, gate_of
 from mara_export.parity.engine import perturber, run_engine, run_rows
 from mara_export.parity.reference import Reference, margins_of, prompts, run_reference
 from mara_export.parity.rows import NAMES, SIBLINGS, Case, Rows, Side
@@ -45,6 +45,7 @@ __all__ = [
     "Side",
     "compare",
     "compare_agent",
+    "gate_of",
     "margins_of",
     "perturber",
     "prompts",
