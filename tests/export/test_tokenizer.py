@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, __version__
 
 from mara_export.errors import ModelError
 from mara_export.hf.sources import ModelSource
@@ -110,7 +110,7 @@ def test_padding_and_truncation_of_a_training_batch_do_not_reach_a_prompt(folder
 
 
 def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder, written, tmp_path) -> None:
-    """As it does for a Llama tokenizer that sets add_prefix_space, whatever tokenizer.json holds."""
+    """As version 4 does for a Llama tokenizer with add_prefix_space, and some of 5; there tokenizer.json counts."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("How do I cook rice, and keep bread fresh for a week?\nThe quick brown fox.\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
@@ -118,7 +118,8 @@ def test_a_tokenizer_that_transformers_makes_from_its_sentencepiece_model(folder
         byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     configure(folder, tokenizer_class="LlamaTokenizer", add_prefix_space=True, legacy=False, unk_token="<unk>")
-    theirs, written = AutoTokenizer.from_pretrained(folder), written()
+    kind = AutoTokenizer if __version__ < "5" else PreTrainedTokenizerFast
+    theirs, written = kind.from_pretrained(folder), written()
     ours = Tokenizer.from_file(str(tmp_path / "out" / written.facts.file))
     for text in ("How do I cook rice?", "bread", "naïve 日本"):
         assert ours.encode(text).ids == theirs(text)["input_ids"]
