@@ -143,7 +143,7 @@ def trace(
         {
             "model": source.name,
             "revision": source.revision,
-            "files": {path.name: sha256(path) for name in _SETTINGS for path in sorted(source.folder.glob(name))},
+            "files": {file.name: sha256(file)[:16] for name in _SETTINGS for file in sorted(source.folder.glob(name))},
             "adapter": None if adapter is None else f"{adapter.source.name} {adapter.identity}",
             "weights": fingerprint,
             "agents": ", ".join(_described(each, folder) for each in agents),
