@@ -144,7 +144,7 @@ def trace(
             "model": source.name,
             "revision": source.revision,
             "files": {file.name: sha256(file)[:16] for name in _SETTINGS for file in sorted(source.folder.glob(name))},
-            "adapter": None if adapter is None else f"{adapter.source.name} {adapter.identity}",
+            "adapter": None if adapter is None else f"{adapter.source.name} {adapter.facts.sha256[:16]}",
             "weights": fingerprint,
             "agents": ", ".join(_described(each, folder) for each in agents),
             "max_context": context,
