@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import onnxruntime
+from typing import Any
 
 from mara_export import parity
 from mara_export.agents import NamedAgent
@@ -23,11 +21,11 @@ from mara_export.options import ExportOptions
 from mara_export.parity.parts import run_bundle
 from mara_export.progress import Progress
 from mara_export.space import check_space
+from mara_export.stages import Arrays, graph_name, is_written, work_folder
 from mara_export.tracing import Traced, trace
 from mara_runtime.bundle import Bundle
 from mara_runtime.errors import OptionError
 from mara_runtime.manifest import GraphFacts, Manifest
-from mara_runtime.versions import installed
 
 STEP_FILE = "step.onnx"
 
@@ -40,8 +38,15 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
     progress = progress or Progress(quiet=True)
     manifest = _manifest(traced, options)
     reference = _reference(traced, options)
+    stages, name = traced.stages, graph_name(options)
+    what = f"graph for {options.target} in {options.precision}"
+
+    def write(into: Path) -> tuple[Any, Arrays]:
+        pipeline.write(traced.graph, options, into / STEP_FILE, progress)
+        return {}, {}
+
     with whole_or_absent(out) as folder:
-        pipeline.write(traced.graph, options, folder / STEP_FILE, progress)
+        stages.write(folder, name, what, write, progress)
         if traced.tokenizer is not None:
             manifest = replace(manifest, tokenizer=write_tokenizer(traced.tokenizer, folder))
         manifest = replace(manifest, agents=tuple(each.write(folder) for each in traced.agents))
@@ -52,6 +57,7 @@ def finish(traced: Traced, options: ExportOptions, out: Path, progress: Progress
                 manifest = _check_parity(Bundle(folder, manifest), reference, options, progress)
         manifest = replace(manifest, files=file_entries(folder))
         write_manifest(folder, manifest)
+        stages.will_write(name, folder)
     return Bundle(out if out.is_dir() else destination(out), manifest)
 
 
@@ -62,13 +68,15 @@ def export(
     options: ExportOptions | None = None,
     progress: Progress | None = None,
     lora: ModelSource | None = None,
+    work: Path | None = None,
 ) -> Bundle:
     """Export a frozen LLM and its agents, the default first, to the folder `out`, which must not exist or be empty.
 
-    lora: an adapter to merge into it. Returns the finished bundle. Raises MaraError (ModelError, ParityError); then, or
-    when interrupted, nothing is left behind.
+    lora: an adapter to merge into it. work: a folder that keeps the results of finished stages, from which the same
+    export goes on; removed on success. Returns the finished bundle. Raises MaraError (ModelError, ParityError); then,
+    or when interrupted, nothing is left behind but `work`.
     """
-    return export_all(source, agents, [(options or ExportOptions(), out)], progress, lora)[0]
+    return export_all(source, agents, [(options or ExportOptions(), out)], progress, lora, work)[0]
 
 
 def export_all(
@@ -77,12 +85,14 @@ def export_all(
     bundles: Sequence[tuple[ExportOptions, Path]],
     progress: Progress | None = None,
     lora: ModelSource | None = None,
+    work: Path | None = None,
 ) -> list[Bundle]:
-    """Export several bundles of one model, one for each (options, out), from a single trace. lora: as of `export`.
+    """Export several bundles of one model, one for each (options, out), from one trace. lora, work: as in `export`.
 
     All must have the same tracer, max_context, max_candidates, gate, eos and ignore_weights. Where a bundle fails,
-    those before it stay. Raises as `export` does.
+    those before it stay, and an export that goes on from `work` leaves them as they are. Raises as `export` does.
     """
+    progress = progress or Progress(quiet=True)
     first, first_out = bundles[0]
     for options, _ in bundles:
         for name in ("max_context", "max_candidates", "gate", "eos", "ignore_weights", "tracer"):
@@ -94,10 +104,12 @@ def export_all(
     packing = read_packing(source)
     for options, _ in bundles:
         quantisation_of(options, packing)
-    check_space(source, packing, [(options, out) for (options, _), out in zip(bundles, outs, strict=True)])
     with contextlib.ExitStack() as claims:
+        stages = None if work is None else claims.enter_context(work_folder(work, outs))
+        to_do = [(options, destination(out)) for options, out in bundles if not _is_done(options, out, work)]
+        check_space(source, packing, to_do, stages)
         for out in outs:
-            claims.enter_context(claimed(out))
+            claims.enter_context(claimed(out, is_written(work, out)))
         folder = claims.enter_context(working_folder(first_out))
         traced = trace(
             source,
@@ -112,8 +124,23 @@ def export_all(
             lora=lora,
             lowerings=[options.lowering for options, _ in bundles],
             progress=progress,
+            stages=stages,
         )
-        return [finish(traced, options, out, progress) for options, out in bundles]
+        made = []
+        for options, out in bundles:
+            if _is_done(options, out, work):
+                progress.note(f"{f'bundle {out.name}':<44} written before")
+                made.append(Bundle.open(out, verify=False))
+            else:
+                made.append(finish(traced, options, out, progress))
+        if stages is not None:
+            stages.clear()
+        return made
+
+
+def _is_done(options: ExportOptions, out: Path, work: Path | None) -> bool:
+    """Whether an earlier run of the export has written that bundle."""
+    return is_written(work, out, graph_name(options))
 
 
 def _reference(traced: Traced, options: ExportOptions) -> parity.Reference | None:
@@ -166,9 +193,6 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
 def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
     """What is known before tokenizer, gate and checksums."""
     quantisation = quantisation_of(options, traced.graph.weights.packing)
-    packages = ["mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx"]
-    if traced.model.adapter is not None:
-        packages.append("peft")
     return Manifest(
         model=traced.model,
         agents=(),
@@ -184,12 +208,7 @@ def _manifest(traced: Traced, options: ExportOptions) -> Manifest:
         ),
         engines=(),
         tokenizer=None,
-        made_with={
-            "tracer": traced.tracer,
-            "python": platform.python_version(),
-            **installed(*packages),
-            "onnxruntime": onnxruntime.__version__,
-        },
+        made_with={**traced.made_with},
         parity=None,
         structure=None,
         noise=None,

@@ -55,7 +55,7 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
     _reject_taken(out)
     with working_folder(out) as folder:
         yield folder
-        with _disk_errors(out):
+        with disk_errors(out):
             _apply_umask(folder)
             if folder.parent != out:
                 folder.replace(out)
@@ -65,30 +65,28 @@ def whole_or_absent(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Keep other exports from `out`. Raises MaraError where `whole_or_absent` would, and while another one has it."""
+def claimed(out: Path, written: bool = False) -> Iterator[None]:
+    """Keep other exports from `out`. Raises MaraError where `whole_or_absent` would, and while another one has it.
+
+    written: the bundle is already there.
+    """
     out = destination(out)
-    _reject_taken(out)
+    if not written:
+        _reject_taken(out)
     busy = f"another export is writing {out}: wait until it has ended, or choose another --out"
-    with _claim(_parent(out) / f".{out.name}.lock", out, busy):
+    with claim(_parent(out) / f".{out.name}.lock", out, busy):
         yield
 
 
-def require_free(out: Path) -> None:
-    """Raise now the MaraError that `claimed` would raise later, and leave no trace."""
-    with claimed(out):
-        pass
-
-
 @contextlib.contextmanager
-def _claim(lock: Path, out: Path, busy: str) -> Iterator[None]:
+def claim(lock: Path, out: Path, busy: str) -> Iterator[None]:
     """Hold a lock folder, and remove it in the end: a process that is killed leaves an empty one that nobody holds.
 
     Raises MaraError: `busy`, or that `out` cannot be written.
     """
     with _made(lock.parent, out), contextlib.ExitStack() as held:
         while True:
-            with _disk_errors(out):
+            with disk_errors(out):
                 lock.mkdir(exist_ok=True)
                 try:
                     held.enter_context(locked(lock, wait=False))
@@ -109,7 +107,7 @@ def _made(folder: Path, out: Path) -> Iterator[None]:
     """Make a folder and its parents where they are missing; in the end remove those of them that stay empty."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
     try:
-        with _disk_errors(out):
+        with disk_errors(out):
             folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
@@ -119,11 +117,11 @@ def _made(folder: Path, out: Path) -> Iterator[None]:
 
 
 def _reject_taken(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or not all(map(_may_stay, out.iterdir()))):
+    if out.exists() and (not out.is_dir() or not all(map(may_stay, out.iterdir()))):
         raise MaraError(f"{out} exists already and is not an empty folder: remove it, or choose another --out")
 
 
-def _may_stay(path: Path) -> bool:
+def may_stay(path: Path) -> bool:
     """Whether a folder counts as empty in spite of this: a temporary folder of ours, or what comes with a volume."""
     return path.name == "lost+found" or (path.name.startswith(".") and path.suffix in (".partial", ".lock"))
 
@@ -137,14 +135,14 @@ def _temporary(parent: Path, out: Path, *, prefix: str, needs: Path) -> Iterator
     folder, lock = None, contextlib.ExitStack()
     with _made(needs, out):
         try:
-            with _disk_errors(out):
+            with disk_errors(out):
                 _remove_abandoned(parent, prefix)
                 while folder is None:
                     made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent))
                     with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another one is removing it
                         lock.enter_context(locked(made, wait=False))
                         folder = made
-            with _disk_errors(out, only_in=folder):
+            with disk_errors(out, only_in=folder):
                 yield folder
         finally:
             with lock:
@@ -163,7 +161,7 @@ def _remove_abandoned(parent: Path, prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path, only_in: Path | None = None) -> Iterator[None]:
+def disk_errors(out: Path, only_in: Path | None = None) -> Iterator[None]:
     """Turn an OSError into a MaraError that names `out`. only_in: other errors than of writing there pass through."""
     try:
         yield
@@ -211,7 +209,7 @@ def staging_folder(bundle: Bundle, target: str) -> Iterator[Path]:
     root, part = bundle.folder, f"engines/{target}"
     _reject_link(root, bundle.path(part))
     busy = f"another mara-build is adding engines for {target} to {root}: wait until it has ended"
-    with _claim(root / f".{target}.lock", root, busy), folder_inside(bundle, part) as folder:
+    with claim(root / f".{target}.lock", root, busy), folder_inside(bundle, part) as folder:
         yield folder
 
 
@@ -228,7 +226,7 @@ def add_engines(bundle: Bundle, staged: Path, engines: Sequence[EngineFacts]) ->
     stay. File names contain the checksum, so no existing file changes. Raises MaraError, and leaves the bundle as it
     was.
     """
-    with _disk_errors(bundle.folder):
+    with disk_errors(bundle.folder):
         entries = [entry_of(staged / engine.file) for engine in engines]
     added = [
         replace(engine, file=unique_name(engine.file, entry)) for engine, entry in zip(engines, entries, strict=True)
@@ -249,7 +247,7 @@ def changing(bundle: Bundle, meanwhile: str) -> Iterator[Manifest]:
     do now.
     """
     root = bundle.folder
-    with _disk_errors(root), locked(root, wait=True):
+    with disk_errors(root), locked(root, wait=True):
         now = Bundle.open(root, verify=False).manifest
         if _exported(now) != _exported(bundle.manifest):
             raise MaraError(f"{root} was exported again while {meanwhile}")

@@ -15,6 +15,7 @@ from mara_export.hf.packed import StoredWeights
 from mara_export.hf.packing import Packing
 from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
+from mara_export.stages import Stages, graph_name
 from mara_runtime.engines.machine import free_memory
 
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -31,22 +32,34 @@ def bundle_bytes(numbers: int, options: ExportOptions) -> int:
     return math.ceil(numbers * (quantisation.bits / 8 + scales))
 
 
-def check_space(source: ModelSource, packing: Packing | None, bundles: Sequence[tuple[ExportOptions, Path]]) -> None:
+def check_space(
+    source: ModelSource,
+    packing: Packing | None,
+    bundles: Sequence[tuple[ExportOptions, Path]],
+    stages: Stages | None = None,
+) -> None:
     """Reject bundles for which there is clearly not enough disk or memory here. Raises ModelError.
 
-    packing: of the checkpoint; None: its weights are floats.
+    packing: of the checkpoint; None: its weights are floats. stages: of a work folder, where graphs lie, too; on the
+    disk of a bundle they are the same bytes.
     """
     weights = _sizes(source.folder, packing)
     needs: dict[int, int] = {}
     for options, out in bundles:
         place = next(folder for folder in (out, *out.parents) if folder.exists())
-        disk, free = place.stat().st_dev, shutil.disk_usage(place).free
-        needs[disk] = needs.get(disk, 0) + bundle_bytes(sum(weights), options)
-        if free < needs[disk]:
-            raise ModelError(
-                f"{source.name} needs about {_gigabytes(needs[disk])} of disk where {out.name} goes, and "
-                f"{_gigabytes(free)} are free: free some, or choose another --out"
-            )
+        size = bundle_bytes(sum(weights), options)
+        goals = {place.stat().st_dev: (place, size, out, "--out")}
+        if stages is not None:
+            work, missing = stages.folder, max(size - stages.size(graph_name(options)), 0)
+            goals[work.stat().st_dev] = work, missing, work, "--work"
+        for disk, (place, size, goal, flag) in goals.items():
+            free = shutil.disk_usage(place).free
+            needs[disk] = needs.get(disk, 0) + size
+            if free < needs[disk]:
+                raise ModelError(
+                    f"{source.name} needs about {_gigabytes(needs[disk])} of disk where {goal.name} goes, and "
+                    f"{_gigabytes(free)} are free: free some, or choose another {flag}"
+                )
     memory = free_memory()
     if memory is None:
         return

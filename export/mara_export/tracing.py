@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import onnxruntime
 
 from mara_export import parity
 from mara_export.agents import NamedAgent, check_size
@@ -33,9 +36,17 @@ from mara_export.hf.tokenizer import (
 from mara_export.hf.weights import Weights, empty_model
 from mara_export.parity.structure import StructuralGate
 from mara_export.progress import Progress
+from mara_export.stages import Arrays, Stages
 from mara_export.targets import TRACERS
 from mara_runtime import tensors
+from mara_runtime.bundle import sha256
 from mara_runtime.manifest import ModelFacts, adapted_name
+from mara_runtime.tensors import CacheGroup
+from mara_runtime.versions import installed
+
+AGENTS_FILE = "agents.onnx"
+_SETTINGS = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
+"""Files of a model beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +57,15 @@ class Traced:
     agents: Sequence[NamedAgent]
     tokenizer: Any | None
     graph: pipeline.TracedGraph
-    tracer: str
+    made_with: Mapping[str, str]
+    """the tracer, and {package: version}"""
     max_candidates: int
     reference: parity.Reference | None
     """Hugging Face's results for the parity gate; None: traced without"""
     structure: StructuralGate | None
     """None: traced without"""
+    stages: Stages
+    """where graphs are kept, too"""
 
     @property
     def max_context(self) -> int:
@@ -73,14 +87,16 @@ def trace(
     lora: ModelSource | None = None,
     lowerings: Sequence[str] = (),
     progress: Progress | None = None,
+    stages: Stages | None = None,
 ) -> Traced:
     """Load a model, run it for the parity gate, and trace it into `folder`, an existing directory.
 
     max_context, max_candidates, gate, eos, ignore_weights, tracer: as in ExportOptions. lora: an adapter to merge.
-    lowerings: those of bundles to come, whose structural gate is run first. Raises ModelError, ParityError, and
-    OptionError for tokens that the tokenizer does not have and patterns without weights.
+    lowerings: those of bundles to come, whose structural gate is run first. stages: of a work folder; None: nothing is
+    kept. Raises ModelError, ParityError, OptionError for tokens that the tokenizer does not have and patterns without
+    weights, and MaraError for a work folder that holds another export.
     """
-    progress = progress or Progress(quiet=True)
+    progress, stages = progress or Progress(quiet=True), stages or Stages(folder)
     tracer = choose_tracer(tracer)
     return_large_blocks()
     config, context, adapter = vet(source, agents, max_context, tracer, lora)
@@ -116,21 +132,52 @@ def trace(
             name = source.name if adapter is None else adapted_name(source.name, adapter.source.name)
             for doubt in each.agent.origin.doubts(name, fingerprint, template_checksum(tokenizer)):
                 progress.note(f"note: the agent {each.name} may not align this model: {doubt}")
+    made_with = {
+        "tracer": tracer,
+        "python": platform.python_version(),
+        **installed("mara-deploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx"),
+        **({} if adapter is None else installed("peft")),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    stages.begin(
+        {
+            "model": source.name,
+            "revision": source.revision,
+            "files": {file.name: sha256(file)[:16] for name in _SETTINGS for file in sorted(source.folder.glob(name))},
+            "adapter": None if adapter is None else f"{adapter.source.name} {adapter.facts.sha256[:16]}",
+            "weights": fingerprint,
+            "agents": ", ".join(_described(each, folder) for each in agents),
+            "max_context": context,
+            "max_candidates": max_candidates,
+            "made_with": made_with,
+        }
+    )
     reference = structure = None
     if gate:
         (folder / "miniature").mkdir()
-        structure = StructuralGate(config, source.name, tracer, folder / "miniature")
+        structure = StructuralGate(config, source.name, tracer, folder / "miniature", stages)
         for lowering in dict.fromkeys(lowerings):
             structure.report(lowering, progress)
-        with progress.stage("run the reference (Hugging Face eager)"):
+
+        def run(_: Path) -> tuple[Any, Arrays]:
             prompts = parity.prompts(source.name, tokenizer, sizes.vocab_size, context)
             in_torch = [each.agent for each in agents]
-            reference = parity.run_reference(model, source.name, in_torch, prompts, max_candidates, progress)
-    with progress.stage("trace the LLM"):
+            found = parity.run_reference(model, source.name, in_torch, prompts, max_candidates, progress)
+            return found.taken_apart()
+
+        _, facts, arrays = stages.run("reference", "run the reference (Hugging Face eager)", run, progress)
+        reference = parity.Reference.put_together(facts, arrays)
+
+    def trace_all(into: Path) -> tuple[Any, Arrays]:
         positions = context + tensors.spare_slots(max_candidates)
-        llm, rotary, caches = trace_llm(empty_model(config), folder, tracer, source.name, context, positions)
-        shape = replace(sizes.shape, caches=caches)
-        trace_agents(shape.hidden_size, folder / "agents.onnx")
+        llm, rotary, caches = trace_llm(empty_model(config), into, tracer, source.name, context, positions)
+        trace_agents(sizes.shape.hidden_size, into / AGENTS_FILE)
+        tables = {f"{i}.{part}": table[part] for i, table in enumerate(rotary.values()) for part in (0, 1)}
+        return {"llm": llm.name, "rotary": [*rotary], "caches": [astuple(group) for group in caches]}, tables
+
+    graphs, facts, tables = stages.run("trace", "trace the LLM", trace_all, progress)
+    shape = replace(sizes.shape, caches=tuple(CacheGroup(*group) for group in facts["caches"]))
+    rotary = {tuple(key): (tables[f"{i}.0"], tables[f"{i}.1"]) for i, key in enumerate(facts["rotary"])}
     return Traced(
         ModelFacts(
             source=source.name,
@@ -148,12 +195,19 @@ def trace(
         ),
         agents,
         tokenizer,
-        pipeline.TracedGraph(llm, weights, folder / "agents.onnx", shape, rotary, context),
-        tracer,
+        pipeline.TracedGraph(graphs / facts["llm"], weights, graphs / AGENTS_FILE, shape, rotary, context),
+        made_with,
         max_candidates,
         reference,
         structure,
+        stages,
     )
+
+
+def _described(named: NamedAgent, folder: Path) -> str:
+    """An agent and its checksum. folder: for a temporary file."""
+    named.agent.save(folder / "agent.safetensors")
+    return f"{named.name} ({named.source}, {sha256(folder / 'agent.safetensors')[:16]})"
 
 
 def vet(

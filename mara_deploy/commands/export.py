@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,13 @@ class ExportArguments(Options):
         metavar="DIR",
         unset="bundles/<model>-<adapter>-<agents>-<target>-<precision>",
     )
+    work: Path | None = option(
+        None,
+        "keep the results of finished stages in DIR, and go on from them when the same export is run again; new or "
+        "empty at first, removed on success",
+        metavar="DIR",
+        unset="an export that is interrupted leaves nothing",
+    )
     build: bool = option(True, "TensorRT: build no engine now; mara-build does so on the device that will run it")
     quiet: bool = option(False, "suppress progress and summary")
 
@@ -100,17 +108,24 @@ def _export(args: argparse.Namespace) -> None:
         print("mara-export: loading PyTorch and transformers …", file=sys.stderr)
     with needs_extra("cpu,export", "the export"):
         from mara_export.export import export_all
-        from mara_export.folder import require_free
+        from mara_export.folder import claimed
         from mara_export.hf.checkpoint import read_packing, silence_transformers
         from mara_export.hf.packing import quantisation_of
         from mara_export.progress import Progress
+        from mara_export.stages import is_written, work_folder
         from mara_export.tracing import vet
 
     silence_transformers()
     progress = Progress(arguments.quiet)
-    if arguments.out is not None:  # before anything is loaded
-        for folder in _folders(arguments.out, exports, ""):
-            require_free(folder)
+
+    def require_writable(folders: Sequence[Path]) -> None:
+        with contextlib.nullcontext() if arguments.work is None else work_folder(arguments.work, folders):
+            for folder in folders:
+                with claimed(folder, is_written(arguments.work, folder)):
+                    pass
+
+    # before anything is loaded
+    require_writable([] if arguments.out is None else _folders(arguments.out, exports, ""))
     agents = named_agents(arguments.agent, arguments.model)
     lora = None if arguments.lora is None else find_adapter(arguments.lora)
 
@@ -125,12 +140,11 @@ def _export(args: argparse.Namespace) -> None:
 
     def check_before_download(config_only: ModelSource) -> None:
         vet(config_only, agents, exports[0].max_context, exports[0].tracer, lora)
-        for _, folder in wanted(config_only):
-            require_free(folder)
+        require_writable([folder for _, folder in wanted(config_only)])
 
     source = find_model(arguments.model, check_before_download)
     pairs = wanted(source)
-    bundles = export_all(source, agents, pairs, progress, lora)
+    bundles = export_all(source, agents, pairs, progress, lora, arguments.work)
     for bundle, (options, _) in zip(bundles, pairs, strict=True):
         missing = _build(bundle, options.target, arguments.build, progress)
         if not arguments.quiet:

@@ -193,7 +193,7 @@ def decoder(bundle):
 
 
 PROGRESS = re.compile(
-    r"mara-export: loading PyTorch and transformers …|  \S.* +\d+\.\d s|  note: .*"
+    r"mara-export: loading PyTorch and transformers …|  \S.* +(\d+\.\d s|from /.*)|  note: .*"
     r"|engine cpu \(.*\)|engine cuda declined: .*|agent .*, fallback (first|last)"
 )
 

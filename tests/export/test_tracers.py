@@ -93,10 +93,10 @@ def test_both_doors_give_the_same_nodes_and_weights(
     by_torch, traced, tmp_path: Path, architecture: str, lowering: str
 ) -> None:
     ours, optimum = by_torch(architecture), traced(architecture)
-    assert (ours.tracer, optimum.tracer) == ("torch", "optimum")
+    assert (ours.made_with["tracer"], optimum.made_with["tracer"]) == ("torch", "optimum")
     assert nodes(ours.graph.llm) == nodes(optimum.graph.llm)
     made = [
-        finish(each, ExportOptions(lowering=lowering), tmp_path / each.tracer) for each in (ours, optimum)
+        finish(each, ExportOptions(lowering=lowering), tmp_path / each.made_with["tracer"]) for each in (ours, optimum)
     ]  # which pass the gate
     assert [bundle.manifest.made_with["tracer"] for bundle in made] == ["torch", "optimum"]
     graphs = [onnx.load(bundle.path("step.onnx"), load_external_data=False).graph for bundle in made]

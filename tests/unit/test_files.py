@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mara_deploy.files import fingerprint, run_lock, write_file
-from mara_export.folder import claimed, destination, require_free, whole_or_absent, working_folder
+from mara_export.folder import claimed, destination, whole_or_absent, working_folder
 from mara_runtime.errors import MaraError, first_line
 from mara_runtime.files import locked, write_atomic
 from mara_runtime.versions import installed
@@ -105,8 +105,8 @@ def test_one_export_at_a_time_writes_a_folder(tmp_path: Path) -> None:
     (tmp_path / "new" / ".out.lock").mkdir()  # of a process that was killed
     with claimed(out), claimed(out.with_name("other")):
         for again in (out, tmp_path / "new" / "x" / ".." / "out"):
-            with pytest.raises(MaraError, match=r"^another export is writing .*new/out: "):
-                require_free(again)
+            with pytest.raises(MaraError, match=r"^another export is writing .*new/out: "), claimed(again):
+                pass
         with whole_or_absent(out):
             pass
     assert list((tmp_path / "new").iterdir()) == [out]
@@ -124,8 +124,8 @@ def test_a_lock_on_a_folder_that_was_removed_is_none(tmp_path: Path, monkeypatch
         lock.rmdir()
 
     monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
-    with claimed(tmp_path / "out"), pytest.raises(MaraError, match="another export"):
-        require_free(tmp_path / "out")
+    with claimed(tmp_path / "out"), pytest.raises(MaraError, match="another export"), claimed(tmp_path / "out"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,13 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mara_export.folder import claimed, whole_or_absent, working_folder
+from mara_export.progress import Progress
+from mara_export.stages import work_folder
 from mara_runtime.bundle import Bundle
 from tests.fork import killed_before
 from tests.unit import helpers, test_bundle_agents
@@ -17,6 +21,7 @@ from tests.unit.test_bundle_agents import CHANGES
 from tests.unit.test_extend import BEFORE, add, assert_whole, facts
 
 pytestmark = pytest.mark.slow
+QUIET = Progress(quiet=True)
 
 
 @pytest.mark.parametrize("is_mount", [False, True])
@@ -54,6 +59,48 @@ def test_a_killed_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_mou
         if is_mount:
             out.mkdir()
     assert change > 15
+
+
+def test_a_killed_export_with_a_work_folder(tmp_path: Path) -> None:
+    """What is finished is whole and not done again."""
+    root = tmp_path / "new"
+    out, work = tmp_path / "out", root / "work"
+    done: list[str] = []
+
+    def numbers(folder: Path) -> tuple[list[int], dict[str, NDArray[np.float32]]]:
+        done.append("numbers")
+        (folder / "file").write_text("f")
+        return [1, 2], {"half": np.full(1000, 0.5, np.float32)}
+
+    def graph(folder: Path) -> tuple[None, dict[str, NDArray[np.float32]]]:
+        done.append("graph")
+        (folder / "step.onnx").write_text("g")
+        return None, {}
+
+    def export() -> None:
+        with work_folder(work, []) as stages:
+            stages.begin({"model": "m"})
+            folder, facts, arrays = stages.run("numbers", "numbers", numbers, QUIET)
+            assert (facts, arrays["half"].sum(), (folder / "file").read_text()) == ([1, 2], 500, "f")
+            stages.write(out, "graph", "graph", graph, QUIET)
+            assert (out / "step.onnx").read_text() == "g"
+            stages.clear()
+
+    for change in count(1):
+        out.mkdir()
+        killed = killed_before(change, export)
+        shutil.rmtree(out)
+        out.mkdir()
+        finished = {path.name for path in work.glob("[!.]*") if path.is_dir()}
+        done.clear()
+        export()
+        assert not finished & {*done}
+        assert [*root.rglob("*")] in ([], [work])
+        shutil.rmtree(out)
+        shutil.rmtree(root, ignore_errors=True)
+        if not killed:
+            break
+    assert change > 25
 
 
 @pytest.mark.parametrize("before", [[], BEFORE], ids=["first", "again"])

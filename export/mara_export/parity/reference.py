@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from mara_export.errors import ModelError
-from mara_export.parity.rows import F32, SIBLINGS, Case, Rows, Side
+from mara_export.parity.rows import F32, NAMES, SIBLINGS, Case, Rows, Side
 from mara_export.progress import Progress
 from mara_runtime.errors import first_line
 
@@ -38,6 +38,9 @@ PROMPT_TOKENS = 48
 FORWARDS = 5
 """Of the model, for prompts of one length."""
 
+_SIDES = ("rows", "recomputed")
+"""Of a `Side`; nothing is perturbed here."""
+
 Prompt = tuple[list[int], bool]
 """Token ids, and whether they are text."""
 
@@ -56,6 +59,30 @@ class Reference:
     cases: list[Case]
     largest_activation: float
     """absolute value, over inputs and outputs of all modules of the model"""
+
+    def taken_apart(self) -> tuple[Any, dict[str, F32]]:
+        """What JSON can hold of it, and its arrays by name."""
+        cases = [[case.tokens, case.siblings, case.is_text] for case in self.cases]
+        arrays = {
+            f"{i}.{side}.{name}": getattr(getattr(case.reference, side), name)
+            for i, case in enumerate(self.cases)
+            for side in _SIDES
+            for name in NAMES
+        }
+        return {"cases": cases, "largest_activation": self.largest_activation}, arrays
+
+    @staticmethod
+    def put_together(facts: Any, arrays: Mapping[str, F32]) -> Reference:
+        """The reference that was taken apart."""
+
+        def rows(i: int, side: str) -> Rows:
+            return Rows(*(arrays[f"{i}.{side}.{name}"] for name in NAMES))
+
+        cases = [
+            Case(tokens, siblings, Side(*(rows(i, side) for side in _SIDES)), is_text)
+            for i, (tokens, siblings, is_text) in enumerate(facts["cases"])
+        ]
+        return Reference(cases, facts["largest_activation"])
 
 
 def prompts(name: str, tokenizer: Any | None, vocab_size: int, context: int) -> list[Prompt]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mara_export.parity.miniature import miniature
 from mara_export.parity.reference import Reference, run_reference
 from mara_export.parity.rows import SIBLINGS, Side
 from mara_export.progress import Progress
+from mara_export.stages import Stages
 from mara_runtime.bundle import Bundle
 from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.manifest import GraphFacts, Manifest, ModelFacts
@@ -59,9 +61,13 @@ class Miniature:
 class StructuralGate:
     """The structural gate of one model and tracer, for any lowering. Each is run once in a process."""
 
-    def __init__(self, config: Any, name: str, tracer: str, folder: Path) -> None:
-        """config: as Hugging Face has it; name: of the model, for messages; folder: an existing one, to work in."""
+    def __init__(self, config: Any, name: str, tracer: str, folder: Path, stages: Stages | None = None) -> None:
+        """config: as Hugging Face has it; name: of the model, for messages; folder: an existing one, to work in.
+
+        stages: where reports are kept.
+        """
         self._config, self._name, self._tracer, self._folder = config, name, tracer, folder
+        self._stages = stages or Stages(folder)
         said = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         self._key = json.dumps(said, sort_keys=True, default=str)
         self._traced: Miniature | None = None
@@ -73,11 +79,14 @@ class StructuralGate:
         """
         key = (self._key, self._tracer, lowering)
         if key not in _passed:
-            with progress.stage(f"structural gate ({lowering})"):
-                if self._traced is None:
-                    self._traced = trace_miniature(self._config, self._name, self._tracer, self._folder)
-                _passed[key] = judge(self._traced, lowering, self._folder)
+            what, run = f"structural gate ({lowering})", partial(self._run, lowering)
+            _, _passed[key], _ = self._stages.run(f"structure-{lowering}", what, run, progress)
         return _passed[key]
+
+    def _run(self, lowering: str, _: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self._traced is None:
+            self._traced = trace_miniature(self._config, self._name, self._tracer, self._folder)
+        return judge(self._traced, lowering, self._folder), {}
 
 
 def trace_miniature(config: Any, name: str, tracer: str, folder: Path) -> Miniature:
