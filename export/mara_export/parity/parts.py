@@ -94,7 +94,7 @@ def engines_of_parts(bundle: Bundle, model: onnx.ModelProto, parts: Sequence[ran
     """
     caches = {present for _, present in tensors.kv_names(bundle.manifest.model.shape.num_caches)}
     answers = {value.name for value in model.graph.output} - caches  # of which earlier parts have some, too
-    path, kept = bundle.path(bundle.manifest.step.file), _Kept()
+    path, kept = bundle.path(bundle.manifest.step.file), _Carried()
     for i, nodes in enumerate(parts):
         part = path.with_name(f"{path.stem}.part-{i}.onnx")  # beside its weights
         try:
@@ -105,7 +105,7 @@ def engines_of_parts(bundle: Bundle, model: onnx.ModelProto, parts: Sequence[ran
 
 
 @dataclass
-class _Kept:
+class _Carried:
     """What parts compute for later ones."""
 
     names: set[str] = field(default_factory=set)
@@ -116,7 +116,7 @@ class _Kept:
     """their values, of each pass in turn"""
 
 
-def _part(model: onnx.ModelProto, indices: range, answers: Set[str], kept: _Kept) -> onnx.ModelProto:
+def _part(model: onnx.ModelProto, indices: range, answers: Set[str], kept: _Carried) -> onnx.ModelProto:
     """Nodes of a graph as a graph of their own, which takes and returns what crosses its borders."""
     whole = model.graph
     nodes, rest = whole.node[indices.start : indices.stop], whole.node[indices.stop :]
@@ -136,7 +136,7 @@ def _part(model: onnx.ModelProto, indices: range, answers: Set[str], kept: _Kept
 class _PartEngine(CpuEngine):
     """One part of a graph in place of the whole."""
 
-    def __init__(self, bundle: Bundle, part: Path, kept: _Kept) -> None:
+    def __init__(self, bundle: Bundle, part: Path, kept: _Carried) -> None:
         self._part, self._kept = part, kept
         super().__init__(bundle)
 
@@ -150,7 +150,7 @@ class _PartEngine(CpuEngine):
 class _PartSession:
     """ONNX Runtime's session of a part, to which an engine binds what it would bind to the whole graph's."""
 
-    def __init__(self, session: Any, kept: _Kept) -> None:
+    def __init__(self, session: Any, kept: _Carried) -> None:
         self._session, self._kept, self._turn = session, kept, 0
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = {value.name: value.type for value in session.get_outputs()}
