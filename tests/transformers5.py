@@ -5,11 +5,13 @@ In an environment of its own, which sees the packages of this one and has transf
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomllib
@@ -39,8 +41,9 @@ TESTS = [
 ]
 
 
-def main() -> None:
-    """Run the tests there. Exits as pytest does."""
+@contextlib.contextmanager
+def environment() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Its Python, and the variables to start that with."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (wanted,) = [each for each in project["optional-dependencies"]["export-torch"] if each.startswith("transformers")]
     with tempfile.TemporaryDirectory() as name:
@@ -50,9 +53,16 @@ def main() -> None:
         (packages / "beside.pth").write_text("\n".join(map(str, paths)), encoding="utf-8")
         python = Path(name, "bin", "python")
         subprocess.run([python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", wanted], check=True)
+        yield python, {**os.environ, "PYTHONPATH": str(packages)}
+
+
+def main() -> None:
+    """Run the tests there. Exits as pytest does."""
+    with environment() as (python, variables):
         tests = [ROOT / "tests" / "export" / test for test in TESTS]
         command = [python, "-m", "pytest", "-q", "-m", "not long", *sys.argv[1:], *tests]
-        sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(packages)}).returncode)
+        code = subprocess.run(command, cwd=ROOT, env=variables).returncode
+    sys.exit(code)
 
 
 if __name__ == "__main__":

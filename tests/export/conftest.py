@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import json
@@ -35,7 +34,7 @@ from mara_export.targets import LOWERINGS
 from mara_export.tracing import Traced, trace
 from mara_runtime import AlignedDecoder
 from tests import checkpoints, oracle
-from tests.export.following import Tally
+from tests.export.following import Tally, rounding_of
 
 # Matrices are tiny: a second thread only waits for the first, for minutes where other processes want the cores too.
 torch.set_num_threads(1)
@@ -154,15 +153,12 @@ def subject(reference, agent):
 
 @pytest.fixture(scope="session")
 def tally(subject):
-    """(name, what is checked) → a tally. Rounding: the most that float32 changes in a logit of some prompts."""
+    """(name, what is checked) → a tally."""
 
     @cache
     def rounding(name: str) -> float:
         model, _, prompts = subject(name)
-        exact = copy.deepcopy(model).double()
-        with torch.no_grad():
-            pairs = [(model(ids).logits, exact(ids).logits) for ids in map(torch.tensor, [[p] for p in prompts[-8:]])]
-        return max(float((rounded - logits).abs().max()) for rounded, logits in pairs)
+        return rounding_of(model, prompts[-8:])
 
     return lambda name, what: Tally(f"{name}, {what}", rounding(name))
 

@@ -8,9 +8,13 @@ oracle's token. Excused positions are counted, printed and bounded.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from mara_runtime import AlignedDecoder, DecodeConfig
 from mara_runtime.stats import Step
@@ -29,6 +33,14 @@ WAYS = [  # pairwise over the ways to schedule and to draft
     {"schedule": "together", "draft": 16},
 ]
 OPTIONS = {"max_new_tokens": 64, "fallback": "first"}
+
+
+def rounding_of(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> float:
+    """The most that float32 changes in a logit of a Hugging Face model, over prompts."""
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        pairs = [(model(ids).logits, exact(ids).logits) for ids in map(torch.tensor, [[p] for p in prompts])]
+    return max(float((rounded - logits).abs().max()) for rounded, logits in pairs)
 
 
 @dataclass
