@@ -22,6 +22,23 @@ from mara_deploy import agent as agents
 from mara_deploy.demo import MODEL_FOLDER
 from mara_export.hf.weights import empty_model
 
+_LLAMA32 = {
+    "model_type": "llama",
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 5e5,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 SHAPES = {
     "qwen2-0.5b": {
         "model_type": "qwen2",
@@ -46,6 +63,20 @@ SHAPES = {
         "max_position_embeddings": 8192,
         "rope_theta": 5e5,
         "rms_norm_eps": 1e-5,
+    },
+    "llama3.2-3b": {
+        **_LLAMA32,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "head_dim": 128,
+    },
+    "llama3.2-1b": {
+        **_LLAMA32,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "head_dim": 64,
     },
     "tiny": {
         "model_type": "qwen2",
