@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,10 +64,12 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
+    gigabytes = usage.ru_maxrss * 1024 / 1e9
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}: {lines[-1]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9
+        how = "was killed" if process.returncode == -signal.SIGKILL else f"ended with {process.returncode}"
+        sys.exit(f"{' '.join(command)} {how} after {seconds:.0f} s and {gigabytes:.2f} GB; its last words: {lines[-1]}")
+    return seconds, gigabytes
 
 
 if __name__ == "__main__":
