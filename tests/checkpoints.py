@@ -78,7 +78,7 @@ def as_saved_by_4(folder: Path) -> None:
     if (rope := config.pop("rope_parameters", None)) is not None and "rope_theta" not in rope:
         config["rope_parameters"] = rope  # of each kind of layer: version 4 has no words for it
     elif rope is not None:
-        config["rope_theta"] = rope.pop("rope_theta")
+        config |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
