@@ -133,11 +133,12 @@ def followed(model: Any, agent: Any, bundles: list[Path]) -> str:
     from tests import checkpoints, oracle
     from tests.export.following import Tally, follow_all, rounding_of
 
-    prompts = [checkpoints.random_prompts(1, seed=n, length=n)[0] for n in (1, 2, 5, 9, 17, 25, 33, 40)[:PROMPTS]]
+    drawn = [prompt for n in (1, 2, 5, 17, 40) for prompt in checkpoints.random_prompts(4, seed=n, length=n)]
+    prompts = drawn[::2][:PROMPTS]  # those of tests/export/test_families.py
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "fallback": "first"}
     ends = model.generation_config.eos_token_id
     cases = [(prompt, oracle.decode(model, agent, prompt, eos_ids=ends, **options)) for prompt in prompts]
-    tallies = [Tally(bundle.name, rounding_of(model, prompts)) for bundle in bundles]
+    tallies = [Tally(bundle.name, rounding_of(model, drawn[-8:])) for bundle in bundles]
     for bundle, tally in zip(bundles, tallies, strict=True):
         follow_all(AlignedDecoder(bundle, threads=1), DecodeConfig(**options), cases, tally)
     positions, excused = sum(tally.positions for tally in tallies), sum(len(tally.excused) for tally in tallies)
