@@ -34,6 +34,8 @@ class Family:
     norm_bias: bool = False
     gated: bool = True
     """the MLP multiplies by a gate; False: it has two matrices"""
+    output_bias: bool = True
+    """biases of attention are those of its output, too"""
     expert_bias: bool = False
     """experts and what chooses them have biases"""
     tied: bool = False
@@ -54,8 +56,8 @@ FAMILIES = {
     "gemma2": Family(softcap=True, norms=4, tied=True),
     "gemma3_text": Family(norms=4, qk_norm="head", tied=True),
     "gemma4_text": Family(norms=4, qk_norm="head", tied=True),  # of transformers 5
-    "glm": Family(),
-    "glm4": Family(norms=4),
+    "glm": Family(output_bias=False),
+    "glm4": Family(norms=4, output_bias=False),
     "gpt_oss": Family(sinks=True, expert_bias=True),  # of transformers 5, as all with experts
     "granite": Family(),
     "granite_swa": Family(sinks=True, tied=True),  # of transformers 5
@@ -72,7 +74,7 @@ FAMILIES = {
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qk_norm="head"),
     "qwen3_moe": Family(qk_norm="head"),
-    "seed_oss": Family(),
+    "seed_oss": Family(output_bias=False),
     "smollm3": Family(),
     "starcoder2": Family(norm_bias=True, gated=False, tied=True),
 }
@@ -209,7 +211,7 @@ def _of_family(decoder: Decoder, model_type: str, config: Mapping[str, Any]) -> 
         biases = 0
         if family.qkv_bias or config.get("attention_bias") or config.get("use_bias"):
             heads = decoder.num_heads + layer.kv_matrices * layer.kv_heads
-            biases += heads * layer.head_dim + (0 if family.qkv_bias else hidden)
+            biases += heads * layer.head_dim + (hidden if family.output_bias and not family.qkv_bias else 0)
         if config.get("mlp_bias") or config.get("use_bias"):
             biases += (2 if family.gated else 1) * layer.intermediate_size + hidden
         if family.expert_bias:
