@@ -156,9 +156,11 @@ def parity_lines(report: dict[str, Any] | None) -> list[str]:
     """What the gate's report says, for people."""
     if report is None:
         return ["parity    NOT CHECKED: exported with --no-gate"]
-    lines = [
-        f"parity    passed: {report['prompts']} prompts, {report['rows']} token rows against Hugging Face eager",
-    ]
+    parts = f", in {report['parts']} parts" if report["parts"] > 1 else ""
+    rows = f"{report['prompts']} prompts, {report['rows']} token rows"
+    lines = [f"parity    passed: {rows} against Hugging Face eager{parts}"]
+    if report["rerouted"]:
+        lines.append(f"          numbers of the {1 - report['rerouted']:.0%} of the rows that differ least: experts")
     lines += compared(report, MODEL_NUMBERS, MODEL_OUTCOMES)
     if report["largest_activation"] is not None:
         lines.append(f"          largest activation: {report['largest_activation']:,.0f}; float16 goes up to 65,504")

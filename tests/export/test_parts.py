@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
+from mara_deploy.commands.inspect import parity_lines
 from mara_export.errors import ParityError
 from mara_export.export import finish
 from mara_export.graph import pipeline
@@ -52,6 +53,7 @@ def test_the_report_is_that_of_the_whole_graph(tmp_path, bundle, in_little_memor
     assert whole.parity["parts"] == 1
     assert found.parity["parts"] > 2
     assert found.parity | {"parts": 1} == whole.parity
+    assert parity_lines(found.parity)[0].endswith(f"eager, in {found.parity['parts']} parts")
     assert [agent.parity for agent in found.agents] == [agent.parity for agent in whole.agents]
     assert (found.noise, found.files) == (whole.noise, whole.files)  # and none of a part's
 
