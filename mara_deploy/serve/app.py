@@ -29,7 +29,7 @@ from mara_deploy.serve.settings import ServeSettings
 from mara_deploy.serve.stream import EventStream, as_json, events, unless_gone
 from mara_deploy.serve.worker import Answer, Worker
 from mara_runtime.answer import Generation, Piece
-from mara_runtime.errors import OptionError
+from mara_runtime.errors import MaraError, OptionError
 
 Parse = Callable[[Any, Any], Ask]
 ENDPOINTS: dict[str, tuple[Parse, type[Format]]] = {
@@ -38,6 +38,8 @@ ENDPOINTS: dict[str, tuple[Parse, type[Format]]] = {
     "/v1/responses": (requests.response, ResponseFormat),
 }
 PROBES = ("/health", "/ready", "/metrics")
+_READ_ON = 16
+"""Times the largest body: of a larger one, so much is read before it is refused."""
 BODY_S = 30
 """Seconds that a client may take to send a request's body."""
 READER_S = 60
@@ -125,8 +127,8 @@ class Server:
         except ClientDisconnect:
             facts["finish"] = "client_gone"
             return Response(status_code=499)
-        except Exception as error:
-            _raise(error)
+        except MaraError as error:
+            raise as_api_error(error) from error
 
     async def _answered(self, ask: Ask, format_of: type[Format], facts: dict[str, Any]) -> Response:
         """The whole answer; or a stream, from its first piece on: an error before it has its own status."""
@@ -218,17 +220,19 @@ class Server:
             raise ApiError(400, "invalid_json", f"the body is not valid JSON: {reason}") from None
 
     async def _body(self, request: Request) -> bytes:
-        most = self.settings.max_body_mib << 20
-        error = ApiError(413, "body_too_large", f"the body has more than {self.settings.max_body_mib} MiB (--max-body)")
+        """The body. Of one that is too large, more is read: who is cut off while writing sees no status."""
+        most, body, size = self.settings.max_body_mib << 20, bytearray(), 0
         length = request.headers.get("Content-Length", "0")
-        if length.isdecimal() and int(length) > most:
-            raise error
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise error
-        return bytes(body)
+        if not length.isdecimal() or int(length) <= _READ_ON * most:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > _READ_ON * most:
+                    break
+            if size <= most:
+                return bytes(body)
+        raise ApiError(413, "body_too_large", f"the body has more than {self.settings.max_body_mib} MiB (--max-body)")
 
 
 def _result(pieces: Sequence[Piece]) -> Generation:
@@ -239,14 +243,6 @@ def _result(pieces: Sequence[Piece]) -> Generation:
 
 def _json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(as_json(data), status, headers, media_type="application/json")
-
-
-def _raise(error: Exception) -> NoReturn:
-    """Raise what the client is told. A defect stays as it is, for the log."""
-    told = as_api_error(error)
-    if told.code == "internal_error":
-        raise error
-    raise told from error
 
 
 async def _refuse(_: Request, error: Exception) -> Response:

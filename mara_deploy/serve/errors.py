@@ -35,4 +35,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, "invalid_value", str(error))
     if isinstance(error, MaraError):
         return ApiError(500, "decoding_failed", str(error))
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """What a client is told of a defect."""
     return ApiError(500, "internal_error", "the server has failed; its log says how")

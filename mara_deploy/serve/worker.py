@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mara_deploy.serve.errors import ApiError
+from mara_deploy.serve.errors import ApiError, internal_error
 from mara_deploy.serve.settings import ServeSettings
 from mara_runtime.answer import Piece
 from mara_runtime.batch import Job
@@ -217,7 +217,7 @@ class Worker:
                 self._report(error)
                 for job, answer in [*self._making.items()]:
                     self._drop(job)
-                    told.append((answer, error))
+                    told.append((answer, internal_error()))
             if told:
                 self._loop.call_soon_threadsafe(self._tell, told)
 

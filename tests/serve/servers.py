@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -20,7 +21,7 @@ from mara_deploy.serve.settings import ServeSettings
 from mara_deploy.serve.worker import Worker
 from mara_runtime import AlignedDecoder, Generation
 from tests.unit import helpers
-from tests.unit.decoders import VOCAB, make_decoder
+from tests.unit.decoders import VOCAB, make_decoder, reciting
 
 TABLE = helpers.hash_table(5, VOCAB, 256, 4.0, memory=2)
 CONTEXT = 200
@@ -39,7 +40,8 @@ class Running:
         return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, **options})
 
     def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=30, **options)
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(f"{self.url}{path}", content=json.dumps(body), timeout=30, headers=headers, **options)
 
     def metric(self, name: str) -> float:
         """The sum over all labels."""
@@ -58,7 +60,7 @@ class Running:
         return next(line for line in self.lines if facts.items() <= line.items())
 
 
-class serving:  # noqa: N801 - a context manager
+class serving:
     """See `serving`."""
 
     def __init__(self, decoders: Mapping[str, AlignedDecoder], **settings: Any) -> None:
@@ -90,7 +92,8 @@ class serving:  # noqa: N801 - a context manager
 
 def table_decoder(folder: Path, lookup: helpers.Lookup = TABLE, pass_s: float = 0.0, **options: Any) -> AlignedDecoder:
     """A decoder with the agents "agent" and "other", each of whose passes takes some time."""
-    decoder, engine = make_decoder(folder, lookup, helpers.AGENTS, max_context=CONTEXT, **options)
+    judges = None if "agents" in options else helpers.AGENTS
+    decoder, engine = make_decoder(folder, lookup, judges, max_context=CONTEXT, **options)
     run = engine.run_together
     engine.calls = Endless()
 
@@ -121,3 +124,8 @@ def same(expected: Generation, text: str | None, finish_reason: str, usage: Any 
 
 def texts(chunks: Sequence[Any]) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def reciting_decoder(folder: Path, **options: Any) -> AlignedDecoder:
+    """A decoder whose answers end at their limit alone."""
+    return table_decoder(folder, reciting(), **options)
