@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,15 @@ class ServeArguments(Options):
     bundles: tuple[str, ...] = required("bundle folders made by mara-export", metavar="BUNDLE", positional=True)
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine's")
     port: int = option(8000, "port to listen at; 0: any that is free", least=0, most=65535)
+    api_keys: Path | None = option(
+        None, "file with a key per line, one of which requests under /v1 must have", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        twice = [name for name, count in Counter(map(_name, self.bundles)).items() if count > 1]
+        if twice:
+            raise OptionError(f"two bundles have the name {twice[0]}, by which clients ask for them: rename a folder")
 
 
 def parser() -> Parser:
@@ -60,25 +70,31 @@ def _run(args: argparse.Namespace) -> None:
     try:
         from mara_deploy.serve import http
         from mara_deploy.serve.app import Server
+        from mara_deploy.serve.keys import Keys
         from mara_deploy.serve.worker import Worker
     except ModuleNotFoundError as error:
         raise MaraError(
             f"mara-serve needs packages that are not installed ({error}): pip install 'mara-deploy[serve]'"
         ) from None
-    listener = _bound(options.host, options.port)  # before bundles are opened for minutes
+    keys = None if options.api_keys is None else Keys.read(options.api_keys)  # before bundles are opened for minutes
+    listener = _bound(options.host, options.port)
     with listener:
         workers = []
         for folder in options.bundles:
             _say(f"opening {folder} …")
             decoder = engine.open(folder, _say)
-            workers.append(Worker(Path(folder).resolve().name, decoder, settings, _report_defect))
-        server = Server(workers, settings, _log)
+            workers.append(Worker(_name(folder), decoder, settings, _report_defect))
+        server = Server(workers, settings, _log, keys)
         host, port = listener.getsockname()[:2]
         for model in server.models:
             _say(f"model {model}")
         _say(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         http.serve(server, listener)
     _say("ended")
+
+
+def _name(folder: str) -> str:
+    return Path(folder).resolve().name
 
 
 def _bound(host: str, port: int) -> socket.socket:

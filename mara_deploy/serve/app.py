@@ -27,7 +27,7 @@ from mara_deploy.serve.requests import Ask, Model
 from mara_deploy.serve.responses import ResponseFormat
 from mara_deploy.serve.settings import ServeSettings
 from mara_deploy.serve.stream import EventStream, as_json, events, unless_gone
-from mara_deploy.serve.worker import Answer, Worker
+from mara_deploy.serve.worker import PendingAnswer, Worker
 from mara_runtime.answer import Generation, Piece
 from mara_runtime.errors import MaraError, OptionError
 
@@ -47,13 +47,15 @@ READER_S = 60
 
 
 class Server:
-    """Workers and what serves them. log: takes a line about each request, as a dictionary."""
+    """Workers and what serves them.
 
-    def __init__(self, workers: Sequence[Worker], settings: ServeSettings, log: Log) -> None:
-        self.settings, self.log = settings, log
+    keys: None, everybody may ask. log: takes a line about each request, as a dictionary. Raises OptionError for two
+    models of one name.
+    """
+
+    def __init__(self, workers: Sequence[Worker], settings: ServeSettings, log: Log, keys: Keys | None = None) -> None:
+        self.settings, self.log, self.keys = settings, log, keys
         self.workers = {worker.name: worker for worker in workers}
-        if len(self.workers) < len(workers):
-            raise OptionError(f"two bundles have the same name: {', '.join(worker.name for worker in workers)}")
         self.models: dict[str, Model] = {}
         for worker in workers:
             agents = tuple(agent.name for agent in worker.manifest.agents)
@@ -62,7 +64,6 @@ class Server:
                 if name in self.models:
                     raise OptionError(f"two models have the name {name}: rename a bundle's folder")
                 self.models[name] = Model(name, worker.name, agents, worker.manifest.max_context, agent)
-        self.keys = None if settings.api_keys is None else Keys.read(settings.api_keys)
         self.metrics = Metrics(workers)
         self.draining = False
         self.started = int(time.time())
@@ -140,7 +141,7 @@ class Server:
             pieces = [await anext(answer)]
             self._note_first(worker, answer, facts)
 
-            def ended(result: Generation) -> None:
+            def ended(result: Generation | ApiError) -> None:
                 self._note_end(worker, answer, result, facts)
 
             if ask.stream:
@@ -156,12 +157,17 @@ class Server:
             if not streaming:
                 answer.close()
 
-    def _note_first(self, worker: Worker, answer: Answer, facts: dict[str, Any]) -> None:
+    def _note_first(self, worker: Worker, answer: PendingAnswer, facts: dict[str, Any]) -> None:
         seconds = time.monotonic() - answer.started
         self.metrics.first(worker, seconds)
         facts["first_token_ms"] = round(seconds * 1e3, 1)
 
-    def _note_end(self, worker: Worker, answer: Answer, result: Generation, facts: dict[str, Any]) -> None:
+    def _note_end(
+        self, worker: Worker, answer: PendingAnswer, result: Generation | ApiError, facts: dict[str, Any]
+    ) -> None:
+        if isinstance(result, ApiError):
+            facts["finish"] = result.code
+            return
         stats = result.stats
         self.metrics.answered(worker, result, time.monotonic() - answer.started)
         facts |= {
@@ -245,8 +251,9 @@ def _json_response(data: Any, status: int = 200, headers: dict[str, str] | None 
     return Response(as_json(data), status, headers, media_type="application/json")
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
     told = as_api_error(error)
+    request.scope["facts"]["error"] = told.code
     return _json_response(told.body(), told.status, told.headers)
 
 

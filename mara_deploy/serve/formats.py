@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+from mara_deploy.serve.errors import ApiError
 from mara_deploy.serve.requests import Ask
 from mara_deploy.trace import record
 from mara_runtime.answer import Generation, Piece
@@ -25,8 +26,8 @@ Event = tuple[str | None, dict[str, Any]]
 class Format(Protocol):
     """The object of one answer."""
 
-    closing: str
-    """sent after the last event"""
+    closing: bytes
+    """sent after the last event, unless that is an error"""
 
     def __init__(self, ask: Ask, side: TextSide) -> None: ...
 
@@ -42,11 +43,14 @@ class Format(Protocol):
     def end(self, result: Generation) -> Iterable[Event]:
         """After the last piece."""
 
+    def error(self, error: ApiError) -> Event:
+        """In place of what would come."""
+
 
 class Choices:
     """What chat completions and completions share: an object with one choice."""
 
-    closing = "data: [DONE]\n\n"
+    closing = b"data: [DONE]\n\n"
     prefix, kind, chunk_kind = "", "", ""
 
     def __init__(self, ask: Ask, side: TextSide) -> None:
@@ -79,6 +83,10 @@ class Choices:
         yield name, {**chunk, **extension(self.ask, self.side, None, result)}
         if self.ask.include_usage:
             yield None, {**self._object(self.chunk_kind, []), "usage": usage(result.stats)}
+
+    def error(self, error: ApiError) -> Event:
+        """See `Format`."""
+        return None, error.body()
 
     def _chunk(self, delta: dict[str, Any], logprobs: Any, steps: Sequence[Step], reason: str | None = None) -> Event:
         choice = {"index": 0, **delta, "logprobs": logprobs, "finish_reason": reason}

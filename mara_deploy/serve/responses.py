@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mara_deploy.serve.errors import ApiError
 from mara_deploy.serve.formats import Event, extension, token_logprobs
 from mara_deploy.serve.requests import Ask
 from mara_runtime.answer import Generation, Piece
@@ -17,7 +18,7 @@ from mara_runtime.text import TextSide
 class ResponseFormat:
     """/v1/responses; see `Format`."""
 
-    closing = ""
+    closing = b""
 
     def __init__(self, ask: Ask, side: TextSide) -> None:
         self._ask, self._side = ask, side
@@ -64,6 +65,10 @@ class ResponseFormat:
         yield self._event("response.output_item.done", output_index=0, item=final["output"][0])
         final |= extension(self._ask, self._side, None, result)
         yield self._event(f"response.{final['status']}", response=final)
+
+    def error(self, error: ApiError) -> Event:
+        """See `Format`."""
+        return self._event("error", code=error.code, message=str(error), param=error.param)
 
     @property
     def _at(self) -> dict[str, Any]:

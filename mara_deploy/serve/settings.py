@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from mara_runtime.config import CONVERSATIONS
 from mara_runtime.options import Options, option
@@ -22,9 +21,6 @@ class ServeSettings(Options):
         30.0, "seconds that answers may still take after SIGTERM or Ctrl-C", flag="--grace", metavar="S", least=0
     )
     max_body_mib: int = option(4, "size of a request in MiB at most", flag="--max-body", metavar="MIB", least=1)
-    api_keys: Path | None = option(
-        None, "file with a key per line, one of which requests under /v1 must have", metavar="FILE"
-    )
     cors: tuple[str, ...] = option(
         (), "web origin whose pages may send requests, as in https://example.com", metavar="ORIGIN"
     )

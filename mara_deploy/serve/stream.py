@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
@@ -11,39 +12,42 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mara_deploy.serve.errors import as_api_error
+from mara_deploy.serve.errors import ApiError, as_api_error
 from mara_deploy.serve.formats import Event, Format
-from mara_deploy.serve.worker import Answer
+from mara_deploy.serve.worker import PendingAnswer
 from mara_runtime.answer import Generation, Piece
+from mara_runtime.errors import MaraError
 
 T = TypeVar("T")
 
 
 async def events(
-    form: Format, first: Piece, answer: Answer, ended: Callable[[Generation], None]
+    form: Format, first: Piece, answer: PendingAnswer, ended: Callable[[Generation | ApiError], None]
 ) -> AsyncIterator[bytes]:
     """The events of a stream, from an answer whose first piece has come. An error is the last event.
 
-    ended: called with the result.
+    ended: called with the result, or the error.
     """
     for event in form.begin():
         yield encoded(event)
-    try:
-        piece = first
-        while True:
-            for event in form.piece(piece):
-                yield encoded(event)
-            if piece.result is not None:
-                break
+    piece = first
+    while True:
+        for event in form.piece(piece):
+            yield encoded(event)
+        if piece.result is not None:
+            break
+        try:
             piece = await anext(answer)
-    except Exception as error:
-        yield encoded(("error" if not form.closing else None, as_api_error(error).body()))
-        return
+        except (ApiError, MaraError) as error:
+            told = as_api_error(error)
+            ended(told)
+            yield encoded(form.error(told))
+            return
     ended(piece.result)
     for event in form.end(piece.result):
         yield encoded(event)
     if form.closing:
-        yield form.closing.encode()
+        yield form.closing
 
 
 def encoded(event: Event) -> bytes:
@@ -70,7 +74,8 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
-            await asyncio.wait_for(super().__call__(scope, receive, send), self._most_s)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), self._most_s)
         finally:
             self._close()
 

@@ -1,6 +1,6 @@
 """A bundle's answers, made on a thread of its own; requests come and go on the event loop.
 
-    event loop   ask ──→ inbox                    Answer: pieces, as they come ──→ client
+    event loop   ask ──→ inbox                 PendingAnswer: pieces, as they come ──→ client
                            │                          ↑
     thread                 └─→ Answers.step, again and again: passes that all answers share
 
@@ -33,7 +33,7 @@ _FIRST_ESTIMATE_S = 1.0
 """Of an answer's duration."""
 
 
-class Answer(AsyncIterator[Piece]):
+class PendingAnswer(AsyncIterator[Piece]):
     """One answer on its way to a client: its pieces, the last with the result. Raises the error that ended it.
 
     Close it when nobody reads on.
@@ -94,11 +94,11 @@ class Worker:
         self._encoder = ThreadPoolExecutor(1, f"encode-{name}")
         self._thread = threading.Thread(target=self._work, name=f"decode-{name}", daemon=True)
         self._changed = threading.Condition()
-        self._inbox: list[Answer] = []
+        self._inbox: list[PendingAnswer] = []
         """new, or given up"""
         self._closed = False
-        self._making: dict[Job, Answer] = {}  # the thread's
-        self._open = set[Answer]()  # the event loop's, as everything below
+        self._making: dict[Job, PendingAnswer] = {}  # the thread's
+        self._open = set[PendingAnswer]()  # the event loop's, as everything below
         self._draining = False
         self._mean_s = _FIRST_ESTIMATE_S
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,7 +110,9 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def ask(self, prompt: Prompt, config: DecodeConfig, *, raw: bool, template: Mapping[str, Any]) -> Answer:
+    async def ask(
+        self, prompt: Prompt, config: DecodeConfig, *, raw: bool, template: Mapping[str, Any]
+    ) -> PendingAnswer:
         """Queue an answer. Raises ApiError (429, 503), PromptError or OptionError."""
         if self._draining:
             raise ApiError(503, "shutting_down", "the server is shutting down", retry_after_s=10)
@@ -121,7 +123,7 @@ class Worker:
                 f"{self.name} has {len(self._open)} requests, as many as it takes: try again later",
                 retry_after_s=math.ceil(self._mean_s * (1 + self._queue / self.places)),
             )
-        answer = Answer(self, time.monotonic() + self._timeout_s)
+        answer = PendingAnswer(self, time.monotonic() + self._timeout_s)
         self._open.add(answer)
         try:
             answer.config = config = self.decoder.resolve(config)
@@ -135,8 +137,8 @@ class Worker:
         self._send(answer)
         return answer
 
-    def give_up(self, answer: Answer) -> None:
-        """See `Answer.close`."""
+    def give_up(self, answer: PendingAnswer) -> None:
+        """See `PendingAnswer.close`."""
         self._open.discard(answer)
         answer.given_up = True
         self._send(answer)
@@ -181,12 +183,12 @@ class Worker:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: PendingAnswer) -> None:
         with self._changed:
             self._inbox.append(answer)
             self._changed.notify()
 
-    def _tell(self, told: list[tuple[Answer, Item]]) -> None:
+    def _tell(self, told: list[tuple[PendingAnswer, Item]]) -> None:
         for answer, item in told:
             if answer.given_up:
                 continue
@@ -205,7 +207,7 @@ class Worker:
                 if self._closed:
                     return
                 inbox, self._inbox = self._inbox, []
-            told: list[tuple[Answer, Item]] = []
+            told: list[tuple[PendingAnswer, Item]] = []
             try:
                 self._take(inbox, told)
                 self._end_late(told)
@@ -221,7 +223,7 @@ class Worker:
             if told:
                 self._loop.call_soon_threadsafe(self._tell, told)
 
-    def _take(self, inbox: list[Answer], told: list[tuple[Answer, Item]]) -> None:
+    def _take(self, inbox: list[PendingAnswer], told: list[tuple[PendingAnswer, Item]]) -> None:
         """Submit what is new, and drop what nobody wants."""
         for answer in inbox:
             if answer.given_up:
@@ -234,7 +236,7 @@ class Worker:
             except MaraError as error:
                 told.append((answer, error))
 
-    def _end_late(self, told: list[tuple[Answer, Item]]) -> None:
+    def _end_late(self, told: list[tuple[PendingAnswer, Item]]) -> None:
         now = time.monotonic()
         for job, answer in [*self._making.items()]:
             if answer.deadline <= now:

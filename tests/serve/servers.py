@@ -17,6 +17,7 @@ from openai import OpenAI
 from mara_deploy.commands.serve import _bound
 from mara_deploy.serve import http
 from mara_deploy.serve.app import Server
+from mara_deploy.serve.keys import Keys
 from mara_deploy.serve.settings import ServeSettings
 from mara_deploy.serve.worker import Worker
 from mara_runtime import AlignedDecoder, Generation
@@ -63,13 +64,13 @@ class Running:
 class serving:
     """See `serving`."""
 
-    def __init__(self, decoders: Mapping[str, AlignedDecoder], **settings: Any) -> None:
+    def __init__(self, decoders: Mapping[str, AlignedDecoder], keys: Keys | None = None, **settings: Any) -> None:
         options = ServeSettings(**{"conversations": 4, **settings})
         self._listener = _bound("127.0.0.1", 0)
         lines: list[dict[str, Any]] = []
         defects: list[Exception] = []
         workers = [Worker(name, decoder, options, defects.append) for name, decoder in decoders.items()]
-        server = Server(workers, options, lines.append)
+        server = Server(workers, options, lines.append, keys)
         self.running = Running(server, f"http://127.0.0.1:{self._listener.getsockname()[1]}", lines, defects)
         self._thread = threading.Thread(target=http.serve, args=(server, self._listener))
 

@@ -1,5 +1,6 @@
 """What the server refuses, and what becomes of those who leave, come too late, or come at the end."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -11,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from mara_deploy.serve.keys import Keys
+from mara_deploy.serve.stream import EventStream
 from tests.serve.servers import reciting_decoder, serving, table_decoder, user
 
 CHAT = {"model": "tiny", "messages": user("hello"), "max_tokens": 4}
@@ -21,10 +24,10 @@ LONG = {**CHAT, "max_tokens": 150}
 def served(tmp_path_factory):
     """With a key, and a bundle without an agent beside it."""
     folder = tmp_path_factory.mktemp("bundles")
-    keys = folder / "keys.txt"
-    keys.write_text("# two keys\nfirst\n\nsecond\n", encoding="utf-8")
+    file = folder / "keys.txt"
+    file.write_text("# two keys\nfirst\n\nsecond\n", encoding="utf-8")
     decoders = {"tiny": table_decoder(folder / "tiny"), "plain": table_decoder(folder / "plain", agents={})}
-    with serving(decoders, api_keys=keys, max_body_mib=1, cors=("https://example.com",)) as running:
+    with serving(decoders, keys=Keys.read(file), max_body_mib=1, cors=("https://example.com",)) as running:
         yield running
 
 
@@ -224,6 +227,10 @@ def test_an_answer_that_takes_too_long_is_ended(tmp_path):
                 list(stream)
             waiting.join()
         assert (found[0].status_code, found[0].json()["error"]["code"]) == (504, "timeout")
+        assert running.line(finish="timeout")["status"] == 200  # the stream
+        with running.openai() as client:
+            last = list(client.responses.create(model="tiny", input="hello", stream=True))[-1]
+        assert (last.type, last.code) == ("error", "timeout")
         running.until(lambda: running.metric("mara_places_in_use") == 0)
 
 
@@ -276,3 +283,17 @@ def test_idle_and_slow_connections_are_in_nobodys_way(served):
     assert served.post(CHAT, headers=KEY).status_code == 200
     for each in idle:
         each.close()
+
+
+def test_a_reader_that_stands_still_is_cut_off():
+    closed = []
+
+    async def content():
+        while True:
+            yield b"data"
+
+    async def never(*_):
+        await asyncio.sleep(60)
+
+    asyncio.run(EventStream(content(), lambda: closed.append(True), most_s=0.05)({"type": "http"}, never, never))
+    assert closed == [True]
