@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import string
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,5 +130,6 @@ def texts(chunks: Sequence[Any]) -> str:
 
 
 def reciting_decoder(folder: Path, **options: Any) -> AlignedDecoder:
-    """A decoder whose answers end at their limit alone."""
-    return table_decoder(folder, reciting(), **options)
+    """A decoder whose answers end at their limit alone, and cannot be drafted."""
+    text = "".join(random.Random(0).choices(string.ascii_letters, k=CONTEXT + 1))
+    return table_decoder(folder, reciting(text), **options)
