@@ -1,7 +1,9 @@
 """Answers over HTTP are those of the decoder, whoever shares the passes."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -169,3 +171,12 @@ def test_decisions_and_counters_on_request(client, alone, stream):
     assert [each["rank"] for each in decisions] == [piece.step.rank for piece in pieces]
     expected = pieces[-1].result.stats.algorithm()
     assert {name: counters[name] for name in expected} == expected
+
+
+def test_the_example_of_the_guide(tmp_path, alone, capsys):
+    page = (Path(__file__).resolve().parents[2] / "docs/guide/serve.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    with serving({"qwen2-aligned": table_decoder(tmp_path)}) as running:
+        exec(example.replace("http://127.0.0.1:8000", running.url), {})
+    expected = alone.generate(user("How do I keep bread fresh?"), replace(BASE, max_new_tokens=CONTEXT))
+    assert capsys.readouterr().out == expected.text
