@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from types import FrameType
 
@@ -36,6 +37,7 @@ class Uvicorn(uvicorn.Server):
 
 def serve(server: Server, listener: socket.socket) -> None:
     """Serve until a signal has ended it. listener: bound."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that goes away amid an answer
     config = uvicorn.Config(
         server.app(),
         http="h11",
