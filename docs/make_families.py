@@ -19,7 +19,7 @@ from typing import Any
 PAGE = Path(__file__).parent / "reference" / "families.md"
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-CONTEXT, CANDIDATES = 128, 16
+CONTEXT, CANDIDATES = 128, 64
 PROMPTS, TOKENS = 8, 48
 LOWERINGS = ("ort", "portable", "decomposed")
 LOW = (("fp16", "portable"), ("int8", "ort"), ("int8", "portable"), ("int4", "ort"), ("int4", "portable"))
