@@ -26,7 +26,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error: all that it can do something about, of others only that they happened."""
+    """The error that a client sees: with its message if the client can act on it, else without details."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PromptError):
@@ -39,5 +39,5 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def internal_error() -> ApiError:
-    """What a client is told of a defect."""
+    """The error that a client sees when the server itself is at fault."""
     return ApiError(500, "internal_error", "the server has failed; its log says how")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -47,7 +48,7 @@ class Format(Protocol):
         """In place of what would come."""
 
 
-class Choices:
+class Choices(ABC):
     """What chat completions and completions share: an object with one choice."""
 
     closing = b"data: [DONE]\n\n"
@@ -100,17 +101,17 @@ class Choices:
             "id": self.id, "object": kind, "created": self.created, "model": self.ask.model.id, "choices": choices
         }  # fmt: skip
 
+    @abstractmethod
     def message(self, text: str) -> dict[str, Any]:
         """The part of a choice that has the text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, text: str) -> dict[str, Any]:
         """The part of a streamed choice that has more text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
         """Log-probabilities of these tokens, where they were asked for."""
-        raise NotImplementedError
 
 
 class ChatFormat(Choices):
