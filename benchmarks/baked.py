@@ -7,17 +7,23 @@ exports them; ONNX Runtime packs such weights when it loads the graph. It has no
 graphs and decodes texts with synthetic acceptance. Each pass of the decode loop runs on both graphs back to back, in
 alternating order, so that changes in machine speed affect both. Each sitting starts a new process, because a
 session's speed depends on where its memory lies. Prints inputs ÷ constants for the total time of a text's passes, and
-for single passes by the number of rows that the agent judges. The last line is JSON.
+for single passes by the number of rows that the agent judges.
+
+Two sessions of the very same graph differ by more than an agent costs. So as many sittings follow in which ONNX
+Runtime's profiler times every kernel. The LLM's kernels are the same in both graphs: "by kernels" is the ratio with
+the mean of theirs on both sides, so that only the agent's differ. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import multiprocessing
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -40,10 +47,12 @@ from mara_runtime.engines.ort_cpu import CpuEngine
 from mara_runtime.tensors import PREFILL_ROWS
 
 PREFIX = "agents/"
-"""Of the names of all nodes of the agents."""
+"""In the names of all nodes of the agents, fused ones too."""
 
 Times = tuple[int, float, float]
 """Of a pass: rows that the agent judged, ms on one engine, ms on the other."""
+Kernels = tuple[float, float]
+"""Of a pass on one engine: ms of the agent's kernels, ms of all others."""
 
 
 def bake(graph: onnx.GraphProto, weights: list[NDArray[np.float32]]) -> None:
@@ -57,12 +66,12 @@ def bake(graph: onnx.GraphProto, weights: list[NDArray[np.float32]]) -> None:
         matrix, bias = weights[2 * i][0], weights[2 * i + 1][0].reshape(-1)
         parameters = f"{layer}.weight", f"{layer}.bias"
         graph.initializer.extend(map(numpy_helper.from_array, (matrix, bias), parameters))
-        made.append(helper.make_node("Gemm", [x, *parameters], [layer], transB=1))
+        made.append(helper.make_node("Gemm", [x, *parameters], [layer], layer, transB=1))
         if i < 2:
-            made.append(helper.make_node("Relu", [layer], [f"{layer}.relu"]))
+            made.append(helper.make_node("Relu", [layer], [f"{layer}.relu"], f"{layer}.relu"))
         x = made[-1].output[0]
     graph.initializer.append(numpy_helper.from_array(np.array([1]), f"{PREFIX}axis"))
-    made.append(helper.make_node("Squeeze", [x, f"{PREFIX}axis"], [margins]))
+    made.append(helper.make_node("Squeeze", [x, f"{PREFIX}axis"], [margins], f"{PREFIX}baked"))
     others = [node for node in graph.node if not node.name.startswith(PREFIX)]
     del graph.node[:]
     graph.node.extend([*others[:place], *made, *others[place:]])
@@ -114,24 +123,70 @@ def check_margins(one: Engine, other: Engine) -> None:
         raise SystemExit(f"the two graphs' margins differ: {here} and {there}")
 
 
-def sitting(bundle: Path, baked: Path, number: int, args: argparse.Namespace) -> dict[str, list[Times]]:
-    """Decode the profiles in this process; {profile: the passes after its prompt}."""
+class Profiled(ort.SessionOptions):
+    """Of sessions that note the duration of each kernel."""
+
+    folder = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enable_profiling, self.profile_file_prefix = True, f"{self.folder}/ort"
+
+
+def kernels(engine: CpuEngine) -> list[Kernels]:
+    """Those of every pass so far, in order. Ends the profiling."""
+    events = json.loads(Path(engine._session.end_profiling()).read_text())
+    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")
+    found = [[0.0, 0.0] for _ in runs]
+    for event in events:
+        run = bisect.bisect(runs, (event["ts"], float("inf"))) - 1
+        if event["name"].endswith("_kernel_time") and run >= 0 and event["ts"] <= runs[run][1]:
+            found[run][PREFIX not in event["name"]] += event["dur"] / 1e3
+    return [(agent, others) for agent, others in found]
+
+
+def sitting(
+    bundle: Path, baked: Path, number: int, args: argparse.Namespace
+) -> tuple[dict[str, list[Times]], list[tuple[Kernels, Kernels]]]:
+    """Decode the profiles in this process; {profile: the passes after its prompt}, and the kernels of these passes,
+    if sessions note them.
+    """
     other = CpuEngine(Bundle.open(baked), args.threads) if number % 2 else None
     subject = Subject(str(bundle), "cpu", args.threads)
     other = other or CpuEngine(Bundle.open(baked), args.threads)
     other.use([subject.bundle.manifest.agents[0].name])
-    check_margins(subject.engine, other)
+    check_margins(engine := subject.engine, other)
     subject.width()
-    subject.engine = pairs = Pairs(subject.engine, other)
-    found = {}
+    subject.engine = pairs = Pairs(engine, other)
+    spans = {}
     for index, profile in enumerate(PROFILES, 1):
         for turn in range(WARM_UP + 1):
-            pairs.times.clear()
+            started = len(pairs.times) + -(-args.context // PREFILL_ROWS)
             subject.engine.cache.tokens.clear()
             seeded = {**profile, "seed": 100 * number + turn}
             subject.profile(seeded, args.context, args.tokens, {"aligned": WAYS["aligned"]})
-        found[f"profile {index}"] = pairs.times[-(-args.context // PREFILL_ROWS) :]
-    return found
+        spans[f"profile {index}"] = slice(started, len(pairs.times))
+    found = {name: pairs.times[span] for name, span in spans.items()}
+    if ort.SessionOptions is not Profiled:
+        return found, []
+    here, there = (kernels(side)[-len(pairs.times) :] for side in (engine, other))
+    every = [*zip(here, there, strict=True)]
+    return found, [passed for span in spans.values() for passed in every[span]]
+
+
+def profiled_sitting(bundle: Path, baked: Path, number: int, args: argparse.Namespace) -> dict[str, float]:
+    """Inputs ÷ constants by the durations of kernels, and the agent's in ms per pass with rows that it judges."""
+    with tempfile.TemporaryDirectory() as folder:
+        Profiled.folder, ort.SessionOptions = folder, Profiled
+        found, passes = sitting(bundle, baked, number, args)
+    judged = sum(rows > 0 for times in found.values() for rows, *_ in times)
+    here, there = (sum(agent for agent, _ in side) for side in zip(*passes, strict=True))
+    others = sum(others for both in passes for _, others in both) / 2
+    return {
+        "by kernels": (others + here) / (others + there),
+        "agent, inputs": here / judged,
+        "agent, constants": there / judged,
+    }
 
 
 def main() -> None:
@@ -144,11 +199,17 @@ def main() -> None:
     args = parser.parse_args()
     sums: dict[str, list[float]] = {}
     singles: dict[str, list[float]] = {}
+    by_kernels: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_baked(Bundle.open(args.bundle), Path(folder))
-        for number in range(args.sittings):
+
+        def alone(work: Callable[..., Any], number: int) -> Any:
+            """What it returns, in a process of its own."""
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(sitting, args.bundle, Path(folder), number, args).result()
+                return pool.submit(work, args.bundle, Path(folder), number, args).result()
+
+        for number in range(args.sittings):
+            found, _ = alone(sitting, number)
             every = [times for passes in found.values() for times in passes]
             for name, passes in [*found.items(), ("all profiles", every)]:
                 _, here, there = map(sum, zip(*passes, strict=True))
@@ -156,10 +217,14 @@ def main() -> None:
             for rows in sorted({judged for judged, _, _ in every}):
                 ratios = [here / there for judged, here, there in every if judged == rows]
                 singles.setdefault(f"{rows} rows judged", []).append(median(ratios))
+            for name, value in alone(profiled_sitting, number).items():
+                by_kernels.setdefault(name, []).append(value)
     print(f"inputs ÷ constants, {args.sittings} sittings of {args.tokens} tokens at {args.context}: median [quartiles]")
-    results = {name: spread(values) for name, values in {**sums, **singles}.items() if len(values) == args.sittings}
-    for name, ratio in results.items():
-        print(f"  {name:<16}{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    values = {**sums, **singles, **by_kernels}
+    results = {name: spread(values) for name, values in values.items() if len(values) == args.sittings}
+    for name, value in results.items():
+        unit = " ms a judged pass" * name.startswith("agent")
+        print(f"  {name:<18}{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{unit}")
     print(json.dumps({"machine": machine(), "bundle": args.bundle.name, "results": results}))
 
 
