@@ -15,11 +15,11 @@ def page() -> str:
     """The text of commands.md."""
     from examples.demo_lm import __main__ as remake
     from examples.demo_lm import train as demo_lm
-    from mara_deploy.commands import agent, bench, build, eval, export, inspect, memory, run, sign, train
+    from mara_deploy.commands import agent, bench, build, eval, export, inspect, memory, run, serve, sign, train
     from mara_deploy.demo import __main__ as demo
 
     parts = ["# Commands\n\nGenerated from the help texts by `make docs`.\n"]
-    for module in (export, agent, build, run, inspect, sign, memory, bench, train, eval, demo, demo_lm, remake):
+    for module in (export, agent, build, run, serve, inspect, sign, memory, bench, train, eval, demo, demo_lm, remake):
         options = module.parser()
         helps = [each.format_help().rstrip() for each in (options, *getattr(options, "commands", {}).values())]
         parts.append(f"## {options.prog}\n\n" + "\n".join(f"```text\n{shown}\n```\n" for shown in helps))

@@ -186,7 +186,7 @@ def _check_parity(bundle: Bundle, reference: parity.Reference, options: ExportOp
             + "); nothing was written"
         )
     return replace(
-        manifest, agents=tuple(agents), parity=report.to_json() | {"parts": parts}, noise=report.engine_noise
+        manifest, agents=tuple(agents), parity=replace(report, parts=parts).to_json(), noise=report.engine_noise
     )
 
 

@@ -82,10 +82,12 @@ def _add(
 ) -> None:
     dest = _dest(config, each)
     if each.positional:
-        may_be_absent = {} if each.default is NO_DEFAULT else {"nargs": "?", "default": argparse.SUPPRESS}
-        parser.add_argument(dest, metavar=each.metavar, help=each.help, **may_be_absent)  # type: ignore[arg-type]
+        details: dict[str, Any] = {} if each.default is NO_DEFAULT else {"nargs": "?", "default": argparse.SUPPRESS}
+        if each.count == 0:
+            details = {"nargs": "+"}
+        parser.add_argument(dest, metavar=each.metavar, help=each.help, **details)
         return
-    details: dict[str, Any] = {"dest": dest, "default": argparse.SUPPRESS}
+    details = {"dest": dest, "default": argparse.SUPPRESS}
     if each.kind is bool:
         parser.add_argument(
             each.flag, action="store_false" if each.default is True else "store_true", help=_help(each, ()), **details

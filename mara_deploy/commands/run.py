@@ -21,6 +21,7 @@ from mara_deploy.commands.decoding import (
 )
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
+from mara_deploy.trace import record
 from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from mara_runtime.answer import Generation, Piece
     from mara_runtime.decoder import AlignedDecoder
     from mara_runtime.prompt import Prompt
-    from mara_runtime.stats import Step
-    from mara_runtime.text import TextSide
 
     Trace = Callable[[Piece], None]
 
@@ -298,7 +297,7 @@ def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Trace]:
 
     def trace(piece: Piece) -> None:
         with _trace_errors(path):
-            file.write(json.dumps(_record(piece.step, decoder.text_side), ensure_ascii=False) + "\n")
+            file.write(json.dumps(record(piece.step, decoder.text_side), ensure_ascii=False) + "\n")
 
     try:
         yield trace
@@ -313,35 +312,6 @@ def _trace_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OptionError(f"--trace cannot write {path}: {error.strerror}") from None
-
-
-def _record(step: Step, side: TextSide | None) -> dict[str, Any]:
-    """A decision as plain values, with the text of each token if the bundle has a tokenizer."""
-
-    def named(token: int) -> dict[str, Any]:
-        if side is None:
-            return {"token": token}
-        return {"token": token, "text": side.tokenizer.decode([token], skip_special_tokens=False)}
-
-    found = step.candidates
-    ranked = zip(found.ids.tolist(), found.probabilities.tolist(), found.log_probabilities.tolist(), strict=True)
-    return {
-        "position": step.position,
-        **named(step.token),
-        "rank": step.rank,
-        "forced": step.forced,
-        "drafted": step.drafted,
-        "candidates": [
-            {
-                "rank": rank,
-                **named(token),
-                "probability": round(probability, 6),
-                "log_probability": round(log_probability, 6),
-                "margin": step.margins.get(rank),
-            }
-            for rank, (token, probability, log_probability) in enumerate(ranked, start=1)
-        ],
-    }
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from mara_runtime.answer import Assembler, Piece
+from mara_runtime.config import DecodeConfig
 from mara_runtime.decode import Events, Request, Session, conversation
 from mara_runtime.engines.base import Engine, Pass, StepOutput
 from mara_runtime.errors import MaraError, PromptError
@@ -102,6 +106,16 @@ class Batcher:
     def busy(self) -> bool:
         """Whether anyone is seated or waits."""
         return bool(self._seats or self._waiting or self._events)
+
+    @property
+    def seated(self) -> int:
+        """Places in use."""
+        return len(self._seats)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no place yet."""
+        return len(self._waiting)
 
     def submit(self, request: Request, stats: Stats | None = None) -> Job:
         """Queue a request. stats: filled on the way. Raises PromptError for one that alone exceeds the budget."""
@@ -269,3 +283,48 @@ class Batcher:
         self._leave(seat)
         self._engine.places[seat.place].clear()
         self._end(seat.job, error)
+
+
+Prepare = Callable[[list[int], DecodeConfig, Sequence[int]], tuple[Request, Assembler]]
+"""Of token ids, a configuration in force, and tokens whose text the answer continues."""
+
+
+class Answers:
+    """What a batcher decodes, as pieces of text. Others may join between two passes.
+
+    lock: of the engine's places, held during each step. check: raises MaraError if another call has taken the engine.
+    """
+
+    def __init__(
+        self, batcher: Batcher, prepare: Prepare, lock: AbstractContextManager[Any], check: Callable[[], None]
+    ) -> None:
+        self.batcher = batcher
+        self._prepare, self._lock, self._check = prepare, lock, check
+        self._assemblers: dict[Job, Assembler] = {}
+
+    def submit(self, ids: list[int], config: DecodeConfig, context: Sequence[int] = ()) -> Job:
+        """Queue an answer; see `AlignedDecoder.encode` and `resolve` for what it takes. Raises PromptError."""
+        request, assembler = self._prepare(ids, config, context)
+        job = self.batcher.submit(request, assembler.stats)
+        self._assemblers[job] = assembler
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End an answer: its place is free for the next step."""
+        with self._lock:
+            self._assemblers.pop(job, None)
+            self.batcher.cancel(job)
+
+    def step(self) -> list[tuple[Job, Piece | MaraError]]:
+        """Run the next passes; returns what came of them: pieces, the last of an answer with its result, and errors."""
+        told: list[tuple[Job, Piece | MaraError]] = []
+        with self._lock:
+            self._check()
+            for job, event in self.batcher.step():
+                if job not in self._assemblers:  # cancelled
+                    continue
+                item = event if isinstance(event, MaraError) else self._assemblers[job].piece(event)
+                told.append((job, item))
+                if isinstance(item, MaraError) or item.result is not None:
+                    del self._assemblers[job]
+        return told

@@ -3,6 +3,7 @@
     generate()       the whole answer                     → Generation
     stream()         one piece per token                  → Piece, the last with the Generation
     generate_many()  several answers at once              → pieces of all of them, as they come
+    answers()        the same, and others may join        → for a server
     decode()         token ids only, without text         (mara_runtime.decode, mara_runtime.batch)
 
 Each is a thin wrapper around those below it.
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from mara_runtime import in_force
 from mara_runtime.answer import Assembler, Generation, Piece
-from mara_runtime.batch import Batcher
+from mara_runtime.batch import Answers, Batcher
 from mara_runtime.bundle import Bundle
 from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.decode import Request, Session, decode
@@ -229,6 +230,20 @@ class AlignedDecoder:
             held.owner = owner = object()
         return _Locked(self._many(ready, refused, owner, share, continue_final_message), held.lock)
 
+    def answers(self, *, places: int = CONVERSATIONS) -> Answers:
+        """Answers that are asked for while others are in the making, as by the clients of a server.
+
+        places: as in `generate_many`. The cost of passes is measured now, if it has not been. Another call ends all of
+        them, as it ends a stream. Raises EngineError if there is not enough memory for the caches.
+        """
+        _check_places(places)
+        held = self.engine.places
+        with held.lock:
+            held.open(min(places, held.most))
+            held.owner = owner = object()
+            self._measure([DecodeConfig()])
+        return self._answers(owner, share=True)
+
     def resolve(self, config: DecodeConfig) -> DecodeConfig:
         """The configuration with what it leaves to the bundle.
 
@@ -269,16 +284,15 @@ class AlignedDecoder:
         yield from refused
         self._check_owner(owner)
         self._measure([config for _, _, config in ready])
+        answers = self._answers(owner, share)
+        asked = {answers.submit(ids, config, ids if continued else ()): index for index, ids, config in ready}
+        while answers.batcher.busy:
+            for job, event in answers.step():
+                yield asked[job], event
+
+    def _answers(self, owner: object, share: bool) -> Answers:
         batcher = Batcher(self.engine, partial(self._session, share=share), share=share)
-        asked = {}
-        for index, ids, config in ready:
-            request, assembler = self._request(ids, config, ids if continued else ())
-            asked[batcher.submit(request, assembler.stats)] = index, assembler
-        while batcher.busy:
-            self._check_owner(owner)
-            for job, event in batcher.step():
-                index, assembler = asked[job]
-                yield index, event if isinstance(event, MaraError) else assembler.piece(event)
+        return Answers(batcher, self._request, self.engine.places.lock, partial(self._check_owner, owner))
 
     def _request(self, ids: list[int], config: DecodeConfig, context: Sequence[int]) -> tuple[Request, Assembler]:
         manifest = self.bundle.manifest

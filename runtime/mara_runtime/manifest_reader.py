@@ -26,8 +26,9 @@ from mara_runtime.manifest import (
 from mara_runtime.reports import (
     AGENT_NUMBERS,
     AGENT_OUTCOMES,
+    MODEL_NUMBERS,
+    MODEL_OUTCOMES,
     read_build,
-    read_model_parity,
     read_parity,
     read_quantisation,
     read_structure,
@@ -108,7 +109,7 @@ class _Reader(JsonReader):
                 message_rules=self._message_rules("tokenizer.message_rules"),
             ),
             made_with=self.dict_of(str, "made_with", shown=True),
-            parity=read_model_parity(self, "parity"),
+            parity=read_parity(self, "parity", MODEL_NUMBERS, MODEL_OUTCOMES),
             structure=read_structure(self, "structure"),
             noise=self._noise("noise"),
             files={

@@ -60,6 +60,7 @@ def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes:
     numbers = [f"{name}.greatest_difference" for name in names] + [f"noise.{name}" for name in names]
     numbers += [f"min_gap.{name}" for name in outcomes] + ["rerouted"]
     if names == MODEL_NUMBERS:
+        reader.count(f"{path}.parts")
         numbers += [f"{name}.least_cosine" for name in names]
         if reader.get(f"{path}.perplexity", dict, type(None)) is not None:
             numbers += ["perplexity.reference", "perplexity.exported"]
@@ -67,14 +68,6 @@ def read_parity(reader: JsonReader, path: str, names: tuple[str, ...], outcomes:
             numbers.append("largest_activation")
     for name in numbers:
         reader.number(f"{path}.{name}")
-    return report
-
-
-def read_model_parity(reader: JsonReader, path: str) -> Facts | None:
-    """The report of the LLM's parity gate; None: it was not run."""
-    report = read_parity(reader, path, MODEL_NUMBERS, MODEL_OUTCOMES)
-    if report is not None:
-        reader.count(f"{path}.parts")
     return report
 
 

@@ -53,7 +53,7 @@ def manifest_json(
         "engines": [],
         "tokenizer": tokenizer if has_tokenizer else None,
         "made_with": {"mara-deploy": "0.1.0"},
-        "parity": {"parts": 1, **parity_json()},
+        "parity": parity_json(),
         "structure": {"layers": 2, "windows": [0, 16], **parity_json()},
         "noise": 0.0025,
         "files": {
@@ -97,6 +97,7 @@ def parity_json() -> dict[str, Any]:
         **{name: dict(_COUNTS) for name in ("first", "ranks")},
         "min_gap": {"first": 0.1, "ranks": 0.2},
         "perplexity": {"reference": 12.5, "exported": 12.25},
+        "parts": 1,
     }
 
 

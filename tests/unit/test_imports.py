@@ -66,8 +66,9 @@ found["package alone"] = sorted(loaded() - before - set(sys.stdlib_module_names)
 for name in {modules}:
     importlib.import_module(name)
 found["public"] = [getattr(mara_runtime, name).__name__ for name in mara_runtime.__all__]
-for name in ("run", "inspect"):
+for name in ("run", "inspect", "serve"):
     importlib.import_module("mara_deploy.commands." + name)
+importlib.import_module("mara_deploy.serve.http")
 found["engines"] = sorted(loaded() & {ENGINES!r})
 from mara_deploy.commands.run import main
 found["refused"] = main(["bundle", "--top-k", "0"])

@@ -106,7 +106,7 @@ def test_packed_experts_are_refused() -> None:
         (AWQ | {"group_size": 512}, {}, Quantisation(4, 256, packed="awq")),
         (GPTQ, {"target": "tensorrt"}, Quantisation(4, 64, packed="gptq")),
         (GPTQ | {"group_size": -1}, {"block_size": 128}, Quantisation(4, 128, packed="gptq")),
-        # made anew, of the floats
+        # requantised
         (AWQ, {"precision": "int8"}, Quantisation(8, 32)),
         (AWQ, {"precision": "int8", "quantiser": "k-quant"}, Quantisation(8, 32, "k-quant")),
         (GPTQ | {"bits": 8}, {"block_size": 16}, Quantisation(4, 16)),

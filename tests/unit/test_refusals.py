@@ -172,6 +172,13 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("memory BUNDLE --max-candidates 8", ("--max-candidates is 8", "leave it out")),
     ("memory BUNDLE --target cuda", ("--target is 'cuda'", "cpu")),
     ("memory BUNDLE --context 65", ("--context is 65", "64 tokens")),
+    # mara-serve
+    ("serve", ("BUNDLE",)),
+    ("serve BUNDLE --port 70000", ("--port is 70000", "from 0 to 65535")),
+    ("serve BUNDLE --queue -1", ("--queue is -1", "at least 0")),
+    ("serve BUNDLE --timeout 0", ("--timeout is 0", "above 0")),
+    ("serve BUNDLE BUNDLE", ("two bundles have the name",)),
+    ("serve BUNDLE --api-keys nowhere", ("--api-keys", "nowhere")),
     # mara-eval
     (EVAL + "--limit 0", ("--limit is 0", WHOLE_1)),
     (EVAL + "--examples -1", ("--examples is -1", "at least 0")),

@@ -143,7 +143,7 @@ def quantisation_of(options: ExportOptions, packing: Packing | None) -> Quantisa
     if packing is None or own is None or own.bits != packing.bits:
         return own
     name, target = packing.model, TARGETS[options.target]
-    others = "fp16" if packing.precision == "int8" else "fp16, or int8 to round them anew"
+    others = "fp16" if packing.precision == "int8" else "fp16, or int8 to requantise them"
     if options.quantiser:
         raise OptionError(
             f"--quantiser is {options.quantiser!r}, but {options.precision} keeps the integers of {name} "

@@ -103,6 +103,8 @@ class Report:
     """of the texts among the prompts, "reference" and "exported"; None without texts, or where it overflows"""
     largest_activation: float | None = None
     """of the reference; None where the engine has float32's range"""
+    parts: int = 1
+    """in which the engine ran the graph"""
     failures: list[str] = field(default_factory=list)
     """each way in which the figures miss the gate"""
 
@@ -123,7 +125,11 @@ class Report:
             "noise": self.noise,
             **{name: asdict(counts) for name, counts in self.outcomes.items()},
             "min_gap": self.min_gap,
-            **({"perplexity": self.perplexity, "largest_activation": self.largest_activation} if of_model else {}),
+            **(
+                {name: getattr(self, name) for name in ("perplexity", "largest_activation", "parts")}
+                if of_model
+                else {}
+            ),
         }
 
 
