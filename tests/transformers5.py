@@ -30,6 +30,7 @@ TESTS = [
         "test_experts.py",
         "test_families.py",
         "test_lora.py",
+        "test_multimodal.py",
         "test_packed.py::test_a_packed_model_is_loaded_as_its_floats",
         "test_tokenizer.py",
         "test_tokenizer_families.py",

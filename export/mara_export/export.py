@@ -107,7 +107,7 @@ def export_all(
     with contextlib.ExitStack() as claims:
         stages = None if work is None else claims.enter_context(work_folder(work, outs))
         to_do = [(options, destination(out)) for options, out in bundles if not _is_done(options, out, work)]
-        check_space(source, packing, to_do, stages)
+        check_space(source, to_do, stages)
         for out in outs:
             claims.enter_context(claimed(out, is_written(work, out)))
         folder = claims.enter_context(working_folder(first_out))

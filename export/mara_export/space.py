@@ -8,11 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from mara_export.errors import ModelError
-from mara_export.hf.packed import StoredWeights
-from mara_export.hf.packing import Packing
+from mara_export.hf.checkpoint import open_stored
 from mara_export.hf.sources import ModelSource
 from mara_export.options import ExportOptions
 from mara_export.stages import Stages, graph_name
@@ -33,17 +30,13 @@ def bundle_bytes(numbers: int, options: ExportOptions) -> int:
 
 
 def check_space(
-    source: ModelSource,
-    packing: Packing | None,
-    bundles: Sequence[tuple[ExportOptions, Path]],
-    stages: Stages | None = None,
+    source: ModelSource, bundles: Sequence[tuple[ExportOptions, Path]], stages: Stages | None = None
 ) -> None:
     """Reject bundles for which there is clearly not enough disk or memory here. Raises ModelError.
 
-    packing: of the checkpoint; None: its weights are floats. stages: of a work folder, where graphs lie, too; on the
-    disk of a bundle they are the same bytes.
+    stages: of a work folder, where graphs lie, too; on the disk of a bundle they are the same bytes.
     """
-    weights = _sizes(source.folder, packing)
+    weights = _sizes(source)
     needs: dict[int, int] = {}
     for options, out in bundles:
         place = next(folder for folder in (out, *out.parents) if folder.exists())
@@ -70,10 +63,10 @@ def check_space(
         )
 
 
-def _sizes(folder: Path, packing: Packing | None) -> list[int]:
+def _sizes(source: ModelSource) -> list[int]:
     """Numbers in each weight of a checkpoint, by the heads of its files; none if they are damaged."""
-    with contextlib.suppress(SafetensorError, OSError):  # said at loading
-        stored = StoredWeights(folder, packing)
+    with contextlib.suppress(ModelError):  # said at loading
+        stored = open_stored(source)
         return [math.prod(stored.shape(name)) for name in stored]
     return []
 

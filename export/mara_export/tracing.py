@@ -21,6 +21,7 @@ from mara_export.hf.checkpoint import (
     load_model,
     open_stored,
     reference_config,
+    takes_more_than_text,
 )
 from mara_export.hf.families import FAMILIES, decoder_sizes
 from mara_export.hf.lora import Adapter, read_adapter
@@ -101,6 +102,10 @@ def trace(
     return_large_blocks()
     config, context, adapter = vet(source, agents, max_context, tracer, lora)
     sizes = decoder_sizes(config.to_dict(), source.name)
+    if takes_more_than_text(source):
+        progress.note(
+            f"note: {source.name} takes more than text; its text part, {config.model_type}, is exported alone"
+        )
     if config.model_type not in FAMILIES:
         progress.note(
             f"note: {config.model_type} is not on the list of tested families; the parity gate judges the export"

@@ -17,6 +17,7 @@ from mara_deploy.memory import CONTEXTS, JETSONS_GB, SYSTEM_BYTES, Memory, Setti
 from mara_export.errors import ModelError
 from mara_export.hf.catalogue import ALIASES, KNOWN_MODELS, hub_id_of
 from mara_export.hf.families import Decoder, decoder_of, decoder_sizes
+from mara_export.hf.multimodal import text_settings
 from mara_export.hf.sources import local_path, resolve_file
 from mara_export.hf.supported import longest_context
 from mara_export.targets import TARGETS
@@ -156,6 +157,7 @@ def find(name: str) -> tuple[str, Decoder, int | None]:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a Hugging Face configuration")
+    config = text_settings(config)
     decoder = decoder_sizes(config, hub_id)
     try:
         limit = longest_context(SimpleNamespace(**config))

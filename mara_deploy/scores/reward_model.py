@@ -176,7 +176,7 @@ def _position_limit(model: Any) -> int | None:
 
 def _load_classifier(source: ModelSource, device: str) -> Any:
     """Load a model. Raises ScoreError for missing weights, which transformers would initialise at random."""
-    config = read_config(source)
+    config = read_config(source, whole=True)
     if (packing := read_packing(source)) is not None:
         raise ScoreError(f"{source.name} is quantised ({packing.method}), which scores are not: name one of floats")
     options: dict[str, Any] = {}

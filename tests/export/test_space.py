@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused(command, checkpoint, tmp_path, monkeypatch
 def test_a_graph_in_the_work_folder_is_there_already(checkpoint, tmp_path, monkeypatch) -> None:
     """On the same disk it becomes the bundle's; on another one, the bundle needs its own."""
     source, options, kept = resolve_model(str(checkpoint("qwen2"))), ExportOptions(gate=False), 100_000
-    size = space.bundle_bytes(sum(space._sizes(source.folder, None)), options)
+    size = space.bundle_bytes(sum(space._sizes(source)), options)
     (tmp_path / "work" / graph_name(options)).mkdir(parents=True)
     (tmp_path / "work" / graph_name(options) / "step.onnx.data").write_bytes(bytes(kept))
     here, elsewhere = tmp_path, Path("/proc")
@@ -53,7 +53,7 @@ def test_a_graph_in_the_work_folder_is_there_already(checkpoint, tmp_path, monke
     def check(out: Path, free: int, free_elsewhere: int = 0) -> None:
         found = {elsewhere: free_elsewhere}
         monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=found.get(place, free)))
-        space.check_space(source, None, [(options, out)], Stages(tmp_path / "work", kept=True))
+        space.check_space(source, [(options, out)], Stages(tmp_path / "work", kept=True))
 
     check(here / "out", size - kept)
     check(elsewhere / "out", size - kept, size)

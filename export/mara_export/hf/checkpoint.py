@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from mara_export.errors import ModelError
 from mara_export.hf.families import FAMILIES
+from mara_export.hf.multimodal import TEXT_NAMES, has_text_part, text_config, text_name, text_settings
 from mara_export.hf.packed import StoredWeights
 from mara_export.hf.packing import Packing, packing_of
 from mara_export.hf.rope import check_rope, complete_rope, kept_together, missing_rope
@@ -31,6 +33,8 @@ _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _MOST_BYTES = 1 << 26
 """Of a configuration."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_RENAMES = transformers.__version__ >= "5"
+"""Version 4 takes weights none of which is `model.…` in the file for those of a model without a head."""
 _NO_VALUE = "meta device"
 """In accelerate's message for a weight that was not in the files."""
 _MAX_MESSAGE = 300
@@ -129,12 +133,15 @@ def load_config(source: ModelSource) -> Any:
     return read_config(source)
 
 
-def read_config(source: ModelSource) -> Any:
-    """The configuration of a model of any architecture, saved by any transformers. Raises ModelError."""
-    said = _said(source)
+def read_config(source: ModelSource, whole: bool = False) -> Any:
+    """The configuration of a model of any architecture, saved by any transformers. Raises ModelError.
+
+    whole: also of a model that takes more than text, not of its text part.
+    """
+    said = _said(source, whole)
     check_rope(said, source.name)
     read_packing(source)
-    config = _config(source)
+    config = _config(source, whole)
     complete_rope(config, said, source.name)
     if (source.folder / _GENERATION).is_file() and "eos_token_id" not in said:
         config.eos_token_id = None  # not the default of its class
@@ -160,23 +167,35 @@ def read_packing(source: ModelSource) -> Packing | None:
 def open_stored(source: ModelSource) -> StoredWeights:
     """The weights in a checkpoint's files. Raises ModelError, also for a file that is damaged."""
     try:
-        return StoredWeights(source.folder, read_packing(source))
+        rename = text_name if takes_more_than_text(source) else str
+        return StoredWeights(source.folder, read_packing(source), rename)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_why(error, source)}") from error
 
 
-def _said(source: ModelSource) -> dict[str, Any]:
-    """What config.json says; nothing if it is no JSON object, which transformers refuses."""
+def takes_more_than_text(source: ModelSource) -> bool:
+    """Whether it is a checkpoint of a model that takes images or sound, too, of which the text part is read."""
+    return has_text_part(_said(source, whole=True))
+
+
+def _said(source: ModelSource, whole: bool = False) -> dict[str, Any]:
+    """What config.json says of the text part; nothing if it is no JSON object, which transformers refuses."""
     values = read_json(source.folder / "config.json")
-    return values if isinstance(values, dict) else {}
+    values = values if isinstance(values, dict) else {}
+    return values if whole else text_settings(values)
 
 
-def _config(source: ModelSource, **values: Any) -> Any:
+def _config(source: ModelSource, whole: bool = False, **values: Any) -> Any:
     """As transformers reads it, of a model of floats: packed matrices are not its affair."""
-    config = from_pretrained(AutoConfig, source, **values)
+    part, said = takes_more_than_text(source) and not whole, _said(source)
+    if part and said["model_type"] not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{source.name}: its text part is {said['model_type']!r}, which this version of transformers does not have"
+        )
+    config = from_pretrained(AutoConfig, source, **({"text_config": values} if part and values else values))
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return config
+    return text_config(config, said) if part else config
 
 
 def load_model(
@@ -198,7 +217,8 @@ def load_model(
     config = read_config(source) if config is None else config
     stored = open_stored(source)
     _check_floats(source, stored)
-    load = _load_floats if stored.packing is None else _load_packed
+    by_transformers = stored.packing is None and (_RENAMES or not takes_more_than_text(source))
+    load = _load_floats if by_transformers else _load_filled
     model, missing, surplus = load(source, stored, config, attention, dtype, streamed)
     if missing:
         raise ModelError(f"{source.name} is not a whole causal LM: it lacks {some(missing)}")
@@ -225,6 +245,8 @@ def _load_floats(
 ) -> _Loaded:
     """By transformers."""
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    if takes_more := takes_more_than_text(source):
+        options["key_mapping"] = TEXT_NAMES
     expected: set[str] = set()
     on_disk: set[str] = set()
     if streamed is not None:
@@ -241,13 +263,14 @@ def _load_floats(
     unread = [  # tied to a missing one
         name for name, weight in model.named_parameters() if weight.is_meta and name.rpartition(".")[0] not in on_disk
     ]
-    return model, sorted({*loading["missing_keys"], *unread}), sorted(loading["unexpected_keys"])
+    surplus = [key for key in loading["unexpected_keys"] if not takes_more or text_name(key)]
+    return model, sorted({*loading["missing_keys"], *unread}), sorted(surplus)
 
 
-def _load_packed(
+def _load_filled(
     source: ModelSource, stored: StoredWeights, config: Any, attention: str, dtype: torch.dtype, streamed: Path | None
 ) -> _Loaded:
-    """As the floats that packed matrices stand for, which transformers leaves to kernels for GPUs."""
+    """By names in the files: packed matrices, which transformers leaves to kernels for GPUs, as floats; text parts."""
     model = empty_model(config, attention, dtype)
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     own = {name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in wanted}

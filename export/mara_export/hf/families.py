@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mara_export.errors import ModelError
+from mara_export.hf.multimodal import TEXT_PARTS
 from mara_runtime.tensors import CacheGroup, ModelShape
 
 
@@ -230,8 +231,8 @@ def decoder_sizes(config: Mapping[str, Any], name: str) -> Decoder:
         raise ModelError(f"{name}: its config.json has model_type = {model_type!r}; expected an architecture's name")
     if isinstance(config.get("text_config"), Mapping):
         raise ModelError(
-            f"{name} has architecture {model_type!r}, which takes more than text: export a checkpoint of the language "
-            "model alone"
+            f"{name} has architecture {model_type!r}, which takes more than text; the text part is exported of "
+            f"{', '.join(TEXT_PARTS)}: else name a checkpoint of the language model alone"
         )
 
     def size(key: str, own: Mapping[str, Any] = config) -> int:

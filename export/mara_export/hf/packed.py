@@ -12,8 +12,9 @@ compressed-tensors  integers (N, K / n), zero points (N / n, blocks), scales (N,
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,17 @@ class StoredWeights(Mapping[str, Tensor]):
     Raises SafetensorError and OSError for damaged files.
     """
 
-    def __init__(self, folder: Path, packing: Packing | None) -> None:
-        """packing: None if all are stored as they are. Raises ModelError for a packed matrix that is not complete."""
+    def __init__(self, folder: Path, packing: Packing | None, rename: Callable[[str], str | None] = str) -> None:
+        """packing: None if all are stored as they are; rename: gives the name in the model of one in the files, None to
+        leave it out. Raises ModelError for a packed matrix that is not complete.
+        """
         self.packing = packing
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, tuple[Path, str]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                self._files.update(dict.fromkeys(file.keys(), path))
+                names = [*file.keys()]
+            own = [*map(rename, names)]
+            self._files.update({name: (path, stored) for name, stored in zip(own, names, strict=True) if name})
         self._parts = () if packing is None else _PARTS[packing.method]
         ends = tuple(f".{part}" for part in self._parts)
         found = [name.removesuffix(ends[0]) for name in self._files if name.endswith(ends[:1])]
@@ -122,8 +127,8 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._shapes:
             return torch.from_numpy(self.packed(name).dequantised())
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        with self._open(name) as (file, stored):
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def is_packed(self, name: str) -> bool:
@@ -136,8 +141,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> str:
         """Of one that is not packed, as safetensors names it."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return str(file.get_slice(name).get_dtype())
+        with self._open(name) as (file, stored):
+            return str(file.get_slice(stored).get_dtype())
 
     def first(self, name: str, count: int) -> Tensor:
         """The first `count` numbers of a weight, or as many as it has, in float32."""
@@ -145,9 +150,9 @@ class StoredWeights(Mapping[str, Tensor]):
         if name in self._shapes:
             some = torch.from_numpy(self.packed(name, rows).dequantised())
         else:
-            with safe_open(self._files[name], framework="pt") as file:
-                part = file.get_slice(name)
-                some = part[:rows] if part.get_shape() else file.get_tensor(name)
+            with self._open(name) as (file, stored):
+                part = file.get_slice(stored)
+                some = part[:rows] if part.get_shape() else file.get_tensor(stored)
         return some.flatten()[:count].float()
 
     def packed(self, name: str, rows: int | None = None) -> PackedMatrix:
@@ -204,14 +209,21 @@ class StoredWeights(Mapping[str, Tensor]):
         rows: NDArray[np.uint8] = numbers.reshape(len(words), -1)
         return rows
 
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[tuple[Any, str]]:
+        """The file that has a weight, and its name there."""
+        path, stored = self._files[name]
+        with safe_open(path, framework="pt") as file:
+            yield file, stored
+
     def _shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        with self._open(name) as (file, stored):
+            return tuple(file.get_slice(stored).get_shape())
 
     def _read(self, name: str, axis: int, count: int) -> NDArray[Any]:
         """The first part of a tensor along an axis: words as uint32, numbers as float32."""
-        with safe_open(self._files[name], framework="pt") as file:
-            part = file.get_slice(name)
+        with self._open(name) as (file, stored):
+            part = file.get_slice(stored)
             array: Tensor = part[:count] if axis == 0 else part[:, :count]
         return array.numpy().view(np.uint32) if array.dtype == torch.int32 else array.float().numpy()
 
