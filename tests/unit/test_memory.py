@@ -17,6 +17,8 @@ from mara_export.targets import PLACES, TARGETS
 from tests.unit import helpers
 
 ROOT = Path(__file__).resolve().parents[2]
+SIGLIP = 416_866_032
+"""Parameters of the vision tower of Gemma 3; its projector has a matrix and a norm besides."""
 PUBLISHED = {
     "Qwen/Qwen2-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2-1.5B-Instruct": 1_543_714_304,
@@ -49,6 +51,9 @@ PUBLISHED = {
     "google/gemma-2-9b-it": 9_241_705_984,
     "google/gemma-3-270m-it": 268_098_176,
     "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 4_300_079_472 - SIGLIP - 1152 * (2560 + 1),
+    "google/gemma-3-12b-it": 12_187_325_040 - SIGLIP - 1152 * (3840 + 1),
+    "google/gemma-3-27b-it": 27_432_406_640 - SIGLIP - 1152 * (5376 + 1),
     "allenai/OLMo-2-0425-1B-Instruct": 1_484_916_736,
     "allenai/OLMo-2-1124-7B-Instruct": 7_298_617_344,
     "allenai/Olmo-3-7B-Instruct": 7_298_011_136,
@@ -64,7 +69,8 @@ PUBLISHED = {
     "ibm-granite/granite-3.1-1b-a400m-instruct": 1_334_628_352,
     "ibm-granite/granite-3.1-3b-a800m-instruct": 3_298_793_472,
 }
-"""Parameters of the checkpoints, shared ones once, as the Hub and whoever has loaded them report."""
+"""Parameters of the checkpoints, shared ones once, as the Hub and whoever has loaded them report; of a model that takes
+images, those of its text part."""
 LLAMA_1B = {
     "model_type": "llama",
     "hidden_size": 2048,

@@ -90,6 +90,9 @@ ALIASES = {
     "gemma2-9b": _row("gemma2", "google/gemma-2-9b-it", 8192, 42, 3584, 14336, "16/8×256", 256000),
     "gemma3-270m": _row("gemma3_text", "google/gemma-3-270m-it", 32768, 18, 640, 2048, "4/1×256", 262144),
     "gemma3": _row("gemma3_text", "google/gemma-3-1b-it", 32768, 26, 1152, 6912, "4/1×256", 262144),
+    "gemma3-4b": _row("gemma3_text", "google/gemma-3-4b-it", 131072, 34, 2560, 10240, "8/4×256", 262208),
+    "gemma3-12b": _row("gemma3_text", "google/gemma-3-12b-it", 131072, 48, 3840, 15360, "16/8×256", 262208),
+    "gemma3-27b": _row("gemma3_text", "google/gemma-3-27b-it", 131072, 62, 5376, 21504, "32/16×128", 262208),
     "granite": _row("granite", "ibm-granite/granite-3.3-2b-instruct", 131072, 40, 2048, 8192, "32/8×64", 49159, True),
     "granite-8b": _row(
         "granite", "ibm-granite/granite-3.3-8b-instruct", 131072, 40, 4096, 12800, "32/8×128", 49159, True
