@@ -1,8 +1,8 @@
 """Many conversations in one pass against the sequential oracle on Hugging Face eager: each as if it were alone.
 
 They join when a place is free and leave when they end, each with a strategy, an order, a fallback, a threshold, a seed,
-a schedule and drafts of its own. Differences are excused as in test_exactness.py, where the answer is the same without
-company; what comes after one in that answer is another text, and is not compared.
+a schedule and drafts of its own. Differences are excused as in test_exactness.py, where the answer without company is
+one of the two: the widths of passes decide such a tie. What comes after it is another text, and is not compared.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def test_each_of_many_conversations_is_answered_as_if_it_were_alone(
             results[index] = piece.result
         for index, truth in enumerate(truths):
             if differs(steps[index], truth, checked):
-                assert product.generate(prompts[index], configs[index]).token_ids == results[index].token_ids
+                alone = product.generate(prompts[index], configs[index]).token_ids
+                assert alone in (results[index].token_ids, truth.token_ids)
             else:
                 assert results[index].token_ids == truth.token_ids
                 margin = pytest.approx(truth.counters["smallest_margin"], abs=MARGIN_TOLERANCE)
