@@ -184,6 +184,15 @@ def test_the_default_chat_template_is_written_as_it_is(folder, written, given, t
     assert found.files == {"tokenizer.json"} | ({"chat_template.jinja"} if found.template else set())
 
 
+def test_a_processor_s_template_stands_in_for_one_that_the_tokenizer_lacks(folder, written) -> None:
+    """ProcessorMixin writes it there; the tokenizer's own comes first."""
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "the processor's"}))
+    configure(folder, chat_template=None)
+    assert written().template == "the processor's"
+    configure(folder, chat_template="the tokenizer's")
+    assert load(folder).chat_template == "the tokenizer's"
+
+
 def test_of_several_template_files_the_default_is_written(folder, written) -> None:
     (folder / "chat_template.jinja").write_text("the default one")
     (folder / "additional_chat_templates").mkdir()

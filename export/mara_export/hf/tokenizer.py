@@ -21,6 +21,8 @@ from mara_runtime.manifest import MESSAGE_RULES, TokenizerFacts
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where models that take images, such as Mistral 3, kept the template that their tokenizer lacks."""
 _SOURCES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _BACKEND = "TokenizersBackend"
 _MADE_ANEW = hasattr(transformers, _BACKEND)
@@ -76,6 +78,10 @@ def _load(source: ModelSource) -> Any:
     files = {*getattr(tokenizer, "vocab_files_names", {}).values()} - {TOKENIZER_FILE}
     if not (source.folder / TOKENIZER_FILE).is_file() and not all((source.folder / name).is_file() for name in files):
         raise ModelError("its vocabulary is missing")  # of which transformers 5 makes an empty tokenizer
+    processor = read_json(source.folder / _PROCESSOR_TEMPLATE)
+    if tokenizer.chat_template is None and isinstance(processor, dict):
+        template = processor.get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
     return tokenizer
 
 
