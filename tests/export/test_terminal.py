@@ -30,14 +30,14 @@ from tests.export.conftest import MAX_CANDIDATES, MAX_CONTEXT
 class Terminal:
     """mara-run with a terminal for all three of its streams."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **environment: str) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mara_deploy.commands.run", *map(str, arguments), "--threads", "1"],
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+            env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **environment},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
         )
@@ -68,11 +68,11 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
+def terminal(tmp_path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def open_terminal(*arguments: object) -> Terminal:
-        opened.append(Terminal(*arguments))
+    def open_terminal(*arguments: object, **environment: str) -> Terminal:
+        opened.append(Terminal(*arguments, **{"XDG_STATE_HOME": str(tmp_path / "state"), **environment}))
         return opened[-1]
 
     yield open_terminal
@@ -80,17 +80,17 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
         each.close()
 
 
-def test_a_turn_follows_the_conversation_and_an_empty_line_starts_a_new_one(terminal, bundle, tmp_path) -> None:
+def test_a_turn_follows_the_conversation_and_reset_starts_a_new_one(terminal, bundle, tmp_path) -> None:
     trace = tmp_path / "trace.jsonl"
     screen = terminal(bundle("qwen2"), "--max-new-tokens", 12, "--trace", trace, "--top-k", 8)
     head = screen.read_until("> ")
     assert "engine cpu" in head
     assert "Ctrl-D exits" in head
-    for text in ("Hello", "And then?", "", "Hello"):
+    for text in ("Hello", "", "And then?", "/reset", "Hello"):
         screen.write(text + "\n")
-        shown = screen.read_until(r"ended by \w+\]\n> " if text else "> ")
+        shown = screen.read_until(r"ended by \w+\]\n> " if text not in ("", "/reset") else "> ")
         assert "error" not in shown
-        assert ("(new conversation)" in shown) == (not text)
+        assert ("(new conversation)" in shown) == (text == "/reset")
     screen.write("zz" * MAX_CONTEXT + "\n")
     assert "error: the prompt has" in screen.read_until("> ")  # and the session goes on
     screen.write("\x04")
@@ -118,15 +118,15 @@ def test_a_turn_follows_the_conversation_and_an_empty_line_starts_a_new_one(term
     assert found == expected
 
 
-def test_ctrl_c_stops_an_answer_and_a_termination_the_chat(terminal, bundle) -> None:
+def test_ctrl_c_stops_an_answer_and_a_termination_the_chat(terminal, bundle, tmp_path) -> None:
     slow = ["--schedule", "one-by-one", "--top-k", MAX_CANDIDATES, "--top-p", 1, "--threshold", 1000]
-    screen = terminal(bundle("qwen2"), *slow)  # sixty-four passes a token: an answer takes seconds
+    screen, saved = terminal(bundle("qwen2"), *slow), tmp_path / "saved.jsonl"  # sixty-four passes a token: seconds
     screen.read_until("> ")
     screen.write("Hello\n")
     screen.read_until(r"Hello\n(?s:.)+")
     time.sleep(0.5)  # Python's own line reader misses a signal that comes while it hands over a line
-    screen.write("\x03")
-    text = screen.read_until(r"\(stopped; your message was discarded\)\n> ")
+    screen.write("\x03\x03\x03")
+    text = screen.read_until(r"goes on with what is written\)\n(\^C|\n|> )*> ")
     assert "ended by" not in text
     time.sleep(0.5)  # nor does it see one that comes before its wait for a key
     screen.write("half a line")
@@ -134,13 +134,53 @@ def test_ctrl_c_stops_an_answer_and_a_termination_the_chat(terminal, bundle) -> 
     time.sleep(0.5)
     screen.write("\x03")  # discards what was typed
     text += screen.read_until(r"\n> ")
-    screen.write("Hello\n")
-    screen.read_until(r"Hello\n(?s:.)+")
+    screen.write(f"/save {saved}\n")
+    text += screen.read_until(r"saved 1 turn to .*\n> ")
+    turn = json.loads(saved.read_text(encoding="utf-8"))
+    assert (turn["messages"], turn["finish_reason"]) == ([{"role": "user", "content": "Hello"}], "interrupted")
+    assert turn["answer"]
+    screen.write("And then?\n")
+    screen.read_until(r"And then\?\n(?s:.)+")
     screen.process.terminate()  # in the middle of an answer
     text += screen.read_until("never")
     assert screen.process.wait(timeout=30) == 2
     assert "mara-run: error: interrupted" in text
     assert "Traceback" not in text
+
+
+def test_lines_are_edited_completed_remembered_and_pasted(terminal, bundle, tmp_path) -> None:
+    pytest.importorskip("readline")
+    options = [bundle("qwen2"), "--max-new-tokens", 2, "--schedule", "together"]
+    history, saved = tmp_path / "state" / "mara-deploy" / "run-history", tmp_path / "saved.json"
+    screen = terminal(*options, TERM="xterm")
+    screen.read_until("> ")
+    for keys in (
+        "Hallo\x1b[D\x1b[D\x1b[D\x7fe\r",  # three to the left, and e for a
+        "\x1b[200~two\nlines\x1b[201~\r",
+        "a line \\\rthat goes on\r",
+        "//slash\r",
+    ):
+        screen.write(keys)
+        screen.read_until(r"ended by \w+\]\n(\x1b\S+)?> ")
+    for keys in ("/mi\tage\t=2\r", "/no\r", f"/sav\t{saved}\r"):
+        screen.write(keys)
+        text = screen.read_until(r"\n(\x1b\S+)?> ")
+        assert {"m": "agent 2 × agent", "n": "error: there is no command /no", "s": "saved 4"}[keys[1]] in text
+    screen.write("/quit\r")
+    screen.read_until("never")
+    assert screen.process.wait(timeout=30) == 0
+    asked = [turn["messages"][-1]["content"] for turn in json.loads(saved.read_text(encoding="utf-8"))]
+    assert asked == ["Hello", "two\nlines", "a line \nthat goes on", "/slash"]
+    assert history.stat().st_mode & 0o777 == 0o600
+
+    screen = terminal(*options, "--explain", TERM="xterm")
+    screen.read_until("> ")
+    screen.write("\x1b[A" * 7 + "\x10" + "\r")  # up eight times: to the first message
+    screen.read_until(r"\d forced\n(?s:.)*> ")
+    screen.write("/stats\r")
+    assert "conversation: 1 turn, " in screen.read_until(r"chat: 1 answer, 2 tokens(?s:.)*> ")
+    *_, message, command = map(json.loads, history.read_text(encoding="ascii").splitlines())
+    assert (message, command) == ("Hello", "/stats")
 
 
 @pytest.mark.parametrize("option", ["--json", "--raw"])
