@@ -94,13 +94,13 @@ def changes(steps: Sequence[Step], name: Name, threshold: float, most: int, colo
     heads = [
         Column("token", right=True),
         Column("chosen", elastic=True),
-        Column("rank", right=True),
-        Column("p", right=True, spare=3),
-        Column("margin", right=True, spare=2),
+        Column("rank", right=True, spare=1),
+        Column("p", right=True, spare=4),
+        Column("margin", right=True, spare=3),
         Column("LLM's 1st", elastic=True),
-        Column("p", right=True, spare=5),
-        Column("margin", right=True, spare=4),
-        Column("verdict", spare=1),
+        Column("p", right=True, spare=6),
+        Column("margin", right=True, spare=5),
+        Column("verdict", spare=2),
     ]
     rows = []
     for number, step in found:

@@ -39,7 +39,8 @@ def width(text: str) -> int:
 
 
 def _width(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me", "Cf") or "\u1160" <= character <= "\u11ff":
+    joins = "\u1160" <= character <= "\u11ff" or "\ud7b0" <= character <= "\ud7ff"  # to the Hangul letter before it
+    if joins or (unicodedata.category(character) in ("Mn", "Me", "Cf") and character != "\N{SOFT HYPHEN}"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
