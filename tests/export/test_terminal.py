@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,43 @@ def test_lines_are_edited_completed_remembered_and_pasted(terminal, bundle, tmp_
     assert "conversation: 1 turn, " in screen.read_until(r"chat: 1 answer, 2 tokens(?s:.)*> ")
     *_, message, command = map(json.loads, history.read_text(encoding="ascii").splitlines())
     assert (message, command) == ("Hello", "/stats")
+
+
+def test_explain_marks_tokens_in_colour_unless_no_color_is_set(terminal, bundle) -> None:
+    options = ["--prompt", "Hello", "--max-new-tokens", 24, "--schedule", "together", "--threshold", 0.5, "--explain"]
+    screens = [terminal(bundle("qwen2"), *options, TERM="xterm", NO_COLOR=value) for value in ("", "1")]
+    coloured, plain = (re.sub(r"[\d.]+ tokens/s", "", screen.read_until("never")) for screen in screens)
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert re.search(r"\x1b\[36m‹\S+›\x1b\[0m(?s:.)*\ntoken  ", coloured)
+    assert "\x1b" not in plain
+    answer, _, table = plain.partition("\ntoken  ")
+    assert answer.count("›") == int(re.search(r"(\d+) changed", table)[1]) > 0
+    assert answer.count("»") == int(re.search(r"(\d+) forced", table)[1]) > 0
+
+
+@pytest.mark.parametrize("prompt", [("--prompt", "Hello"), ("--input-ids", "72,101,108,108,111")], ids=["text", "ids"])
+def test_in_a_pipe_explain_is_beside_the_answer(command, bundle, prompt) -> None:
+    options = (bundle("qwen2"), *prompt, "--max-new-tokens", 24, "--threshold", 0.5, "--threads", 1)
+    plain, explained, found = (command("run", *options, *more) for more in ((), ("--explain",), ("--json",)))
+    assert explained.out == plain.out
+    stats = json.loads(found.out)["stats"]
+    changed = sum(number for rank, number in stats["accepted_rank"].items() if rank != "1")
+    *_, summary, _ = explained.err.splitlines()
+    assert summary == (
+        f"24 tokens, {stats['decisions']} decisions: {stats['accepted_rank'].get('1', 0)} accepted at rank 1, "
+        f"{changed} changed, {stats['forced']} forced"
+    )
+    assert explained.err.count("›") == 2 * changed + 1 > 1  # in the answer, in the table and below it
+
+
+def test_the_guide_shows_what_explain_prints(command, bundle) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "run.md"
+    (example,) = re.findall(r"^```text\n(‹.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    answer, *lines = [line for line in example.splitlines() if line.strip("…")]
+    options = ("--prompt", "How do I oil a squeaky door?", "--explain", "--threads", 1)
+    printed = command("run", bundle("demo"), *options).err.splitlines()
+    assert [line for line in lines if line not in printed] == []
+    assert answer.removesuffix(" …") in " ".join(printed)
 
 
 @pytest.mark.parametrize("option", ["--json", "--raw"])
