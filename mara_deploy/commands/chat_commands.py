@@ -113,11 +113,11 @@ def _paths(word: str) -> Iterator[str]:
 def _help(chat: Chat, argument: str) -> None:
     _none(argument)
     heads = [f"/{name} {command.arguments}".rstrip() for name, command in COMMANDS.items()]
-    size = max(map(width, heads)) + 2
-    for head, command in zip(heads, COMMANDS.values(), strict=True):
-        say(*wrapped(f"{head:<{size}}{command.help}", columns(), " " * size))
-    say(*wrapped(f"{'//TEXT':<{size}}a message that begins with a slash", columns(), " " * size))
-    say(*wrapped("A line that ends with a backslash goes on in the next one; pasted lines are one message.", columns()))
+    size, most = max(map(width, heads)) + 2, columns()
+    helps = [command.help for command in COMMANDS.values()]
+    for head, text in zip([*heads, "//TEXT"], [*helps, "a message that begins with a slash"], strict=True):
+        say(*wrapped(f"{head:<{size}}{text}", most, " " * min(size, most // 2)))
+    say(*wrapped("A line that ends with a backslash goes on in the next one; pasted lines are one message.", most))
 
 
 def _plain(chat: Chat, argument: str) -> None:
@@ -214,14 +214,18 @@ def _save(chat: Chat, argument: str) -> None:
     if not argument:
         raise OptionError("/save has no file: name one that ends in .jsonl or .json")
     _turns(chat)
-    path = Path(argument).expanduser()
+    path = Path(argument)
     if path.suffix.lower() not in SAVED:
         raise OptionError(f"{path} ends in {path.suffix!r}; it must end in {', '.join(SAVED)}")
-    if path.exists() and path.absolute() not in chat.saved:
-        raise OptionError(f"{path} exists: choose another name")
     entries = [json.dumps(turn.to_json(), ensure_ascii=False) for turn in chat.turns]
     text = "[\n" + ",\n".join(entries) + "\n]\n" if path.suffix.lower() == SAVED[-1] else "\n".join(entries) + "\n"
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise OptionError(f"{path} cannot be written: there is no such user") from None
     with writing(path):
+        if path.exists() and path.absolute() not in chat.saved:
+            raise OptionError(f"{path} exists: choose another name")
         write_atomic(path, text)
     chat.saved.add(path.absolute())
     say(f"saved {len(entries)} turn{'s' * (len(entries) > 1)} to {path}")

@@ -36,13 +36,15 @@ if TYPE_CHECKING:
     from mara_runtime.prompt import Prompt
 
 EPILOG = """\
-Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal and otherwise reads the
-prompt from stdin. Of the prompts of a file, several are answered at once, and each answer is printed when it is
-finished; the exit code is 1 if some could not be answered.
+Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal, where /help lists its commands, and
+otherwise reads the prompt from stdin. Of the prompts of a file, several are answered at once, and each answer is
+printed when it is finished; the exit code is 1 if some could not be answered.
 
 examples:
   mara-run BUNDLE --prompt "How do I cook rice?"
+  mara-run BUNDLE
   mara-run BUNDLE --prompt "How do I cook rice?" --no-align
+  mara-run BUNDLE --prompt "How do I cook rice?" --explain
   mara-run BUNDLE --prompt "How do I cook rice?" --agent polite=1 --agent brief=0.5
   echo "How do I cook rice?" | mara-run BUNDLE --json
   mara-run BUNDLE --prompts questions.txt --jsonl > answers.jsonl

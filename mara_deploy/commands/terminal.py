@@ -83,7 +83,7 @@ def wrapped(text: str, most: int, indent: str = "") -> list[str]:
     lines = []
     for paragraph in text.split("\n"):
         line = ""
-        for word in re.findall(r"\s*\S+|\s+\Z", paragraph):
+        for word in re.findall(r"\s*\S+|\s+\Z", paragraph.expandtabs()):
             if line.strip() and width(line) + width(word) > most:
                 lines.append(line)
                 line, word = indent, word.lstrip()

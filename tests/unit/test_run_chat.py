@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from mara_deploy.commands import line_editor
+from mara_deploy.commands import line_editor, run_chat
 from mara_deploy.commands.chat_commands import COMMANDS, completions, obey
 from mara_deploy.commands.line_editor import LineEditor, history_file
-from mara_deploy.commands.run_chat import Chat, Interrupts
+from mara_deploy.commands.run_chat import Chat
 from mara_deploy.prompts import read_prompts
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import NumericsError
@@ -129,7 +128,8 @@ def test_agents_mix_and_threshold_hold_from_now_on(chat: Any, said: Any) -> None
     "command",
     ["/", "/nothing", "/agent rude", "/agent polite=x", "/agent polite=inf", "/agent polite polite", "/mix brief=",
      "/threshold high", "/threshold nan", "/plain maybe", "/explain 0", "/explain 5", "/explain one", "/explain ²",
-     "/reset all", "/stats x", "/save", "/save file.txt", "/save /nowhere/file.json", "/help me", "/quit now"],
+     "/reset all", "/stats x", "/save", "/save file.txt", "/save /nowhere/file.json", "/save ~no-such-user/file.json",
+     "/save " + "x" * 300 + ".json", "/help me", "/quit now"],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line_and_changes_nothing(chat: Any, said: Any, command: str) -> None:
     chat.ask("One?")
@@ -165,19 +165,25 @@ def test_what_needs_an_answer_says_so_and_a_reset_forgets(chat: Any, said: Any) 
 
 
 @pytest.mark.parametrize("written", [0, 2, 4])
-def test_an_interrupted_answer_leaves_what_is_written(chat: Any, capsys: Any, written: int) -> None:
-    stream = chat.decoder.stream
+def test_an_interrupted_answer_leaves_what_is_written(chat: Any, capsys: Any, monkeypatch: Any, written: int) -> None:
+    stream, say = chat.decoder.stream, run_chat.say
 
     def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
         for _, piece in zip(range(written), stream(*arguments, **options), strict=False):
             yield piece
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # ignored: the first one is on its way
+        signal.raise_signal(signal.SIGINT)
+
+    def impatient(*lines: str) -> None:
+        signal.raise_signal(signal.SIGINT)  # once more, while the chat deals with the first
+        say(*lines)
 
     chat.decoder.stream = interrupted
+    monkeypatch.setattr(run_chat, "say", impatient)
     before = signal.signal(signal.SIGINT, chat.interrupts.handle)
     try:
         chat.ask("One?")
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C ends the chat")
     finally:
         signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
@@ -186,21 +192,10 @@ def test_an_interrupted_answer_leaves_what_is_written(chat: Any, capsys: Any, wr
     reason = "length" if written == 4 else "interrupted"
     assert turns == ([(out.removesuffix("\n"), reason)] if written else [])
     chat.decoder.stream = stream
+    monkeypatch.undo()
     chat.ask("Two?")
     said = [] if not written else [user("One?"), {"role": "assistant", "content": turns[0][0]}]
     assert chat.asked[-1][0] == [*said, user("Two?")]
-
-
-def test_interrupts_raise_where_they_are_awaited_and_once() -> None:
-    interrupts = Interrupts()
-    interrupts.handle()
-    with pytest.raises(KeyboardInterrupt), interrupts.awaited():
-        interrupts.handle()
-    with interrupts.awaited():
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.handle()
-        interrupts.handle()
-    interrupts.handle()
 
 
 def test_a_failed_answer_leaves_the_conversation_as_it_was(chat: Any, capsys: Any) -> None:
@@ -241,13 +236,13 @@ def test_words_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 class Lines:
     """Python's readline and input, as far as the editor takes them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *typed: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *typed: str, readline: bool = True) -> None:
         self.history: list[str] = []
         ignored = dict.fromkeys(
             ("parse_and_bind", "set_completer_delims", "set_auto_history", "set_completer"), lambda _: None
         )
         module = SimpleNamespace(__doc__="", add_history=self.history.append, **ignored)
-        monkeypatch.setattr(line_editor, "_readline", lambda: module)
+        monkeypatch.setattr(line_editor, "_readline", lambda: module if readline else None)
         monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
         lines = iter(typed)
         monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -277,6 +272,13 @@ def test_where_no_history_can_be_written_there_is_none(tmp_path: Path, monkeypat
         lines = Lines(monkeypatch, "one", "two")
         editor = LineEditor(path, lambda before, word: [])
         assert [editor.read("> "), editor.read("> ")] == lines.history == ["one", "two"]
+
+
+def test_without_readline_lines_are_read_and_no_history_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
+    Lines(monkeypatch, "one \\", "two", readline=False)
+    editor = LineEditor(tmp_path / "history", lambda before, word: [])
+    assert editor.read("> ") == "one \ntwo"
+    assert not (tmp_path / "history").exists()
 
 
 def test_a_plain_start_can_become_aligned(chat: Any) -> None:
