@@ -85,6 +85,11 @@ def report_departures(decoder: AlignedDecoder, config: DecodeConfig, variables: 
         print(f"note: {what}", file=sys.stderr)
 
 
+def mix_text(config: DecodeConfig) -> str:
+    """The agents of a resolved configuration, each with its part of the mix."""
+    return " + ".join(name if part == 1 else f"{part:g} × {name}" for name, part in (config.agents or {}).items())
+
+
 def template_variables(settings: Sequence[str]) -> dict[str, Any]:
     """The values of `--template` by key. Raises OptionError."""
     variables = {}

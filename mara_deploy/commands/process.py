@@ -212,7 +212,7 @@ def ends_deferred(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]
         with contextlib.suppress(OSError, RuntimeError):  # no terminal, or in the middle of another message
             notify("interrupted: finishing the round and saving; interrupt again to stop now with the rounds before it")
 
-    with _handled(("SIGINT", *_ENDS), ask):
+    with handled(("SIGINT", *_ENDS), ask):
         yield lambda: asked
 
 
@@ -227,12 +227,12 @@ def _termination_unwinds() -> Iterator[None]:
             received = True
             raise Terminated
 
-    with _handled(_ENDS, terminate):
+    with handled(_ENDS, terminate):
         yield
 
 
 @contextlib.contextmanager
-def _handled(names: Sequence[str], handler: Callable[..., None]) -> Iterator[None]:
+def handled(names: Sequence[str], handler: Callable[..., None]) -> Iterator[None]:
     """Handle signals, except those that are ignored, as nohup lets SIGHUP be."""
     if threading.current_thread() is not threading.main_thread():  # Python allows signal handlers only there
         yield

@@ -16,31 +16,35 @@ from mara_deploy.commands.decoding import (
     TEMPLATE_HELP,
     EngineOptions,
     decode_config,
+    mix_text,
     report_departures,
     template_variables,
 )
+from mara_deploy.commands.explain import Marker, explanation, marked, namer
 from mara_deploy.commands.options import add_options, from_args
+from mara_deploy.commands.run_answer import Trace, answered, counters
 from mara_deploy.commands.shared import Parser, guarded, print_json
+from mara_deploy.commands.terminal import columns, has_colour, printable, wrapped
 from mara_deploy.trace import record
 from mara_runtime.config import CONVERSATIONS, DecodeConfig
-from mara_runtime.errors import MaraError, OptionError, PromptError
+from mara_runtime.errors import OptionError, PromptError
 from mara_runtime.options import Options, option, required
 
 if TYPE_CHECKING:
-    from mara_runtime.answer import Generation, Piece
+    from mara_runtime.answer import Piece
     from mara_runtime.decoder import AlignedDecoder
     from mara_runtime.prompt import Prompt
 
-    Trace = Callable[[Piece], None]
-
 EPILOG = """\
-Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal and otherwise reads the
-prompt from stdin. Of the prompts of a file, several are answered at once, and each answer is printed when it is
-finished; the exit code is 1 if some could not be answered.
+Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal, where /help lists its commands, and
+otherwise reads the prompt from stdin. Of the prompts of a file, several are answered at once, and each answer is
+printed when it is finished; the exit code is 1 if some could not be answered.
 
 examples:
   mara-run BUNDLE --prompt "How do I cook rice?"
+  mara-run BUNDLE
   mara-run BUNDLE --prompt "How do I cook rice?" --no-align
+  mara-run BUNDLE --prompt "How do I cook rice?" --explain
   mara-run BUNDLE --prompt "How do I cook rice?" --agent polite=1 --agent brief=0.5
   echo "How do I cook rice?" | mara-run BUNDLE --json
   mara-run BUNDLE --prompts questions.txt --jsonl > answers.jsonl
@@ -71,6 +75,10 @@ class RunArguments(Options):
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
     raw: bool = option(False, "use the prompt as plain text, without the chat template")
     json: bool = option(False, "print one JSON object: token_ids, text, finish_reason, stats, config")
+    explain: bool = option(
+        False, "mark the tokens that the agents changed or forced, and list them below the answer, on stderr"
+    )
+    history: bool = option(True, "chat: keep no history of what is typed")
     trace: Path | None = option(
         None, "write one JSON line per token: candidates, probabilities, margins", metavar="FILE"
     )
@@ -88,6 +96,10 @@ class RunArguments(Options):
             others = {"--prompt": self.prompt, "--input-ids": self.input_ids or None, "--trace": self.trace}
             if other := next((flag for flag, value in others.items() if value is not None), None):
                 raise OptionError(f"--prompts and {other} are both given; leave one of them out")
+        if self.explain:
+            for flag, given in (("--json", self.json), ("--prompts", self.prompts is not None)):
+                if given:
+                    raise OptionError(f"--explain is for people, and {flag} is given: use --trace, or leave one out")
         if self.raw or self.input_ids:
             for flag, value in (("--template", self.template), ("--system", self.system), ("--prefill", self.prefill)):
                 if value not in (None, ()):
@@ -113,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     options, config, engine = from_args(RunArguments, args), decode_config(args), from_args(EngineOptions, args)
     variables = template_variables(options.template)
+    if options.explain and not config.align:
+        raise OptionError("--explain shows what agents decide, and --no-align runs none: leave one of them out")
     if options.prompts is not None:
         return _answer_file(options, config, engine, variables)
     chat = options.prompt is None and not options.input_ids and sys.stdin.isatty()
@@ -128,20 +142,40 @@ def _run(args: argparse.Namespace) -> int:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
             report_departures(decoder, config, variables)
-            _chat(decoder, config, options.system, variables, trace)
+            from mara_deploy.commands.chat_commands import talk
+            from mara_deploy.commands.run_chat import Chat
+
+            talk(Chat(decoder, config, options.system, variables, trace, options.explain), options.history)
             return 0
         begun = options.prefill is not None
         pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
         report_departures(decoder, config, None if options.raw or options.input_ids else variables)
-        result = _answer(pieces, trace, echo=not options.json)
+        shown = _shown(options, decoder)
+        kept: list[Piece] = []
+        result = answered(pieces, shown, trace, *([kept.append] if options.explain else []))
     if options.json:
         print_json(result.to_json())
         return 0
     if result.text is None:
         print(",".join(map(str, result.token_ids)), end="")
     print(flush=True)
-    print(_counters(result), file=sys.stderr)
+    if options.explain:
+        colour = has_colour(sys.stderr)
+        if not isinstance(shown, Marker):
+            print(*wrapped(marked(kept, decoder.text_side, colour), columns()), sep="\n", file=sys.stderr)
+        name = namer(decoder.text_side)
+        print(*explanation(kept, name, config.threshold, columns(), colour), sep="\n", file=sys.stderr)
+    print(counters(result), file=sys.stderr)
     return 0
+
+
+def _shown(options: RunArguments, decoder: AlignedDecoder) -> Callable[[Piece], str]:
+    """What is printed of each piece: with --explain, marks on a terminal; a pipe gets the text alone."""
+    if options.json:
+        return lambda piece: ""
+    if options.explain and decoder.text_side is not None and sys.stdout.isatty():
+        return Marker(namer(decoder.text_side), has_colour(sys.stdout))
+    return (lambda piece: printable(piece.text)) if sys.stdout.isatty() else lambda piece: piece.text
 
 
 def _answer_file(options: RunArguments, config: DecodeConfig, engine: EngineOptions, variables: dict[str, Any]) -> int:
@@ -210,80 +244,7 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
             print(f"engine {name} declined: {reason}", file=sys.stderr)
     if config.align:
         config = decoder.resolve(config)
-        parts = config.agents or {}
-        mix = " + ".join(name if part == 1 else f"{part:g} × {name}" for name, part in parts.items())
-        print(f"agent {mix}, fallback {config.fallback}", file=sys.stderr)
-
-
-def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:
-    """Run a generation to its end; echo: print the text as it is generated."""
-    result, open_line = None, False
-    try:
-        for piece in pieces:
-            trace(piece)
-            if echo:
-                print(piece.text, end="", flush=True)
-                open_line = open_line or bool(piece.text)
-            result = piece.result
-    finally:
-        if open_line and result is None:  # the error message gets a line of its own
-            print(flush=True)
-    assert result is not None  # the last piece carries it
-    return result
-
-
-def _chat(
-    decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Trace
-) -> None:
-    """A conversation on the terminal, until the end of input."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - line editing for input()
-
-    print("chat: an empty line starts a new conversation, Ctrl-C stops an answer, Ctrl-D exits", file=sys.stderr)
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:  # discard the typed line
-            print()
-            continue
-        if not text.strip():
-            messages = []
-            print("(new conversation)", file=sys.stderr)
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            conversation = _with_system(system, messages)
-            result = _answer(decoder.stream(conversation, config, template=variables), trace, echo=True)
-        except (MaraError, KeyboardInterrupt) as error:  # neither ends the chat
-            messages.pop()
-            note = f"error: {error}" if isinstance(error, MaraError) else "(stopped; your message was discarded)"
-            print(f"\n{note}", file=sys.stderr)
-            continue
-        print(flush=True)
-        print(_counters(result), file=sys.stderr)
-        messages.append({"role": "assistant", "content": result.text or ""})
-
-
-def _counters(result: Generation) -> str:
-    s = result.stats
-    parts = [f"{s.tokens} token{'s' * (s.tokens != 1)}"]
-    if s.tokens_per_second:
-        parts.append(f"{s.tokens_per_second:.1f} tokens/s")
-    if result.config.align:
-        ranks = ", ".join(f"{n}× rank {rank}" for rank, n in sorted(s.accepted_rank.items()))
-        parts += [
-            f"{s.decisions} decisions ({ranks}{', ' if ranks else ''}{s.forced}× all rejected)",
-            f"{s.examined} candidates examined",
-        ]
-    parts.append(f"{s.forwards} passes of {s.rows} rows")
-    if s.drafted:
-        parts.append(f"{s.confirmed} of {s.drafted} drafted tokens confirmed")
-    parts.append(f"ended by {result.finish_reason}")
-    return "[" + "; ".join(parts) + "]"
+        print(f"agent {mix_text(config)}, fallback {config.fallback}", file=sys.stderr)
 
 
 @contextlib.contextmanager
