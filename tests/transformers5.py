@@ -22,6 +22,7 @@ TESTS = [
         "test_architectures.py",
         "test_chat_families.py",
         "test_chat_reference.py",
+        "test_custom_generate.py",
         "test_encode.py",
         "test_parity.py",
         "test_reward_model.py",

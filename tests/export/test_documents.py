@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from transformers import dynamic_module_utils
 
 from mara_deploy.demo import AGENT_FILE, MODEL_FOLDER
 from mara_deploy.demo import __main__ as demo
@@ -44,7 +45,7 @@ SMALLER = {
     "mara-train --resume": "--episodes 9 --quiet",
 }
 """Options that are appended; the last one counts."""
-OTHERS = ("cat", "cp", "curl", "docker", "grep", "mkdir", "pip", "python3", "rsync", "source", "sudo")
+OTHERS = ("cat", "cp", "curl", "docker", "grep", "hf", "mkdir", "pip", "python3", "rsync", "source", "sudo")
 """Programs that are not ours."""
 
 
@@ -120,6 +121,7 @@ def directory(tmp_path_factory):
 def place(directory, monkeypatch):
     monkeypatch.chdir(directory.folder)
     monkeypatch.syspath_prepend(str(directory.folder))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(directory.folder / "modules"))
     yield directory
     sys.modules.pop("my_scores", None)
 
