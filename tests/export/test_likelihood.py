@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mara_runtime import AlignedDecoder, DecodeConfig, PromptError, likelihood
-from mara_runtime.errors import NumericsError
+from mara_runtime import AlignedDecoder, DecodeConfig, likelihood
+from mara_runtime.errors import NumericsError, PromptError
 from tests import checkpoints
 
 
@@ -58,7 +58,7 @@ def test_what_cannot_be_scored(decoder, monkeypatch):
         return out
 
     monkeypatch.setattr(product.engine, "run", broken)
-    with pytest.raises(NumericsError, match="position 1 "):
-        product.engine.cache.reuse([1, 1])
+    product.engine.cache.reuse([0])  # nothing is held of this text
+    with pytest.raises(NumericsError, match="position 0 "):
         likelihood.likelihood(product, [1, 2, 3], 2)
     assert product.engine.cache.tokens == []
