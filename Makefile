@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20
 
-.PHONY: setup demo test test-long test-lowest test-transformers5 check lint docs clean
+.PHONY: setup demo test test-long test-lowest test-transformers5 test-eval check lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -59,6 +59,10 @@ test-lowest: setup
 # Export and training with transformers 5, in an environment of its own.
 test-transformers5: setup
 	$(BIN)/python tests/transformers5.py -n $(WORKERS) --dist loadfile
+
+# Bundles as a model of lm-eval, in an environment of its own.
+test-eval: setup
+	$(BIN)/python -m tests.eval
 
 lint: setup
 	$(BIN)/ruff check .
