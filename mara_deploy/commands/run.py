@@ -21,7 +21,7 @@ from mara_deploy.commands.decoding import (
 )
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
-from mara_deploy.trace import record
+from mara_deploy.trace import TraceFile
 from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.errors import MaraError, OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mara_runtime.decoder import AlignedDecoder
     from mara_runtime.prompt import Prompt
 
-    Trace = Callable[[Piece], None]
+    Stream = Callable[..., Iterator[Piece]]
 
 EPILOG = """\
 Without --prompt, --input-ids and --prompts, mara-run starts a chat on a terminal and otherwise reads the
@@ -72,8 +72,11 @@ class RunArguments(Options):
     raw: bool = option(False, "use the prompt as plain text, without the chat template")
     json: bool = option(False, "print one JSON object: token_ids, text, finish_reason, stats, config")
     trace: Path | None = option(
-        None, "write one JSON line per token: candidates, probabilities, margins", metavar="FILE"
+        None,
+        "write one JSON line per token: candidates, probabilities, margins; mara-inspect makes a page of it",
+        metavar="FILE",
     )
+    beside_plain: bool = option(False, "--trace: answer without agents, too, in the same passes, and trace both")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +85,8 @@ class RunArguments(Options):
         for flag, given in (("--conversations", self.conversations is not None), ("--jsonl", self.jsonl)):
             if given and self.prompts is None:
                 raise OptionError(f"{flag} is given, but no --prompts; leave it out")
+        if self.beside_plain and self.trace is None:
+            raise OptionError("--beside-plain is given, but no --trace; leave it out")
         if self.prompts is not None:
             if self.json:
                 raise OptionError("--json is for one answer: use --jsonl with --prompts")
@@ -118,22 +123,24 @@ def _run(args: argparse.Namespace) -> int:
     chat = options.prompt is None and not options.input_ids and sys.stdin.isatty()
     if chat and (options.json or options.raw or options.prefill):
         raise OptionError("--json, --raw and --prefill need a prompt: give --prompt, or write it to stdin")
+    if options.beside_plain and not config.align:
+        raise OptionError("--beside-plain and --no-align are both given; leave one of them out")
     prompt = None if chat else _prompt(options)
 
     decoder = engine.open(options.bundle, _report)
     if not options.json:
         _announce(decoder, config)
-    with _tracer(options.trace, decoder) as trace:
+    with _traced(decoder, options.trace, options.beside_plain) as stream:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
             report_departures(decoder, config, variables)
-            _chat(decoder, config, options.system, variables, trace)
+            _chat(stream, config, options.system, variables)
             return 0
         begun = options.prefill is not None
-        pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
+        pieces = stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
         report_departures(decoder, config, None if options.raw or options.input_ids else variables)
-        result = _answer(pieces, trace, echo=not options.json)
+        result = _answer(pieces, echo=not options.json)
     if options.json:
         print_json(result.to_json())
         return 0
@@ -215,12 +222,11 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
         print(f"agent {mix}, fallback {config.fallback}", file=sys.stderr)
 
 
-def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:
+def _answer(pieces: Iterator[Piece], echo: bool) -> Generation:
     """Run a generation to its end; echo: print the text as it is generated."""
     result, open_line = None, False
     try:
         for piece in pieces:
-            trace(piece)
             if echo:
                 print(piece.text, end="", flush=True)
                 open_line = open_line or bool(piece.text)
@@ -232,9 +238,7 @@ def _answer(pieces: Iterator[Piece], trace: Trace, echo: bool) -> Generation:
     return result
 
 
-def _chat(
-    decoder: AlignedDecoder, config: DecodeConfig, system: str | None, variables: dict[str, Any], trace: Trace
-) -> None:
+def _chat(stream: Stream, config: DecodeConfig, system: str | None, variables: dict[str, Any]) -> None:
     """A conversation on the terminal, until the end of input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing for input()
@@ -257,7 +261,7 @@ def _chat(
         messages.append({"role": "user", "content": text})
         try:
             conversation = _with_system(system, messages)
-            result = _answer(decoder.stream(conversation, config, template=variables), trace, echo=True)
+            result = _answer(stream(conversation, config, template=variables), echo=True)
         except (MaraError, KeyboardInterrupt) as error:  # neither ends the chat
             messages.pop()
             note = f"error: {error}" if isinstance(error, MaraError) else "(stopped; your message was discarded)"
@@ -287,20 +291,20 @@ def _counters(result: Generation) -> str:
 
 
 @contextlib.contextmanager
-def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Trace]:
-    """A function that writes the decision at a position to a JSON line; without a file, it does nothing."""
+def _traced(decoder: AlignedDecoder, path: Path | None, beside_plain: bool) -> Iterator[Stream]:
+    """The decoder's `stream`; with a file, one whose answers are written to it as they come."""
     if path is None:
-        yield lambda piece: None
+        yield decoder.stream
         return
     with _trace_errors(path):
         file = path.open("w", encoding="utf-8", buffering=1)  # a reader sees each line at once, and a full disk fails
 
-    def trace(piece: Piece) -> None:
+    def write(line: dict[str, Any]) -> None:
         with _trace_errors(path):
-            file.write(json.dumps(record(piece.step, decoder.text_side), ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     try:
-        yield trace
+        yield TraceFile(decoder, write, beside_plain=beside_plain).stream
     finally:
         with contextlib.suppress(OSError):  # an unwritten line was reported already
             file.close()
