@@ -1,4 +1,4 @@
-"""`mara-inspect`: what a bundle contains, and whether it is intact."""
+"""`mara-inspect`: what a bundle contains, and whether it is intact; what a trace of `mara-run` shows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mara_deploy.commands.decoding import BUNDLE_HELP
 from mara_deploy.commands.options import add_options, from_args
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_runtime.bundle import Bundle
+from mara_runtime.errors import OptionError
 from mara_runtime.manifest import AdapterFacts, AgentFacts, Manifest, ModelFacts
 from mara_runtime.options import Options, option, required
 from mara_runtime.reports import AGENT_NUMBERS, AGENT_OUTCOMES, MODEL_NUMBERS, MODEL_OUTCOMES
@@ -23,6 +24,8 @@ EPILOG = """\
 examples:
   mara-inspect BUNDLE
   mara-inspect BUNDLE --json
+  mara-run BUNDLE --prompt "How do I cook rice?" --trace t.jsonl --beside-plain
+  mara-inspect t.jsonl --html t.html
 """
 
 OUTCOMES = {
@@ -37,7 +40,12 @@ OUTCOMES = {
 class InspectArguments(Options):
     """What to inspect."""
 
-    bundle: str = required(BUNDLE_HELP, metavar="BUNDLE", positional=True)
+    bundle: str = required(
+        f"{BUNDLE_HELP}, or a trace file of mara-run --trace", metavar="BUNDLE|TRACE", positional=True
+    )
+    html: Path | None = option(
+        None, "of a trace: write a page that shows each token with its candidates, in one file", metavar="FILE"
+    )
     json: bool = option(False, "print the manifest as JSON")
     require_signature: Path | None = option(
         None, "public key: refuse a bundle that its owner has not signed with mara-sign", metavar="KEY"
@@ -46,7 +54,11 @@ class InspectArguments(Options):
 
 def parser() -> Parser:
     """The command's options."""
-    options = Parser("mara-inspect", "Show what a bundle contains, and verify every file's checksum.", EPILOG)
+    options = Parser(
+        "mara-inspect",
+        "Show what a bundle contains, and verify every file's checksum; or show the decisions in a trace.",
+        EPILOG,
+    )
     add_options(options, InspectArguments)
     return options
 
@@ -58,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     arguments = from_args(InspectArguments, args)
+    if Path(arguments.bundle).is_file():
+        _inspect_trace(arguments)
+        return
+    if arguments.html is not None:
+        raise OptionError(f"--html is given, and {arguments.bundle} is no trace file: leave it out")
     bundle = Bundle.open(arguments.bundle, require_signature=arguments.require_signature)
     for name in bundle.unlisted():
         print(f"mara-inspect: {name!a} is not listed in the manifest: no command reads it", file=sys.stderr)
@@ -66,6 +83,23 @@ def _inspect(args: argparse.Namespace) -> None:
     else:
         print("\n".join(summary(bundle)))
         print("intact    every file has the size and sha256 of the manifest")
+
+
+def _inspect_trace(arguments: InspectArguments) -> None:
+    from mara_deploy.files import write_file
+    from mara_deploy.see import summary as traced
+    from mara_deploy.see.reader import read_trace
+
+    for flag, given in (("--json", arguments.json), ("--require-signature", arguments.require_signature is not None)):
+        if given:
+            raise OptionError(f"{flag} is given, and {arguments.bundle} is a trace, not a bundle: leave it out")
+    answers = read_trace(Path(arguments.bundle))
+    print("\n".join(traced.summary(answers)))
+    if arguments.html is not None:
+        from mara_deploy.see.trace_page import trace_page
+
+        write_file(arguments.html, trace_page(answers, Path(arguments.bundle).name))
+        print(arguments.html, file=sys.stderr)
 
 
 def summary(bundle: Bundle) -> list[str]:

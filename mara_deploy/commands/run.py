@@ -22,10 +22,10 @@ from mara_deploy.commands.decoding import (
 )
 from mara_deploy.commands.explain import Marker, explanation, marked, namer
 from mara_deploy.commands.options import add_options, from_args
-from mara_deploy.commands.run_answer import Trace, answered, counters
+from mara_deploy.commands.run_answer import Stream, answered, counters
 from mara_deploy.commands.shared import Parser, guarded, print_json
 from mara_deploy.commands.terminal import columns, has_colour, printable, wrapped
-from mara_deploy.trace import record
+from mara_deploy.trace import TraceFile
 from mara_runtime.config import CONVERSATIONS, DecodeConfig
 from mara_runtime.errors import OptionError, PromptError
 from mara_runtime.options import Options, option, required
@@ -80,8 +80,11 @@ class RunArguments(Options):
     )
     history: bool = option(True, "chat: keep no history of what is typed")
     trace: Path | None = option(
-        None, "write one JSON line per token: candidates, probabilities, margins", metavar="FILE"
+        None,
+        "write one JSON line per token: candidates, probabilities, margins; mara-inspect makes a page of it",
+        metavar="FILE",
     )
+    beside_plain: bool = option(False, "--trace: answer without agents, too, in the same passes, and trace both")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +93,8 @@ class RunArguments(Options):
         for flag, given in (("--conversations", self.conversations is not None), ("--jsonl", self.jsonl)):
             if given and self.prompts is None:
                 raise OptionError(f"{flag} is given, but no --prompts; leave it out")
+        if self.beside_plain and self.trace is None:
+            raise OptionError("--beside-plain is given, but no --trace; leave it out")
         if self.prompts is not None:
             if self.json:
                 raise OptionError("--json is for one answer: use --jsonl with --prompts")
@@ -132,12 +137,14 @@ def _run(args: argparse.Namespace) -> int:
     chat = options.prompt is None and not options.input_ids and sys.stdin.isatty()
     if chat and (options.json or options.raw or options.prefill):
         raise OptionError("--json, --raw and --prefill need a prompt: give --prompt, or write it to stdin")
+    if options.beside_plain and not config.align:
+        raise OptionError("--beside-plain and --no-align are both given; leave one of them out")
     prompt = None if chat else _prompt(options)
 
     decoder = engine.open(options.bundle, _report)
     if not options.json:
         _announce(decoder, config)
-    with _tracer(options.trace, decoder) as trace:
+    with _traced(decoder, options.trace, options.beside_plain) as stream:
         if prompt is None:
             if decoder.text_side is None or not decoder.text_side.has_template:
                 raise OptionError(f"{options.bundle} has no chat template: give --input-ids, or --prompt with --raw")
@@ -145,21 +152,21 @@ def _run(args: argparse.Namespace) -> int:
             from mara_deploy.commands.chat_commands import talk
             from mara_deploy.commands.run_chat import Chat
 
-            talk(Chat(decoder, config, options.system, variables, trace, options.explain), options.history)
+            talk(Chat(decoder, stream, config, options.system, variables, options.explain), options.history)
             return 0
         begun = options.prefill is not None
-        pieces = decoder.stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
+        pieces = stream(prompt, config, raw=options.raw, template=variables, continue_final_message=begun)
         report_departures(decoder, config, None if options.raw or options.input_ids else variables)
         shown = _shown(options, decoder)
-        kept: list[Piece] = []
-        result = answered(pieces, shown, trace, *([kept.append] if options.explain else []))
+        kept: list[Piece] | None = [] if options.explain else None
+        result = answered(pieces, shown, kept)
     if options.json:
         print_json(result.to_json())
         return 0
     if result.text is None:
         print(",".join(map(str, result.token_ids)), end="")
     print(flush=True)
-    if options.explain:
+    if kept is not None:
         colour = has_colour(sys.stderr)
         if not isinstance(shown, Marker):
             print(*wrapped(marked(kept, decoder.text_side, colour), columns()), sep="\n", file=sys.stderr)
@@ -248,20 +255,20 @@ def _announce(decoder: AlignedDecoder, config: DecodeConfig) -> None:
 
 
 @contextlib.contextmanager
-def _tracer(path: Path | None, decoder: AlignedDecoder) -> Iterator[Trace]:
-    """A function that writes the decision at a position to a JSON line; without a file, it does nothing."""
+def _traced(decoder: AlignedDecoder, path: Path | None, beside_plain: bool) -> Iterator[Stream]:
+    """The decoder's `stream`; with a file, one whose answers are written to it as they come."""
     if path is None:
-        yield lambda piece: None
+        yield decoder.stream
         return
     with _trace_errors(path):
         file = path.open("w", encoding="utf-8", buffering=1)  # a reader sees each line at once, and a full disk fails
 
-    def trace(piece: Piece) -> None:
+    def write(line: dict[str, Any]) -> None:
         with _trace_errors(path):
-            file.write(json.dumps(record(piece.step, decoder.text_side), ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     try:
-        yield trace
+        yield TraceFile(decoder, write, beside_plain=beside_plain).stream
     finally:
         with contextlib.suppress(OSError):  # an unwritten line was reported already
             file.close()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mara_runtime.answer import Generation, Piece
 
-Trace = Callable[["Piece"], None]
+Stream = Callable[..., Iterator["Piece"]]
+"""As `AlignedDecoder.stream`."""
 
 
-def answered(pieces: Iterable[Piece], show: Callable[[Piece], str], *takers: Trace) -> Generation:
-    """Run a generation to its end and print, of each piece, what `show` makes of it. takers: are given each piece."""
+def answered(pieces: Iterable[Piece], show: Callable[[Piece], str], kept: list[Piece] | None = None) -> Generation:
+    """Run a generation to its end and print, of each piece, what `show` makes of it. kept: takes all pieces."""
     result, open_line = None, False
     try:
         for piece in pieces:
-            for take in takers:
-                take(piece)
+            if kept is not None:
+                kept.append(piece)
             if text := show(piece):
                 print(text, end="", flush=True)
                 open_line = True

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.explain import Marker, explanation, kind, namer
-from mara_deploy.commands.run_answer import Trace, answered, counters
+from mara_deploy.commands.run_answer import Stream, answered, counters
 from mara_deploy.commands.terminal import columns, has_colour, printable
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError
@@ -79,19 +79,20 @@ class Turn:
 class Chat:
     """A conversation with a bundle; what commands of the chat change of it.
 
-    config: of the answers, where `plain` is not set. variables: of the chat template. explain: after each answer.
+    stream: the decoder's, or one that also writes a trace. config: of the answers, where `plain` is not set. variables:
+    of the chat template. explain: after each answer.
     """
 
     def __init__(
         self,
         decoder: AlignedDecoder,
+        stream: Stream,
         config: DecodeConfig,
         system: str | None,
         variables: Mapping[str, Any],
-        trace: Trace,
         explain: bool,
     ) -> None:
-        self.decoder, self.system, self.variables = decoder, system, variables
+        self.decoder, self.stream, self.system, self.variables = decoder, stream, system, variables
         self.plain = not config.align
         self.aligned = replace(config, align=True, sample=False, temperature=1.0)
         self._alone = replace(config, align=False)
@@ -106,7 +107,7 @@ class Chat:
         self.interrupts = Interrupts()
         self.saved: set[Path] = set()
         """files that this chat has written"""
-        self._trace, self._explain = trace, explain
+        self._explain = explain
 
     @property
     def config(self) -> DecodeConfig:
@@ -156,8 +157,8 @@ class Chat:
         result = None
         try:
             with self.interrupts.awaited():
-                stream = self.decoder.stream(asked, config, template=self.variables)
-                result = answered(stream, self._show(config), self._trace, pieces.append)
+                stream = self.stream(asked, config, template=self.variables)
+                result = answered(stream, self._show(config), pieces)
         except MaraError as error:
             say(f"error: {error}")
             return pieces, None, True

@@ -119,6 +119,30 @@ class AgentStack:
         return weights
 
 
+class EachAgent:
+    """Agents of a bundle by themselves, on the host: the margin of each, of which a pass knows the mixed sum alone.
+
+    Float32, like the graph's; sums over them agree with its margins up to the last bits. Raises BundleError.
+    """
+
+    def __init__(self, bundle: Bundle, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        AgentStack(bundle).use(self.names, self._take)
+
+    def _take(self, stacked: list[NDArray[np.float32]]) -> None:
+        self._weights = stacked
+
+    def margins(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(R, D) hidden states → (A, R) margins, before the mix."""
+        first, first_bias, second, second_bias, output, output_bias = self._weights
+        centred = states - states.mean(axis=1, keepdims=True)
+        normal = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(EPSILON))
+        wide = np.maximum(first @ normal.T + first_bias, 0)  # (A, W1, R)
+        narrow = np.maximum(second @ wide + second_bias, 0)  # (A, W2, R)
+        margins: NDArray[np.float32] = (output @ narrow + output_bias)[:, 0]
+        return margins
+
+
 def _load(content: bytes) -> dict[str, NDArray[np.float32]]:
     """The tensors of a safetensors file. Raises ValueError."""
     import safetensors.numpy

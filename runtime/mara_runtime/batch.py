@@ -285,8 +285,8 @@ class Batcher:
         self._end(seat.job, error)
 
 
-Prepare = Callable[[list[int], DecodeConfig, Sequence[int]], tuple[Request, Assembler]]
-"""Of token ids, a configuration in force, and tokens whose text the answer continues."""
+Prepare = Callable[[list[int], DecodeConfig, Sequence[int], bool], tuple[Request, Assembler]]
+"""Of token ids, a configuration in force, tokens whose text the answer continues, and whether steps have states."""
 
 
 class Answers:
@@ -302,9 +302,9 @@ class Answers:
         self._prepare, self._lock, self._check = prepare, lock, check
         self._assemblers: dict[Job, Assembler] = {}
 
-    def submit(self, ids: list[int], config: DecodeConfig, context: Sequence[int] = ()) -> Job:
+    def submit(self, ids: list[int], config: DecodeConfig, context: Sequence[int] = (), states: bool = False) -> Job:
         """Queue an answer; see `AlignedDecoder.encode` and `resolve` for what it takes. Raises PromptError."""
-        request, assembler = self._prepare(ids, config, context)
+        request, assembler = self._prepare(ids, config, context, states)
         job = self.batcher.submit(request, assembler.stats)
         self._assemblers[job] = assembler
         return job

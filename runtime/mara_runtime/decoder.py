@@ -159,10 +159,12 @@ class AlignedDecoder:
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
+        states: bool = False,
     ) -> Iterator[Piece]:
         """Decode an answer token by token; see `encode` for prompts. The last piece carries the result.
 
-        Its text is what comes after the prompt, also after a final message that it continues.
+        Its text is what comes after the prompt, also after a final message that it continues. states: steps have the
+        hidden states of the examined candidates.
         """
         config = self.resolve(config or DecodeConfig())
         options: dict[str, Any] = {"template": template, "continue_final_message": continue_final_message}
@@ -170,7 +172,7 @@ class AlignedDecoder:
         places = self.engine.places
         with places.lock:
             places.owner = owner = object()
-        return _Locked(self._pieces(ids, config, owner, ids if continue_final_message else ()), places.lock)
+        return _Locked(self._pieces(ids, config, owner, ids if continue_final_message else (), states), places.lock)
 
     def generate(
         self,
@@ -200,6 +202,7 @@ class AlignedDecoder:
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
         continue_final_message: bool = False,
+        states: bool = False,
     ) -> Iterator[tuple[int, Piece | MaraError]]:
         """Decode several answers at once; see `encode` for prompts, and `stream` for the pieces of each.
 
@@ -228,7 +231,7 @@ class AlignedDecoder:
         with held.lock:
             held.open(min(places, held.most, max(1, len(ready))))
             held.owner = owner = object()
-        return _Locked(self._many(ready, refused, owner, share, continue_final_message), held.lock)
+        return _Locked(self._many(ready, refused, owner, share, continue_final_message, states), held.lock)
 
     def answers(self, *, places: int = CONVERSATIONS) -> Answers:
         """Answers that are asked for while others are in the making, as by the clients of a server.
@@ -258,12 +261,14 @@ class AlignedDecoder:
         if self.engine.places.owner is not owner:
             raise MaraError("this answer cannot go on: another has begun on the same engine")
 
-    def _pieces(self, ids: list[int], config: DecodeConfig, owner: object, context: Sequence[int]) -> Iterator[Piece]:
+    def _pieces(
+        self, ids: list[int], config: DecodeConfig, owner: object, context: Sequence[int], states: bool
+    ) -> Iterator[Piece]:
         self._check_owner(owner)  # before a measurement overwrites the cache of another answer
         if config.align:
             self.engine.use(tuple(config.agents or ()))
         self._measure([config])
-        request, assembler = self._request(ids, config, context)
+        request, assembler = self._request(ids, config, context, states)
         session = self._session(self.engine.places.seat(ids, self._places), request)
         steps = decode(self.engine, session, request, assembler.stats)
         result = None
@@ -280,12 +285,13 @@ class AlignedDecoder:
         owner: object,
         share: bool,
         continued: bool,
+        states: bool,
     ) -> Iterator[tuple[int, Piece | MaraError]]:
         yield from refused
         self._check_owner(owner)
         self._measure([config for _, _, config in ready])
         answers = self._answers(owner, share)
-        asked = {answers.submit(ids, config, ids if continued else ()): index for index, ids, config in ready}
+        asked = {answers.submit(ids, config, ids if continued else (), states): index for index, ids, config in ready}
         while answers.batcher.busy:
             for job, event in answers.step():
                 yield asked[job], event
@@ -294,12 +300,14 @@ class AlignedDecoder:
         batcher = Batcher(self.engine, partial(self._session, share=share), share=share)
         return Answers(batcher, self._request, self.engine.places.lock, partial(self._check_owner, owner))
 
-    def _request(self, ids: list[int], config: DecodeConfig, context: Sequence[int]) -> tuple[Request, Assembler]:
+    def _request(
+        self, ids: list[int], config: DecodeConfig, context: Sequence[int], states: bool
+    ) -> tuple[Request, Assembler]:
         manifest = self.bundle.manifest
         eos = frozenset(manifest.model.eos_token_ids)
         limit = min(config.max_new_tokens, manifest.max_context - len(ids))
         assembler = Assembler(config, limit, eos, self.text_side, context, self._describe)
-        return Request(ids, config, config.fallback or "first", eos, limit, assembler.ends), assembler
+        return Request(ids, config, config.fallback or "first", eos, limit, assembler.ends, states), assembler
 
     def _describe(self) -> dict[str, Any]:
         return {**self.engine.describe(), "declined": self.declined}

@@ -196,7 +196,10 @@ def test_random_answers_follow_the_seed(tokens, options) -> None:
 def test_a_trace_has_a_line_per_token(result, tmp_path, order) -> None:
     path = tmp_path / "trace.jsonl"
     found = result("--input-ids", IDS, "--max-new-tokens", 40, "--order", order, "--trace", path)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    facts, *lines, end = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert (facts["config"], facts["prompt"]) == (found["config"], [int(token) for token in IDS.split(",")])
+    assert (end["text"], end["finish_reason"]) == (found["text"], found["finish_reason"])
+    assert "".join(line["piece"] for line in lines) == found["text"]
     assert [line["token"] for line in lines] == found["token_ids"]
     assert [line["position"] for line in lines] == [IDS.count(",") + 1 + i for i in range(len(lines))]
     margins = []

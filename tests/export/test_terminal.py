@@ -100,9 +100,11 @@ def test_a_turn_follows_the_conversation_and_reset_starts_a_new_one(terminal, bu
 
     turns: list[list[Any]] = []
     for line in map(json.loads, trace.read_text(encoding="utf-8").splitlines()):
-        if not turns or line["position"] != turns[-1][-1]["position"] + 1:
+        if "format" in line:
             turns.append([])
-        turns[-1].append(line)
+            assert line["answer"] == len(turns) - 1
+        elif "token" in line:
+            turns[line["answer"]].append(line)
     found = [(turn[0]["position"], [line["token"] for line in turn]) for turn in turns]
     decoder, config = AlignedDecoder(bundle("qwen2"), threads=1), DecodeConfig(max_new_tokens=12, top_k=8)
     side = TextSide(Bundle.open(bundle("qwen2")))

@@ -31,7 +31,7 @@ def chat(tmp_path: Path) -> Chat:
     """With two agents: one accepts everything, the other rejects it. What was asked of the decoder is in `asked`."""
     (tmp_path / "bundle").mkdir()
     decoder, _ = make_decoder(tmp_path / "bundle", reciting(), JUDGES, chat_template=TEMPLATE, max_context=400)
-    made = Chat(decoder, CONFIG, None, {}, lambda piece: None, explain=False)
+    made = Chat(decoder, lambda *args, **more: decoder.stream(*args, **more), CONFIG, None, {}, explain=False)
     made.asked = []  # type: ignore[attr-defined]
     stream = decoder.stream
 
@@ -283,7 +283,7 @@ def test_without_readline_lines_are_read_and_no_history_is_kept(tmp_path: Path, 
 
 def test_a_plain_start_can_become_aligned(chat: Any) -> None:
     config = replace(CONFIG, align=False, sample=True, temperature=2.0)
-    started = Chat(chat.decoder, config, None, {}, lambda piece: None, explain=False)
+    started = Chat(chat.decoder, chat.stream, config, None, {}, explain=False)
     assert started.config == config
     started.plain = False
     assert started.config == CONFIG
