@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mara_runtime.agents import EachAgent
 from mara_runtime.config import DecodeConfig
 from mara_runtime.errors import MaraError
 
 if TYPE_CHECKING:
+    from mara_runtime.agents import EachAgent
     from mara_runtime.answer import Piece
     from mara_runtime.decoder import AlignedDecoder
     from mara_runtime.prompt import Prompt
@@ -85,6 +83,8 @@ class TraceFile:
         Where several agents are mixed, the margin of each is computed on the host, from hidden states that the passes
         return on request; where it is one, nothing is asked for.
         """
+        from mara_runtime.agents import EachAgent
+
         decoder = self._decoder
         config = decoder.resolve(config or DecodeConfig())
         agents = tuple(config.agents or ()) if config.align else ()
@@ -132,7 +132,7 @@ class TraceFile:
             "bundle": bundle.folder.resolve().name,
             "model": bundle.manifest.model.source,
             "beside": beside,
-            "prompt": prompt.tolist() if isinstance(prompt, np.ndarray) else prompt,
+            "prompt": prompt if isinstance(prompt, str) else [_plain(each) for each in prompt],
             "config": config.to_json(),
         }
 
@@ -141,7 +141,7 @@ def margins_of_each(step: Step, each: EachAgent) -> dict[int, dict[str, float]]:
     """{LM rank: {agent: its margin}} of the candidates whose hidden states a step has."""
     if not step.states:
         return {}
-    found = each.margins(np.stack([*step.states.values()])).T.tolist()
+    found = each.margins([*step.states.values()]).T.tolist()
     return {rank: dict(zip(each.names, row, strict=True)) for rank, row in zip(step.states, found, strict=True)}
 
 
@@ -149,3 +149,8 @@ def _raised(piece: Piece | MaraError) -> Piece:
     if isinstance(piece, MaraError):
         raise piece
     return piece
+
+
+def _plain(part: Any) -> Any:
+    """A message, or a token id, which may be NumPy's."""
+    return dict(part) if isinstance(part, Mapping) else int(part)

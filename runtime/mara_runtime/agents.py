@@ -132,9 +132,10 @@ class EachAgent:
     def _take(self, stacked: list[NDArray[np.float32]]) -> None:
         self._weights = stacked
 
-    def margins(self, states: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(R, D) hidden states → (A, R) margins, before the mix."""
+    def margins(self, rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """R hidden states (D,) → (A, R) margins, before the mix."""
         first, first_bias, second, second_bias, output, output_bias = self._weights
+        states = np.stack(rows)
         centred = states - states.mean(axis=1, keepdims=True)
         normal = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + np.float32(EPSILON))
         wide = np.maximum(first @ normal.T + first_bias, 0)  # (A, W1, R)

@@ -78,7 +78,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (RUN + "--threshold -1e-3 --stop -h --top-k 0", ("--stop has no value", "--stop=--")),
     (RUN + "--threshold -1e-3 --stop -1 --top-k 0", ("--top-k is 0",)),
     ("run '' --prompt p", ("BUNDLE is empty",)),
-    ("inspect ''", ("BUNDLE is empty",)),
+    ("inspect ''", ("BUNDLE|TRACE is empty",)),
     (RUN + "--system S", ("--system needs the chat template", "--input-ids")),
     (RUN + "--template a=1", ("--template needs the chat template", "--input-ids")),
     ("run BUNDLE --prompt p --raw --system S", ("--system needs the chat template", "--raw")),
