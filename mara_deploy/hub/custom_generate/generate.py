@@ -131,7 +131,8 @@ def generate(
     ids = inputs if input_ids is None else input_ids
     if ids is None or model.config.is_encoder_decoder or model._is_stateful:
         raise ValueError("aligned decoding takes input_ids, of a decoder whose KV cache can be cropped")
-    if given := sorted(name for name, value in others.items() if value):
+    asked = {name: bool(value.any()) if isinstance(value, Tensor) else value for name, value in others.items()}
+    if given := sorted(name for name, value in asked.items() if value):
         raise ValueError(f"aligned decoding has no {', '.join(given)}")
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
