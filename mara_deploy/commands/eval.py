@@ -8,10 +8,10 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mara_deploy.commands.decoding import (
     BUNDLE_HELP,
@@ -31,7 +31,10 @@ from mara_runtime.options import Options, option, required
 from mara_runtime.versions import installed
 
 if TYPE_CHECKING:
-    from mara_deploy.evaluate.answers import AnswerSource, PromptFormat
+    from mara_deploy.evaluate.ability import Tasks
+    from mara_deploy.evaluate.answers import AnswerSource, BundleAnswers, PromptFormat
+    from mara_deploy.evaluate.compare import Preference
+    from mara_deploy.evaluate.evaluate import Evaluation
     from mara_deploy.prompts import Prompt
     from mara_deploy.scores.base import Combined
     from mara_runtime.decoder import AlignedDecoder
@@ -45,6 +48,7 @@ examples:
   mara-eval BUNDLE --prompts SafeRLHF/test.json --training-prompts SafeRLHF/train.json --baseline greedy \\
       --baseline best-of-8 --score REWARD_MODEL --score COST_MODEL --weight -1
   mara-eval BUNDLE --prompts prompts.jsonl --score my_scores:politeness --baseline ./my-model-after-dpo
+  mara-eval BUNDLE --prompts prompts.txt --score my_scores:politeness --lm-eval gsm8k --sweep -1 --sweep 1
 """
 PACKAGES = ("mara-deploy", "numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu", "torch", "transformers")
 BEST_OF = re.compile(r"best-of-(\d{1,4})")
@@ -87,6 +91,14 @@ class EvalArguments(Options):
     examples: int = option(5, "examples of each kind in the report", least=0)
     raw: bool = option(False, "use prompts as plain text, without the chat template")
     template: tuple[str, ...] = option((), TEMPLATE_HELP, metavar="KEY=JSON")
+    sweep: tuple[float, ...] = option(
+        (), "another threshold at which to measure the preference rate, and the tasks of --lm-eval", metavar="THRESHOLD"
+    )
+    lm_eval: tuple[str, ...] = option(
+        (), "task of lm-eval that generates, as gsm8k: shows whether alignment costs ability", metavar="TASK"
+    )
+    lm_eval_folder: Path | None = option(None, "task files of your own for --lm-eval", metavar="DIR")
+    lm_eval_limit: int | None = option(None, "answer only the first N documents of a task", least=1)
     conversations: int = option(
         CONVERSATIONS, "answers of the bundle decoded at once; with 1 they repeat to the last bit", least=1
     )
@@ -98,6 +110,9 @@ class EvalArguments(Options):
         for flag, value in (("--sample-checkpoint", self.sample_checkpoint), ("--ignore-weights", self.ignore_weights)):
             if value and not set(self.baseline) - {"greedy", *sampling}:
                 raise OptionError(f"{flag} is given, but no --baseline is a checkpoint; leave it out")
+        for flag, given in (("--lm-eval-folder", self.lm_eval_folder), ("--lm-eval-limit", self.lm_eval_limit)):
+            if given is not None and not self.lm_eval:
+                raise OptionError(f"{flag} is given, but no --lm-eval; leave it out")
         if self.temperature is not None and not sampling and not self.sample_checkpoint:
             raise OptionError(f"--temperature is {self.temperature}, but no --baseline samples; leave it out")
         if self.template and self.raw:
@@ -133,6 +148,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     scores, device, batch = score_options(args)
     config, variables = decode_config(args), template_variables(arguments.template)
 
+    from mara_deploy.evaluate.ability import measure
     from mara_deploy.evaluate.answers import PromptFormat
     from mara_deploy.evaluate.compare import Bootstrap
     from mara_deploy.evaluate.evaluate import evaluate
@@ -159,7 +175,9 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
             f"{arguments.bundle} has no tokenizer, so it cannot answer text prompts: export a model folder that has one"
         )
     config = decoder.resolve(config)
-    sources = _answer_sources(arguments, decoder, config, prompt_format)
+    tasks = _tasks(arguments)
+    of_bundle = _of_bundle(arguments, decoder, config, prompt_format)
+    sources = _answer_sources(arguments, config, prompt_format, of_bundle)
     prompts, refused = _answerable(sources, subset(prompt_set.prompts, arguments.limit), arguments.skip_refused)
     report_departures(decoder, config, None if arguments.raw else variables)
     bundle = decoder.bundle
@@ -168,17 +186,20 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if room is not None and room < config.max_new_tokens:
         report(f"a score reads {room} tokens of an answer to the longest prompt: a longer answer ends the command")
     bootstrap = Bootstrap()
+    seen = overlap(prompts, training.prompts) if training else ()
+
+    def compared(aligned: AnswerSource, baselines: Sequence[AnswerSource]) -> Evaluation:
+        options: dict[str, Any] = {"seen": seen, "bootstrap": bootstrap, "quiet": arguments.quiet}
+        return evaluate(prompts, aligned, baselines, weighted, out, **options)
+
+    def rate(aligned: BundleAnswers) -> Preference:
+        return compared(aligned, sources[1:2]).comparisons[sources[1].name].combined
+
     with run_lock(out):
-        evaluation = evaluate(
-            prompts,
-            sources[0],
-            sources[1:],
-            weighted,
-            out,
-            seen=overlap(prompts, training.prompts) if training else (),
-            bootstrap=bootstrap,
-            quiet=arguments.quiet,
-        )
+        evaluation = compared(sources[0], sources[1:])
+        points = []
+        if tasks or arguments.sweep:
+            points = measure(decoder, config, arguments.sweep, of_bundle, rate, tasks, out / "lm-eval", report)
         manifest = bundle.manifest
         facts = {
             "command": shlex.join(["mara-eval", *argv]),
@@ -205,6 +226,7 @@ def _eval(args: argparse.Namespace, argv: Sequence[str]) -> None:
                 "unique": len(prompts),
                 "training_file": training.name if training else None,
             },
+            "trade_off": [asdict(point) for point in points],
             "decoding": {source.name: dict(source.settings) for source in sources},
             "versions": {"python": platform.python_version(), **installed(*PACKAGES)},
         }
@@ -240,22 +262,40 @@ def _try_scores(score: Combined, prompts: Sequence[Prompt]) -> int | None:
     return score.room([prompt.asked for prompt in prompts])
 
 
-def _answer_sources(
-    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat
-) -> list[AnswerSource]:
-    """The aligned side, then the baselines, which share all of its settings but those of the agent."""
-    from mara_deploy.evaluate.answers import BundleAnswers
-    from mara_deploy.evaluate.store import file_name
+def _tasks(arguments: EvalArguments) -> Tasks | None:
+    """The tasks of `--lm-eval`. Raises OptionError."""
+    if not arguments.lm_eval:
+        return None
+    from mara_deploy.evaluate.ability import Tasks
 
-    greedy = replace(config, align=False, agents=None, strategy="top1", order="ranked", fallback=None, threshold=0.0)
-    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
+    with needs_extra("eval", "--lm-eval"):
+        return Tasks(arguments.lm_eval, arguments.lm_eval_folder, arguments.lm_eval_limit, arguments.raw)
+
+
+def _of_bundle(
+    arguments: EvalArguments, decoder: AlignedDecoder, config: DecodeConfig, prompt_format: PromptFormat
+) -> Callable[..., BundleAnswers]:
+    """(name, configuration, samples=1) → answers of the bundle, all with the template's variables of the aligned."""
+    from mara_deploy.evaluate.answers import BundleAnswers
+
     ours = replace(
         prompt_format, template=None if prompt_format.raw else decoder.variables(prompt_format.template, config.agents)
     )
+    return lambda name, config, samples=1: BundleAnswers(name, decoder, config, ours, samples, arguments.conversations)
 
-    def of_bundle(name: str, config: DecodeConfig, samples: int = 1) -> AnswerSource:
-        return BundleAnswers(name, decoder, config, ours, samples, arguments.conversations)
 
+def _answer_sources(
+    arguments: EvalArguments,
+    config: DecodeConfig,
+    prompt_format: PromptFormat,
+    of_bundle: Callable[..., AnswerSource],
+) -> list[AnswerSource]:
+    """The aligned side, then the baselines, which share all of its settings but those of the agent."""
+    from mara_deploy.evaluate.ability import at
+    from mara_deploy.evaluate.store import file_name
+
+    greedy = at(config, None)
+    sampled = replace(greedy, sample=True, temperature=arguments.temperature or 1.0)
     sources = [of_bundle("aligned", config)]
     for name in arguments.baseline:
         if name == "greedy":

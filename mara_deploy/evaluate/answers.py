@@ -87,8 +87,14 @@ class BundleAnswers:
         conversations: int = 1,
     ) -> None:
         self.name = name
-        self._decoder, self._config, self._samples, self._conversations = decoder, config, samples, conversations
+        self._decoder, self._config, self._samples, self.conversations = decoder, config, samples, conversations
         self._encoding: dict[str, Any] = {"raw": prompt_format.raw, "template": prompt_format.template}
+
+    @property
+    def template(self) -> Mapping[str, Any] | None:
+        """Variables for the chat template, as given."""
+        template: Mapping[str, Any] | None = self._encoding["template"]
+        return template
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,13 +134,13 @@ class BundleAnswers:
         self, prompts: Sequence[Asked], asked: list[tuple[int, int]]
     ) -> Iterator[tuple[tuple[int, int], Answer]]:
         """The answer to each (prompt, sample). Raises the error of the first that fails."""
-        for together in [asked] if self._conversations > 1 else [[one] for one in asked]:
+        for together in [asked] if self.conversations > 1 else [[one] for one in asked]:
             self._decoder.forget()  # cached tokens and learned acceptance rates change last bits
             seeds = [answer_seed(self._config.seed, prompts[index], sample) for index, sample in together]
             pieces = self._decoder.generate_many(
                 [prompts[index] for index, _ in together],
                 [replace(self._config, seed=seed) for seed in seeds],
-                places=self._conversations,
+                places=self.conversations,
                 share=False,
                 **self._encoding,
             )

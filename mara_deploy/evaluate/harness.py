@@ -135,7 +135,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]
             )
         found: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: [*requests[i][1], *requests[i][2]])  # which share beginnings
-        for i in tqdm(order, desc="log-likelihoods", disable=disable_tqdm):
+        for i in tqdm(order, desc="log-likelihoods", disable=disable_tqdm or None):
             text, context, continuation = requests[i]
             tokens = [*context, *continuation][-self.max_length - 1 :]
             said = likelihood(self.decoder, tokens, len(tokens) - len(continuation))
@@ -175,7 +175,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]
             prompts.append(self.tok_encode(text)[length - self.max_length :])
             configs.append(replace(self._config, max_new_tokens=length, stop=tuple(filter(None, options["until"]))))
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or None) as bar:
             for index, piece in self.decoder.generate_many(prompts, configs, places=self._conversations):
                 if isinstance(piece, MaraError):
                     raise piece

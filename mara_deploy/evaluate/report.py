@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mara_deploy.evaluate.ability import trade_off
 from mara_deploy.evaluate.cautions import cautions, counted
 from mara_deploy.evaluate.compare import Bootstrap, unit_numbers
 from mara_deploy.evaluate.evaluate import Evaluation, ScoredAnswers
@@ -17,6 +18,7 @@ def result(evaluation: Evaluation, facts: Mapping[str, Any], bootstrap: Bootstra
     units = int(unit_numbers([prompt.group for prompt in evaluation.prompts]).max()) + 1
     unit = "prompt" if evaluation.prompts[0].group is None else "group"
     return {
+        "trade_off": [],
         **facts,
         "scores": evaluation.weights,
         "bootstrap": {"unit": unit, "units": units, **asdict(bootstrap)},
@@ -51,7 +53,31 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
             f"mean {row['mean']:.4g} against {row['baseline_mean']:.4g}"
             for label, row in rows
         ]
+    if summary["trade_off"]:
+        out += trade_off_lines(summary["trade_off"], next(iter(summary["comparisons"])))
     return out + [f"note: {caution}" for caution in summary["cautions"]]
+
+
+def trade_off_lines(points: Sequence[Mapping[str, Any]], baseline: str) -> list[str]:
+    """Preference rate and tasks by threshold: a table for the terminal. points: of `result`."""
+    rows = [["threshold", f"against {baseline}", *points[0]["tasks"]]]
+    for point in points:
+        preference, errors = point["preference"], point["errors"]
+        rate = "–" if preference is None else f"{percent(preference['rate'])} {span(preference['interval'])}"
+        rows.append(
+            [
+                "LLM alone" if point["threshold"] is None else f"{point['threshold']:g}",
+                rate,
+                *(
+                    number(value) + (f" ± {number(errors[label], 2)}" if label in errors else "")
+                    for label, value in point["tasks"].items()
+                ),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["what alignment costs:"] + [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    ]
 
 
 def html(evaluation: Evaluation, summary: Mapping[str, Any], count: int) -> str:
@@ -63,6 +89,7 @@ def html(evaluation: Evaluation, summary: Mapping[str, Any], count: int) -> str:
         "examples": {name: examples(evaluation, name, count) for name in evaluation.baselines},
         "curves": {name: difference_curve(evaluation.aligned, side) for name, side in evaluation.baselines.items()},
         "whisker": whisker,
+        "trade_off": trade_off,
     }
     filters = {f.__name__: _with_minus_signs(f) for f in (percent, span, number)}
     return render_report("mara_deploy.evaluate", values, filters)

@@ -70,7 +70,7 @@ def test_plain_decoding_is_evaluated_as_hugging_face_s(name, options, bundle, ch
     ours = harness.BundleModel(str(bundle(name)), align=False, threads=1)
     expected, found = evaluate(theirs, tasks, **options), evaluate(ours, tasks, **options)
     assert found[0].keys() == expected[0].keys()
-    assert len(expected[0]) == (4 if not options else 3)
+    assert len(expected[0]) == (5 if not options else 4)
     close(list(found[0].values()), list(expected[0].values()))
     assert found[1].keys() == expected[1].keys()
     for key in expected[1]:

@@ -80,7 +80,7 @@ def test_every_strategy_order_and_fallback(answers, generate):
         check(generate("llama", [prompt for prompt, _ in cases], seed=3, **options), [truth for _, truth in cases])
     options = {"threshold": 0.5, "top_p": 0.7, "max_new_tokens": 12}
     ((prompt, truth),) = answers("llama", 1, **options)
-    check(generate("llama", [prompt], **options), [truth])
+    check(generate("llama", [prompt], token_type_ids=torch.tensor([[0] * len(prompt)]), **options), [truth])
 
 
 def test_a_rejected_candidate_costs_one_row(answers, generate, reference, monkeypatch):
@@ -119,7 +119,7 @@ def test_what_it_cannot_do_is_refused(generate, agent_file, tmp_path):
     save_file({"linear1.weight": torch.zeros(8, 8)}, tmp_path / "other.safetensors")
     for options, message in (
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padding_side to 'left'"),
-        ({"num_beams": 4, "temperature": 0.5}, "no num_beams, temperature"),
+        ({"num_beams": 4, "token_type_ids": torch.tensor([[0, 1, 1]])}, "no num_beams, token_type_ids"),
         ({"strategy": "top2"}, "strategy is 'top2': choose top1, max_prob, random"),
         ({"agent": str(tmp_path)}, "no agent file found at"),
         ({"agent": str(tmp_path / "other.safetensors")}, "not a MARA agent for a hidden size of 64"),

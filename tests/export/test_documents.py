@@ -82,7 +82,7 @@ def parser(name: str):
 def runs_here(page: Path, words: list[str]) -> bool:
     """False for what needs a GPU, a download, or hours."""
     name, *arguments = words
-    if page.name not in RUN_ON or name == "mara-bench":
+    if page.name not in RUN_ON or name == "mara-bench" or "--lm-eval" in arguments:
         return False
     if name in ("mara-build", "mara-run") and {"tensorrt", "tensorrt-rtx"} & set(arguments):
         return False

@@ -11,9 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from mara_deploy.evaluate.ability import trade_off
 from mara_deploy.evaluate.compare import Bootstrap
 from mara_deploy.evaluate.evaluate import evaluate
-from mara_deploy.evaluate.report import difference_curve, examples, html, lines, number, result, whisker
+from mara_deploy.evaluate.report import (
+    difference_curve,
+    examples,
+    html,
+    lines,
+    number,
+    result,
+    trade_off_lines,
+    whisker,
+)
 from mara_deploy.prompts import Prompt
 from tests.unit.scripted import FACTS, OURS, PROMPTS, SCORES, Scripted, cautions_of, compared
 
@@ -67,6 +77,30 @@ def test_page_terminal_and_json_have_the_same_figures(tmp_path):
     assert "9 read, 2 duplicates" in text
     assert "columns that are not read: 'id'" in text
     assert "weight −0.5" in text
+
+
+def test_what_alignment_costs_is_a_table_and_a_plot(tmp_path):
+    evaluation = compared(tmp_path)
+    preference = result(evaluation, FACTS, Bootstrap())["comparisons"]["other"]["combined"]
+    tasks = [{"sums": 0.5, "words": 40.0, "none": 0.0}, {"sums": 0.25, "words": 50.0, "none": 0.0}]
+    points = [
+        {"threshold": None, "preference": None, "tasks": tasks[0], "errors": {"sums": 0.1}},
+        {"threshold": 1.5, "preference": preference, "tasks": tasks[1], "errors": {}},
+    ]
+    _, header, alone, aligned = trade_off_lines(points, "other")
+    assert header.split() == ["threshold", "against", "other", "sums", "words", "none"]
+    assert alone.split() == ["LLM", "alone", "–", "0.5", "±", "0.1", "40", "0"]
+    assert aligned.split()[:3] == ["1.5", "-14.3", "%"]
+    assert aligned.split()[-3:] == ["0.25", "50", "0"]
+    plot = trade_off(points)
+    assert [line["label"] for line in plot["lines"]] == ["sums", "words"], "what the LLM cannot do has no share"
+    (half,), (more,) = (line["points"] for line in plot["lines"])
+    assert more["y"] == plot["top"], "the greatest share, 125 %"
+    assert plot["bottom"] - half["y"] == pytest.approx((plot["bottom"] - plot["top"]) / 2.5, abs=0.1)
+    assert plot["bottom"] - plot["alone"] == pytest.approx((plot["bottom"] - plot["top"]) / 1.25, abs=0.1)
+    assert plot["left"] < half["x"] < plot["middle"]
+    page = html(evaluation, result(evaluation, {**FACTS, "trade_off": points}, Bootstrap()), 2)
+    assert page.count("<circle") - html(evaluation, result(evaluation, FACTS, Bootstrap()), 2).count("<circle") == 2
 
 
 def test_examples_are_the_worst_the_best_and_a_random_selection(tmp_path):
