@@ -78,7 +78,8 @@ def test_a_folder_that_is_not_an_intact_bundle(command, bundle_copy, tmp_path, p
 
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for name, fault in (("none", "no bundle"), ("file", "no bundle"), ("empty", "manifest.json")):
+    file = "no bundle" if prog == "run" else "no token of an answer"  # mara-inspect takes traces, too
+    for name, fault in (("none", "no bundle"), ("file", file), ("empty", "manifest.json")):
         names(refusal(tmp_path / name), str(tmp_path / name), fault)
     assert refusal("x" * 5000)
     bundle = bundle_copy()

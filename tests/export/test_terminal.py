@@ -213,7 +213,8 @@ def test_in_a_pipe_explain_is_beside_the_answer(command, bundle, prompt) -> None
     assert explained.err.count("›") == 2 * changed + 1 > 1  # in the answer, in the table and below it
 
 
-def test_the_guide_shows_what_explain_prints(command, bundle) -> None:
+def test_the_guide_shows_what_explain_prints(command, bundle, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     guide = Path(__file__).parents[2] / "docs" / "guide" / "run.md"
     (example,) = re.findall(r"^```text\n(‹.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     answer, *lines = [line for line in example.splitlines() if line.strip("…")]
