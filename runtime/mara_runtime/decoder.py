@@ -37,6 +37,8 @@ from mara_runtime.schedule.drafts import NGrams
 from mara_runtime.text import TextSide
 
 T = TypeVar("T")
+MOST_MIXES = 64
+"""Of which what was learned is kept: clients of a server may ask for any order of any agents."""
 
 
 class _Locked(Iterator[T]):
@@ -100,7 +102,7 @@ class AlignedDecoder:
         with self.engine.places.lock:
             self.engine.places.open(places)
         self._places, self._cost, self._report = range(places), cost, report
-        self._acceptance = defaultdict[tuple[str, ...], Acceptance](Acceptance)
+        self._acceptance: dict[tuple[str, ...], Acceptance] = {}  # by agents in order, the last used last
         self._drafts = defaultdict[int, NGrams](NGrams)  # by place
 
     def forget(self) -> None:
@@ -328,7 +330,11 @@ class AlignedDecoder:
     def _schedule(self, config: DecodeConfig) -> Schedule:
         if _adapts(config):
             assert self._cost is not None  # measured before
-            return Adaptive(self._cost, self._acceptance[tuple(config.agents or ())])
+            agents = tuple(config.agents or ())
+            self._acceptance[agents] = learned = self._acceptance.pop(agents, None) or Acceptance()
+            if len(self._acceptance) > MOST_MIXES:
+                del self._acceptance[next(iter(self._acceptance))]
+            return Adaptive(self._cost, learned)
         return Fixed(1 if config.schedule == "one-by-one" else None, config.draft or 0)
 
 

@@ -18,6 +18,7 @@ JUDGES: dict[str, helpers.Judge] = {
     "polite": helpers.sum_agent,
     "brief": lambda hidden: np.float32(-0.75) * helpers.sum_agent(hidden),
 }
+PARTS = {"polite": 1.0, "brief": 0.5}
 LOUD = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ 'LOUD' if loud else '' }}<assistant>"
 
 
@@ -112,3 +113,22 @@ def test_habits_are_learned_of_each_mix_of_agents(tmp_path: Path) -> None:
         alone, after = (each.generate([6], config).stats for each in (fresh, decoder))
         assert (alone.forwards, alone.rows) == (after.forwards, after.rows)
     assert decoder.generate([6], strict).stats.rows == 24
+
+
+def test_habits_are_kept_of_the_mixes_that_were_used_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mara_runtime.decoder.MOST_MIXES", 2)
+    decoder, _ = make_decoder(tmp_path, reciting(), JUDGES)
+    config = DecodeConfig(top_k=2, max_new_tokens=12, draft=0)
+    strict, other, third = (replace(config, agents=mix) for mix in ({"brief": 1.0}, {"polite": 1.0}, PARTS))
+
+    def rows(asked: DecodeConfig) -> int:
+        return decoder.generate([6], asked).stats.rows
+
+    fresh, learned = rows(strict), rows(strict)
+    assert learned < fresh  # both are asked about in each pass
+    rows(other)
+    assert rows(strict) == learned
+    rows(third)  # the other one is forgotten
+    assert rows(strict) == learned
+    rows(other), rows(third)
+    assert rows(strict) == fresh
