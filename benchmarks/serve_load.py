@@ -5,7 +5,7 @@
 
 starts `mara-serve` and asks it, streamed, over one connection and over many: questions of mixed lengths, with the
 bundle's agents, their mixes and none, up to so many tokens. The same conversations are decoded in this process, one by
-one and together; all take turns. Prints
+one and together; all take turns, and each round has other questions. Prints
 
 answers    that are not those of one alone in this process; only close decisions may differ, in fp32 none
 factor     tokens a second over many connections ÷ over one; of the batches in this process: together ÷ one by one; and
@@ -79,9 +79,9 @@ class Load:
         return self.tokens / self.seconds
 
 
-def questions(decoder: AlignedDecoder, count: int, tokens: int) -> list[Question]:
+def questions(decoder: AlignedDecoder, count: int, tokens: int, seed: int) -> list[Question]:
     """Random words of the bundle's own vocabulary."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     assert decoder.text_side is not None
     words = sorted(
         {found for token in decoder.text_side.tokenizer.get_vocab() if (found := token.strip("Ġ▁")).isalnum()}
@@ -114,7 +114,7 @@ def ask(connection: http.client.HTTPConnection, path: str, body: dict[str, Any],
             raise RuntimeError(str(event["error"]))
         tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         for choice in event["choices"]:
-            finished = finished or choice["finish_reason"] is not None
+            finished = finished or choice.get("finish_reason") is not None
             if piece := choice["delta"].get("content"):
                 now = time.perf_counter()
                 (load.gaps_s if pieces else load.first_s).append(now - last if pieces else now - started)
@@ -144,10 +144,10 @@ def served(url: str, model: str, asked: Sequence[Question], connections: int, *,
             try:
                 body |= {"stream": True, "stream_options": {"include_usage": True}}
                 text, tokens = ask(connection, f"{address.path}/chat/completions", body, own)
-            except (OSError, http.client.HTTPException, RuntimeError, ValueError) as error:
+            except (OSError, http.client.HTTPException, RuntimeError, ValueError, LookupError) as error:
                 connection.close()
                 with lock:
-                    load.lost.append(f"question {index}: {error}")
+                    load.lost.append(f"question {index}: {error!r}")
                 continue
             with lock:
                 load.answers[index] = text
@@ -162,19 +162,22 @@ def served(url: str, model: str, asked: Sequence[Question], connections: int, *,
     for worker in workers:
         worker.join()
     load.seconds = time.perf_counter() - started
+    assert len(load.answers) + len(load.lost) == len(asked)
     return load
 
 
-def decoded(decoder: AlignedDecoder, asked: Sequence[Question], places: int) -> Load:
-    """All questions in this process, so many at once."""
-    load, started = Load(), time.perf_counter()
-    configs = [each.config for each in asked]
-    for index, piece in decoder.generate_many([each.messages for each in asked], configs, places=places):
-        if isinstance(piece, Exception):
-            load.lost.append(f"question {index}: {piece}")
-        elif piece.result is not None:
-            load.answers[index] = piece.result.text or ""
-            load.tokens += piece.result.stats.tokens
+def decoded(decoder: AlignedDecoder, asked: Sequence[Question], places: int, *, together: bool) -> Load:
+    """All questions in this process."""
+    load, started, todo = Load(), time.perf_counter(), [*enumerate(asked)]
+    for part in [todo] if together else [[each] for each in todo]:
+        prompts, configs = [each.messages for _, each in part], [each.config for _, each in part]
+        for at, piece in decoder.generate_many(prompts, configs, places=places):
+            index = part[at][0]
+            if isinstance(piece, Exception):
+                load.lost.append(f"question {index}: {piece}")
+            elif piece.result is not None:
+                load.answers[index] = piece.result.text or ""
+                load.tokens += piece.result.stats.tokens
     load.seconds = time.perf_counter() - started
     return load
 
@@ -193,10 +196,10 @@ def start(bundle: Path, places: int) -> tuple[subprocess.Popen[str], str]:
     raise SystemExit("".join(said))
 
 
-def percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """Median and 95th percentile (ms)."""
+def percentiles(seconds: Sequence[float]) -> list[float]:
+    """Median and 95th percentile (ms); none of nothing."""
     ordered = sorted(seconds)
-    return tuple(round(ordered[int(part * (len(ordered) - 1))] * 1e3, 1) for part in (0.5, 0.95))  # type: ignore[return-value]
+    return [round(ordered[int(part * (len(ordered) - 1))] * 1e3, 1) for part in (0.5, 0.95) if ordered]
 
 
 def main() -> None:
@@ -222,22 +225,23 @@ def main() -> None:
 
 def measure(url: str, args: argparse.Namespace) -> tuple[dict[str, list[Load]], bool]:
     """Loads by way, one per round; whether answers have to be equal."""
-    decoder = AlignedDecoder(args.bundle)
-    asked, model = questions(decoder, args.requests, args.tokens), args.bundle.resolve().name
+    decoder, model = AlignedDecoder(args.bundle), args.bundle.resolve().name
+    asked, plain = list[Question](), list[Question]()
     ways: dict[str, Callable[[], Load]] = {
-        "one by one": lambda: decoded(decoder, asked, 1),
-        "together": lambda: decoded(decoder, asked, args.places),
+        "one by one": lambda: decoded(decoder, asked, args.places, together=False),
+        "together": lambda: decoded(decoder, asked, args.places, together=True),
         "one connection": lambda: served(url, model, asked, 1),
         "connections": lambda: served(url, model, asked, args.connections),
     }
     if args.peer:
         there, name = args.peer
-        plain = [Question(each.text, each.tokens, {"align": False}) for each in asked]
         ways["connections, plain"] = lambda: served(url, model, plain, args.connections)
         ways["peer, one connection"] = lambda: served(there, name, plain, 1, plain=True)
         ways["peer, connections"] = lambda: served(there, name, plain, args.connections, plain=True)
     loads: dict[str, list[Load]] = {way: [] for way in ways}
     for number in range(args.rounds):
+        asked[:] = questions(decoder, args.requests, args.tokens, number)
+        plain[:] = [Question(each.text, each.tokens, {"align": False}) for each in asked]
         for way in [*ways][number % len(ways) :] + [*ways][: number % len(ways)]:
             loads[way].append(ways[way]())
             print(f"round {number + 1}: {way}, {loads[way][-1].speed:.1f} tokens/s", file=sys.stderr, flush=True)
@@ -246,10 +250,14 @@ def measure(url: str, args: argparse.Namespace) -> tuple[dict[str, list[Load]], 
 
 def report(loads: dict[str, list[Load]], exact: bool, args: argparse.Namespace) -> bool:
     """Print the results. Returns whether something is wrong."""
-    alone = loads["one by one"][0].answers
-    ours = [load for way in ("together", "one connection", "connections") for load in loads[way]]
     lost = [each for way in loads.values() for load in way for each in load.lost]
-    different = sum(answer != alone.get(index) for load in ours for index, answer in load.answers.items())
+    compared = [
+        answer == alone.answers.get(index)
+        for way in ("together", "one connection", "connections")
+        for alone, load in zip(loads["one by one"], loads[way], strict=True)
+        for index, answer in load.answers.items()
+    ]
+    different = compared.count(False)
     speeds = {way: [round(load.speed, 1) for load in found] for way, found in loads.items()}
 
     def factor(many: str, one: str) -> float:
@@ -262,14 +270,14 @@ def report(loads: dict[str, list[Load]], exact: bool, args: argparse.Namespace) 
             "between_ms": percentiles([s for load in found for s in load.gaps_s]),
         }
         for way, found in loads.items()
-        if any(load.gaps_s for load in found)
+        if any(load.first_s for load in found)
     }
     print(*lost[:10], sep="\n", end="\n" * bool(lost))
-    print(f"answers: {sum(len(load.answers) for load in ours)}, {different} differ from one alone; {len(lost)} lost")
+    print(f"answers: {len(compared)}, {different} differ from one alone; {len(lost)} lost")
     print(f"factor: {factors[0]:.2f} served, {factors[1]:.2f} in process; {factors[0] / factors[1]:.2f} of it")
     print("tokens/s, and ms to the first text and between pieces (p50, p95)")
     for way, found in speeds.items():
-        times = "  ".join(f"{low:8.1f} {high:8.1f}" for low, high in waiting.get(way, {}).values())
+        times = "  ".join("".join(f"{ms:9.1f}" for ms in both) for both in waiting.get(way, {}).values())
         print(f"  {way:22}{median(found):8.1f}  {times}")
     settings = {name: getattr(args, name) for name in ("requests", "connections", "places", "tokens", "rounds")}
     results = {"speeds": speeds, "waiting": waiting, "factors": factors, "different": different, "lost": len(lost)}
