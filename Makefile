@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20
 
-.PHONY: setup demo test test-long test-lowest test-transformers5 test-eval check lint docs clean
+.PHONY: setup demo test test-long test-lowest test-transformers5 test-eval test-clients check lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -63,6 +63,10 @@ test-transformers5: setup
 # Bundles as a model of lm-eval, in an environment of its own.
 test-eval: setup
 	$(BIN)/python -m tests.eval
+
+# LangChain's client, and requests that schemathesis makes of the OpenAPI document, in an environment of their own.
+test-clients: setup
+	$(BIN)/python -m tests.serve
 
 lint: setup
 	$(BIN)/ruff check .

@@ -49,17 +49,18 @@ def environment(
 ) -> Iterator[tuple[Path, dict[str, str]]]:
     """Its Python, and the variables to start that with.
 
-    extra, package: what it has in front of this one's packages, as pyproject.toml requires it; options: of pip.
+    extra, package: what it has in front of this one's packages, as pyproject.toml requires it ("": all of the extra);
+    options: of pip.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (wanted,) = [each for each in project["optional-dependencies"][extra] if each.startswith(package)]
+    wanted = [each for each in project["optional-dependencies"][extra] if each.startswith(package)]
     with tempfile.TemporaryDirectory() as name:
         venv.create(name, with_pip=True)
         (packages,) = Path(name).glob("lib/python*/site-packages")
         paths = [ROOT, ROOT / "export", ROOT / "runtime", *(path for path in sys.path if "site-packages" in path)]
         (packages / "beside.pth").write_text("\n".join(map(str, paths)), encoding="utf-8")
         python = Path(name, "bin", "python")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", *options, wanted]
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "-qq", "install", *options, *wanted]
         subprocess.run(pip, check=True)
         yield python, {**os.environ, "PYTHONPATH": str(packages)}
 

@@ -88,6 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         for model in server.models:
             _say(f"model {model}")
+        listener.listen()  # who reads the next line may come at once
         _say(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         http.serve(server, listener)
     _say("ended")

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mara_deploy.serve import requests
+from mara_deploy.serve import openapi, requests
 from mara_deploy.serve.errors import ApiError, as_api_error
 from mara_deploy.serve.formats import ChatFormat, CompletionFormat, Format
 from mara_deploy.serve.keys import Keys
@@ -92,6 +92,7 @@ class Server:
                 *[Route(path, self._answer, methods=["POST"]) for path in ENDPOINTS],
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{model:path}", self._show_model),
+                Route("/openapi.json", self._document),
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics),
@@ -192,6 +193,10 @@ class Server:
 
     def _model(self, model: Model) -> dict[str, Any]:
         return {"id": model.id, "object": "model", "created": self.started, "owned_by": "mara-deploy"}
+
+    async def _document(self, request: Request) -> Response:
+        self._admit(request)
+        return _json_response(openapi.document(self.models, keys=self.keys is not None))
 
     async def _health(self, _: Request) -> Response:
         alive = all(worker.alive for worker in self.workers.values())

@@ -1,11 +1,14 @@
 """The command, in a process of its own, on a bundle whose graph ONNX Runtime runs."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +90,63 @@ def test_serves_what_the_decoder_answers_and_ends_with_its_last_answer(folder, p
     assert process.wait(20) == 0
     assert left[-1] == "mara-serve: ended"
     assert [json.loads(line)["status"] for line in left[:-1]] == [200] * 12
+
+
+TURNED_DOWN = [
+    (b"{", 400),
+    (b"[" * 100_000, 400),
+    (b'{"model": 1, "messages": []}', 400),
+    (b'{"model": "small", "messages": "hello"}', 400),
+    (b'{"model": "big", "messages": []}', 404),
+    (b'{"model": "small", "messages": [{"role": "user", "content": "w1"}], "mara": {"agents": "nobody"}}', 400),
+    (b" " * (10 << 20), 413),
+]
+GOOD = {"model": "small", "messages": user("w1 w2"), "max_tokens": 4}
+
+
+def a_bad_time(url, pid):
+    """Requests of every bad kind. Returns how many of them are HTTP, and the server's memory after them (MiB)."""
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    sockets = [socket.create_connection((host, int(port))) for _ in range(500)]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    for each in sockets[:100]:
+        each.sendall(head + b"Content-Le")  # writes its headers slowly
+    body = json.dumps({**GOOD, "max_tokens": 50, "stream": True}).encode()
+    whole = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for each in sockets[100:110]:
+        each.sendall(head + whole + body[:9])  # its body
+    for each in sockets[110:114]:
+        each.sendall(head + whole + body)  # reads nothing
+    with httpx.Client(base_url=url, timeout=30, headers={"Content-Type": "application/json"}) as client:
+        for content, status in TURNED_DOWN:
+            found = client.post("/chat/completions", content=content)
+            assert (found.status_code, found.json()["error"]["type"]) == (status, "invalid_request_error")
+        assert client.post("/chat/completions", json=GOOD).status_code == 200
+    for flood in sockets[400:410]:
+        with contextlib.suppress(OSError):  # it is cut off
+            flood.sendall(head + b"".join(b"X-%d: %d\r\n" % (i, i) for i in range(20_000)))
+    for each in sockets:
+        each.close()
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return 10 + 4 + len(TURNED_DOWN) + 1, pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_after_bad_requests_of_every_kind_it_is_as_before(process):
+    url, _ = url_of(process)
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reader.start()
+    rounds = [a_bad_time(url, process.pid) for _ in range(5)]
+    page = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+    assert 'mara_places_in_use{bundle="small"} 0.0' in page
+    assert 'mara_queue{bundle="small"} 0.0' in page
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    reader.join()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    assert len(logged) == sum(count for count, _ in rounds)
+    assert {line["status"] for line in logged} == {200, 400, 404, 413, 499}
+    assert rounds[-1][1] < rounds[1][1] + 6  # the first rounds are a warm-up; a kept body has 10 MiB
 
 
 def test_the_first_signal_drains_and_the_second_ends(tmp_path):

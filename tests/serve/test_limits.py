@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from mara_deploy.serve import app
 from mara_deploy.serve.keys import Keys
 from mara_deploy.serve.stream import EventStream
 from tests.serve.servers import reciting_decoder, serving, table_decoder, user
@@ -50,7 +50,7 @@ REFUSED = {
     "an agent twice": (mara(agents=["agent", "agent"]), 400, "mara.agents", "invalid_value"),
     "an agent's part": (mara(agents={"agent": "much"}), 400, "mara.agents", "invalid_value"),
     "two ways to name agents": ({**mara(agents="agent"), "model": "tiny:agent"}, 400, "mara.agents", "invalid_value"),
-    "an agent, but plain": (mara(align=False, threshold=1), 400, "mara.align", "invalid_value"),
+    "an agent, but plain": (mara(align=False, threshold=1), 400, "mara.threshold", "invalid_value"),
     "plain, of an agent": ({**mara(align=False), "model": "tiny:agent"}, 400, "mara.align", "invalid_value"),
     "no agent": (changed(model="plain"), 400, "mara.align", "no_agent"),
     "unknown strategy": (mara(strategy="best"), 400, "mara.strategy", "invalid_value"),
@@ -137,9 +137,40 @@ def test_what_is_no_json_has_the_wrong_type_or_too_many_bytes(served):
     assert served.post(CHAT, headers=KEY).status_code == 200
 
 
+def test_who_writes_too_slowly_is_told(served, monkeypatch):
+    monkeypatch.setattr(app, "BODY_S", 0.1)
+
+    def slowly():
+        yield b"{"
+        time.sleep(0.3)
+        yield b"}"
+
+    headers = {**KEY, "Content-Type": "application/json"}
+    found = httpx.post(f"{served.url}/v1/chat/completions", content=slowly(), headers=headers)
+    assert (found.status_code, found.json()["error"]["code"]) == (408, "timeout")
+
+
+def test_the_document_has_every_path_and_what_is_checked(served):
+    found = httpx.get(f"{served.url}/openapi.json", headers=KEY).json()
+    routes = {route.path.replace(":path", "") for route in served.server.app().routes}
+    assert routes >= set(found["paths"]) > set(app.ENDPOINTS)
+    schema = found["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert (schema["required"], schema["additionalProperties"]) == (["model", "messages"], False)
+    fields = schema["properties"]
+    assert fields["model"]["enum"] == ["tiny", "tiny:agent", "tiny:other", "plain"]
+    assert fields["max_tokens"] == {"type": ["integer", "null"], "minimum": 1}
+    assert fields["mara"]["properties"]["fallback"] == {"enum": ["first", "last", None]}
+
+
+def test_two_and_nothing_is_an_integer(served):
+    assert served.post(changed(max_tokens=2.0), headers=KEY).json()["usage"]["completion_tokens"] == 2
+    assert served.post(changed(max_tokens=2.5), headers=KEY).status_code == 400
+
+
 def test_keys(served):
     for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "Basic first"}):
-        for found in (served.post(CHAT, headers=headers), httpx.get(f"{served.url}/v1/models", headers=headers)):
+        pages = [httpx.get(f"{served.url}/{path}", headers=headers) for path in ("v1/models", "openapi.json")]
+        for found in (served.post(CHAT, headers=headers), *pages):
             assert (found.status_code, found.json()["error"]["code"]) == (401, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError), served.openai() as client:
         client.models.list()
@@ -273,16 +304,6 @@ def test_a_defect_ends_the_answers_in_the_making_and_the_server_goes_on(tmp_path
         assert [str(defect) for defect in running.defects] == ["a defect"]
         assert running.post(CHAT).status_code == 200
         assert running.metric("mara_places_in_use") == 0
-
-
-def test_idle_and_slow_connections_are_in_nobodys_way(served):
-    host, port = served.url.removeprefix("http://").split(":")
-    idle = [socket.create_connection((host, int(port))) for _ in range(100)]
-    for each in idle[:50]:
-        each.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Le")
-    assert served.post(CHAT, headers=KEY).status_code == 200
-    for each in idle:
-        each.close()
 
 
 def test_a_reader_that_stands_still_is_cut_off():
