@@ -136,7 +136,7 @@ def test_after_bad_requests_of_every_kind_it_is_as_before(process):
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))
     reader.start()
-    rounds = [a_bad_time(url, process.pid) for _ in range(5)]
+    rounds = [a_bad_time(url, process.pid) for _ in range(8)]
     page = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
     assert 'mara_places_in_use{bundle="small"} 0.0' in page
     assert 'mara_queue{bundle="small"} 0.0' in page
@@ -146,7 +146,8 @@ def test_after_bad_requests_of_every_kind_it_is_as_before(process):
     logged = [json.loads(line) for line in lines if line.startswith("{")]
     assert len(logged) == sum(count for count, _ in rounds)
     assert {line["status"] for line in logged} == {200, 400, 404, 413, 499}
-    assert rounds[-1][1] < rounds[1][1] + 6  # the first rounds are a warm-up; a kept body has 10 MiB
+    # The first rounds are a warm-up. Bodies of 4 MiB each that were kept since would be 24; the allocator may hold two.
+    assert rounds[-1][1] < rounds[1][1] + 15
 
 
 def test_the_first_signal_drains_and_the_second_ends(tmp_path):
